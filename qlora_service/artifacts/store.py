@@ -1,0 +1,116 @@
+"""The artifact store: datasets and adapters by key, through obstore (a local directory, later S3, GCS, Azure)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import obstore
+from obstore.exceptions import AlreadyExistsError
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from qlora_service.errors import Conflict, NotFound
+
+READ_CHUNK_BYTES = 1 << 20
+
+
+class ArtifactStore:
+    """Objects under one URL. Keys are made by the service, never by a caller."""
+
+    def __init__(self, url: str) -> None:
+        parsed = urlparse(url)
+        self._root: Path | None = None
+        self._store: ObjectStore
+        if parsed.scheme == "file":
+            self._root = Path(unquote(parsed.path))
+            self._store = LocalStore(self._root, mkdir=True)
+        else:
+            self._store = from_url(url)
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Store the file's bytes under `key`; durable when this returns."""
+        obstore.put(self._store, key, path)
+        self._sync(key)
+
+    def create(self, key: str, content: bytes) -> None:
+        """Store `content` under a key that nobody used; durable when this returns.
+
+        Raises:
+            Conflict: the key is taken.
+        """
+        try:
+            obstore.put(self._store, key, content, mode="create")
+        except AlreadyExistsError:
+            raise Conflict(f"artifact {key} exists already") from None
+        self._sync(key)
+
+    def size(self, key: str) -> int:
+        """Raises: NotFound."""
+        try:
+            return obstore.head(self._store, key)["size"]
+        except FileNotFoundError:
+            raise NotFound(f"the artifact store has no {key}") from None
+
+    def exists(self, key: str) -> bool:
+        try:
+            self.size(key)
+        except NotFound:
+            return False
+        return True
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """The bytes [start, end) of an object, in chunks.
+
+        Raises:
+            NotFound: no such object, before the first chunk.
+        """
+        size = self.size(key)
+        return self._read(key, start, size if end is None else min(end, size))
+
+    def fetch(self, key: str, path: Path) -> None:
+        """Copy an object to a local file. Raises: NotFound."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for chunk in self.read(key):
+                file.write(chunk)
+
+    def local_copy(self, key: str, scratch: Path) -> Path:
+        """A local file with the object's bytes, not to be changed: the object itself, or a copy in `scratch`."""
+        if self._root is not None:
+            self.size(key)
+            return self._root / key
+        path = scratch / key.rsplit("/", 1)[-1]
+        if not path.exists():
+            self.fetch(key, path)
+        return path
+
+    def _read(self, key: str, start: int, end: int) -> Iterator[bytes]:
+        while start < end:
+            stop = min(start + READ_CHUNK_BYTES, end)
+            yield bytes(obstore.get_range(self._store, key, start=start, end=stop))
+            start = stop
+
+    def _sync(self, key: str) -> None:
+        """Flush a local object and the directories that name it: the store renames without fsync."""
+        if self._root is None:
+            return
+        path = self._root / key
+        for place in (path, *path.parents):
+            descriptor = os.open(place, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if place == self._root:
+                break
+
+
+def dataset_key(sha256: str) -> str:
+    return f"datasets/{sha256}"
+
+
+def job_key(job_id: str, token: int, name: str) -> str:
+    """Artifacts of one attempt: a newer attempt never overwrites an older one's files."""
+    return f"jobs/{job_id}/{token}/{name}"

@@ -1,0 +1,90 @@
+"""Base models from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qlora_service.errors import InvalidModel, Unavailable
+from qlora_service.models.inspection import inspect_settings
+
+_HUB_ID = re.compile(
+    r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?", re.ASCII
+)
+
+_SETTINGS_FILES = ["*.json"]
+_MODEL_FILES = [
+    *_SETTINGS_FILES,
+    "*.safetensors",
+    "*.jinja",
+    "*.model",
+    "vocab.txt",
+    "merges.txt",
+    "LICENSE*",
+    "README.md",
+]
+# Folders hold other formats of the same weights; `consolidated` is Mistral's second copy of them.
+_LEFT_OUT = ["*/*", "consolidated*.safetensors"]
+
+
+def parse_hub_id(text: str) -> tuple[str, str | None] | None:
+    """`org/name[@revision]` as (hub id, revision); None where the text is nothing of the kind."""
+    match = _HUB_ID.fullmatch(text)
+    if match is None or ".." in text or "--" in match["id"]:
+        return None
+    return match["id"], match["revision"]
+
+
+def fetch_snapshot(hub_id: str, revision: str | None) -> Path:
+    """The model's files in the hub client's cache; the directory's name is the commit hash.
+
+    Settings come first, so that what they forbid is refused before gigabytes of weights are fetched.
+    With HF_HUB_OFFLINE=1, or without a network, what the cache already holds is enough.
+
+    Raises:
+        InvalidModel: the hub has no such model or revision for us, or its settings are refused.
+        Unavailable: the hub cannot be reached.
+    """
+    try:
+        import httpx2
+        from huggingface_hub import errors, snapshot_download
+    except ImportError as error:
+        raise Unavailable(
+            f'{hub_id} cannot be fetched: install the hub client with pip install "qlora-service[train]"'
+        ) from error
+    label = f"{hub_id}@{revision}" if revision else hub_id
+
+    def download(revision: str | None, patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=_LEFT_OUT)
+        )
+
+    try:
+        settings = download(revision, _SETTINGS_FILES)
+        inspect_settings(settings, label)
+        return download(settings.name, _MODEL_FILES)
+    except errors.GatedRepoError as error:
+        raise InvalidModel(
+            f"{label} is gated: accept its terms on its page at the hub, then set HF_TOKEN and import again"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise InvalidModel(
+            f"{label} is neither a path here nor a model on the hub: check the spelling; "
+            "for a private model set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InvalidModel(
+            f"{hub_id} has no revision {revision}: name a branch, a tag or a commit"
+        ) from error
+    except errors.HFValidationError as error:
+        raise InvalidModel(f"{label} is neither a path here nor a hub id: {error}") from error
+    except (OSError, httpx2.HTTPError) as error:
+        raise _unreachable(label, error) from error
+
+
+def _unreachable(label: str, error: Exception) -> Unavailable:
+    reason = str(error).strip().splitlines()
+    return Unavailable(
+        f"{label} is not a path here, and the hub could not be reached to fetch it: connect and unset HF_HUB_OFFLINE, "
+        f"or download it elsewhere and import the directory ({type(error).__name__}: {reason[0] if reason else ''})"
+    )

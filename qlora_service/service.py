@@ -1,0 +1,374 @@
+"""What a user can do, one function per action. The API, the command line and the tests all call these."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from qlora_service.artifacts.manifest import NAME as MANIFEST
+from qlora_service.artifacts.manifest import Manifest, ManifestFile, describe_file
+from qlora_service.artifacts.store import ArtifactStore, dataset_key, job_key
+from qlora_service.data.checks import check_dataset, read_examples
+from qlora_service.data.examples import Container, Shape, SourceRow
+from qlora_service.data.rendering import (
+    RenderedRow,
+    Renderer,
+    RenderReport,
+    RenderRules,
+    UnusableRow,
+    render_report,
+)
+from qlora_service.errors import Conflict, Finding, InvalidDataset, InvalidSpec, NotFound
+from qlora_service.ids import new_id
+from qlora_service.jobs import Job, JobEvent, JobStatus
+from qlora_service.models.catalog import BaseModel, Catalog
+from qlora_service.queue import Queue, utc_now
+from qlora_service.specs import JobSpec
+from qlora_service.store import datasets as dataset_rows
+from qlora_service.store import jobs as job_rows
+from qlora_service.store.database import Database
+from qlora_service.store.datasets import Dataset
+
+CHECKED_ROWS = 50_000
+"""Rows rendered while a job is posted; the trainer checks the rest before it starts."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A queued job and what its submitter should know."""
+
+    job: Job
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published file: what the manifest says of it, and where its bytes are."""
+
+    file: ManifestFile
+    key: str
+
+
+class Service:
+    """All actions over one data directory's state; safe to share between threads."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        artifacts: ArtifactStore,
+        catalog: Catalog,
+        queue: Queue,
+        tmp_dir: Path,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._database = database
+        self._artifacts = artifacts
+        self._catalog = catalog
+        self._queue = queue
+        self._tmp_dir = tmp_dir
+        self._clock = clock
+        tmp_dir.mkdir(parents=True, exist_ok=True)
+
+    # --- datasets
+
+    def add_dataset(
+        self,
+        path: Path,
+        *,
+        filename: str | None,
+        container: Container | None = None,
+        shape: Shape | None = None,
+    ) -> Dataset:
+        """The stored dataset made of the file at `path`; nothing is stored when no row of it is usable.
+
+        Raises:
+            InvalidDataset: the container cannot be told or read, or no row is usable.
+        """
+        return self._store_dataset(self._checked(path, filename, container, shape), path)
+
+    def get_dataset(self, dataset_id: str) -> Dataset:
+        """Raises: NotFound."""
+        with self._database.read() as connection:
+            return dataset_rows.get_dataset(connection, dataset_id)
+
+    def list_datasets(self, *, before: str | None = None, limit: int = 20) -> list[Dataset]:
+        with self._database.read() as connection:
+            return dataset_rows.list_datasets(connection, before=before, limit=limit)
+
+    def dataset_lengths(self, dataset_id: str, base_model: str, rules: RenderRules) -> RenderReport:
+        """Token counts and unusable rows of a dataset under one base model's tokenizer and template.
+
+        Raises:
+            NotFound: no such dataset.
+            InvalidModel: unknown base model, or its template cannot be used.
+        """
+        dataset, model = self.get_dataset(dataset_id), self._catalog.get(base_model)
+        with self._scratch() as scratch:
+            return self._render_report(dataset, self._local(dataset, scratch), model, rules, keep=True)
+
+    def preview(
+        self, dataset_id: str, base_model: str, rules: RenderRules, *, skip: int = 0, limit: int = 5
+    ) -> list[dict[str, Any]]:
+        """Rows as they will be trained: text, tokens with id, text and whether trained, tokens cut off."""
+        dataset, model = self.get_dataset(dataset_id), self._catalog.get(base_model)
+        with self._scratch() as scratch, Renderer(model.path, rules, self._clock()) as renderer:
+            rows = islice(_examples(dataset, self._local(dataset, scratch)), skip, skip + limit)
+            return [_preview(renderer, result) for result in renderer.render(rows)]
+
+    # --- base models
+
+    def list_models(self) -> list[BaseModel]:
+        return self._catalog.list()
+
+    # --- jobs
+
+    def submit(self, spec: JobSpec, upload: Path | None = None, filename: str | None = None) -> Submission:
+        """A queued job on a stored dataset, on the spec's inline rows, or on the file at `upload`.
+
+        Everything that can be known to fail is refused here, and then nothing is stored.
+
+        Raises:
+            InvalidSpec, InvalidModel, InvalidDataset, NotFound: with the place and what to do.
+        """
+        model = self._catalog.get(spec.base_model)
+        limit = spec.training.max_seq_len_tokens
+        if model.max_positions is not None and limit > model.max_positions:
+            raise InvalidSpec(
+                f"max_seq_len_tokens is {limit}, but {model.name} handles {model.max_positions} tokens at most",
+                location="/training/max_seq_len_tokens",
+            )
+        with self._scratch() as scratch:
+            dataset, path, is_new = self._source(spec, upload, filename, scratch)
+            report = self._render_report(dataset, path, model, render_rules(spec), keep=not is_new)
+            warnings = _judge(report, dataset, spec)
+            if is_new:
+                dataset = self._store_dataset(dataset, path)
+        ref = spec.dataset.model_copy(update={"id": dataset.id, "rows": None})
+        stored = spec.model_copy(update={"dataset": ref})
+        job_id = new_id("job")
+        with self._database.write() as connection:
+            job_rows.insert_job(connection, job_id, stored, dataset.id, self._clock())
+            return Submission(job_rows.get_job(connection, job_id), tuple(warnings))
+
+    def get_job(self, job_id: str) -> Job:
+        """Raises: NotFound."""
+        with self._database.read() as connection:
+            return job_rows.get_job(connection, job_id)
+
+    def queue_position(self, job: Job) -> int | None:
+        """Jobs that run before this queued one; None for any other."""
+        if job.status is not JobStatus.QUEUED:
+            return None
+        with self._database.read() as connection:
+            return job_rows.count_ahead(connection, job)
+
+    def list_jobs(
+        self,
+        *,
+        status: JobStatus | None = None,
+        base_model: str | None = None,
+        before: str | None = None,
+        limit: int = 20,
+    ) -> list[Job]:
+        """Jobs, newest first, older than the id `before`."""
+        with self._database.read() as connection:
+            return job_rows.list_jobs(connection, status=status, base_model=base_model, before=before, limit=limit)
+
+    def cancel(self, job_id: str) -> Job:
+        """Raises: NotFound, Conflict."""
+        return self._queue.request_cancel(job_id)
+
+    def job_events(self, job_id: str, after: int = 0, limit: int | None = None) -> list[JobEvent]:
+        """Events after sequence number `after`, oldest first. Raises: NotFound."""
+        with self._database.read() as connection:
+            job_rows.get_job(connection, job_id)
+            return job_rows.events_after(connection, job_id, after, limit=limit)
+
+    def job_metrics(self, job_id: str) -> list[dict[str, Any]]:
+        """Metrics of the latest attempt, one record per step or evaluation, oldest first. Raises: NotFound."""
+        with self._database.read() as connection:
+            attempt = job_rows.get_job(connection, job_id).attempt
+            events = job_rows.events_after(connection, job_id, types=("metrics", "evaluation"))
+        return [event.data for event in events if event.data.get("attempt") == attempt]
+
+    # --- artifacts
+
+    def manifest(self, job_id: str) -> Manifest:
+        """What a succeeded job published.
+
+        Raises:
+            NotFound: no such job.
+            Conflict: the job has not succeeded (yet).
+        """
+        return Manifest.model_validate_json(b"".join(self._artifacts.read(self._manifest_key(job_id))))
+
+    def artifact(self, job_id: str, name: str) -> Artifact:
+        """Raises: NotFound, Conflict."""
+        manifest = self.manifest(job_id)
+        if name == MANIFEST:
+            key = self._manifest_key(job_id)
+            content = b"".join(self._artifacts.read(key))
+            file = ManifestFile(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+            return Artifact(file, key)
+        entry = manifest.file(name)
+        if entry is None:
+            names = ", ".join([*(file.name for file in manifest.files), MANIFEST])
+            raise NotFound(f"job {job_id} published no {name!r}; it published {names}", location="name")
+        return Artifact(entry, job_key(job_id, manifest.attempt, name))
+
+    def artifacts(self, job_id: str) -> list[Artifact]:
+        """Every published file, the manifest last. Raises: NotFound, Conflict."""
+        names = [*(file.name for file in self.manifest(job_id).files), MANIFEST]
+        return [self.artifact(job_id, name) for name in names]
+
+    def read_artifact(self, artifact: Artifact, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """The bytes [start, end) of a published file, in chunks."""
+        return self._artifacts.read(artifact.key, start, end)
+
+    # --- inside
+
+    def _manifest_key(self, job_id: str) -> str:
+        job = self.get_job(job_id)
+        if job.result is None:
+            raise Conflict(f"job {job_id} is {job.status}: artifacts exist once a job has succeeded", location="job_id")
+        return job_key(job_id, job.result["attempt"], MANIFEST)
+
+    def _source(
+        self, spec: JobSpec, upload: Path | None, filename: str | None, scratch: Path
+    ) -> tuple[Dataset, Path, bool]:
+        """The dataset a job names or brings, a file with its bytes, and whether it is yet to be stored."""
+        ref = spec.dataset
+        sources = [source for source in (ref.id, ref.rows, upload) if source is not None]
+        if len(sources) != 1:
+            raise InvalidSpec(
+                ("no dataset" if not sources else "more than one dataset")
+                + ": give one of dataset.id (from POST /datasets), dataset.rows, or the multipart part `dataset`",
+                location="/dataset",
+            )
+        if ref.id is not None:
+            dataset = self.get_dataset(ref.id)
+            return dataset, self._local(dataset, scratch), False
+        if ref.rows is not None:
+            upload = scratch / "rows.jsonl"
+            with upload.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in ref.rows)
+        assert upload is not None
+        container = "jsonl" if ref.rows is not None else ref.container
+        return self._checked(upload, filename, container, ref.shape), upload, True
+
+    def _checked(self, path: Path, filename: str | None, container: Container | None, shape: Shape | None) -> Dataset:
+        """A dataset that is not stored yet. Raises: InvalidDataset."""
+        report = check_dataset(path, filename=filename, container=container, shape=shape)
+        return Dataset(new_id("ds"), describe_file(path).sha256, filename, self._clock(), report)
+
+    def _store_dataset(self, dataset: Dataset, path: Path) -> Dataset:
+        key = dataset_key(dataset.sha256)
+        if not self._artifacts.exists(key):
+            self._artifacts.put_file(key, path)
+        with self._database.write() as connection:
+            return dataset_rows.insert_dataset(connection, dataset)
+
+    def _local(self, dataset: Dataset, scratch: Path) -> Path:
+        return self._artifacts.local_copy(dataset_key(dataset.sha256), scratch)
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(dir=self._tmp_dir) as path:
+            yield Path(path)
+
+    def _render_report(
+        self, dataset: Dataset, path: Path, model: BaseModel, rules: RenderRules, *, keep: bool
+    ) -> RenderReport:
+        """What rendering the dataset gives; with `keep` from the cache and into it."""
+        identity = [model.name, model.weights_sha256, model.imported_at, asdict(rules), CHECKED_ROWS]
+        key = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()
+        if keep:
+            with self._database.read() as connection:
+                known = dataset_rows.get_render_report(connection, dataset.id, key)
+            if known is not None:
+                return RenderReport(**known)
+        with Renderer(model.path, rules, self._clock()) as renderer:
+            report = render_report(renderer, _examples(dataset, path), CHECKED_ROWS)
+        if keep:
+            with self._database.write() as connection:
+                dataset_rows.put_render_report(connection, dataset.id, key, asdict(report))
+        return report
+
+
+def open_service(*, database_url: str, artifact_url: str, models_dir: Path, tmp_dir: Path, lease_s: float) -> Service:
+    """The service over its stores, with the database's schema brought up to date."""
+    database = Database(database_url)
+    database.migrate()
+    return Service(
+        database=database,
+        artifacts=ArtifactStore(artifact_url),
+        catalog=Catalog(models_dir),
+        queue=Queue(database, lease_s=lease_s),
+        tmp_dir=tmp_dir,
+    )
+
+
+def _examples(dataset: Dataset, path: Path) -> Iterator[SourceRow]:
+    return read_examples(path, dataset.report.container, dataset.report.shape)
+
+
+def render_rules(spec: JobSpec) -> RenderRules:
+    training = spec.training
+    return RenderRules(training.max_seq_len_tokens, training.too_long, training.train_on)
+
+
+def _judge(report: RenderReport, dataset: Dataset, spec: JobSpec) -> list[str]:
+    """Warnings for a job that may run. Raises: InvalidDataset when it may not."""
+    limit = spec.training.max_seq_len_tokens
+    findings = [Finding(**value) for value in report.findings]
+    place = "/dataset"
+    if report.too_long_rows and (report.too_long_rows == report.rows or spec.training.too_long == "refuse"):
+        share = "every row" if report.too_long_rows == report.rows else f"{report.too_long_rows} of {report.rows} rows"
+        raise InvalidDataset(
+            f"{share} of dataset {dataset.id} are longer than max_seq_len_tokens = {limit}: raise it to "
+            f"{report.longest_tokens} to keep them whole, or set training.too_long to truncate or drop",
+            location=place,
+            findings=findings,
+        )
+    if report.usable_rows == 0:
+        raise InvalidDataset(
+            f"no row of dataset {dataset.id} can be trained on: {findings[0] if findings else 'it is empty'}",
+            location=place,
+            findings=findings,
+        )
+    if spec.validation.fraction > 0 and report.usable_rows < 2 and report.complete:
+        raise InvalidDataset(
+            f"dataset {dataset.id} has one usable row, too few to hold any out: add rows or set "
+            "validation.fraction to 0",
+            location=place,
+        )
+    warnings = []
+    bad = dataset.report.finding_count
+    if bad:
+        warnings.append(f"{bad} rows of the upload cannot be read and are left out: GET /datasets/{dataset.id}")
+    if report.finding_count:
+        warnings.append(f"{report.finding_count} rows are left out; the first: {findings[0]}")
+    if report.cut_rows:
+        warnings.append(f"{report.cut_rows} rows are truncated to {limit} tokens")
+    if not report.complete:
+        warnings.append(f"only the first {report.rows} rows were checked; the trainer checks the rest")
+    return warnings
+
+
+def _preview(renderer: Renderer, result: RenderedRow | UnusableRow) -> dict[str, Any]:
+    if isinstance(result, UnusableRow):
+        return {"line": result.finding.line, "problem": result.finding.reason}
+    tokens = [
+        {"id": token_id, "text": renderer.token_text(token_id), "trained": trained}
+        for token_id, trained in zip(result.input_ids, result.trained, strict=True)
+    ]
+    return {"line": result.line, "text": result.text, "tokens": tokens, "cut_tokens": result.cut_tokens}

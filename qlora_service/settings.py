@@ -1,0 +1,60 @@
+"""Settings of the service: the only reader of the environment.
+
+Built once, at an entry point (`api`, `workers`, `cli`); everything below gets plain values.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+GIB = 2**30
+
+
+class Settings(BaseSettings):
+    """Every setting is an environment variable with the prefix QLORA_, e.g. `QLORA_DATA_DIR=/data`."""
+
+    model_config = SettingsConfigDict(env_prefix="QLORA_", extra="ignore", frozen=True)
+
+    data_dir: Path = Field(
+        Path("data"),
+        description="Everything the service owns: state.db, artifacts/, models/, cache/, tmp/. Local disk only.",
+    )
+    database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the data directory.")
+    artifact_url: str | None = Field(None, description="obstore URL; default: artifacts/ in the data directory.")
+    host: str = Field("127.0.0.1", description="Address the API listens on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port the API listens on.")
+    url: str | None = Field(None, description="Service address the command line talks to.")
+    max_upload_bytes: int = Field(20 * GIB, gt=0, description="Largest request body.")
+    slots: int | None = Field(None, ge=1, description="Trainers at a time; default: one per GPU, one on a CPU.")
+    lease_s: float = Field(30.0, gt=1.0, description="A claim not renewed for this long is lost.")
+    heartbeat_s: float = Field(2.0, gt=0.0, description="How often a trainer renews its claim.")
+    cancel_grace_s: float = Field(30.0, gt=0.0, description="A trainer that ignores a cancel this long is killed.")
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+
+    @property
+    def resolved_data_dir(self) -> Path:
+        return self.data_dir.expanduser().resolve()
+
+    @property
+    def models_dir(self) -> Path:
+        return self.resolved_data_dir / "models"
+
+    @property
+    def tmp_dir(self) -> Path:
+        """Scratch on the data disk: uploads and rendered rows may be larger than a tmpfs /tmp."""
+        return self.resolved_data_dir / "tmp"
+
+    @property
+    def resolved_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.resolved_data_dir / 'state.db'}"
+
+    @property
+    def resolved_artifact_url(self) -> str:
+        return self.artifact_url or (self.resolved_data_dir / "artifacts").as_uri()
+
+    @property
+    def base_url(self) -> str:
+        return (self.url or f"http://{self.host}:{self.port}").rstrip("/")

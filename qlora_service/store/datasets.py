@@ -1,0 +1,87 @@
+"""Datasets as rows; their bytes lie in the artifact store under their SHA-256."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from qlora_service.data.checks import DatasetReport
+from qlora_service.errors import NotFound
+from qlora_service.store.tables import datasets, render_reports
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An upload that was checked and stored. The same bytes read the same way are one dataset."""
+
+    id: str
+    sha256: str
+    filename: str | None
+    created_at: datetime
+    report: DatasetReport
+
+
+def insert_dataset(connection: Connection, dataset: Dataset) -> Dataset:
+    """The stored dataset: `dataset` itself, or the one that was there with the same bytes and reading."""
+    same = sa.select(datasets).where(
+        datasets.c.sha256 == dataset.sha256,
+        datasets.c.container == dataset.report.container,
+        datasets.c.shape == dataset.report.shape,
+    )
+    row = connection.execute(same).one_or_none()
+    if row is not None:
+        return _from_row(row)
+    connection.execute(
+        datasets.insert().values(
+            id=dataset.id,
+            sha256=dataset.sha256,
+            filename=dataset.filename,
+            bytes=dataset.report.bytes,
+            container=dataset.report.container,
+            shape=dataset.report.shape,
+            report=dataset.report.as_dict(),
+            created_at=dataset.created_at,
+        )
+    )
+    return dataset
+
+
+def get_dataset(connection: Connection, dataset_id: str) -> Dataset:
+    """Raises: NotFound."""
+    row = connection.execute(sa.select(datasets).where(datasets.c.id == dataset_id)).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no dataset {dataset_id!r}: POST the file to /datasets first", location="/dataset/id")
+    return _from_row(row)
+
+
+def list_datasets(connection: Connection, *, before: str | None, limit: int) -> list[Dataset]:
+    """Up to `limit` datasets, newest first, older than the id `before`."""
+    query = sa.select(datasets).order_by(datasets.c.id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(datasets.c.id < before)
+    return [_from_row(row) for row in connection.execute(query)]
+
+
+def get_render_report(connection: Connection, dataset_id: str, key: str) -> dict[str, Any] | None:
+    where = (render_reports.c.dataset_id == dataset_id) & (render_reports.c.key == key)
+    return connection.execute(sa.select(render_reports.c.report).where(where)).scalar_one_or_none()
+
+
+def put_render_report(connection: Connection, dataset_id: str, key: str, report: dict[str, Any]) -> None:
+    where = (render_reports.c.dataset_id == dataset_id) & (render_reports.c.key == key)
+    connection.execute(render_reports.delete().where(where))
+    connection.execute(render_reports.insert().values(dataset_id=dataset_id, key=key, report=report))
+
+
+def _from_row(row: Any) -> Dataset:
+    return Dataset(
+        id=row.id,
+        sha256=row.sha256,
+        filename=row.filename,
+        created_at=row.created_at,
+        report=DatasetReport.from_dict(row.report),
+    )
