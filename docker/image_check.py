@@ -56,9 +56,7 @@ def write_pip_config(target: Path) -> dict[str, Path]:
         return f"file:///mnt/{name}/{path.name}"
 
     config = configparser.RawConfigParser()
-    config["global"] = {
-        option: " ".join(moved(word) for word in value.split()) for option, value in options.items()
-    }
+    config["global"] = {option: " ".join(moved(word) for word in value.split()) for option, value in options.items()}
     with target.open("w") as file:
         config.write(file)
     return mounts
@@ -96,16 +94,22 @@ class Image:
             time.sleep(0.5)
         return process
 
+    def processes(self) -> dict[int, str]:
+        """Command lines of the user's live processes, by pid. A zombie has none."""
+        ps = subprocess.run(
+            ["/bin/ps", "-U", str(self.uid), "-o", "pid=,stat=,args="], capture_output=True, text=True, check=False
+        )
+        found = (line.split(maxsplit=2) for line in ps.stdout.splitlines())
+        return {int(pid): command for pid, state, command in found if not state.startswith("Z")}
+
     def stop(self, process: subprocess.Popen[bytes]) -> None:
-        """Returns when the image's stop signal ended the command and everything it started."""
+        """Returns when the image's stop signal ended the command, cleanly, and everything it started."""
         began = time.monotonic()
         process.send_signal(signal.Signals[self.config["StopSignal"]])
-        try:
-            code = process.wait(timeout=STOP_S)
-        except subprocess.TimeoutExpired:
-            sys.exit(f"still running {STOP_S} s after {self.config['StopSignal']}")
-        left = [path.name for path in Path("/proc").glob("[0-9]*") if path.stat().st_uid == self.uid]
-        require(not left, f"processes left behind: {left}")
+        while process.poll() is None or self.processes():
+            require(time.monotonic() - began < STOP_S, f"still running after {STOP_S} s: {self.processes()}")
+            time.sleep(0.1)
+        code = process.returncode
         require(code in (0, -signal.SIGTERM), f"exit code {code} after {self.config['StopSignal']}")
         print(f"   stopped in {time.monotonic() - began:.1f} s with exit code {code}")
 
@@ -193,6 +197,9 @@ def check_artifacts(job_id: str) -> None:
 def run_job(image: Image) -> None:
     """Returns when the image imported a model, trained on it, handed out the adapter and stopped."""
     check_confinement(image)
+    compiled = image.run("sh", "-c", "echo '#include <stdio.h>' | gcc -shared -fPIC -xc - -o /data/probe.so")
+    require(compiled.returncode == 0, f"triton would find no working gcc: {compiled.stderr}")
+    (image.root / "data/probe.so").unlink()
     process = image.start()
     (weights,) = (image.root / "mnt").glob("*.gguf")
     imported = image.run("qlora", "models", "import", BASE_MODEL, f"/mnt/{weights.name}")

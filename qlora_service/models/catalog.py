@@ -2,7 +2,7 @@
 
     <models_dir>/<name, / written as -->/config.json, *.safetensors, tokenizer.json, …, qlora-model.json
 
-A name is there whole or not at all. Imports neither torch nor transformers: conversions run in a child process.
+A name is there whole or not at all. Neither torch nor transformers is imported: conversions run in a child.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import structlog
 
@@ -58,7 +58,8 @@ class BaseModel:
     """One model of the catalog.
 
     `hub_id` and `revision` (a commit hash) are set for models from the hub. `weights_sha256` is one hash over
-    the sorted lines "name sha256" of the *.safetensors files. `parameters` counts stored weights: tied ones once.
+    the sorted lines "name sha256" of the *.safetensors files. `parameters` counts stored weights, so tied
+    ones once.
     """
 
     name: str
@@ -89,6 +90,14 @@ class BaseModel:
         return fields | {"imported_at": self.imported_at.isoformat()}
 
 
+class Origin(NamedTuple):
+    """Where a model came from: `hub_id` and `revision` for the hub only."""
+
+    source: Source
+    hub_id: str | None = None
+    revision: str | None = None
+
+
 class Catalog:
     """The base models under `models_dir`, which is created by the first import."""
 
@@ -101,35 +110,30 @@ class Catalog:
         Raises:
             InvalidModel: there is none, or its record cannot be read.
         """
-        if not _NAME.fullmatch(name) or not (path := self._path(name)).is_dir():
+        if not _is_name(name) or not (path := self._path(name)).is_dir():
             raise self._unknown(name)
         return _read_record(path)
 
     def import_model(self, name: str, source: str | Path) -> BaseModel:
-        """The model of a Hugging Face directory, a GGUF file or a hub id `org/name[@revision]`, now called `name`.
+        """The new model `name` from a Hugging Face directory, a GGUF file or a hub id `org/name[@revision]`.
 
         Raises:
             InvalidModel: the name or what `source` holds is refused; every finding is listed.
             Conflict: the name is taken.
-            Unavailable: the hub cannot be reached, or memory ran out.
+            Unavailable: the hub cannot be reached, memory or disk space ran out.
         """
         _check_name(name)
         target = self._path(name)
         if target.exists():
             raise self._taken(name)
-        staging.reap_stale(self.models_dir)
-        with staging.staging_directory(self.models_dir) as staged:
-            kind, hub_id, revision = _fill(staged, source)
-            _forget_origin(staged.path)
-            # Inspected as it will be used: the source may have changed since, a conversion may have gone wrong.
-            facts = inspect_model(staged.path, str(source))
-            model = _describe(name, target, staged.path, facts, kind, hub_id, revision)
-            (staged.path / RECORD).write_text(json.dumps(model.as_dict(), indent=2) + "\n", encoding="utf-8")
-            try:
-                staged.publish(target)
-            except FileExistsError:
-                raise self._taken(name) from None
-        log.info("model_imported", model=name, source=kind, parameters=model.parameters)
+        try:
+            model = self._import(name, source, target)
+        except OSError as error:
+            raise Unavailable(
+                f"{source} could not be imported ({error}): "
+                f"check disk space and permissions of {self.models_dir}, then import it again"
+            ) from error
+        log.info("model_imported", model=name, source=model.source, parameters=model.parameters)
         return model
 
     def remove(self, name: str) -> None:
@@ -138,7 +142,7 @@ class Catalog:
         Raises:
             InvalidModel: there is none of that name.
         """
-        if not _NAME.fullmatch(name) or not self._path(name).is_dir():
+        if not _is_name(name) or not self._path(name).is_dir():
             raise self._unknown(name)
         staging.discard(self._path(name))
         log.info("model_removed", model=name)
@@ -153,6 +157,21 @@ class Catalog:
                 log.warning("model_record_unreadable", directory=path.name, error=error.message)
         return sorted(models, key=lambda model: model.name)
 
+    def _import(self, name: str, source: str | Path, target: Path) -> BaseModel:
+        staging.reap_stale(self.models_dir)
+        with staging.staging_directory(self.models_dir) as staged:
+            origin = _fill(staged, source)
+            _forget_origin(staged.path)
+            # Inspected as it will be used: the source may have changed, a conversion may have gone wrong.
+            facts = inspect_model(staged.path, str(source))
+            model = _describe(name, target, staged.path, facts, origin)
+            (staged.path / RECORD).write_text(json.dumps(model.as_dict(), indent=2) + "\n", encoding="utf-8")
+            try:
+                staged.publish(target)
+            except FileExistsError:
+                raise self._taken(name) from None
+        return model
+
     def _directories(self) -> builtins.list[Path]:
         if not self.models_dir.is_dir():
             return []
@@ -163,43 +182,46 @@ class Catalog:
 
     def _unknown(self, name: str) -> InvalidModel:
         known = sorted(model.name for model in self.list())
-        close = difflib.get_close_matches(name, known, n=1)
+        lowered = {other.lower(): other for other in known}
+        close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
         return InvalidModel(
             f"there is no base model {name!r}"
-            + (f": did you mean {close[0]!r}?" if close else ".")
+            + (f": did you mean {lowered[close[0]]!r}?" if close else ".")
             + (f" Known: {', '.join(known)}." if known else " The catalog is empty.")
             + " Add one with: qlora models import NAME PATH",
             known=known,
         )
 
     def _taken(self, name: str) -> Conflict:
-        return Conflict(
-            f"base model {name!r} exists already: choose another name, or remove it first", model=name
-        )
+        return Conflict(f"base model {name!r} exists already: choose another name, or remove it first", model=name)
+
+
+def _is_name(name: str) -> bool:
+    # "--" stands for "/" in directory names, so it cannot stand for itself.
+    return len(name) <= 200 and "--" not in name and _NAME.fullmatch(name) is not None
 
 
 def _check_name(name: str) -> None:
-    # "--" stands for "/" in directory names, so it cannot stand for itself.
-    if not _NAME.fullmatch(name) or "--" in name or len(name) > 200:
+    if not _is_name(name):
         raise InvalidModel(
-            f"{name[:200]!r} cannot name a base model: use letters, digits, '.', '_' and '-' (no two in a row), "
+            f"{name[:200]!r} cannot name a base model: use letters, digits, '.', '_' and '-' (never '--'), "
             "starting with a letter or digit, optionally as org/name and with @revision"
         )
 
 
-def _fill(staged: staging.Staging, source: str | Path) -> tuple[Source, str | None, str | None]:
-    """Puts the model's files into the staging directory; returns its kind, hub id and commit."""
+def _fill(staged: staging.Staging, source: str | Path) -> Origin:
+    """Puts the model's files into the staging directory; returns where they came from."""
     path = Path(source).expanduser()
     if path.is_file():
         _convert_gguf(path, staged)
-        return "gguf", None, None
+        return Origin("gguf")
     if path.is_dir():
         _copy(path, staged, str(source))
-        return "directory", None, None
+        return Origin("directory")
     if hub_id := hub.parse_hub_id(str(source)):
         snapshot = hub.fetch_snapshot(*hub_id)
         _copy(snapshot, staged, str(source))
-        return "hub", hub_id[0], snapshot.name
+        return Origin("hub", hub_id[0], snapshot.name)
     raise InvalidModel(
         f"{source} does not exist: give a Hugging Face directory, a GGUF file or a hub id org/name[@revision]"
     )
@@ -208,20 +230,14 @@ def _fill(staged: staging.Staging, source: str | Path) -> tuple[Source, str | No
 def _convert_gguf(file: Path, staged: staging.Staging) -> None:
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
-            raise InvalidModel(
-                f"{file} is not a GGUF file: give one, or the whole directory of a Hugging Face model"
-            )
+            raise InvalidModel(f"{file} is not a GGUF file: give one, or the whole directory of a Hugging Face model")
     _run_conversion(["gguf", str(file.resolve()), str(staged.path)], staged, str(file))
 
 
 def _copy(directory: Path, staged: staging.Staging, label: str) -> None:
     facts = inspect_model(directory, label)
     for path in directory.iterdir():
-        wanted = (
-            path.suffix in _COPIED_SUFFIXES
-            or path.name in _COPIED_NAMES
-            or path.name.startswith(_COPIED_PREFIXES)
-        )
+        wanted = path.suffix in _COPIED_SUFFIXES or path.name in _COPIED_NAMES or path.name.startswith(_COPIED_PREFIXES)
         stray = path.name == RECORD or (path.name == WEIGHTS_INDEX and len(facts.weight_files) == 1)
         if path.name in facts.weight_files or (wanted and not stray and path.is_file()):
             shutil.copyfile(path, staged.path / path.name)
@@ -246,9 +262,7 @@ def _run_conversion(arguments: Sequence[str], staged: staging.Staging, label: st
             "as when memory runs out; free some and import again"
         )
     if result.returncode:
-        lines = result.stderr.decode(errors="replace").strip().splitlines() or [
-            f"exit code {result.returncode}"
-        ]
+        lines = result.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {result.returncode}"]
         raise InvalidModel(f"{label} could not be converted: {lines[-1]}", stderr="\n".join(lines[-20:]))
 
 
@@ -263,22 +277,14 @@ def _forget_origin(directory: Path) -> None:
             path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _describe(
-    name: str,
-    target: Path,
-    staged: Path,
-    facts: ModelFacts,
-    source: Source,
-    hub_id: str | None,
-    revision: str | None,
-) -> BaseModel:
+def _describe(name: str, target: Path, staged: Path, facts: ModelFacts, origin: Origin) -> BaseModel:
     known = asdict(facts)
     return BaseModel(
         name=name,
         path=target,
-        source=source,
-        hub_id=hub_id,
-        revision=revision,
+        source=origin.source,
+        hub_id=origin.hub_id,
+        revision=origin.revision,
         weights_sha256=_weights_sha256(staged, known.pop("weight_files")),
         imported_at=datetime.now(UTC),
         **known,
@@ -299,5 +305,5 @@ def _read_record(path: Path) -> BaseModel:
         return BaseModel(path=path, **fields | {"imported_at": datetime.fromisoformat(fields["imported_at"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InvalidModel(
-            f"the record {path.name}/{RECORD} in the catalog cannot be read ({error}): remove the model and import it again"
+            f"the catalog's record {path.name}/{RECORD} cannot be read ({error}): remove the model and import it again"
         ) from error

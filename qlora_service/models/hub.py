@@ -8,9 +8,7 @@ from pathlib import Path
 from qlora_service.errors import InvalidModel, Unavailable
 from qlora_service.models.inspection import inspect_settings
 
-_HUB_ID = re.compile(
-    r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?", re.ASCII
-)
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?", re.ASCII)
 
 _SETTINGS_FILES = ["*.json"]
 _MODEL_FILES = [
@@ -55,9 +53,7 @@ def fetch_snapshot(hub_id: str, revision: str | None) -> Path:
     label = f"{hub_id}@{revision}" if revision else hub_id
 
     def download(revision: str | None, patterns: list[str]) -> Path:
-        return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=_LEFT_OUT)
-        )
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=_LEFT_OUT))
 
     try:
         settings = download(revision, _SETTINGS_FILES)
@@ -73,9 +69,7 @@ def fetch_snapshot(hub_id: str, revision: str | None) -> Path:
             "for a private model set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise InvalidModel(
-            f"{hub_id} has no revision {revision}: name a branch, a tag or a commit"
-        ) from error
+        raise InvalidModel(f"{hub_id} has no revision {revision}: name a branch, a tag or a commit") from error
     except errors.HFValidationError as error:
         raise InvalidModel(f"{label} is neither a path here nor a hub id: {error}") from error
     except (OSError, httpx2.HTTPError) as error:
@@ -85,6 +79,7 @@ def fetch_snapshot(hub_id: str, revision: str | None) -> Path:
 def _unreachable(label: str, error: Exception) -> Unavailable:
     reason = str(error).strip().splitlines()
     return Unavailable(
-        f"{label} is not a path here, and the hub could not be reached to fetch it: connect and unset HF_HUB_OFFLINE, "
-        f"or download it elsewhere and import the directory ({type(error).__name__}: {reason[0] if reason else ''})"
+        f"{label} is not a path here, and the hub could not be reached to fetch it: "
+        "connect and unset HF_HUB_OFFLINE, or download it elsewhere and import the directory "
+        f"({type(error).__name__}: {reason[0] if reason else 'no reason given'})"
     )

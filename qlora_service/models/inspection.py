@@ -39,7 +39,7 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What config.json and the headers of the weights say; `weight_files` are the names transformers loads."""
+    """What config.json and the weights' headers say; `weight_files` are the names transformers loads."""
 
     architecture: str
     model_type: str
@@ -62,8 +62,11 @@ def inspect_model(directory: Path, label: str) -> ModelFacts:
     findings: list[str] = []
     documents: dict[str, Any] = {}
     headers: dict[str, dict[str, TensorEntry]] = {}
+    names: set[str] = set()  # of the top level; what lies deeper is looked at, never used
     for path in _regular_files(root, findings):
         name = path.relative_to(root).as_posix()
+        if path.parent == root:
+            names.add(name)
         if path.suffix == ".safetensors":
             try:
                 headers[name] = read_header(path)
@@ -73,7 +76,6 @@ def inspect_model(directory: Path, label: str) -> ModelFacts:
         findings += _executable_content(path, name)
         if path.suffix == ".json":
             documents[name] = _read_json(path, name, findings)
-    names = {path.name for path in root.iterdir()}
     findings += _unusable_kind(names, documents)
     findings += _tokenizer_findings(root, names)
     sizes = _sizes(documents, findings)
@@ -120,7 +122,7 @@ def _regular_files(root: Path, findings: list[str]) -> Iterator[Path]:
         for entry in [*folders, *sorted(files)]:
             path = Path(folder, entry)
             name = path.relative_to(root).as_posix()
-            target = path.resolve()
+            target = Path(os.path.realpath(path))  # unlike resolve(), it bears a link that points to itself
             if path.is_symlink() and not target.is_relative_to(root) and target.parent != blobs:
                 findings.append(f"{name} is a symbolic link to a place outside the directory")
             elif path.is_file():
@@ -130,7 +132,7 @@ def _regular_files(root: Path, findings: list[str]) -> Iterator[Path]:
 
 
 def _hub_cache_blobs(root: Path) -> Path | None:
-    """Where the hub client's cache, `models--org--name/snapshots/<revision>`, keeps what its links point to."""
+    """Where the links of a hub cache's `models--org--name/snapshots/<revision>` point to."""
     repository = root.parent.parent
     if root.parent.name == "snapshots" and repository.name.startswith("models--"):
         return repository / "blobs"
@@ -138,9 +140,9 @@ def _hub_cache_blobs(root: Path) -> Path | None:
 
 
 def _executable_content(path: Path, name: str) -> list[str]:
-    if path.suffix == ".py":
+    if path.suffix.lower() == ".py":
         return [f"{name} is Python code, which this service never runs"]
-    if path.suffix in PICKLE_SUFFIXES or _is_pickle(path):
+    if path.suffix.lower() in PICKLE_SUFFIXES or _is_pickle(path):
         return [f"{name} holds pickled weights, which can run code when read: use *.safetensors instead"]
     return []
 
@@ -172,8 +174,7 @@ def _read_json(path: Path, name: str, findings: list[str]) -> Any:
         findings.append(f"{name} is not valid JSON")
         return {}
     findings += [
-        f"{name} has {pointer}: code from the model's repository is never run"
-        for pointer in _code_keys(document)
+        f"{name} has {pointer}: code from the model's repository is never run" for pointer in _code_keys(document)
     ]
     # Only the files transformers reads as objects are looked into by key.
     return document if isinstance(document, dict) else {}
@@ -191,11 +192,10 @@ def _code_keys(document: Any) -> Iterator[str]:
                 if key in CODE_KEYS and value and not is_token_id:
                     yield f"{pointer}/{key}"
                 elif isinstance(value, (dict, list)):
-                    pending.append((f"{pointer}/{key}", value))
+                    escaped = key.replace("~", "~0").replace("/", "~1")
+                    pending.append((f"{pointer}/{escaped}", value))
         elif isinstance(node, list):
-            pending += [
-                (f"{pointer}/{i}", value) for i, value in enumerate(node) if isinstance(value, (dict, list))
-            ]
+            pending += [(f"{pointer}/{i}", value) for i, value in enumerate(node) if isinstance(value, (dict, list))]
 
 
 def _unusable_kind(names: set[str], documents: dict[str, Any]) -> list[str]:
@@ -219,9 +219,7 @@ def _unusable_kind(names: set[str], documents: dict[str, Any]) -> list[str]:
     elif config.get("is_encoder_decoder") or not architectures[0].endswith(
         ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     ):
-        findings.append(
-            f"config.json has the architecture {architectures[0]}, which is no causal language model"
-        )
+        findings.append(f"config.json has the architecture {architectures[0]}, which is no causal language model")
     return findings
 
 
@@ -264,7 +262,7 @@ def _weight_files(
 ) -> tuple[str, ...]:
     """The files transformers would load, found as it finds them: one file, else what the index names."""
     if WEIGHTS_INDEX in names:
-        weight_map = documents[WEIGHTS_INDEX].get("weight_map")
+        weight_map = documents.get(WEIGHTS_INDEX, {}).get("weight_map")
         shards = set(weight_map.values()) if _is_weight_map(weight_map) else set()
         if not shards:
             findings.append(f"{WEIGHTS_INDEX} has no usable weight_map")
@@ -273,16 +271,12 @@ def _weight_files(
         for shard in sorted(shards & headers.keys()):
             missing = [key for key, file in weight_map.items() if file == shard and key not in headers[shard]]
             if missing:
-                findings.append(
-                    f"{shard} lacks {len(missing)} tensors of {WEIGHTS_INDEX}, first {missing[0]}"
-                )
+                findings.append(f"{shard} lacks {len(missing)} tensors of {WEIGHTS_INDEX}, first {missing[0]}")
         if WEIGHTS not in names:
             return tuple(sorted(shards))
     if WEIGHTS in names:
         return (WEIGHTS,)
-    hint = next(
-        (f": to import {name}, name that file" for name in sorted(names) if name.endswith(".gguf")), ""
-    )
+    hint = next((f": to import {name}, name that file" for name in sorted(names) if name.endswith(".gguf")), "")
     findings.append(f"{WEIGHTS} is missing, and so is {WEIGHTS_INDEX}{hint}")
     return ()
 

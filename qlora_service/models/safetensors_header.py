@@ -15,7 +15,7 @@ from typing import Any
 # The limit of the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
 
-# The dtypes stored weights come in; what packs two values into one byte is a quantized format and no base model.
+# The dtypes weights are stored in; formats that pack two values into a byte are quantized, so no base.
 _DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,

@@ -77,7 +77,7 @@ def discard(directory: Path) -> None:
     """Removes a published directory; it is invisible before its first file is gone."""
     hidden = directory.with_name(f"{PREFIX}{secrets.token_hex(8)}")
     directory.rename(hidden)
-    shutil.rmtree(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)  # an import may reap it at the same time
 
 
 def _create(parent: Path) -> Staging:

@@ -1,0 +1,50 @@
+"""What differs between CUDA and CPU, in one place; everything else runs the same code on both."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+
+import torch
+
+
+def choose_device() -> torch.device:
+    """The GPU this process was given (CUDA_VISIBLE_DEVICES), else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """What the hardware calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 maths runs in hardware: Ampere and later, or AVX512-BF16.
+
+    torch answers for older cards too, whose bfloat16 is emulated and slower than float32: ask for the capability.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def can_page(device: torch.device) -> bool:
+    """Whether optimizer state can page to host memory (CUDA managed memory)."""
+    return device.type == "cuda"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory allocated so far: the device's on CUDA, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for queued work, so that a clock reads true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

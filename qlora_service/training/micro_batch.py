@@ -1,0 +1,81 @@
+"""A micro-batch: several examples as one row without padding, each a document of its own; and its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """Token ids of an example and which of them are learned."""
+
+    line: int
+    input_ids: Sequence[int]
+    trained: Sequence[bool]
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens with a loss; the first is predicted from nothing and has none."""
+        return sum(self.trained[1:])
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """T tokens of one or more documents in one row, of which N are learned."""
+
+    input_ids: torch.Tensor
+    """(1, T)"""
+    position_ids: torch.Tensor
+    """(1, T); starts again at 0 with every document, which is how attention knows the boundaries."""
+    predictors: torch.Tensor
+    """(N,) positions whose next token is learned"""
+    targets: torch.Tensor
+    """(N,) those next tokens"""
+
+
+def collate(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
+    """The rows one behind the other. A row's first token is never a target: no document predicts the next one."""
+    ids: list[int] = []
+    positions: list[int] = []
+    predictors: list[int] = []
+    targets: list[int] = []
+    for row in rows:
+        start = len(ids)
+        ids += row.input_ids
+        positions += range(len(row.input_ids))
+        for index in range(1, len(row.input_ids)):
+            if row.trained[index]:
+                predictors.append(start + index - 1)
+                targets.append(row.input_ids[index])
+    return MicroBatch(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        predictors=torch.tensor(predictors, device=device),
+        targets=torch.tensor(targets, device=device),
+    )
+
+
+def forward(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Logits (N, vocabulary) at the positions whose next token is learned.
+
+    transformers keeps packed documents apart only without an attention mask and without a cache
+    (`find_packed_sequence_indices` in its masking_utils, 5.23): either of them lets documents leak into each other.
+    """
+    output = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=None,
+        use_cache=False,
+        logits_to_keep=batch.predictors,
+    )
+    logits: torch.Tensor = output.logits
+    return logits[0]
+
+
+def loss_sum(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Cross-entropy in nats, summed over the learned tokens; the step divides it by the tokens of the whole step."""
+    return F.cross_entropy(forward(model, batch).float(), batch.targets, reduction="sum")

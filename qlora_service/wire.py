@@ -1,0 +1,117 @@
+"""What the service answers, as the SDK sees it. Fields that a newer service adds are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from qlora_service.errors import Finding
+from qlora_service.jobs import JobStatus
+
+TERMINAL = frozenset(status.value for status in JobStatus if status.terminal)
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Dataset(Answer):
+    id: str
+    sha256: str
+    filename: str | None
+    bytes: int
+    container: str
+    shape: str
+    rows: int
+    usable_rows: int
+    finding_count: int
+    findings: list[dict[str, Any]]
+    created_at: datetime
+
+
+class Model(Answer):
+    """A base model of the catalog."""
+
+    name: str
+    source: str
+    hub_id: str | None
+    revision: str | None
+    parameters: int
+    max_positions: int | None
+
+
+class Progress(Answer):
+    step: int
+    total_steps: int | None
+    fraction: float | None
+    eta_s: float | None
+
+
+class Job(Answer):
+    id: str
+    name: str | None
+    status: str
+    phase: str | None
+    progress: Progress
+    queue_position: int | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    attempt: int
+    cancel_requested: bool
+    base_model: str
+    dataset_id: str
+    metrics: dict[str, Any]
+    error: dict[str, Any] | None
+    result: dict[str, Any] | None
+    warnings: list[str] = []
+
+    @property
+    def terminal(self) -> bool:
+        return self.status in TERMINAL
+
+
+class ArtifactFile(Answer):
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a job; `seq` is where a later `events(after=…)` goes on."""
+
+    seq: int
+    type: str
+    """status | metrics | evaluation | log"""
+    data: dict[str, Any]
+
+    @property
+    def ends_job(self) -> bool:
+        return self.type == "status" and self.data.get("status") in TERMINAL
+
+
+class ServiceError(Exception):
+    """The service refused: its HTTP status and the parts of its error."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        location: str | None = None,
+        findings: Sequence[Finding] = (),
+    ) -> None:
+        super().__init__(status, code, message, location, findings)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.location = location
+        self.findings = tuple(findings)
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.code}, HTTP {self.status})"

@@ -1,0 +1,18 @@
+"""The tiny model, and copies of it that a test may spoil."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_model import tiny_model
+
+__all__ = ["tiny_model"]
+
+
+@pytest.fixture
+def model_directory(tiny_model: Path, tmp_path: Path) -> Path:
+    """A fresh copy of the tiny model's directory."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "source"))

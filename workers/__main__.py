@@ -1,0 +1,43 @@
+"""`python -m workers`: run queued jobs on this machine until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+
+from qlora_service.logs import configure_logging
+from qlora_service.queue import Queue
+from qlora_service.settings import Settings
+from qlora_service.store.database import Database
+from workers.gpu import gpu_uuids
+from workers.supervisor import Slot, Supervisor
+
+
+def make_slots(wanted: int | None, gpus: list[str]) -> list[Slot]:
+    """One slot per GPU, or `wanted` of them; without a GPU, `wanted` (default one) on the CPU."""
+    if not gpus:
+        return [Slot(index, None) for index in range(wanted or 1)]
+    return [Slot(index, gpu) for index, gpu in enumerate(gpus[:wanted])]
+
+
+def main() -> None:
+    settings = Settings()
+    configure_logging(settings.log_level)
+    database = Database(settings.resolved_database_url)
+    database.migrate()
+    supervisor = Supervisor(
+        database=database,
+        queue=Queue(database, lease_s=settings.lease_s),
+        slots=make_slots(settings.slots, gpu_uuids()),
+        tmp_dir=settings.tmp_dir,
+        log_dir=settings.resolved_data_dir / "logs",
+        cancel_grace_s=settings.cancel_grace_s,
+        lease_s=settings.lease_s,
+    )
+    signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())
+    signal.signal(signal.SIGINT, lambda *_: supervisor.stop())
+    supervisor.run()
+    database.close()
+
+
+if __name__ == "__main__":
+    main()
