@@ -31,7 +31,7 @@ class JobStatus(StrEnum):
 
 
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
-    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.FAILED, JobStatus.CANCELLED}),
+    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.CANCELLED}),
     JobStatus.RUNNING: frozenset({JobStatus.QUEUED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}),
     JobStatus.SUCCEEDED: frozenset(),
     JobStatus.FAILED: frozenset(),
@@ -71,7 +71,7 @@ class Job:
     phase: str | None
     """What the running attempt is doing: loading, rendering, evaluating, training, publishing, certifying."""
     metrics: dict[str, Any]
-    """The latest metrics by name."""
+    """The latest attempt's latest metrics by name."""
     error: dict[str, Any] | None
     result: dict[str, Any] | None
     """Of a succeeded job: artifact prefix, losses, certificate."""

@@ -76,6 +76,7 @@ class Queue:
                 total_steps=None,
                 eta_s=None,
                 phase="starting",
+                metrics={},
             )
             .returning(jobs)
         )
@@ -100,8 +101,6 @@ class Queue:
     def report(self, claim: Claim, progress: Progress, event: tuple[str, dict[str, Any]] | None = None) -> bool:
         """Store progress and, with it, an event; renews the lease. Answers and raises as `renew` does."""
         values = {key: value for key, value in vars(progress).items() if value is not None}
-        if progress.metrics is not None:
-            values["metrics"] = progress.metrics
         with self._database.write() as connection:
             cancel = self._fenced(connection, claim, values)
             if event is not None:

@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from qlora_service.artifacts.manifest import NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest, ManifestFile, describe_file
 from qlora_service.artifacts.store import ArtifactStore, dataset_key, job_key
@@ -26,12 +28,12 @@ from qlora_service.data.rendering import (
     UnusableRow,
     render_report,
 )
-from qlora_service.errors import Conflict, Finding, InvalidDataset, InvalidSpec, NotFound
+from qlora_service.errors import Conflict, Finding, InvalidDataset, InvalidSpec, NotFound, Unavailable
 from qlora_service.ids import new_id
 from qlora_service.jobs import Job, JobEvent, JobStatus
 from qlora_service.models.catalog import BaseModel, Catalog
 from qlora_service.queue import Queue, utc_now
-from qlora_service.specs import JobSpec
+from qlora_service.specs import DatasetRef, JobSpec
 from qlora_service.store import datasets as dataset_rows
 from qlora_service.store import jobs as job_rows
 from qlora_service.store.database import Database
@@ -77,6 +79,25 @@ class Service:
         self._tmp_dir = tmp_dir
         self._clock = clock
         tmp_dir.mkdir(parents=True, exist_ok=True)
+
+    def check_ready(self) -> None:
+        """Returns when a job could be taken: the database answers, and scratch files can be written.
+
+        Raises:
+            Unavailable: with the reason.
+        """
+        try:
+            self.list_jobs(limit=1)
+            with tempfile.TemporaryFile(dir=self._tmp_dir) as file:
+                file.write(b"\0")
+        except SQLAlchemyError as error:
+            raise Unavailable(f"the database does not answer ({type(error).__name__}): see to it, then retry") from error
+        except OSError as error:
+            raise Unavailable(f"the data disk cannot be written ({error.strerror}): see to it, then retry") from error
+
+    def close(self) -> None:
+        """Give the database's connections back."""
+        self._database.close()
 
     # --- datasets
 
@@ -129,35 +150,39 @@ class Service:
     def list_models(self) -> list[BaseModel]:
         return self._catalog.list()
 
+    def get_model(self, name: str) -> BaseModel:
+        """Raises: InvalidModel."""
+        return self._catalog.get(name)
+
     # --- jobs
 
     def submit(self, spec: JobSpec, upload: Path | None = None, filename: str | None = None) -> Submission:
         """A queued job on a stored dataset, on the spec's inline rows, or on the file at `upload`.
 
-        Everything that can be known to fail is refused here, and then nothing is stored.
+        What can be known to fail is refused here, and then nothing is stored.
 
         Raises:
             InvalidSpec, InvalidModel, InvalidDataset, NotFound: with the place and what to do.
         """
         model = self._catalog.get(spec.base_model)
         limit = spec.training.max_seq_len_tokens
-        if model.max_positions is not None and limit > model.max_positions:
+        if limit > model.max_positions:
             raise InvalidSpec(
-                f"max_seq_len_tokens is {limit}, but {model.name} handles {model.max_positions} tokens at most",
+                f"max_seq_len_tokens is {limit}, but {model.name} handles {model.max_positions} tokens at most: "
+                f"set it to {model.max_positions} or less",
                 location="/training/max_seq_len_tokens",
             )
         with self._scratch() as scratch:
             dataset, path, is_new = self._source(spec, upload, filename, scratch)
             report = self._render_report(dataset, path, model, render_rules(spec), keep=not is_new)
-            warnings = _judge(report, dataset, spec)
+            _check_trainable(report, spec)
             if is_new:
                 dataset = self._store_dataset(dataset, path)
-        ref = spec.dataset.model_copy(update={"id": dataset.id, "rows": None})
-        stored = spec.model_copy(update={"dataset": ref})
+        stored = spec.model_copy(update={"dataset": DatasetRef(id=dataset.id)})
         job_id = new_id("job")
         with self._database.write() as connection:
             job_rows.insert_job(connection, job_id, stored, dataset.id, self._clock())
-            return Submission(job_rows.get_job(connection, job_id), tuple(warnings))
+            return Submission(job_rows.get_job(connection, job_id), _warnings(report, dataset, spec))
 
     def get_job(self, job_id: str) -> Job:
         """Raises: NotFound."""
@@ -209,26 +234,23 @@ class Service:
             NotFound: no such job.
             Conflict: the job has not succeeded (yet).
         """
-        return Manifest.model_validate_json(b"".join(self._artifacts.read(self._manifest_key(job_id))))
-
-    def artifact(self, job_id: str, name: str) -> Artifact:
-        """Raises: NotFound, Conflict."""
-        manifest = self.manifest(job_id)
-        if name == MANIFEST:
-            key = self._manifest_key(job_id)
-            content = b"".join(self._artifacts.read(key))
-            file = ManifestFile(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-            return Artifact(file, key)
-        entry = manifest.file(name)
-        if entry is None:
-            names = ", ".join([*(file.name for file in manifest.files), MANIFEST])
-            raise NotFound(f"job {job_id} published no {name!r}; it published {names}", location="name")
-        return Artifact(entry, job_key(job_id, manifest.attempt, name))
+        return Manifest.model_validate_json(self._manifest_content(self._manifest_key(job_id)))
 
     def artifacts(self, job_id: str) -> list[Artifact]:
         """Every published file, the manifest last. Raises: NotFound, Conflict."""
-        names = [*(file.name for file in self.manifest(job_id).files), MANIFEST]
-        return [self.artifact(job_id, name) for name in names]
+        key = self._manifest_key(job_id)
+        content = self._manifest_content(key)
+        manifest = Manifest.model_validate_json(content)
+        itself = ManifestFile(name=MANIFEST, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        files = [Artifact(file, job_key(job_id, manifest.attempt, file.name)) for file in manifest.files]
+        return [*files, Artifact(itself, key)]
+
+    def artifact(self, job_id: str, name: str) -> Artifact:
+        """Raises: NotFound, Conflict."""
+        published = {artifact.file.name: artifact for artifact in self.artifacts(job_id)}
+        if name not in published:
+            raise NotFound(f"job {job_id} published no {name!r}; it published {', '.join(published)}", location="name")
+        return published[name]
 
     def read_artifact(self, artifact: Artifact, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """The bytes [start, end) of a published file, in chunks."""
@@ -241,6 +263,9 @@ class Service:
         if job.result is None:
             raise Conflict(f"job {job_id} is {job.status}: artifacts exist once a job has succeeded", location="job_id")
         return job_key(job_id, job.result["attempt"], MANIFEST)
+
+    def _manifest_content(self, key: str) -> bytes:
+        return b"".join(self._artifacts.read(key))
 
     def _source(
         self, spec: JobSpec, upload: Path | None, filename: str | None, scratch: Path
@@ -260,9 +285,10 @@ class Service:
         if ref.rows is not None:
             upload = scratch / "rows.jsonl"
             with upload.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in ref.rows)
+                # ASCII escapes: half a surrogate pair has no UTF-8, and is to be found by the row's check.
+                file.writelines(json.dumps(row) + "\n" for row in ref.rows)
         assert upload is not None
-        container = "jsonl" if ref.rows is not None else ref.container
+        container: Container | None = "jsonl" if ref.rows is not None else ref.container
         return self._checked(upload, filename, container, ref.shape), upload, True
 
     def _checked(self, path: Path, filename: str | None, container: Container | None, shape: Shape | None) -> Dataset:
@@ -271,9 +297,8 @@ class Service:
         return Dataset(new_id("ds"), describe_file(path).sha256, filename, self._clock(), report)
 
     def _store_dataset(self, dataset: Dataset, path: Path) -> Dataset:
-        key = dataset_key(dataset.sha256)
-        if not self._artifacts.exists(key):
-            self._artifacts.put_file(key, path)
+        # Also when the key is there: after a power cut a file that was never flushed may be there, but torn.
+        self._artifacts.put_file(dataset_key(dataset.sha256), path)
         with self._database.write() as connection:
             return dataset_rows.insert_dataset(connection, dataset)
 
@@ -326,42 +351,48 @@ def render_rules(spec: JobSpec) -> RenderRules:
     return RenderRules(training.max_seq_len_tokens, training.too_long, training.train_on)
 
 
-def _judge(report: RenderReport, dataset: Dataset, spec: JobSpec) -> list[str]:
-    """Warnings for a job that may run. Raises: InvalidDataset when it may not."""
+def _check_trainable(report: RenderReport, spec: JobSpec) -> None:
+    """Raises: InvalidDataset when no job can be trained on what was rendered."""
     limit = spec.training.max_seq_len_tokens
     findings = [Finding(**value) for value in report.findings]
     place = "/dataset"
-    if report.too_long_rows and (report.too_long_rows == report.rows or spec.training.too_long == "refuse"):
-        share = "every row" if report.too_long_rows == report.rows else f"{report.too_long_rows} of {report.rows} rows"
+    all_too_long = report.too_long_rows == report.rows
+    if report.too_long_rows and (all_too_long or spec.training.too_long == "refuse"):
+        share = "all" if all_too_long else f"{report.too_long_rows} of {report.rows}"
         raise InvalidDataset(
-            f"{share} of dataset {dataset.id} are longer than max_seq_len_tokens = {limit}: raise it to "
-            f"{report.longest_tokens} to keep them whole, or set training.too_long to truncate or drop",
+            f"{share} rows of the dataset are longer than max_seq_len_tokens = {limit}: raise it to "
+            f"{report.longest_tokens} to keep them whole, or set training.too_long to "
+            f"{'truncate' if all_too_long else 'truncate or drop'}",
             location=place,
             findings=findings,
         )
     if report.usable_rows == 0:
         raise InvalidDataset(
-            f"no row of dataset {dataset.id} can be trained on: {findings[0] if findings else 'it is empty'}",
+            f"no row of the dataset can be trained on: {findings[0] if findings else 'it is empty'}",
             location=place,
             findings=findings,
         )
     if spec.validation.fraction > 0 and report.usable_rows < 2 and report.complete:
         raise InvalidDataset(
-            f"dataset {dataset.id} has one usable row, too few to hold any out: add rows or set "
-            "validation.fraction to 0",
+            "the dataset has one usable row, too few to hold any out: add rows or set validation.fraction to 0",
             location=place,
         )
+
+
+def _warnings(report: RenderReport, dataset: Dataset, spec: JobSpec) -> tuple[str, ...]:
+    """What the submitter of a job that will run should know; `dataset` is the stored one."""
     warnings = []
     bad = dataset.report.finding_count
     if bad:
         warnings.append(f"{bad} rows of the upload cannot be read and are left out: GET /datasets/{dataset.id}")
     if report.finding_count:
-        warnings.append(f"{report.finding_count} rows are left out; the first: {findings[0]}")
+        first = Finding(**report.findings[0])
+        warnings.append(f"{report.finding_count} rows are left out; the first: {first}")
     if report.cut_rows:
-        warnings.append(f"{report.cut_rows} rows are truncated to {limit} tokens")
+        warnings.append(f"{report.cut_rows} rows are truncated to {spec.training.max_seq_len_tokens} tokens")
     if not report.complete:
         warnings.append(f"only the first {report.rows} rows were checked; the trainer checks the rest")
-    return warnings
+    return tuple(warnings)
 
 
 def _preview(renderer: Renderer, result: RenderedRow | UnusableRow) -> dict[str, Any]:

@@ -6,6 +6,8 @@ Field names are PEFT's and transformers' where those have one. Defaults follow t
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,9 +20,10 @@ from pydantic import (
     model_validator,
 )
 
-from qlora_service.data.examples import Container, Shape
 from qlora_service.errors import Finding, InvalidSpec
 
+Container = Literal["jsonl", "json", "csv", "parquet", "text"]
+Shape = Literal["messages", "alpaca", "sharegpt", "prompt_completion", "dolly", "text"]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=100)]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -38,13 +41,17 @@ class DatasetRef(SpecPart):
     rows: list[dict[str, JsonValue]] | None = Field(
         None, max_length=10_000, description="Rows sent inline; stored as a dataset of their own."
     )
-    container: Container | None = Field(None, description="File format of `rows` or an upload; detected if absent.")
-    shape: Shape | None = Field(None, description="Row shape; detected if absent.")
+    container: Container | None = Field(None, description="File format of an upload; detected if absent.")
+    shape: Shape | None = Field(None, description="Row shape of `rows` or an upload; detected if absent.")
 
     @model_validator(mode="after")
     def _one_source(self) -> DatasetRef:
         if self.id is not None and self.rows is not None:
             raise ValueError("give either `id` or `rows`, not both")
+        if self.rows is not None and self.container is not None:
+            raise ValueError("`container` is the format of an uploaded file: leave it out beside `rows`")
+        if self.id is not None and (self.container or self.shape):
+            raise ValueError("a stored dataset has its container and shape: leave both out beside `id`")
         return self
 
 
@@ -155,34 +162,44 @@ def parse_spec(value: Any) -> JobSpec:
     try:
         return JobSpec.model_validate(value)
     except ValidationError as error:
-        raise invalid_spec(error) from None
+        raise _invalid_spec(error, value) from None
 
 
-def invalid_spec(error: ValidationError, prefix: tuple[str | int, ...] = ()) -> InvalidSpec:
+def _invalid_spec(error: ValidationError, document: Any) -> InvalidSpec:
     """A pydantic error as ours: one finding per fault."""
     findings = []
     for fault in error.errors(include_url=False, include_context=False):
-        path = [*prefix, *(part for part in fault["loc"] if not _is_union_tag(part))]
+        path = _path(fault["loc"], document, ends_in_missing=fault["type"] == "missing")
         pointer = "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in path)
-        reason = fault["msg"]
+        reason = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             reason = _unknown_field(path)
         elif fault["type"] == "missing":
             reason = "this field is required"
+        elif fault["type"] == "model_type":
+            reason = "this must be an object with fields"
         findings.append(Finding(reason=reason, pointer=pointer or "/"))
     first = findings[0]
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
     return InvalidSpec(f"{first.pointer}: {first.reason}{more}", location=first.pointer, findings=findings)
 
 
-def _is_union_tag(part: str | int) -> bool:
-    """Pydantic names the tried branch of a union in `loc`; that is no place in the user's document."""
-    return isinstance(part, str) and (part.startswith(("literal[", "list[", "constrained-")))
+def _path(loc: Sequence[str | int], document: Any, *, ends_in_missing: bool) -> list[str | int]:
+    """The parts of `loc` that are places in the document: pydantic mixes in the tried branches of unions."""
+    path = []
+    for part in loc:
+        match document, part:
+            case (dict(), _) if part in document:
+                document = document[part]
+            case list(), int():
+                document = document[part]
+            case _:
+                continue
+        path.append(part)
+    return [*path, loc[-1]] if ends_in_missing else path
 
 
-def _unknown_field(path: list[str | int]) -> str:
-    import difflib
-
+def _unknown_field(path: Sequence[str | int]) -> str:
     model: type[BaseModel] | None = JobSpec
     for part in path[:-1]:
         field = model.model_fields.get(str(part)) if model is not None else None

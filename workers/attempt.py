@@ -25,7 +25,7 @@ from qlora_service.data.checks import read_examples
 from qlora_service.data.rendering import Renderer, RenderReport, RenderRules
 from qlora_service.errors import Finding, JobFailed
 from qlora_service.jobs import FailureReason, Job
-from qlora_service.models.adapters import attach, load_adapter, save_adapter
+from qlora_service.models.adapters import attach, checkpoint_activations, load_adapter, save_adapter
 from qlora_service.models.catalog import BaseModel
 from qlora_service.models.nf4 import base_fingerprint, load_base
 from qlora_service.store.datasets import Dataset
@@ -101,9 +101,7 @@ def run_attempt(
     packing = isolates_documents(base)
     micro_batch_tokens = spec.training.micro_batch_tokens if packing else 1
     model = attach(base, spec.adapter, spec.training.seed)
-    if spec.training.gradient_checkpointing:
-        # Non-reentrant: gradients reach the adapters though the embeddings below are frozen.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointing = spec.training.gradient_checkpointing and checkpoint_activations(model)
 
     enter_phase("training", steps)
     judged = prepared.judged
@@ -127,6 +125,7 @@ def run_attempt(
         "total_steps": steps,
         "micro_batch_tokens": spec.training.micro_batch_tokens,
         "packing": packing,
+        "gradient_checkpointing": checkpointing,
         "base_fingerprint": fingerprint,
     }
     manifest = publish(inputs, model, prepared, losses, plan, str(chat_template), metrics_file)

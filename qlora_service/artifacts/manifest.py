@@ -40,9 +40,6 @@ class Manifest(BaseModel):
     """Loss before and after, rows and tokens it was measured on; held_out.jsonl holds those rows."""
     files: tuple[ManifestFile, ...]
 
-    def file(self, name: str) -> ManifestFile | None:
-        return next((file for file in self.files if file.name == name), None)
-
 
 def describe_file(path: Path) -> ManifestFile:
     """Name, size and SHA-256 of a file."""

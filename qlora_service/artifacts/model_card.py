@@ -21,8 +21,9 @@ def model_card(
     training, adapter = spec["training"], spec["adapter"]
     revision = f" at revision `{base['revision']}`" if base["revision"] else ""
     quantization = spec["quantization"]
+    is_nf4 = quantization["type"] == "nf4"
     bits = "4-bit NF4" + (" with double quantization" if quantization["double_quant"] else "")
-    how = bits if quantization["type"] == "nf4" else "unquantized"
+    how = bits if is_nf4 else "unquantized"
     packages = ", ".join(f"{package} {number}" for package, number in versions.items())
     return f"""---
 {header}
@@ -45,20 +46,30 @@ has the whole configuration, every file's SHA-256, and the base weights' SHA-256
 ## Load it
 
 ```python
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-nf4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant={quantization["double_quant"]},
-    bnb_4bit_compute_dtype=torch.bfloat16,
-)
-base = AutoModelForCausalLM.from_pretrained("PATH_OR_ID_OF_THE_BASE", quantization_config=nf4, dtype=torch.bfloat16)
+{_load_nf4(quantization["double_quant"]) if is_nf4 else _LOAD_UNQUANTIZED}
 model = PeftModel.from_pretrained(base, "DIRECTORY_OF_THIS_FILE")
 tokenizer = AutoTokenizer.from_pretrained("DIRECTORY_OF_THIS_FILE")
 ```
 
 {packages}
 """
+
+
+def _load_nf4(double_quant: bool) -> str:
+    return f"""import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+nf4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant={double_quant},
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
+base = AutoModelForCausalLM.from_pretrained("PATH_OR_ID_OF_THE_BASE", quantization_config=nf4, dtype=torch.bfloat16)"""
+
+
+_LOAD_UNQUANTIZED = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("PATH_OR_ID_OF_THE_BASE")"""

@@ -53,13 +53,6 @@ class ArtifactStore:
         except FileNotFoundError:
             raise NotFound(f"the artifact store has no {key}") from None
 
-    def exists(self, key: str) -> bool:
-        try:
-            self.size(key)
-        except NotFound:
-            return False
-        return True
-
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """The bytes [start, end) of an object, in chunks.
 

@@ -50,6 +50,19 @@ def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def checkpoint_activations(model: PeftModel) -> bool:
+    """Recompute each layer's activations in the backward pass; False where the architecture cannot.
+
+    Non-reentrant, and switched on after the adapter is attached: gradients reach the adapters though the embeddings
+    below are frozen, and none are computed for the embeddings.
+    """
+    base: PreTrainedModel = model.get_base_model()
+    if not base.supports_gradient_checkpointing:
+        return False
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    return True
+
+
 def silence_dropout(base: torch.nn.Module) -> None:
     """Turn off the base's own dropout: it is frozen, and only the adapter's dropout is asked for."""
     for module in base.modules():

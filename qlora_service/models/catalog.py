@@ -28,6 +28,7 @@ from qlora_service.errors import Conflict, InvalidModel, Unavailable
 from qlora_service.models import hub, staging
 from qlora_service.models.inspection import (
     TOKENIZER_JSON,
+    WEIGHTS,
     WEIGHTS_INDEX,
     ModelFacts,
     inspect_model,
@@ -238,8 +239,9 @@ def _copy(directory: Path, staged: staging.Staging, label: str) -> None:
     facts = inspect_model(directory, label)
     for path in directory.iterdir():
         wanted = path.suffix in _COPIED_SUFFIXES or path.name in _COPIED_NAMES or path.name.startswith(_COPIED_PREFIXES)
-        stray = path.name == RECORD or (path.name == WEIGHTS_INDEX and len(facts.weight_files) == 1)
-        if path.name in facts.weight_files or (wanted and not stray and path.is_file()):
+        # An index beside model.safetensors is ignored by transformers; its shards are not copied either.
+        unused = path.name == WEIGHTS_INDEX and facts.weight_files == (WEIGHTS,)
+        if path.name in facts.weight_files or (wanted and not unused and path.is_file()):
             shutil.copyfile(path, staged.path / path.name)
     if not (staged.path / TOKENIZER_JSON).exists():
         _run_conversion(["tokenizer", str(staged.path)], staged, label)

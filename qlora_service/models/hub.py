@@ -23,6 +23,8 @@ _MODEL_FILES = [
 ]
 # Folders hold other formats of the same weights; `consolidated` is Mistral's second copy of them.
 _LEFT_OUT = ["*/*", "consolidated*.safetensors"]
+# How long the hub may take to say that it is there.
+_ANSWER_S = 10.0
 
 
 def parse_hub_id(text: str) -> tuple[str, str | None] | None:
@@ -45,17 +47,31 @@ def fetch_snapshot(hub_id: str, revision: str | None) -> Path:
     """
     try:
         import httpx2
-        from huggingface_hub import errors, snapshot_download
+        from huggingface_hub import HfApi, errors, snapshot_download
     except ImportError as error:
         raise Unavailable(
             f'{hub_id} cannot be fetched: install the hub client with pip install "qlora-service[train]"'
         ) from error
     label = f"{hub_id}@{revision}" if revision else hub_id
-
-    def download(revision: str | None, patterns: list[str]) -> Path:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=_LEFT_OUT))
-
+    no_answer: Exception | None = None
     try:
+        try:
+            # The client's own look-up has no time limit; where a firewall swallows packets it hangs.
+            HfApi().model_info(hub_id, revision=revision, timeout=_ANSWER_S)
+        except (errors.OfflineModeIsEnabled, httpx2.TransportError) as error:
+            no_answer = error
+
+        def download(revision: str | None, patterns: list[str]) -> Path:
+            return Path(
+                snapshot_download(
+                    hub_id,
+                    revision=revision,
+                    allow_patterns=patterns,
+                    ignore_patterns=_LEFT_OUT,
+                    local_files_only=no_answer is not None,
+                )
+            )
+
         settings = download(revision, _SETTINGS_FILES)
         inspect_settings(settings, label)
         return download(settings.name, _MODEL_FILES)
@@ -73,7 +89,7 @@ def fetch_snapshot(hub_id: str, revision: str | None) -> Path:
     except errors.HFValidationError as error:
         raise InvalidModel(f"{label} is neither a path here nor a hub id: {error}") from error
     except (OSError, httpx2.HTTPError) as error:
-        raise _unreachable(label, error) from error
+        raise _unreachable(label, no_answer or error) from error
 
 
 def _unreachable(label: str, error: Exception) -> Unavailable:

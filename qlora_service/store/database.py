@@ -43,7 +43,7 @@ class Database:
     def migrate(self) -> None:
         """Bring the schema up to date; two processes may do so at once."""
         config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        config.set_main_option("script_location", "qlora_service.store:migrations")
         config.set_main_option("path_separator", "os")
         with self.write() as connection:
             config.attributes["connection"] = connection

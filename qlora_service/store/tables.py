@@ -99,7 +99,7 @@ jobs = Table(
     Column("metrics", JSON, nullable=False),
     Column("error", JSON),
     Column("result", JSON),
-    Index(None, "status", "priority", "created_at"),
+    Index(None, "status", "priority", "id"),
 )
 
 events = Table(

@@ -1,4 +1,4 @@
-"""The tiny model, and copies of it that a test may spoil."""
+"""Copies of the tiny model that a test may spoil."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-from tests.tiny_model import tiny_model
-
-__all__ = ["tiny_model"]
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 
 from qlora_service.errors import Conflict, InvalidModel, Unavailable
 from qlora_service.models.catalog import BaseModel, Catalog
+from qlora_service.models.safetensors_header import read_header
 
 
 @pytest.fixture
@@ -62,6 +63,19 @@ def test_only_what_a_model_needs_is_copied(catalog: Catalog, model_directory: Pa
     (model_directory / "onnx/config.json").write_text("{}")
     model = catalog.import_model("tiny", model_directory)
     assert {path.name for path in model.path.iterdir()} == kept | {"qlora-model.json"}
+
+
+def test_shards_come_with_their_index_and_leave_it_when_unused(catalog: Catalog, model_directory: Path) -> None:
+    index = "model.safetensors.index.json"
+    tensors = read_header(model_directory / "model.safetensors")
+    (model_directory / index).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "shard.safetensors")}))
+    (model_directory / "shard.safetensors").write_bytes((model_directory / "model.safetensors").read_bytes())
+    both = catalog.import_model("both", model_directory)
+    assert {path.name for path in both.path.glob("*safetensors*")} == {"model.safetensors"}
+    (model_directory / "model.safetensors").unlink()
+    sharded = catalog.import_model("sharded", model_directory)
+    assert {path.name for path in sharded.path.glob("*safetensors*")} == {"shard.safetensors", index}
+    assert sharded.parameters == both.parameters
 
 
 def test_paths_of_other_machines_are_forgotten(catalog: Catalog, model_directory: Path) -> None:

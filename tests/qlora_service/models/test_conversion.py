@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from qlora_service.errors import InvalidModel, Unavailable
 from qlora_service.models.catalog import Catalog
+from qlora_service.models.staging import reap_stale
 from tests.tiny_model import CHATML
 
 HEADS, KV_HEADS = 4, 2
@@ -130,6 +133,26 @@ def test_killed_conversion_names_the_signal_and_leaves_nothing(tiny_model: Path,
         os.kill(children[0], signal.SIGKILL)
         with pytest.raises(Unavailable, match="ended by SIGKILL, as when memory runs out"):
             outcome.result()
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_conversion_whose_importer_died_keeps_its_directory_until_it_ends(tiny_model: Path, tmp_path: Path) -> None:
+    file = write_gguf(tiny_model, tmp_path / "tiny.gguf")
+    program = (
+        "import sys; from pathlib import Path; from qlora_service.models.catalog import Catalog\n"
+        "Catalog(Path(sys.argv[1])).import_model('tiny', sys.argv[2])"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "models"), str(file)]) as importer:
+        while not (children := conversions(file)) and importer.poll() is None:
+            time.sleep(0.01)
+        importer.kill()
+    reap_stale(tmp_path / "models")
+    assert len(list((tmp_path / "models").iterdir())) == 1
+    assert conversions(file) == children, "the conversion ended before the check"
+    os.kill(children[0], signal.SIGKILL)
+    while conversions(file):
+        time.sleep(0.01)
+    reap_stale(tmp_path / "models")
     assert list((tmp_path / "models").iterdir()) == []
 
 

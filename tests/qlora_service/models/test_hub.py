@@ -52,8 +52,12 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if path.startswith("/api/models/org/gated"):
+        if path.startswith("/org/gated/resolve/"):
             self.reply(403, {"error": "gated"}, {"X-Error-Code": "GatedRepo"})
+            return
+        path = path.replace("/api/models/org/gated", "/api/models/org/tiny")  # whose listing is public
+        if path == "/api/models/org/tiny":
+            self.reply(200, {"id": "org/tiny", "sha": COMMIT, "siblings": []})
         elif path == "/api/models/org/tiny/revision/main":
             self.reply(200, {"id": "org/tiny", "sha": COMMIT, "siblings": []})
         elif path.startswith("/api/models/org/tiny/revision/"):

@@ -50,8 +50,8 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.create_index(
-            batch_op.f("ix_jobs_status_jobs_priority_jobs_created_at"),
-            ["status", "priority", "created_at"],
+            batch_op.f("ix_jobs_status_jobs_priority_jobs_id"),
+            ["status", "priority", "id"],
             unique=False,
         )
 
@@ -87,7 +87,7 @@ def downgrade() -> None:
     op.drop_table("events")
     op.drop_table("render_reports")
     with op.batch_alter_table("jobs", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_jobs_status_jobs_priority_jobs_created_at"))
+        batch_op.drop_index(batch_op.f("ix_jobs_status_jobs_priority_jobs_id"))
 
     op.drop_table("jobs")
     op.drop_table("datasets")

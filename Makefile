@@ -1,0 +1,51 @@
+# Everything runs from one virtual environment, .venv. `make demo` and `make test` install it by themselves.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install demo test check bench serve clean lock image-test format
+
+help:  ## What can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+install: .venv/installed  ## Make .venv with everything in it
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 …"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,train,dev]'
+	touch $@
+
+demo: install  ## The main job: train a small model on a small data set, download the adapter, compare answers
+	$(BIN)/qlora demo
+
+test: install  ## Every test that needs no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: install  ## Lint, formatting, types, import contracts, Dockerfile, compose file
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile
+
+bench: install  ## Benchmarks, alone on the machine: make bench NAME=engine
+	$(BIN)/python -m tests.benchmarks $(NAME)
+
+serve: install  ## API and worker on 127.0.0.1:8080, data in ./data
+	$(BIN)/qlora serve
+
+image-test: install  ## Build the Docker image without an engine and run a job in it (root, Debian)
+	bash docker/image-test.sh
+
+format: install  ## Let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: install  ## Pin what is installed now
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+
+clean:  ## Remove what was built, not ./data
+	rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache demo-output

@@ -1,0 +1,87 @@
+"""`python -m api`: serves HTTP until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+from types import FrameType
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ValidationError
+
+from api.main import create_app
+from qlora_service.logs import configure_logging
+from qlora_service.settings import Settings
+
+# Requests that are being answered have this long to end.
+GRACE_S = 3
+# Then the process ends whatever its threads do: what is not committed never happened, scratch is reaped at the start.
+HARD_EXIT_S = 4.5
+
+log = structlog.get_logger("api")
+
+
+class Server(uvicorn.Server):
+    """Tells the application that it is being stopped, so that event streams end and clients reconnect."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=GRACE_S
+            )
+        )
+        self._app = app
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self._app.state.draining:
+            self._app.state.draining = True
+            # A thread cannot be cancelled: one that checks a large file would hold the process for minutes.
+            deadline = threading.Timer(HARD_EXIT_S, os._exit, (128 + sig,))
+            deadline.daemon = True
+            deadline.start()
+        super().handle_exit(sig, frame)
+
+
+def main() -> int:
+    """The process's exit code."""
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        faults = "; ".join(f"QLORA_{str(fault['loc'][0]).upper()}: {fault['msg']}" for fault in error.errors())
+        return _refuse(f"the settings cannot be used: {faults}", 2)
+    configure_logging(settings.log_level)
+    try:
+        settings.tmp_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return _refuse(f"cannot write in {settings.resolved_data_dir}: {error.strerror}. Set QLORA_DATA_DIR", 1)
+    try:
+        listener = _listen(settings.host, settings.port)
+    except OSError as error:
+        reason = f"cannot listen on {settings.host}:{settings.port}: {error.strerror}"
+        return _refuse(f"{reason}. Stop what uses it, or set QLORA_PORT (QLORA_HOST)", 1)
+    host, port = listener.getsockname()[:2]
+    log.info("api_listening", host=host, port=port)
+    server = Server(create_app(settings))
+    # uvicorn raises the signal that stopped it once more; Ctrl-C is no defect.
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family)
+
+
+def _refuse(reason: str, code: int) -> int:
+    print(reason, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

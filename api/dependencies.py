@@ -1,0 +1,30 @@
+"""What the routes share: the service and the upload directory that the lifespan opened."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Path, Query
+from starlette.requests import Request
+
+from api.uploads import Uploads
+from qlora_service.service import Service
+
+
+async def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+async def _uploads(request: Request) -> Uploads:
+    uploads: Uploads = request.app.state.uploads
+    return uploads
+
+
+ServiceOf = Annotated[Service, Depends(_service)]
+UploadsOf = Annotated[Uploads, Depends(_uploads)]
+
+JobId = Annotated[str, Path(description="A job's id.", examples=["job_019a9c2f8d31c4e55f0a7b"])]
+DatasetId = Annotated[str, Path(description="A dataset's id.", examples=["ds_019a9c2f8d31c4e55f0a7b"])]
+After = Annotated[str | None, Query(description="The `next` of the page before.")]
+Limit = Annotated[int, Query(ge=1, le=100, description="Most items of a page.")]

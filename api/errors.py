@@ -1,0 +1,164 @@
+"""The one table from errors to status codes, and the one JSON shape in which all of them are answered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from api.schemas import ErrorResponse
+from qlora_service.errors import (
+    Conflict,
+    Finding,
+    InvalidRequest,
+    NotFound,
+    QLoRAError,
+    TooLarge,
+    Unavailable,
+)
+
+RETRY_AFTER_S = 5
+
+
+class InvalidJSON(InvalidRequest):
+    """The body is no JSON, or JSON that can be read in two ways."""
+
+    code = "invalid_json"
+
+
+class UnsupportedMediaType(InvalidRequest):
+    code = "unsupported_media_type"
+
+
+class RangeNotSatisfiable(InvalidRequest):
+    """The Range header asks for bytes that the file does not have; `details["size"]` is how many it has."""
+
+    code = "range_not_satisfiable"
+
+
+STATUS: dict[type[QLoRAError], int] = {
+    InvalidJSON: 400,
+    NotFound: 404,
+    Conflict: 409,
+    TooLarge: 413,
+    UnsupportedMediaType: 415,
+    RangeNotSatisfiable: 416,
+    InvalidRequest: 422,
+    QLoRAError: 500,
+    Unavailable: 503,
+}
+
+_EXAMPLES: dict[int, tuple[str, str, str | None]] = {
+    400: ("invalid_json", "the body is not valid JSON: Expecting value at line 1, column 16", None),
+    404: ("not_found", "there is no job 'job_1'; GET /jobs lists them", "job_id"),
+    409: ("conflict", "job job_1 has succeeded already: there is nothing left to cancel", None),
+    413: ("too_large", "the body is larger than 100 bytes", None),
+    415: ("unsupported_media_type", "send application/json or multipart/form-data", "content-type"),
+    416: ("range_not_satisfiable", "the file has 10 bytes, the Range header asks for none of them", "range"),
+    422: ("invalid_spec", "/training/lr: unknown field 'lr': did you mean 'learning_rate'?", "/training/lr"),
+    500: ("internal_error", "the service failed; its log says more under request req_1", None),
+    503: ("unavailable", "the database does not answer; try again later", None),
+}
+_MEANING = {
+    400: "The body is no JSON",
+    404: "There is no such thing",
+    409: "Its state forbids this",
+    413: "Over a limit",
+    415: "Neither JSON nor multipart",
+    416: "The range lies outside the file",
+    422: "The request cannot work as it is; every fault is listed with its place",
+    500: "A defect of the service",
+    503: "Not now: try again after Retry-After seconds",
+}
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` of a route that may answer with these errors; any may fail with 500."""
+    return {
+        status: {
+            "model": ErrorResponse,
+            "description": _MEANING[status],
+            "content": {"application/json": {"example": _example(status)}},
+        }
+        for status in (*statuses, 500)
+    }
+
+
+def _example(status: int) -> dict[str, Any]:
+    code, message, location = _EXAMPLES[status]
+    findings: list[dict[str, Any]] = []
+    if status == 422:
+        findings = [{"reason": message.partition(": ")[2], "pointer": location}]
+    return {"error": {"code": code, "message": message, "location": location, "findings": findings, "details": {}}}
+
+
+def status_of(error: QLoRAError) -> int:
+    """The status of the nearest class that the table names."""
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+@contextmanager
+def located(places: Mapping[type[QLoRAError], str]) -> Iterator[None]:
+    """Errors of these classes leave with their place in the request, which only the route knows."""
+    try:
+        yield
+    except tuple(places) as error:
+        error.location = next(places[kind] for kind in type(error).__mro__ if kind in places)
+        raise
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Every error of `app`, the framework's own included, is answered in the one shape."""
+    app.add_exception_handler(QLoRAError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_validation_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+
+
+def internal_error(request_id: str) -> JSONResponse:
+    """The answer to what nobody foresaw: it names the log line and nothing else."""
+    error = QLoRAError(f"the service failed; its log says more under request {request_id}", request_id=request_id)
+    return _response(error.as_dict(), 500)
+
+
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, QLoRAError)
+    headers = {}
+    if isinstance(error, Unavailable):
+        headers["Retry-After"] = str(RETRY_AFTER_S)
+    if isinstance(error, RangeNotSatisfiable):
+        headers["Content-Range"] = f"bytes */{error.details['size']}"
+    request.state.error_code = error.code
+    return _response(error.as_dict(), status_of(error), headers)
+
+
+async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:
+    """Path, query and header parameters; bodies are parsed by the routes."""
+    assert isinstance(error, RequestValidationError)
+    places = [".".join(str(part) for part in fault["loc"][1:]) for fault in error.errors()]
+    findings = [Finding(reason=f"{place}: {fault['msg']}") for place, fault in zip(places, error.errors(), strict=True)]
+    more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+    refusal = InvalidRequest(f"{findings[0].reason}{more}", location=places[0], findings=findings)
+    return await _answer_error(request, refusal)
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    asked = f"{request.method} {request.url.path}"
+    messages = {
+        404: f"there is no {asked}; /docs lists what there is",
+        405: f"{asked} is not allowed; /docs lists the methods of every path",
+    }
+    body = QLoRAError(messages.get(error.status_code, str(error.detail))).as_dict()
+    body["code"] = request.state.error_code = codes.get(error.status_code, "invalid_request")
+    return _response(body, error.status_code, error.headers)
+
+
+def _response(body: dict[str, Any], status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": body}, status, dict(headers or {}))

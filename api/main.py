@@ -1,0 +1,74 @@
+"""The HTTP application over `qlora_service.service`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from api.errors import install_handlers
+from api.request_log import RequestLog
+from api.routes import artifacts, datasets, events, health, jobs, models
+from api.uploads import Uploads
+from qlora_service.models.staging import reap_stale, staging_directory
+from qlora_service.service import open_service
+from qlora_service.settings import Settings
+
+DESCRIPTION = """
+POST a dataset and a config to `/jobs`; one GPU trains a LoRA adapter over a 4-bit base model; download adapter
+files you can trust.
+
+Every error, of every route, is one JSON shape: `error.code` for programs, `error.message` for people,
+`error.location` and `error.findings` for the places. Every answer carries `X-Request-Id`, the request's own if it
+sent one.
+"""
+TAGS = [
+    {"name": "jobs", "description": "Submit a fine-tuning job, follow it, cancel it."},
+    {"name": "artifacts", "description": "What a succeeded job published."},
+    {"name": "datasets", "description": "Upload rows, see what is wrong with them and how they will be trained."},
+    {"name": "models", "description": "The base models that jobs can name."},
+    {"name": "health", "description": "For load balancers and containers."},
+]
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application; its lifespan opens the service over the data directory of `settings`."""
+    app = FastAPI(
+        title="qlora-service",
+        description=DESCRIPTION,
+        version=version("qlora-service"),
+        openapi_tags=TAGS,
+        lifespan=_lifespan,
+        # One schema per thing: as requests see it, fields with defaults are optional.
+        separate_input_output_schemas=False,
+    )
+    app.state.settings = settings
+    app.state.draining = False
+    app.add_middleware(RequestLog)
+    install_handlers(app)
+    for routes in (jobs, events, artifacts, datasets, models, health):
+        app.include_router(routes.router)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    # What a killed process left lies in unlocked directories; ours is locked until we die.
+    reap_stale(settings.tmp_dir)
+    with staging_directory(settings.tmp_dir) as scratch:
+        service = open_service(
+            database_url=settings.resolved_database_url,
+            artifact_url=settings.resolved_artifact_url,
+            models_dir=settings.models_dir,
+            tmp_dir=scratch.path,
+            lease_s=settings.lease_s,
+        )
+        app.state.service = service
+        app.state.uploads = Uploads(scratch.path, settings.max_upload_bytes)
+        try:
+            yield
+        finally:
+            service.close()

@@ -1,0 +1,73 @@
+"""A request id and one log line per request. Neither rows nor query strings are logged."""
+
+from __future__ import annotations
+
+import re
+import time
+import traceback
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.errors import internal_error
+from qlora_service.ids import new_id
+
+HEADER = "X-Request-Id"
+# As proxies log it: the client went away before the answer.
+CLIENT_CLOSED_REQUEST = 499
+
+_ACCEPTED_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+log = structlog.get_logger("api")
+
+
+class RequestLog:
+    """Outermost middleware: names the request, answers what nobody handled, and logs how it ended."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(HEADER, "")
+        request_id = given if _ACCEPTED_ID.fullmatch(given) else new_id("req")
+        state = scope.setdefault("state", {})
+        started, status = time.perf_counter(), None
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[HEADER] = request_id
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_named)
+            except ClientDisconnect:
+                status = CLIENT_CLOSED_REQUEST
+            except Exception as error:  # noqa: BLE001  the one place where the unforeseen is answered and logged
+                _log_defect(error)
+                state["error_code"] = "internal_error"
+                if status is None:
+                    await internal_error(request_id)(scope, receive, send_named)
+            finally:
+                log.info(
+                    "request",
+                    method=scope["method"],
+                    path=scope["path"],
+                    status=status or CLIENT_CLOSED_REQUEST,
+                    code=state.get("error_code"),
+                    duration_ms=round(1000 * (time.perf_counter() - started), 1),
+                )
+
+
+def _log_defect(error: Exception) -> None:
+    # An exception's own text may quote rows; only the system's errors are known not to.
+    reason = str(error) if isinstance(error, OSError) else None
+    frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    log.error("request_failed", error=type(error).__qualname__, reason=reason, frames=frames)

@@ -1,0 +1,94 @@
+"""Artifacts: list, download, all in one zip."""
+
+from __future__ import annotations
+
+import mimetypes
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Path, Response
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from api.archive import stream_zip
+from api.dependencies import JobId, ServiceOf
+from api.errors import error_responses
+from api.ranges import etag_of, is_unmodified, wanted_range
+from api.schemas import Artifact, Listing
+
+router = APIRouter(prefix="/jobs", tags=["artifacts"])
+
+_TYPES = {".jsonl": "application/jsonl", ".md": "text/markdown; charset=utf-8", ".jinja": "text/plain; charset=utf-8"}
+_BYTES = {"schema": {"type": "string", "format": "binary"}}
+_FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The file.", "content": {"application/octet-stream": _BYTES}},
+    206: {"description": "The part that Range asks for.", "content": {"application/octet-stream": _BYTES}},
+    304: {"description": "The client has it already."},
+}
+_ZIP_RESPONSE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The zip.", "content": {"application/zip": _BYTES}}
+}
+
+
+@router.get("/{job_id}/artifacts", summary="List artifacts", responses=error_responses(404, 409, 422))
+def list_artifacts(job_id: JobId, service: ServiceOf) -> Listing[Artifact]:
+    """The files of a succeeded job with sizes and SHA-256, the manifest last."""
+    return Listing(data=[Artifact.of(job_id, artifact.file) for artifact in service.artifacts(job_id)])
+
+
+@router.head("/{job_id}/artifacts/{name}", include_in_schema=False)
+@router.get(
+    "/{job_id}/artifacts/{name}",
+    summary="Download an artifact",
+    response_class=Response,
+    responses=_FILE_RESPONSES | error_responses(404, 409, 416, 422),
+)
+def get_artifact(
+    request: Request,
+    job_id: JobId,
+    name: Annotated[str, Path(description="A file's name.", examples=["adapter_model.safetensors"])],
+    service: ServiceOf,
+    if_none_match: Annotated[str | None, Header(description="An ETag: answers 304 if it is the file's.")] = None,
+    range: Annotated[str | None, Header(description="One range of bytes, to resume a download.")] = None,
+    if_range: Annotated[str | None, Header(description="An ETag: Range counts only if it is the file's.")] = None,
+) -> Response:
+    """The file's bytes. The ETag is the SHA-256 of the whole file: check it after a download."""
+    artifact = service.artifact(job_id, name)
+    file, etag = artifact.file, etag_of(artifact.file.sha256)
+    headers = {"ETag": etag, "Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff"}
+    if is_unmodified(if_none_match, etag):
+        return Response(status_code=304, headers=headers)
+    part = wanted_range(range, if_range, etag, file.bytes)
+    start, end = part or (0, file.bytes)
+    headers |= {"Content-Length": str(end - start), "Content-Disposition": _attachment(file.name)}
+    if part is not None:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.bytes}"
+    status = 200 if part is None else 206
+    if request.method == "HEAD":
+        return Response(status_code=status, headers=headers, media_type=_media_type(name))
+    chunks = service.read_artifact(artifact, start, end)
+    return StreamingResponse(chunks, status, headers, _media_type(name))
+
+
+@router.get(
+    "/{job_id}/adapter.zip",
+    summary="Download everything as a zip",
+    response_class=StreamingResponse,
+    responses=_ZIP_RESPONSE | error_responses(404, 409, 422),
+)
+def get_adapter_zip(job_id: JobId, service: ServiceOf) -> StreamingResponse:
+    """All artifacts of a succeeded job, streamed; the same job gives the same bytes."""
+    artifacts = {artifact.file.name: artifact for artifact in service.artifacts(job_id)}
+    files = [artifact.file for artifact in artifacts.values()]
+    body = stream_zip(files, lambda name: service.read_artifact(artifacts[name]))
+    headers = {"Content-Disposition": _attachment(f"{job_id}.zip")}
+    return StreamingResponse(body, headers=headers, media_type="application/zip")
+
+
+def _media_type(name: str) -> str:
+    suffix = f".{name.rpartition('.')[2]}"
+    return _TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
+
+
+def _attachment(name: str) -> str:
+    """Published names are the service's own: letters, digits, '_', '-' and '.'."""
+    return f'attachment; filename="{name}"'

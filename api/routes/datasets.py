@@ -1,0 +1,156 @@
+"""Datasets: upload, look at, preview."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from fastapi import APIRouter, Query
+from pydantic import TypeAdapter, ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from api.dependencies import After, DatasetId, Limit, ServiceOf, UploadsOf
+from api.errors import error_responses, located
+from api.multipart import MEDIA_TYPE as MULTIPART
+from api.multipart import Form, is_multipart
+from api.schemas import Dataset, Listing, Page, PreviewProblem, PreviewRow
+from api.uploads import display_name
+from qlora_service.data.examples import Container, Shape
+from qlora_service.data.rendering import RenderRules
+from qlora_service.errors import InvalidModel, InvalidRequest, NotFound, QLoRAError
+
+router = APIRouter(prefix="/datasets", tags=["datasets"])
+
+Choice = TypeVar("Choice")
+_CONTAINER: TypeAdapter[Container] = TypeAdapter(Container)
+_SHAPE: TypeAdapter[Shape] = TypeAdapter(Shape)
+
+# Where these routes' requests name what may not exist.
+_PLACES: dict[type[QLoRAError], str] = {InvalidModel: "base_model", NotFound: "dataset_id"}
+
+_FILE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/octet-stream": {
+                "schema": {"type": "string", "format": "binary"},
+                "example": '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}',
+            },
+            MULTIPART: {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "container": {"type": "string", "enum": list(get_args(Container))},
+                        "shape": {"type": "string", "enum": list(get_args(Shape))},
+                    },
+                }
+            },
+        },
+    }
+}
+
+BaseModelName = Annotated[str, Query(min_length=1, max_length=200, description="A name from GET /models.")]
+MaxSeqLen = Annotated[
+    int | None, Query(ge=1, le=1_048_576, description="Longest row, in tokens; default: what the model handles.")
+]
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Upload a dataset",
+    responses=error_responses(413, 422),
+    openapi_extra=_FILE_BODY,
+)
+async def create_dataset(
+    request: Request,
+    service: ServiceOf,
+    uploads: UploadsOf,
+    filename: Annotated[str | None, Query(description="What the file is called.", examples=["train.jsonl"])] = None,
+    container: Annotated[Container | None, Query(description="File format; detected if absent.")] = None,
+    shape: Annotated[Shape | None, Query(description="Row shape; detected if absent.")] = None,
+) -> Dataset:
+    """Check a file and store it under its SHA-256.
+
+    Send the file as the body (`curl --data-binary @train.jsonl '…/datasets?filename=train.jsonl'`) or as the part
+    `file` of a form. Rows that cannot be used are listed in `findings` with their lines and left out; a file
+    without a usable row is refused, and nothing is stored.
+    """
+    if not is_multipart(request.headers.get("content-type", "")):
+        async with uploads.receive_file(request) as path:
+            dataset = await run_in_threadpool(
+                service.add_dataset, path, filename=display_name(filename), container=container, shape=shape
+            )
+            return Dataset.of(dataset)
+    async with uploads.receive_form(request, files=["file"], fields=["container", "shape"]) as form:
+        file = form.files.get("file")
+        if file is None:
+            raise InvalidRequest("the form has no part `file`: send the dataset in it", location="file")
+        dataset = await run_in_threadpool(
+            service.add_dataset,
+            file.path,
+            filename=display_name(filename or file.filename),
+            container=container or _choice(form, "container", _CONTAINER),
+            shape=shape or _choice(form, "shape", _SHAPE),
+        )
+        return Dataset.of(dataset)
+
+
+@router.get("", summary="List datasets", responses=error_responses(422))
+def list_datasets(service: ServiceOf, after: After = None, limit: Limit = 20) -> Page[Dataset]:
+    """Datasets, newest first."""
+    found = service.list_datasets(before=after, limit=limit + 1)
+    data = [Dataset.of(dataset) for dataset in found[:limit]]
+    return Page(data=data, next=data[-1].id if len(found) > limit else None)
+
+
+@router.get("/{dataset_id}", summary="Look at a dataset", responses=error_responses(404, 422))
+def get_dataset(
+    dataset_id: DatasetId,
+    service: ServiceOf,
+    base_model: BaseModelName | None = None,
+    max_seq_len_tokens: MaxSeqLen = None,
+) -> Dataset:
+    """Counts and findings; with `base_model` also the histogram of token lengths under its tokenizer."""
+    with located(_PLACES):
+        dataset = service.get_dataset(dataset_id)
+        if base_model is None:
+            return Dataset.of(dataset)
+        rules = RenderRules(max_seq_len_tokens or service.get_model(base_model).max_positions)
+        return Dataset.of(dataset, service.dataset_lengths(dataset_id, base_model, rules))
+
+
+@router.get("/{dataset_id}/preview", summary="Preview the rendered rows", responses=error_responses(404, 422))
+def preview_dataset(
+    dataset_id: DatasetId,
+    service: ServiceOf,
+    base_model: BaseModelName,
+    max_seq_len_tokens: MaxSeqLen = None,
+    too_long: Annotated[
+        Literal["refuse", "truncate", "drop"], Query(description="As in a job's training.too_long.")
+    ] = "refuse",
+    train_on: Annotated[
+        Literal["assistant", "all"], Query(description="As in a job's training.train_on.")
+    ] = "assistant",
+    skip: Annotated[int, Query(ge=0, le=10**9, description="Usable rows to pass over.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=50, description="Most rows shown.")] = 5,
+) -> Listing[PreviewRow | PreviewProblem]:
+    """Rows as they will be trained: the text after the chat template, its tokens, and which of them are learned."""
+    with located(_PLACES):
+        max_tokens = max_seq_len_tokens or service.get_model(base_model).max_positions
+        rules = RenderRules(max_tokens, too_long, train_on)
+        rows = service.preview(dataset_id, base_model, rules, skip=skip, limit=limit)
+    return Listing.model_validate({"data": rows})
+
+
+def _choice(form: Form, name: str, choices: TypeAdapter[Choice]) -> Choice | None:
+    """The value of an optional form field. Raises: InvalidRequest."""
+    value = form.fields.get(name)
+    if not value:
+        return None
+    try:
+        return choices.validate_python(value.decode(errors="replace"))
+    except ValidationError as error:
+        raise InvalidRequest(f"{name}: {error.errors()[0]['msg']}", location=name) from None

@@ -1,0 +1,28 @@
+"""Is the process up; could it take a job."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+
+from api.dependencies import ServiceOf
+from api.errors import error_responses
+from api.schemas import Health
+from qlora_service.errors import Unavailable
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", summary="Is the process up", responses=error_responses())
+async def healthz() -> Health:
+    """Answers as long as the process does. Restart it when this fails."""
+    return Health()
+
+
+@router.get("/readyz", summary="Can it take a job", responses=error_responses(503))
+def readyz(request: Request, service: ServiceOf) -> Health:
+    """Checks that the database answers and the data disk can be written. Send no requests while this fails."""
+    if request.app.state.draining:
+        raise Unavailable("the service is stopping")
+    service.check_ready()
+    return Health()

@@ -1,0 +1,247 @@
+"""What the API answers: the domain's values as JSON, without anything that is only true on this machine."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Generic, Literal, TypeVar
+from urllib.parse import quote
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from qlora_service.artifacts.manifest import ManifestFile
+from qlora_service.data.examples import Container, Shape
+from qlora_service.data.rendering import RenderReport
+from qlora_service.jobs import Job as DomainJob
+from qlora_service.jobs import JobStatus
+from qlora_service.models.catalog import BaseModel as DomainModel
+from qlora_service.specs import JobSpec
+from qlora_service.store.datasets import Dataset as DomainDataset
+
+Item = TypeVar("Item")
+
+
+class Page(BaseModel, Generic[Item]):
+    """Newest first. `next` is the `after` of the next page; null on the last."""
+
+    data: list[Item]
+    next: str | None
+
+
+class Listing(BaseModel, Generic[Item]):
+    """All there are."""
+
+    data: list[Item]
+
+
+# --- errors
+
+
+class Finding(BaseModel):
+    """One thing wrong with one place of the input."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    reason: str
+    pointer: str = Field(description="JSON pointer (RFC 6901) into the row, or into the request's body.")
+    line: int | None = Field(
+        None, description="From 1: line of a JSONL, CSV or text file, row of a JSON array or Parquet file."
+    )
+    byte_offset: int | None = Field(None, description="Where that line or row begins in the file.")
+
+
+class Error(BaseModel):
+    code: str = Field(description="Stable: programs may rely on it.")
+    message: str = Field(description="What happened, to which object, and what to do.")
+    location: str | None = Field(description="JSON pointer into the body, or the name of a parameter.")
+    findings: list[Finding]
+    details: dict[str, Any]
+
+
+class ErrorResponse(BaseModel):
+    """Every error, of every route."""
+
+    error: Error
+
+
+# --- datasets
+
+
+class Lengths(BaseModel):
+    """Token counts under one base model's tokenizer and chat template."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    rows: int
+    usable_rows: int
+    tokens: int
+    trained_tokens: int
+    longest_tokens: int
+    cut_rows: int = Field(description="Usable rows that lost tokens to truncation.")
+    too_long_rows: int
+    complete: bool = Field(description="False when only the first rows were rendered.")
+    histogram: dict[str, int] = Field(description='Rows by length: "128" counts rows of 65 to 128 tokens.')
+    finding_count: int
+    findings: list[Finding]
+
+
+class Dataset(BaseModel):
+    """An upload that was checked and stored. The same bytes read the same way are one dataset."""
+
+    id: str = Field(examples=["ds_019a9c2f8d31c4e55f0a7b"])
+    object: Literal["dataset"] = "dataset"
+    sha256: str
+    filename: str | None
+    bytes: int
+    container: Container
+    shape: Shape
+    rows: int
+    usable_rows: int
+    finding_count: int = Field(description="Exact, also where `findings` holds only the first of them.")
+    findings: list[Finding]
+    created_at: datetime
+    lengths: Lengths | None = Field(None, description="With ?base_model: how long the rows are.")
+
+    @classmethod
+    def of(cls, dataset: DomainDataset, lengths: RenderReport | None = None) -> Dataset:
+        return cls(
+            id=dataset.id,
+            sha256=dataset.sha256,
+            filename=dataset.filename,
+            created_at=dataset.created_at,
+            lengths=None if lengths is None else Lengths.model_validate(lengths),
+            **dataset.report.as_dict(),
+        )
+
+
+class PreviewToken(BaseModel):
+    id: int
+    text: str
+    trained: bool = Field(description="Whether this token is learned.")
+
+
+class PreviewRow(BaseModel):
+    """A row as it will be trained."""
+
+    line: int
+    text: str
+    tokens: list[PreviewToken]
+    cut_tokens: int = Field(description="Tokens that truncation took off the end.")
+
+
+class PreviewProblem(BaseModel):
+    """A row that will be left out, and why."""
+
+    line: int
+    problem: str
+
+
+# --- base models
+
+
+class Model(BaseModel):
+    """A base model of the catalog."""
+
+    name: str = Field(examples=["SmolLM2-135M-Instruct"])
+    source: Literal["directory", "gguf", "hub"]
+    hub_id: str | None
+    revision: str | None
+    weights_sha256: str
+    architecture: str
+    model_type: str
+    parameters: int
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_positions: int | None = Field(description="Longest sequence it handles, in tokens.")
+    chat_template: bool
+    imported_at: datetime
+
+    @classmethod
+    def of(cls, model: DomainModel) -> Model:
+        return cls.model_validate(model.as_dict())
+
+
+# --- jobs
+
+
+class Progress(BaseModel):
+    step: int = Field(description="Optimizer steps done.")
+    total_steps: int | None
+    fraction: float | None = Field(description="0 to 1; null until the number of steps is known.")
+    eta_s: float | None = Field(description="Seconds until the end, from the speed so far.")
+
+
+class Job(BaseModel):
+    """A fine-tuning job."""
+
+    id: str = Field(examples=["job_019a9c2f8d31c4e55f0a7b"])
+    object: Literal["job"] = "job"
+    name: str | None
+    status: JobStatus
+    phase: str | None = Field(description="What the running attempt is doing.", examples=["training"])
+    progress: Progress
+    queue_position: int | None = Field(description="Jobs that run before this queued one.")
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    attempt: int = Field(description="How often it was claimed.")
+    cancel_requested: bool
+    base_model: str
+    dataset_id: str
+    metrics: dict[str, Any] = Field(description="The latest, by name.", examples=[{"step": 7, "loss": 1.25}])
+    error: dict[str, Any] | None = Field(description="Of a failed job: an error as in `Error`.")
+    result: dict[str, Any] | None = Field(description="Of a succeeded job: held-out losses, certificate.")
+    spec: JobSpec
+    metadata: dict[str, str]
+
+    @classmethod
+    def of(cls, job: DomainJob, queue_position: int | None) -> Job:
+        return cls.model_validate(job_fields(job, queue_position))
+
+
+class SubmittedJob(Job):
+    """A queued job and what its submitter should know."""
+
+    warnings: list[str] = Field(examples=[["3 rows are truncated to 1024 tokens"]])
+
+
+def job_fields(job: DomainJob, queue_position: int | None) -> dict[str, Any]:
+    """The fields of `Job`."""
+    progress = Progress(
+        step=job.step,
+        total_steps=job.total_steps,
+        fraction=job.step / job.total_steps if job.total_steps else None,
+        eta_s=job.eta_s,
+    )
+    shared = ("id", "status", "phase", "created_at", "started_at", "finished_at", "attempt", "cancel_requested")
+    return {name: getattr(job, name) for name in (*shared, "dataset_id", "metrics", "error", "result", "spec")} | {
+        "name": job.spec.name,
+        "base_model": job.spec.base_model,
+        "metadata": job.spec.metadata,
+        "progress": progress,
+        "queue_position": queue_position,
+    }
+
+
+# --- artifacts
+
+
+class Artifact(BaseModel):
+    """A published file."""
+
+    name: str = Field(examples=["adapter_model.safetensors"])
+    bytes: int
+    sha256: str
+    url: str
+
+    @classmethod
+    def of(cls, job_id: str, file: ManifestFile) -> Artifact:
+        url = f"/jobs/{quote(job_id)}/artifacts/{quote(file.name)}"
+        return cls(name=file.name, bytes=file.bytes, sha256=file.sha256, url=url)
+
+
+# --- health
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"

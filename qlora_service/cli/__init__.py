@@ -1,0 +1,40 @@
+"""The command line: `qlora`. Needs the base dependencies only; commands import what they use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import typer
+
+from qlora_service.cli import jobs, local, models, submission
+from qlora_service.cli.options import FaultsInFile, print_error
+from qlora_service.errors import QLoRAError
+
+app = typer.Typer(
+    name="qlora",
+    help="Fine-tune language models with QLoRA: submit rows, watch the training, download the adapter.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(local.serve)
+app.command()(submission.submit)
+app.command()(jobs.watch)
+app.command()(jobs.download)
+app.command("jobs")(jobs.list_jobs)
+app.command()(jobs.cancel)
+app.add_typer(models.app, name="models")
+app.command()(local.demo)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits; every expected failure is one message on stderr and a non-zero code."""
+    from qlora_service.wire import ServiceError
+
+    try:
+        app(args=arguments, prog_name="qlora")
+    except FaultsInFile as error:
+        print_error(error.message, error.findings, error.file)
+    except (QLoRAError, ServiceError) as error:
+        print_error(error.message, error.findings)
+    raise SystemExit(1)

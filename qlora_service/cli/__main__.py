@@ -1,0 +1,3 @@
+from qlora_service.cli import main
+
+main()

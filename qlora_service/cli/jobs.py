@@ -1,0 +1,136 @@
+"""Commands about jobs that exist: watch, download, jobs, cancel."""
+
+from __future__ import annotations
+
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlora_service.cli.options import AsJson, JobId, Url, connect, print_json, print_note
+from qlora_service.jobs import JobStatus
+
+if TYPE_CHECKING:
+    from qlora_service.client import Client
+    from qlora_service.wire import Job
+
+EXIT_CODES = {"succeeded": 0, "failed": 1, "cancelled": 2}
+
+
+def watch(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Follow a job until it ends.
+
+    Shows phase, step, loss, held-out loss, tokens/s and the time left, also across a restart of the service. Ctrl-C
+    stops watching, not the job. The exit code is 0 when the job succeeded, 1 when it failed, 2 when it was cancelled.
+    """
+    with connect(url) as client:
+        watch_to_end(client, job, as_json)
+
+
+def watch_to_end(client: Client, job_id: str, as_json: bool) -> None:
+    """Watches, prints the outcome and exits with its code."""
+    from rich.console import Console
+
+    from qlora_service.watching import watch_job
+
+    try:
+        job = watch_job(client, job_id, Console(stderr=True))
+    except KeyboardInterrupt:
+        print_note(f"job {job_id} goes on. Watch it: qlora watch {job_id}   Cancel it: qlora cancel {job_id}")
+        raise typer.Exit(130) from None
+    if as_json:
+        print_json(job.model_dump(mode="json"))
+    else:
+        print_note(_outcome(job))
+    raise typer.Exit(EXIT_CODES[job.status])
+
+
+def download(
+    job: JobId,
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Where to put the files; default: a directory named JOB.")
+    ] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download a succeeded job's adapter and verify every file's SHA-256.
+
+    Files that are there already are kept, and a broken-off download goes on where it stopped. Prints the directory.
+    """
+    target = directory or Path(job)
+    with connect(url) as client:
+        files = client.download(job, target)
+    if as_json:
+        print_json([str(file) for file in files])
+    else:
+        print_note(f"{len(files)} files, {_size(sum(file.stat().st_size for file in files))}, verified")
+        typer.echo(str(target))
+
+
+def list_jobs(
+    status: Annotated[JobStatus | None, typer.Option(help="Only jobs with this status.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Only jobs on this base model.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many to list.")] = 20,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, newest first."""
+    with connect(url) as client:
+        jobs = list(islice(client.jobs(status=status, base_model=base_model), limit))
+    if as_json:
+        print_json([job.model_dump(mode="json") for job in jobs])
+    elif jobs:
+        _print_table(jobs)
+    else:
+        print_note("no jobs")
+
+
+def cancel(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Cancel a job: at once while it is queued, at its next step while it runs."""
+    with connect(url) as client:
+        cancelled = client.cancel(job)
+    if as_json:
+        print_json(cancelled.model_dump(mode="json"))
+    else:
+        print_note(f"job {job} is {cancelled.status}" + ("" if cancelled.terminal else " and stops at its next step"))
+
+
+def _outcome(job: Job) -> str:
+    if job.status == "failed":
+        error = job.error or {}
+        return f"job {job.id} failed: {error.get('message', 'no reason was recorded')}"
+    after = f" Download its adapter: qlora download {job.id}" if job.status == "succeeded" else ""
+    return f"job {job.id} {job.status} after {job.progress.step} steps.{after}"
+
+
+def _print_table(jobs: list[Job]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("id", "status", "progress", "loss", "base model", "created", "name"):
+        # An id cut short is of no use: it is there to be copied.
+        table.add_column(column, no_wrap=column == "id", overflow="fold")
+    for job in jobs:
+        loss, total = job.metrics.get("loss"), job.progress.total_steps
+        table.add_row(
+            job.id,
+            job.status,
+            f"{job.progress.step}/{total}" if total else "",
+            "" if loss is None else f"{loss:.4f}",
+            job.base_model,
+            f"{job.created_at.astimezone():%Y-%m-%d %H:%M}",
+            job.name or "",
+        )
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, markup=False, highlight=False).print(table)
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -1,0 +1,52 @@
+"""Commands that run the service on this machine: serve, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_service.cli.options import DataDir, settings
+
+
+def serve(
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; default: $QLORA_HOST, else 127.0.0.1.")
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port to listen on, 0 for a free one; default: $QLORA_PORT, else 8080."),
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Run the service: the API and the worker together.
+
+    Ctrl-C or SIGTERM stops both. When one of them ends by itself, the other is stopped and the exit code is 1.
+    The API asks for no password: whoever reaches the address can use it.
+    """
+    from qlora_service import serving
+
+    chosen = settings(host=host, port=port, data_dir=data_dir)
+    code = serving.serve(host=chosen.host, port=chosen.port, data_dir=chosen.resolved_data_dir, say=typer.echo)
+    raise typer.Exit(code)
+
+
+def demo(
+    directory: Annotated[
+        Path, typer.Option("--dir", help="Where the demo keeps its model and its data; a second run reuses them.")
+    ] = Path(".cache/demo"),
+    output: Annotated[Path, typer.Option(help="Where the adapter goes.")] = Path("demo-output"),
+) -> None:
+    """Train a small real model on a made-up notation, from dataset to answers, and show the difference.
+
+    Fetches SmolLM2-135M-Instruct (93 MB) once, runs a service of its own on a free port and stops it again. Takes a
+    few minutes on two CPU cores.
+    """
+    from rich.console import Console
+
+    from qlora_service.demo import run_demo
+    from qlora_service.logs import configure_logging
+
+    configure_logging("WARNING")
+    run_demo(directory.resolve(), output, Console())

@@ -1,0 +1,150 @@
+"""The command `submit`: a job from a file of rows, flags and a configuration file."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from qlora_service.cli.jobs import watch_to_end
+from qlora_service.cli.options import AsJson, FaultsInFile, Url, connect, print_json, print_note
+from qlora_service.errors import InvalidRequest, InvalidSpec
+
+Document = dict[str, Any]
+TRAINING = "Training"
+
+
+def submit(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE", help="Rows to train on: JSONL, JSON, CSV, Parquet or text."),
+    ] = None,
+    dataset_id: Annotated[str | None, typer.Option(help="A dataset the service has already, instead of FILE.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Base model, as in `qlora models list`.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Job spec in YAML or JSON; flags override it.")
+    ] = None,
+    set_fields: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the spec, e.g. training.optim=adamw_torch."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="A name for the job.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=TRAINING)] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the rows.", rich_help_panel=TRAINING)] = None,
+    learning_rate: Annotated[float | None, typer.Option(rich_help_panel=TRAINING)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step.", rich_help_panel=TRAINING)] = None,
+    max_seq_len_tokens: Annotated[
+        int | None, typer.Option(help="Longest row, in tokens.", rich_help_panel=TRAINING)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=TRAINING)] = None,
+    r: Annotated[int | None, typer.Option("--r", help="Rank of the adapter.", rich_help_panel=TRAINING)] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="The update is scaled by lora_alpha / r.", rich_help_panel=TRAINING)
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Queue a training job.
+
+    Everything that can be known to fail is refused at once, with the lines of your file. Prints the job's id.
+    """
+    from qlora_service.specs import parse_spec
+    from qlora_service.wire import ServiceError
+
+    flags = {
+        "dataset.id": dataset_id,
+        "base_model": base_model,
+        "name": name,
+        "training.max_steps": max_steps,
+        "training.epochs": epochs,
+        "training.learning_rate": learning_rate,
+        "training.batch_size": batch_size,
+        "training.max_seq_len_tokens": max_seq_len_tokens,
+        "training.seed": seed,
+        "adapter.r": r,
+        "adapter.lora_alpha": lora_alpha,
+    }
+    given = {field: value for field, value in flags.items() if value is not None}
+    document, lines = _read_config(config)
+    for field, value in {**given, **_assignments(set_fields or [])}.items():
+        _set(document, field, value)
+        lines.pop(_pointer(field), None)
+    if epochs is not None and max_steps is None:
+        # Of the two, max_steps would win: what is typed wins over what is in the file.
+        document["training"].pop("max_steps", None)
+    try:
+        spec = parse_spec(document)
+    except InvalidSpec as error:
+        if config is None:
+            raise
+        findings = [replace(finding, line=lines.get(finding.pointer)) for finding in error.findings]
+        raise FaultsInFile(config, "the configuration is refused", findings) from None
+    _check_one_dataset(file, document)
+    with connect(url) as client:
+        try:
+            job = client.submit(spec, file)
+        except ServiceError as error:
+            if file is None or not any(finding.line for finding in error.findings):
+                raise
+            raise FaultsInFile(file, error.message, error.findings) from None
+        for warning in job.warnings:
+            print_note(f"warning: {warning}")
+        if as_json and not watch:
+            print_json(job.model_dump(mode="json"))
+        elif sys.stdout.isatty():
+            typer.echo(f"job {job.id} is {job.status}" + ("" if watch else f". Watch it: qlora watch {job.id}"))
+        elif not as_json:
+            typer.echo(job.id)
+        if watch:
+            watch_to_end(client, job.id, as_json)
+
+
+def _read_config(config: Path | None) -> tuple[Document, dict[str, int]]:
+    from qlora_service.cli.spec_file import read_spec_file
+
+    return ({}, {}) if config is None else read_spec_file(config)
+
+
+def _check_one_dataset(file: Path | None, document: Document) -> None:
+    """Raises: InvalidRequest."""
+    dataset = document.get("dataset") or {}
+    named = dataset.get("id") is not None or dataset.get("rows") is not None
+    if file is None and not named:
+        raise InvalidRequest("no dataset: give a FILE of rows, or --dataset-id")
+    if file is not None and named:
+        raise InvalidRequest(f"two datasets: {file} and the one that the spec names; leave one of them out")
+    if file is not None and not file.is_file():
+        raise InvalidRequest(f"{file} is no file: give one with rows to train on")
+
+
+def _assignments(pairs: list[str]) -> Document:
+    """The fields and values of `--set`. Raises: InvalidRequest."""
+    values: Document = {}
+    for pair in pairs:
+        field, sign, text = pair.partition("=")
+        if not sign or not field:
+            raise InvalidRequest(f"--set {pair}: write FIELD=VALUE, e.g. training.optim=adamw_torch")
+        try:
+            values[field] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InvalidRequest(f"--set {pair}: the value cannot be read: {error}") from None
+    return values
+
+
+def _set(document: Document, field: str, value: object) -> None:
+    """Puts the value at the dotted field. Raises: InvalidRequest."""
+    *groups, last = field.split(".")
+    for group in groups:
+        document = document.setdefault(group, {})
+        if not isinstance(document, dict):
+            raise InvalidRequest(f"{field} cannot be set: {group} holds no fields")
+    document[last] = value
+
+
+def _pointer(field: str) -> str:
+    return "/" + field.replace(".", "/")

@@ -1,0 +1,85 @@
+"""Which examples make which step, and how a step is cut into micro-batches. Pure arithmetic on lengths.
+
+The data order is a function of (seed, epoch), never of an iterator's state: any step can be found again.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Split:
+    """Positions of the rows that are trained on and of those held out."""
+
+    train: tuple[int, ...]
+    held_out: tuple[int, ...]
+
+
+def split_rows(rows: int, fraction: float, max_held_out: int, seed: int) -> Split:
+    """A random split; at least one row is held out when `fraction` is above 0, and at least one is trained on.
+
+    Raises:
+        ValueError: no rows, or too few to hold one out.
+    """
+    if rows < 1:
+        raise ValueError("there are no rows to train on")
+    if fraction > 0 and rows < 2:
+        raise ValueError(f"one row is too few to hold out {fraction:.0%}: add rows or set validation.fraction to 0")
+    held = min(max_held_out, max(1, round(rows * fraction)), rows - 1) if fraction > 0 else 0
+    order = list(range(rows))
+    random.Random(f"split {seed}").shuffle(order)  # noqa: S311 - not a secret
+    return Split(tuple(sorted(order[held:])), tuple(sorted(order[:held])))
+
+
+def total_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps of a job over `rows` training rows."""
+    return max_steps if max_steps is not None else math.ceil(_examples(rows, epochs) / batch_size)
+
+
+def step_rows(step: int, rows: int, batch_size: int, epochs: float, max_steps: int | None, seed: int) -> list[int]:
+    """Positions of the examples of step `step` (from 0).
+
+    Each epoch is a permutation of the rows; steps run on through epoch boundaries. Every step has `batch_size`
+    examples, but the last of a job counted in epochs, which ends where the epochs end.
+    """
+    first, last = step * batch_size, (step + 1) * batch_size
+    if max_steps is None:
+        last = min(last, _examples(rows, epochs))
+    orders: dict[int, list[int]] = {}
+    chosen = []
+    for position in range(first, last):
+        epoch, place = divmod(position, rows)
+        if epoch not in orders:
+            orders[epoch] = list(range(rows))
+            random.Random(f"epoch {seed} {epoch}").shuffle(orders[epoch])  # noqa: S311
+        chosen.append(orders[epoch][place])
+    return chosen
+
+
+def _examples(rows: int, epochs: float) -> int:
+    """Examples that a job counted in epochs trains on; at least one."""
+    return max(1, round(rows * epochs))
+
+
+def pack(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
+    """Positions grouped into micro-batches of at most `budget_tokens` tokens, no padding.
+
+    First-fit decreasing; an example longer than the budget gets a micro-batch of its own. Deterministic.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[position]
+        for index, free in enumerate(room):
+            if length <= free:
+                bins[index].append(position)
+                room[index] -= length
+                break
+        else:
+            bins.append([position])
+            room.append(budget_tokens - length)
+    return bins

@@ -1,0 +1,131 @@
+"""A dataset's check: how many rows can be used, and what is wrong with the others, before any job is queued."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_service.data.examples import Container, Shape, SourceRow
+from qlora_service.data.formats import RawRow, detect_container, read_rows
+from qlora_service.data.shapes import REQUIRED, RowProblem, detect_shape, to_example
+from qlora_service.errors import Finding, InvalidDataset
+
+MAX_FINDINGS = 100
+# Readable rows that vote on the shape of the whole file.
+SHAPE_VOTERS = 20
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What a check found: `rows` is all rows seen; `finding_count` is exact, `findings` the first of them."""
+
+    container: Container
+    shape: Shape
+    bytes: int
+    rows: int
+    usable_rows: int
+    finding_count: int
+    findings: tuple[Finding, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report in JSON's types."""
+        return asdict(self) | {"findings": [finding.as_dict() for finding in self.findings]}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> DatasetReport:
+        """The report that `as_dict` wrote."""
+        return cls(**value | {"findings": tuple(Finding(**finding) for finding in value["findings"])})
+
+
+def check_dataset(
+    path: Path,
+    *,
+    filename: str | None = None,
+    container: Container | None = None,
+    shape: Shape | None = None,
+) -> DatasetReport:
+    """The report on every row of the file; container and shape are detected unless stated.
+
+    Raises:
+        InvalidDataset: the container cannot be told or is damaged, or no row is usable; the error carries
+            the first findings.
+    """
+    container = container or detect_container(path, filename)
+    shape = shape or _majority_shape(path, container)
+    rows, finding_count = 0, 0
+    findings: list[Finding] = []
+    for outcome in _outcomes(path, container, shape):
+        rows += 1
+        if isinstance(outcome, Finding):
+            finding_count += 1
+            if finding_count <= MAX_FINDINGS:
+                findings.append(outcome)
+    if finding_count == rows:
+        raise _unusable(f"none of its {rows} rows is usable as {shape} read from {container}", findings)
+    return DatasetReport(
+        container=container,
+        shape=shape,
+        bytes=path.stat().st_size,
+        rows=rows,
+        usable_rows=rows - finding_count,
+        finding_count=finding_count,
+        findings=tuple(findings),
+    )
+
+
+def read_examples(path: Path, container: Container, shape: Shape) -> Iterator[SourceRow]:
+    """The usable rows in file order: those that `check_dataset` counts.
+
+    Raises:
+        InvalidDataset: the file is damaged.
+    """
+    return (outcome for outcome in _outcomes(path, container, shape) if isinstance(outcome, SourceRow))
+
+
+def _outcomes(path: Path, container: Container, shape: Shape) -> Iterator[SourceRow | Finding]:
+    """For every row of the file its example, or why there is none."""
+    for row in read_rows(path, container):
+        yield _outcome(row, shape)
+
+
+def _outcome(row: RawRow, shape: Shape) -> SourceRow | Finding:
+    if row.value is None:
+        assert row.finding is not None
+        return row.finding
+    try:
+        return SourceRow(to_example(row.value, shape), row.line, row.byte_offset)
+    except RowProblem as problem:
+        return Finding(problem.reason, problem.pointer, row.line, row.byte_offset)
+
+
+def _majority_shape(path: Path, container: Container) -> Shape:
+    """The shape of most of the first readable rows."""
+    votes: Counter[Shape] = Counter()
+    findings: list[Finding] = []
+    readable = 0
+    for row in read_rows(path, container):
+        shape = None if row.value is None else detect_shape(row.value)
+        if shape is not None:
+            votes[shape] += 1
+        elif len(findings) < MAX_FINDINGS:
+            # Any shape serves: the row fits none, and the reason names them all.
+            outcome = _outcome(row, next(iter(REQUIRED)))
+            assert isinstance(outcome, Finding)
+            findings.append(outcome)
+        readable += row.value is not None
+        if readable == SHAPE_VOTERS:
+            break
+    if not votes:
+        why = "its rows fit no accepted shape" if readable else "none of its rows can be read"
+        raise _unusable(why if findings else "it has no rows", findings)
+    return votes.most_common(1)[0][0]
+
+
+def _unusable(why: str, findings: list[Finding]) -> InvalidDataset:
+    first = f" First: {findings[0]}." if findings else ""
+    return InvalidDataset(
+        f"the dataset cannot be used: {why}.{first} Correct the rows and upload it again", findings=findings
+    )

@@ -1,0 +1,51 @@
+"""What a training row is, whatever file and shape it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_service.specs import Container, Shape
+
+__all__ = ["Chat", "Completion", "Container", "Example", "Shape", "SourceRow", "Text"]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation in OpenAI's form.
+
+    Each message is a dict with `role` (system, user, assistant, tool), `content` (a string, or None next to
+    `tool_calls`) and whatever of `name`, `tool_calls`, `tool_call_id`, `reasoning_content` the row had. `trained[i]`
+    says whether message i is learned: assistant messages whose `weight` was 1 or absent.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    trained: tuple[bool, ...]
+    tools: tuple[dict[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Plain text in two parts; only the completion and the stop token are learned."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text; every token is learned."""
+
+    text: str
+
+
+Example = Chat | Completion | Text
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """An example and where it stands in the upload (see `errors.Finding` for `line`)."""
+
+    example: Example
+    line: int
+    byte_offset: int | None

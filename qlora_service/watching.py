@@ -1,0 +1,131 @@
+"""A job's progress in the terminal, until it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+from qlora_service.client import Client
+from qlora_service.wire import Job
+
+POLL_S = 0.5
+LINE_S = 5.0
+"""Without a terminal: least time between two lines about the same phase."""
+
+Show = Callable[[Job, str], None]
+
+
+def watch_job(client: Client, job_id: str, console: Console) -> Job:
+    """The ended job. Its progress is shown until then: a bar on a terminal, lines elsewhere.
+
+    A service that goes away meanwhile is waited for.
+    """
+    display = _bar if console.is_terminal else _lines
+    with display(console) as show:
+        job = client.get(job_id)
+        while not job.terminal:
+            show(job, _phase(job))
+            time.sleep(POLL_S)
+            job = client.refresh(job_id, on_drop=partial(_show_away, show, job))
+        show(job, job.status)
+    return job
+
+
+def _show_away(show: Show, last: Job, _: Exception) -> None:
+    show(last, "service away, reconnecting")
+
+
+def duration(seconds: float) -> str:
+    """Such as 45 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class _HeldOut:
+    """The latest held-out loss: a job's latest metrics need not hold one."""
+
+    def __init__(self) -> None:
+        self.loss: float | None = None
+
+    def seen(self, job: Job) -> float | None:
+        loss = job.metrics.get("eval_loss")
+        self.loss = self.loss if loss is None else float(loss)
+        return self.loss
+
+
+def _figures(job: Job, held_out: float | None) -> str:
+    """Loss, held-out loss, speed and time left, as far as they are known."""
+    parts = []
+    if (loss := job.metrics.get("loss")) is not None:
+        parts.append(f"loss {loss:.4f}")
+    if held_out is not None:
+        parts.append(f"held-out {held_out:.4f}")
+    if speed := job.metrics.get("tokens_per_second"):
+        parts.append(f"{speed:.0f} tokens/s")
+    if job.progress.eta_s and not job.terminal:
+        parts.append(f"{duration(job.progress.eta_s)} left")
+    return " · ".join(parts)
+
+
+def _phase(job: Job) -> str:
+    if job.cancel_requested:
+        return "cancelling"
+    if job.status == "queued":
+        ahead = job.queue_position
+        return "queued" if not ahead else f"queued, {ahead} ahead"
+    attempt = f" (attempt {job.attempt})" if job.attempt > 1 else ""
+    return (job.phase or job.status) + attempt
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Show]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[steps]}"),
+        TextColumn("{task.fields[figures]}"),
+    )
+    held_out = _HeldOut()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=None, steps="", figures="")
+
+        def show(job: Job, phase: str) -> None:
+            total = job.progress.total_steps
+            progress.update(
+                task,
+                description=escape(phase),
+                total=total,
+                completed=job.progress.step,
+                steps=f"{job.progress.step}/{total} steps" if total else "",
+                figures=_figures(job, held_out.seen(job)),
+            )
+
+        yield show
+
+
+@contextmanager
+def _lines(console: Console) -> Iterator[Show]:
+    held_out, last_phase, last_line, last_at = _HeldOut(), "", "", 0.0
+
+    def show(job: Job, phase: str) -> None:
+        nonlocal last_phase, last_line, last_at
+        total = job.progress.total_steps
+        steps = f"step {job.progress.step}/{total}" if total else ""
+        line = " · ".join(part for part in (phase, steps, _figures(job, held_out.seen(job))) if part)
+        now = time.monotonic()
+        if phase != last_phase or (line != last_line and now - last_at >= LINE_S):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            last_phase, last_line, last_at = phase, line, now
+
+    yield show

@@ -1,0 +1,209 @@
+"""The application over real state: SQLite, artifacts and an imported model in a directory of the test's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from api.main import create_app
+from qlora_service.artifacts.manifest import NAME as MANIFEST
+from qlora_service.artifacts.manifest import Manifest, describe_file
+from qlora_service.artifacts.store import ArtifactStore, job_key
+from qlora_service.models.catalog import Catalog
+from qlora_service.queue import Claim, Queue
+from qlora_service.settings import Settings
+from qlora_service.store.database import Database
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = {
+    "adapter_model.safetensors": bytes(range(256)) * 300,
+    "adapter_config.json": b'{"r": 16}',
+    "README.md": "# Ein Adapter für Übersetzungen\n".encode(),
+    "empty.txt": b"",
+}
+
+
+def chat_rows(count: int, answer: str = "Paris") -> bytes:
+    rows = (
+        {
+            "messages": [
+                {"role": "user", "content": f"Question {i}: capital of France?"},
+                {"role": "assistant", "content": answer},
+            ]
+        }
+        for i in range(count)
+    )
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def spec_of(dataset_id: str | None = None, **changes: object) -> dict[str, object]:
+    """A job's JSON that fits the tiny model."""
+    dataset = {} if dataset_id is None else {"id": dataset_id}
+    return {"base_model": "tiny", "dataset": dataset, "training": {"max_seq_len_tokens": 128}} | changes
+
+
+@pytest.fixture(scope="session")
+def models_dir(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalog that holds the tiny model as `tiny`."""
+    path = tmp_path_factory.mktemp("catalog")
+    Catalog(path).import_model("tiny", tiny_model)
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path: Path, models_dir: Path) -> Settings:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    (data_dir / "models").symlink_to(models_dir)
+    return Settings(data_dir=data_dir, port=0, max_upload_bytes=4 * 2**20)
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[TestClient]:
+    with TestClient(create_app(settings)) as client:
+        yield client
+
+
+@pytest.fixture
+def queue(settings: Settings) -> Iterator[Queue]:
+    """The queue as a worker sees it."""
+    database = Database(settings.resolved_database_url)
+    yield Queue(database, lease_s=30)
+    database.close()
+
+
+@pytest.fixture
+def dataset_id(client: TestClient) -> str:
+    response = client.post("/datasets?filename=train.jsonl", content=chat_rows(8))
+    assert response.status_code == 201, response.text
+    return str(response.json()["id"])
+
+
+@pytest.fixture
+def submit(client: TestClient, dataset_id: str) -> Callable[..., str]:
+    """Queues a job on the stored dataset; its id."""
+
+    def submit_job(**changes: object) -> str:
+        response = client.post("/jobs", json=spec_of(dataset_id, **changes))
+        assert response.status_code == 201, response.text
+        return str(response.json()["id"])
+
+    return submit_job
+
+
+@pytest.fixture
+def finished_job(submit: Callable[..., str], queue: Queue, settings: Settings, tmp_path: Path) -> str:
+    """A job that succeeded and published FILES and a manifest, as a trainer does."""
+    job_id = submit()
+    claimed = queue.claim("worker")
+    assert claimed is not None
+    publish(claimed[0], settings, tmp_path / "outbox")
+    queue.succeed(claimed[0], {"attempt": claimed[0].token})
+    return job_id
+
+
+def publish(claim: Claim, settings: Settings, outbox: Path) -> None:
+    store = ArtifactStore(settings.resolved_artifact_url)
+    outbox.mkdir()
+    for name, content in FILES.items():
+        (outbox / name).write_bytes(content)
+        store.put_file(job_key(claim.job_id, claim.token, name), outbox / name)
+    manifest = Manifest(
+        job_id=claim.job_id,
+        attempt=claim.token,
+        base_model={},
+        dataset={},
+        spec={},
+        plan={},
+        versions={},
+        held_out={},
+        files=tuple(describe_file(outbox / name) for name in FILES),
+    )
+    store.create(job_key(claim.job_id, claim.token, MANIFEST), manifest.model_dump_json().encode())
+
+
+@pytest.fixture
+def nothing_stored(client: TestClient, settings: Settings) -> Callable[[], None]:
+    """Asserts that no job, dataset or byte was left behind by what the test sent."""
+
+    def check() -> None:
+        assert client.get("/jobs").json()["data"] == []
+        assert client.get("/datasets").json()["data"] == []
+        assert [path for path in (settings.resolved_data_dir / "artifacts").rglob("*") if path.is_file()] == []
+        assert scratch_files(settings) == []
+
+    return check
+
+
+def scratch_files(settings: Settings) -> list[Path]:
+    return [path for path in settings.tmp_dir.rglob("*") if path.is_file()]
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@dataclass
+class Server:
+    """`python -m api` in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    url: str
+
+    def lines(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+    def stop(self) -> float:
+        """Sends SIGTERM; the seconds until the process was gone."""
+        started = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(timeout=30)
+        return time.monotonic() - started
+
+
+def api_environment(settings: Settings, port: int = 0) -> dict[str, str]:
+    return os.environ | {
+        "QLORA_DATA_DIR": str(settings.data_dir),
+        "QLORA_PORT": str(port),
+        "QLORA_MAX_UPLOAD_BYTES": str(settings.max_upload_bytes),
+    }
+
+
+@pytest.fixture
+def start_server(settings: Settings, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    started: list[Server] = []
+
+    def start(port: int = 0) -> Server:
+        log = tmp_path / f"api-{len(started)}.log"
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "api"], cwd=ROOT, env=api_environment(settings, port), stderr=stderr
+            )
+        server = Server(process, log, "")
+        started.append(server)
+        deadline = time.monotonic() + 30
+        while not server.url:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            listening = [line for line in server.lines() if line["event"] == "api_listening"]
+            server.url = f"http://127.0.0.1:{listening[0]['port']}" if listening else ""
+            time.sleep(0.02)
+        return server
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.wait()

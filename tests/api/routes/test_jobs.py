@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from qlora_service.queue import Progress, Queue
+from tests.api.conftest import chat_rows, spec_of
+
+ROWS = [json.loads(line) for line in chat_rows(4).splitlines()]
+JSON = {"Content-Type": "application/json"}
+
+
+def form(spec: object, rows: bytes | None) -> dict[str, tuple[str | None, bytes]]:
+    config = spec if isinstance(spec, bytes) else json.dumps(spec).encode()
+    parts: dict[str, tuple[str | None, bytes]] = {"config": (None, config)}
+    return parts if rows is None else parts | {"dataset": ("rows.jsonl", rows)}
+
+
+def test_job_on_a_stored_dataset_is_queued(client: TestClient, dataset_id: str) -> None:
+    response = client.post("/jobs", json=spec_of(dataset_id, name="first", metadata={"team": "a"}))
+    assert response.status_code == 201
+    job = response.json()
+    assert response.headers["Location"] == f"/jobs/{job['id']}"
+    assert job.pop("warnings") == []
+    assert (job["object"], job["status"], job["queue_position"]) == ("job", "queued", 0)
+    assert (job["name"], job["base_model"], job["dataset_id"]) == ("first", "tiny", dataset_id)
+    assert job["metadata"] == {"team": "a"}
+    assert job["spec"]["training"]["max_seq_len_tokens"] == 128
+    assert job["progress"] == {"step": 0, "total_steps": None, "fraction": None, "eta_s": None}
+    assert client.get(f"/jobs/{job['id']}").json() == job
+
+
+def test_inline_rows_become_a_dataset(client: TestClient) -> None:
+    job = client.post("/jobs", json=spec_of(dataset={"rows": ROWS})).json()
+    dataset = client.get(f"/datasets/{job['dataset_id']}").json()
+    assert dataset["rows"] == 4
+    assert job["spec"]["dataset"] == {"id": dataset["id"], "rows": None, "container": None, "shape": None}
+
+
+def test_one_form_brings_dataset_and_config(client: TestClient) -> None:
+    rows = chat_rows(4) + b'{"messages": []}\n'
+    response = client.post("/jobs", files=form(spec_of(dataset={"shape": "messages"}), rows))
+    assert response.status_code == 201
+    job = response.json()
+    dataset = client.get(f"/datasets/{job['dataset_id']}").json()
+    assert (dataset["filename"], dataset["usable_rows"]) == ("rows.jsonl", 4)
+    assert job["warnings"] == [f"1 rows of the upload cannot be read and are left out: GET /datasets/{dataset['id']}"]
+
+
+def test_config_may_be_sent_as_a_file_and_name_a_stored_dataset(client: TestClient, dataset_id: str) -> None:
+    config = ("job.json", json.dumps(spec_of(dataset_id)).encode())
+    assert client.post("/jobs", files={"config": config}).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("spec", "status", "code", "location"),
+    [
+        (spec_of(), 422, "invalid_spec", "/dataset"),
+        (spec_of("ds_none"), 404, "not_found", "/dataset/id"),
+        (spec_of(dataset={"rows": ROWS}, base_model="tinny"), 422, "invalid_model", "/base_model"),
+        (spec_of(dataset={"rows": ROWS}, base_model="../tiny"), 422, "invalid_model", "/base_model"),
+        ({"dataset": {"rows": ROWS}}, 422, "invalid_spec", "/base_model"),
+        (spec_of(dataset={"rows": ROWS}, adapter={"r": 0}), 422, "invalid_spec", "/adapter/r"),
+        (spec_of(dataset={"rows": ROWS}, trainer={}), 422, "invalid_spec", "/trainer"),
+        (spec_of(dataset={"rows": ROWS}, training={}), 422, "invalid_spec", "/training/max_seq_len_tokens"),
+        (spec_of(dataset={"rows": ROWS, "id": "ds_1"}), 422, "invalid_spec", "/dataset"),
+        (spec_of(dataset={"rows": []}), 422, "invalid_dataset", "/dataset"),
+        (spec_of(dataset={"rows": [{"a": 1}]}), 422, "invalid_dataset", "/dataset"),
+        (spec_of(dataset={"rows": ROWS}, training={"max_seq_len_tokens": 8}), 422, "invalid_dataset", "/dataset"),
+        ([], 422, "invalid_spec", "/"),
+    ],
+)
+def test_job_that_cannot_run_is_refused_and_nothing_stored(
+    client: TestClient,
+    nothing_stored: Callable[[], None],
+    spec: Any,
+    status: int,
+    code: str,
+    location: str,
+) -> None:
+    response = client.post("/jobs", json=spec)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert (error["code"], error["location"]) == (code, location)
+    assert error["message"]
+    nothing_stored()
+
+
+def test_misspelt_field_is_answered_with_the_nearest_name(client: TestClient) -> None:
+    error = client.post("/jobs", json=spec_of(training={"learning_rat": 1e-4})).json()["error"]
+    assert error["findings"] == [
+        {"reason": "unknown field 'learning_rat': did you mean 'learning_rate'?", "pointer": "/training/learning_rat"}
+    ]
+
+
+def test_all_faults_are_listed_at_once(client: TestClient) -> None:
+    error = client.post("/jobs", json={"adapter": {"r": 0}, "training": {"epochs": -1}}).json()["error"]
+    assert {finding["pointer"] for finding in error["findings"]} == {"/base_model", "/adapter/r", "/training/epochs"}
+
+
+def test_rows_over_the_limit_are_named_by_line(client: TestClient, nothing_stored: Callable[[], None]) -> None:
+    rows = chat_rows(3) + chat_rows(1, answer="very long " * 200)
+    error = client.post("/jobs", files=form(spec_of(), rows)).json()["error"]
+    assert "1 of 4 rows" in error["message"]
+    assert [finding["line"] for finding in error["findings"]] == [4]
+    nothing_stored()
+
+
+@pytest.mark.parametrize(
+    ("rows", "spec", "status", "location"),
+    [
+        (b"", spec_of(), 422, "/dataset"),
+        (b"\x1f\x8b\x08" + bytes(40), spec_of(), 422, "/dataset"),
+        (b'{"messages": []}\n' * 3, spec_of(), 422, "/dataset"),
+        (chat_rows(2, answer="x " * 300), spec_of(), 422, "/dataset"),
+        (chat_rows(2), spec_of("ds_1"), 422, "/dataset"),
+        (chat_rows(2), spec_of(dataset={"container": "parquet"}), 422, "/dataset"),
+        (chat_rows(2), b'{"base_model": "tiny"', 400, None),
+        (None, spec_of(), 422, "/dataset"),
+    ],
+)
+def test_form_that_cannot_run_is_refused_and_nothing_stored(
+    client: TestClient,
+    nothing_stored: Callable[[], None],
+    rows: bytes | None,
+    spec: object,
+    status: int,
+    location: str | None,
+) -> None:
+    response = client.post("/jobs", files=form(spec, rows))
+    assert response.status_code == status, response.text
+    assert response.json()["error"]["location"] == location
+    nothing_stored()
+
+
+def test_form_without_config_is_refused(client: TestClient, nothing_stored: Callable[[], None]) -> None:
+    response = client.post("/jobs", files={"dataset": ("rows.jsonl", chat_rows(2))})
+    assert response.status_code == 422
+    assert response.json()["error"]["location"] == "config"
+    nothing_stored()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"base_model": NaN}',
+        b'{"base_model": "tiny", "base_model": "tiny"}',
+        b'{"base_model": "\\ud800"}',
+        b'{"base_model": "a\\u0000"}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+    ],
+)
+def test_body_that_is_no_strict_json_is_a_client_error(client: TestClient, body: bytes) -> None:
+    response = client.post("/jobs", content=body, headers=JSON)
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_json"
+
+
+def test_body_of_another_type_is_refused(client: TestClient) -> None:
+    response = client.post("/jobs", content=b"{}", headers={"Content-Type": "text/plain"})
+    assert response.status_code == 415
+    assert "application/json" in response.json()["error"]["message"]
+
+
+def test_listing_filters_and_goes_from_new_to_old_page_by_page(
+    client: TestClient, submit: Callable[..., str]
+) -> None:
+    ids = [submit() for _ in range(3)]
+    client.post(f"/jobs/{ids[0]}/cancel")
+    first = client.get("/jobs?limit=2").json()
+    assert [job["id"] for job in first["data"]] == [ids[2], ids[1]]
+    second = client.get("/jobs", params={"limit": 2, "after": first["next"]}).json()
+    assert [job["id"] for job in second["data"]] == [ids[0]]
+    assert second["next"] is None
+    assert [job["id"] for job in client.get("/jobs?status=cancelled").json()["data"]] == [ids[0]]
+    assert client.get("/jobs?base_model=other").json() == {"data": [], "next": None}
+    assert [job["queue_position"] for job in first["data"]] == [1, 0]
+
+
+def test_running_job_shows_progress_and_all_metrics(
+    client: TestClient, submit: Callable[..., str], queue: Queue
+) -> None:
+    job_id = submit()
+    claimed = queue.claim("worker")
+    assert claimed is not None
+    claim = claimed[0]
+    for step in (1, 2):
+        record = {"attempt": claim.token, "step": step, "loss": 2.0 / step}
+        progress = Progress(phase="training", step=step, total_steps=8, eta_s=60.0, metrics=record)
+        queue.report(claim, progress, ("metrics", record))
+    job = client.get(f"/jobs/{job_id}").json()
+    assert (job["status"], job["phase"], job["attempt"], job["queue_position"]) == ("running", "training", 1, None)
+    assert job["progress"] == {"step": 2, "total_steps": 8, "fraction": 0.25, "eta_s": 60.0}
+    assert job["metrics"]["loss"] == 1.0
+    metrics = client.get(f"/jobs/{job_id}/metrics").json()["data"]
+    assert [record["step"] for record in metrics] == [1, 2]
+
+
+def test_failed_job_says_why(client: TestClient, submit: Callable[..., str], queue: Queue) -> None:
+    job_id = submit()
+    claimed = queue.claim("worker")
+    assert claimed is not None
+    queue.fail(claimed[0], {"code": "job_failed", "message": "killed by SIGKILL at step 7"})
+    assert client.get(f"/jobs/{job_id}").json()["error"]["message"] == "killed by SIGKILL at step 7"
+
+
+def test_cancel_ends_a_queued_job_and_asks_a_running_one(
+    client: TestClient, submit: Callable[..., str], queue: Queue
+) -> None:
+    queued, running = submit(priority=-1), submit()
+    assert queue.claim("worker") is not None
+    assert client.post(f"/jobs/{queued}/cancel").json()["status"] == "cancelled"
+    assert client.post(f"/jobs/{queued}/cancel").json()["status"] == "cancelled"
+    asked = client.post(f"/jobs/{running}/cancel").json()
+    assert (asked["status"], asked["cancel_requested"]) == ("running", True)
+
+
+def test_cancel_of_a_finished_job_is_a_conflict(client: TestClient, finished_job: str) -> None:
+    response = client.post(f"/jobs/{finished_job}/cancel")
+    assert response.status_code == 409
+    assert response.json()["error"]["code"] == "conflict"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", ""), ("POST", "/cancel"), ("GET", "/metrics"), ("GET", "/events"), ("GET", "/artifacts"),
+     ("GET", "/artifacts/manifest.json"), ("GET", "/adapter.zip")],
+)  # fmt: skip
+def test_unknown_job_is_not_found(client: TestClient, method: str, path: str) -> None:
+    response = client.request(method, f"/jobs/job_none{path}")
+    assert response.status_code == 404
+    error = response.json()["error"]
+    assert (error["code"], error["location"]) == ("not_found", "job_id")

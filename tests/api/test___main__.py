@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from qlora_service.queue import Queue
+from qlora_service.settings import Settings
+from tests.api.conftest import ROOT, Server, api_environment, chat_rows, scratch_files, spec_of
+
+
+def run_api(settings: Settings, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "api"],
+        cwd=ROOT,
+        env=api_environment(settings) | environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_taken_port_is_one_clear_line(settings: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run_api(settings, QLORA_PORT=str(port))
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        f"cannot listen on 127.0.0.1:{port}: Address already in use. Stop what uses it, or set QLORA_PORT (QLORA_HOST)"
+    ]
+
+
+def test_wrong_setting_is_one_clear_line(settings: Settings) -> None:
+    result = run_api(settings, QLORA_PORT="eighty")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "QLORA_PORT: Input should be a valid integer" in line
+
+
+def test_data_directory_that_cannot_be_made_is_one_clear_line(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run_api(settings, QLORA_DATA_DIR=str(tmp_path / "file"))
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line == f"cannot write in {tmp_path / 'file'}: Not a directory. Set QLORA_DATA_DIR"
+
+
+def test_server_answers_logs_and_stops_clean(start_server: Callable[..., Server], settings: Settings) -> None:
+    server = start_server()
+    assert httpx2.get(f"{server.url}/readyz").json() == {"status": "ok"}
+    too_large = httpx2.post(f"{server.url}/datasets", content=b"x" * (settings.max_upload_bytes + 1))
+    assert too_large.status_code == 413
+    assert server.stop() < 2
+    assert server.process.returncode == -15
+    requests = [line for line in server.lines() if line["event"] == "request"]
+    assert [(line["path"], line["status"]) for line in requests] == [("/readyz", 200), ("/datasets", 413)]
+    assert len({line["request_id"] for line in requests}) == 2
+    assert "Traceback" not in server.log.read_text()
+    assert list(settings.tmp_dir.iterdir()) == []
+
+
+def test_upload_that_a_kill_interrupts_is_gone_after_the_next_start(
+    start_server: Callable[..., Server], settings: Settings
+) -> None:
+    server = start_server()
+    port = int(server.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"POST /datasets HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n" + b"x" * 2_000_000)
+        deadline = time.monotonic() + 10
+        while not any(path.stat().st_size for path in scratch_files(settings)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        server.process.kill()
+        server.process.wait()
+    assert scratch_files(settings) != []
+    start_server()
+    wait_until(lambda: scratch_files(settings) == [])
+
+
+def test_process_ends_in_time_also_while_a_request_hangs(
+    start_server: Callable[..., Server], settings: Settings, queue: Queue
+) -> None:
+    server = start_server()
+    dataset_id = httpx2.post(f"{server.url}/datasets", content=chat_rows(4)).json()["id"]
+    job_id = httpx2.post(f"{server.url}/jobs", json=spec_of(dataset_id)).json()["id"]
+    lock = sqlite3.connect(settings.resolved_data_dir / "state.db", isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+
+    def cancel() -> None:
+        with pytest.raises(httpx2.TransportError):
+            httpx2.post(f"{server.url}/jobs/{job_id}/cancel", timeout=20)
+
+    waiting = threading.Thread(target=cancel)
+    waiting.start()
+    time.sleep(0.5)
+    assert server.stop() < 5
+    waiting.join()
+    lock.execute("ROLLBACK")
+    lock.close()
+    # What was cut off never happened.
+    claimed = queue.claim("worker")
+    assert claimed is not None
+    assert claimed[1].id == job_id
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from api.main import create_app
+from qlora_service.settings import Settings
+from tests.api.conftest import ROOT, scratch_files
+
+CONTRACT = {
+    ("post", "/datasets"): {413, 422},
+    ("get", "/datasets"): {422},
+    ("get", "/datasets/{dataset_id}"): {404, 422},
+    ("get", "/datasets/{dataset_id}/preview"): {404, 422},
+    ("get", "/models"): set(),
+    ("post", "/jobs"): {400, 404, 413, 415, 422},
+    ("get", "/jobs"): {422},
+    ("get", "/jobs/{job_id}"): {404, 422},
+    ("post", "/jobs/{job_id}/cancel"): {404, 409, 422},
+    ("get", "/jobs/{job_id}/metrics"): {404, 422},
+    ("get", "/jobs/{job_id}/events"): {404, 422},
+    ("get", "/jobs/{job_id}/artifacts"): {404, 409, 422},
+    ("get", "/jobs/{job_id}/artifacts/{name}"): {404, 409, 416, 422},
+    ("get", "/jobs/{job_id}/adapter.zip"): {404, 409, 422},
+    ("get", "/healthz"): set(),
+    ("get", "/readyz"): {503},
+}
+HEAVY = ["torch", "transformers", "datasets", "peft", "bitsandbytes", "numpy", "pandas"]
+
+
+@pytest.fixture(scope="module")
+def openapi(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return create_app(Settings(data_dir=tmp_path_factory.mktemp("data"))).openapi()
+
+
+def test_importing_the_application_imports_no_torch() -> None:
+    code = f"import sys, api.main; print([name for name in {HEAVY} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_route_and_its_errors_are_documented(openapi: dict[str, Any]) -> None:
+    operations = {
+        (method, path): operation for path, methods in openapi["paths"].items() for method, operation in methods.items()
+    }
+    assert operations.keys() == CONTRACT.keys()
+    for route, errors in CONTRACT.items():
+        operation = operations[route]
+        assert operation["summary"], route
+        assert operation["description"], route
+        assert operation["tags"], route
+        documented = {int(status) for status in operation["responses"] if status >= "400"}
+        assert documented == errors | {500}, route
+        for status in documented:
+            content = operation["responses"][str(status)]["content"]["application/json"]
+            assert content["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}, route
+            assert content["example"]["error"]["message"], route
+
+
+def test_only_the_one_error_schema_exists(openapi: dict[str, Any]) -> None:
+    assert "HTTPValidationError" not in openapi["components"]["schemas"]
+
+
+def test_job_body_shows_the_spec_as_json_and_as_form(openapi: dict[str, Any]) -> None:
+    content = openapi["paths"]["/jobs"]["post"]["requestBody"]["content"]
+    spec = {"$ref": "#/components/schemas/JobSpec"}
+    assert content["application/json"]["schema"] == spec
+    assert content["multipart/form-data"]["schema"]["properties"]["config"] == spec
+    schema = openapi["components"]["schemas"]["JobSpec"]
+    assert schema["required"] == ["base_model"]
+    assert schema["additionalProperties"] is False
+
+
+def test_every_reference_of_the_document_resolves(openapi: dict[str, Any]) -> None:
+    def references(value: Any) -> list[str]:
+        if isinstance(value, dict):
+            found = [value["$ref"]] if isinstance(value.get("$ref"), str) else []
+            return found + [name for child in value.values() for name in references(child)]
+        return [name for child in value for name in references(child)] if isinstance(value, list) else []
+
+    known = {f"#/components/schemas/{name}" for name in openapi["components"]["schemas"]}
+    assert references(openapi)
+    assert set(references(openapi)) <= known
+
+
+def test_examples_of_job_bodies_are_valid_specs(openapi: dict[str, Any]) -> None:
+    from qlora_service.specs import parse_spec
+
+    examples = openapi["paths"]["/jobs"]["post"]["requestBody"]["content"]["application/json"]["examples"]
+    for example in examples.values():
+        assert parse_spec(example["value"]).base_model
+
+
+def test_docs_page_is_served(client: TestClient) -> None:
+    assert "/openapi.json" in client.get("/docs").text
+
+
+def test_start_removes_what_a_killed_process_left(settings: Settings) -> None:
+    left: Path = settings.tmp_dir / ".staging-0123456789abcdef" / "tmp1" / "body"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half an upload")
+    with TestClient(create_app(settings)), TestClient(create_app(settings)) as second:
+        # The first process's scratch survives the start of the second.
+        assert scratch_files(settings) == []
+        assert len(list(settings.tmp_dir.iterdir())) == 2
+        assert second.get("/readyz").status_code == 200
+    assert list(settings.tmp_dir.iterdir()) == []

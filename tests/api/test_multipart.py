@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from api.multipart import FormWriter, boundary_of, is_multipart
+from qlora_service.errors import InvalidRequest, QLoRAError, TooLarge
+
+BODY = (
+    b'--xx\r\nContent-Disposition: form-data; name="file"; filename="Gr\xc3\xbc\xc3\x9fe.jsonl"\r\n'
+    b"Content-Type: application/octet-stream\r\n\r\n"
+    b"line 1\r\nline 2 --x\r\n\r\n--xx\r\n"
+    b'content-disposition: form-data; name="shape"\r\n\r\n'
+    b"messages\r\n--xx--\r\n"
+)
+
+
+def writer(directory: Path, max_field_bytes: int = 100) -> FormWriter:
+    return FormWriter(b"xx", directory, ["file"], ["shape"], max_field_bytes)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+def test_parts_are_the_same_however_the_body_is_cut(tmp_path: Path, piece: int) -> None:
+    with writer(tmp_path) as parts:
+        for start in range(0, len(BODY), piece):
+            parts.write(BODY[start : start + piece])
+        form = parts.finish()
+    assert form.files["file"].filename == "Grüße.jsonl"
+    assert form.files["file"].path.read_bytes() == b"line 1\r\nline 2 --x\r\n"
+    assert form.fields == {"shape": b"messages"}
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "reason"),
+    [
+        (BODY[:-8], InvalidRequest, "ends before its last boundary"),
+        (BODY[:150], InvalidRequest, "ends before its last boundary"),
+        (b"", InvalidRequest, "ends before its last boundary"),
+        (b"no boundary at all", InvalidRequest, "cannot be read"),
+        (BODY.replace(b'"shape"', b'"shap"'), InvalidRequest, "unknown part 'shap': this form has the parts file"),
+        (BODY.replace(b'"shape"', b'"file"'), InvalidRequest, "'file' is sent twice"),
+        (BODY.replace(b"messages", b"m" * 101), TooLarge, "larger than 100 bytes"),
+    ],
+)
+def test_form_that_cannot_be_used_is_refused(
+    tmp_path: Path, body: bytes, error: type[QLoRAError], reason: str
+) -> None:
+    with pytest.raises(error, match=reason), writer(tmp_path) as parts:
+        parts.write(body)
+        parts.finish()
+
+
+def test_content_type_tells_a_form_and_its_boundary() -> None:
+    assert is_multipart("Multipart/Form-Data; boundary=xx")
+    assert not is_multipart("application/json")
+    assert boundary_of('multipart/form-data; boundary="a b"') == b"a b"
+    with pytest.raises(InvalidRequest, match="no boundary"):
+        boundary_of("multipart/form-data")

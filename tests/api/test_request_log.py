@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from fastapi.testclient import TestClient
+from structlog.testing import capture_logs
+
+from qlora_service.settings import Settings
+from tests.api.conftest import chat_rows
+
+SECRET = "a sentence that only the dataset holds"
+
+
+def test_request_keeps_the_id_it_came_with(client: TestClient) -> None:
+    assert client.get("/healthz", headers={"X-Request-Id": "trace-1"}).headers["X-Request-Id"] == "trace-1"
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "ü".encode()])
+def test_request_without_a_usable_id_is_given_one(client: TestClient, given: str | bytes) -> None:
+    first = client.get("/healthz", headers={"X-Request-Id": given}).headers["X-Request-Id"]
+    assert first.startswith("req_")
+    assert client.get("/healthz").headers["X-Request-Id"] != first
+
+
+def test_each_request_is_one_line(client: TestClient) -> None:
+    with capture_logs() as lines:
+        client.get("/jobs/job_none?q=secret")
+    (line,) = lines
+    assert line["event"] == "request"
+    assert (line["method"], line["path"], line["status"], line["code"]) == ("GET", "/jobs/job_none", 404, "not_found")
+    assert line["duration_ms"] > 0
+    assert "secret" not in str(line)
+
+
+def test_rows_are_never_logged(client: TestClient) -> None:
+    with capture_logs() as lines:
+        client.post("/datasets", content=chat_rows(2, answer=SECRET))
+        client.post("/datasets", content=f'{{"messages": "{SECRET}"}}\n'.encode())
+        client.post("/jobs", json={"base_model": SECRET, "dataset": {"rows": [{"text": SECRET}]}})
+    assert [line["status"] for line in lines] == [201, 422, 422]
+    assert SECRET not in str(lines)
+
+
+def test_defect_is_logged_once_and_answered_without_its_inside(
+    client: TestClient, settings: Settings, finished_job: str
+) -> None:
+    # A manifest that no trainer writes: reading it is a defect nobody foresaw.
+    (manifest,) = settings.resolved_data_dir.glob("artifacts/jobs/*/1/manifest.json")
+    manifest.write_text(f'{{"note": "{SECRET}"}}')
+    with capture_logs() as lines:
+        response = client.get(f"/jobs/{finished_job}/artifacts", headers={"X-Request-Id": "trace-2"})
+    assert response.status_code == 500
+    error = response.json()["error"]
+    assert error["code"] == "internal_error"
+    assert error["details"] == {"request_id": "trace-2"}
+    assert response.headers["X-Request-Id"] == "trace-2"
+    assert "Traceback" not in response.text
+    assert [line["event"] for line in lines] == ["request_failed", "request"]
+    assert lines[0]["error"] == "ValidationError"
+    assert "service.py" in str(lines[0]["frames"])
+    assert SECRET not in str(lines)
+
+
+def test_client_that_goes_away_is_no_defect(client: TestClient, nothing_stored: Callable[[], None]) -> None:
+    import anyio
+    from starlette.types import Message
+
+    messages: list[Message] = [
+        {"type": "http.request", "body": chat_rows(1), "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": "/datasets", "raw_path": b"/datasets", "query_string": b"", "root_path": "", "headers": [],
+        "server": ("test", 80), "client": ("test", 1),
+    }  # fmt: skip
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    with capture_logs() as lines:
+        anyio.run(client.app, scope, receive, send)
+    assert [(line["event"], line["status"]) for line in lines] == [("request", 499)]
+    assert sent == []
+    nothing_stored()

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from fastapi.testclient import TestClient
+
+from api.uploads import MAX_FILENAME_CHARS, display_name
+from qlora_service.settings import Settings
+from tests.api.conftest import chat_rows, scratch_files
+
+
+def too_much(settings: Settings) -> bytes:
+    return b"x" * (settings.max_upload_bytes + 1)
+
+
+def test_body_over_the_limit_is_refused_before_it_is_read(
+    client: TestClient, settings: Settings, nothing_stored: Callable[[], None]
+) -> None:
+    response = client.post("/datasets", content=too_much(settings))
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "too_large"
+    assert response.json()["error"]["details"] == {"max_bytes": settings.max_upload_bytes}
+    nothing_stored()
+
+
+def test_body_of_unknown_length_is_cut_off_at_the_limit(
+    client: TestClient, settings: Settings, nothing_stored: Callable[[], None]
+) -> None:
+    def pieces() -> Iterator[bytes]:
+        for _ in range(1 + settings.max_upload_bytes // 2**16):
+            yield b"x" * 2**16
+
+    assert client.post("/datasets", content=pieces()).status_code == 413
+    nothing_stored()
+
+
+def test_form_over_the_limit_is_refused(
+    client: TestClient, settings: Settings, nothing_stored: Callable[[], None]
+) -> None:
+    assert client.post("/datasets", files={"file": ("a.jsonl", too_much(settings))}).status_code == 413
+    nothing_stored()
+
+
+def test_json_over_its_own_limit_is_refused(client: TestClient, nothing_stored: Callable[[], None]) -> None:
+    body = b'{"name": "' + b"x" * 32 * 2**20 + b'"}'
+    response = client.post("/jobs", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 413
+    nothing_stored()
+
+
+def test_scratch_is_empty_once_a_request_has_ended(client: TestClient, settings: Settings) -> None:
+    assert client.post("/datasets", content=chat_rows(20_000)).status_code == 201  # written in several pieces
+    assert client.post("/datasets", files={"file": ("b.jsonl", chat_rows(3))}).status_code == 201
+    assert scratch_files(settings) == []
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [
+        ("train.jsonl", "train.jsonl"),
+        ("../../etc/passwd", "passwd"),
+        ("C:\\data\\train.jsonl", "train.jsonl"),
+        ("a\x00b\nc", "abc"),
+        ("dir/", None),
+        (None, None),
+        ("x" * 300 + ".jsonl", "x" * (MAX_FILENAME_CHARS - 6) + ".jsonl"),
+    ],
+)
+def test_filename_is_a_short_label_without_a_path(sent: str | None, shown: str | None) -> None:
+    assert display_name(sent) == shown

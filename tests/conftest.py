@@ -1,0 +1,14 @@
+"""Fixtures every test may use, and an environment without surprises."""
+
+from __future__ import annotations
+
+import os
+
+# Read when the libraries are first imported: no hub, one thread, no forked tokenizer pools.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from tests.tiny_model import tiny_model
+
+__all__ = ["tiny_model"]

@@ -1,0 +1,189 @@
+"""Rows → token ids and trained tokens, against transformers' own tokenization."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, processors
+from transformers import AutoTokenizer
+
+from qlora_service.data.examples import Chat, Completion, Example, SourceRow, Text
+from qlora_service.data.rendering import RenderedRow, Renderer, RenderRules, UnusableRow, render_report
+
+NOW = datetime(2026, 3, 1, tzinfo=UTC)
+RULES = RenderRules(512)
+LANGUAGES = ["Grüße aus Köln", "日本語のテキスト", "שלום עולם", "नमस्ते दुनिया", "👩‍👩‍👧 emoji ﷽", "a\u0301 combining"]
+
+
+def chat(question: str, answer: str) -> Chat:
+    return Chat(({"role": "user", "content": question}, {"role": "assistant", "content": answer}), (False, True))
+
+
+def render(model_dir: Path, examples: Iterable[Example], rules: RenderRules = RULES) -> list[RenderedRow | UnusableRow]:
+    rows = [SourceRow(example, line, 0) for line, example in enumerate(examples, start=1)]
+    with Renderer(model_dir, rules, NOW) as renderer:
+        return list(renderer.render(rows))
+
+
+def render_one(model_dir: Path, example: Example, rules: RenderRules = RULES) -> RenderedRow:
+    (result,) = render(model_dir, [example], rules)
+    assert isinstance(result, RenderedRow)
+    return result
+
+
+def trained_text(model_dir: Path, row: RenderedRow) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    return str(tokenizer.decode([token for token, on in zip(row.input_ids, row.trained, strict=True) if on]))
+
+
+def adding_bos(model_dir: Path, target: Path) -> Path:
+    """A copy of the model whose tokenizer puts a BOS in front, as Llama's does."""
+    shutil.copytree(model_dir, target)
+    tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
+    bos = tokenizer.token_to_id("<|im_start|>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]
+    )
+    tokenizer.save(str(target / "tokenizer.json"))
+    return target
+
+
+@pytest.mark.parametrize("text", LANGUAGES)
+def test_ids_are_those_of_transformers(tiny_model: Path, text: str) -> None:
+    row = render_one(tiny_model, chat(text, text))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    conversation = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    assert list(row.input_ids) == tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]
+
+
+@pytest.mark.parametrize("text", LANGUAGES)
+def test_the_answer_and_its_stop_token_are_trained_and_nothing_else(tiny_model: Path, text: str) -> None:
+    row = render_one(tiny_model, chat("question", text))
+    assert trained_text(tiny_model, row) == f"{text}<|im_end|>"
+
+
+def test_the_line_break_behind_the_stop_token_is_not_trained(tiny_model: Path) -> None:
+    row = render_one(tiny_model, chat("question", "answer"))
+    assert row.trained[-1] is False
+    assert row.text.endswith("<|im_end|>\n")
+
+
+def test_the_stop_token_is_trained_where_pad_is_the_same_token(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "pad-is-eos")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|im_end|>"}))
+    row = render_one(model, chat("question", "answer"))
+    assert trained_text(model, row) == "answer<|im_end|>"
+
+
+def test_weight_zero_turns_are_not_trained(tiny_model: Path) -> None:
+    turns = chat("one", "first").messages + chat("two", "second").messages
+    row = render_one(tiny_model, Chat(turns, (False, False, False, True)))
+    assert trained_text(tiny_model, row) == "second<|im_end|>"
+
+
+def test_every_trained_turn_is_trained(tiny_model: Path) -> None:
+    turns = chat("one", "same").messages + chat("two", "same").messages
+    row = render_one(tiny_model, Chat(turns, (False, True, False, True)))
+    assert trained_text(tiny_model, row) == "same<|im_end|>same<|im_end|>"
+
+
+def test_generation_block_that_leaves_the_stop_token_out_still_trains_it(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "marked")
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+    )
+    row = render_one(model, chat("question", "answer"))
+    assert trained_text(model, row) == "answer<|im_end|>"
+
+
+def test_template_without_a_stop_token_gets_one_that_is_trained(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "endless")
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    row = render_one(model, chat("question", "answer"))
+    # The space before the answer is part of its first token: a token is trained if any of it is.
+    assert trained_text(model, row) == " answer\n<|im_end|>"
+
+
+def test_completion_trains_the_completion_and_the_stop_token(tiny_model: Path) -> None:
+    row = render_one(tiny_model, Completion("two plus two is", " four"))
+    assert trained_text(tiny_model, row) == " four<|im_end|>"
+
+
+def test_text_is_trained_whole(tiny_model: Path) -> None:
+    row = render_one(tiny_model, Text("a small house"))
+    assert all(row.trained)
+    assert trained_text(tiny_model, row) == "a small house<|im_end|>"
+
+
+def test_train_on_all_trains_the_question_too(tiny_model: Path) -> None:
+    row = render_one(tiny_model, chat("question", "answer"), RenderRules(512, train_on="all"))
+    assert all(row.trained)
+
+
+@pytest.mark.parametrize("example", [Text("hello"), Completion("a", "b"), Text("<|im_start|>hello")])
+def test_one_bos(tiny_model: Path, tmp_path: Path, example: Example) -> None:
+    model = adding_bos(tiny_model, tmp_path / "bos")
+    bos = Tokenizer.from_file(str(model / "tokenizer.json")).token_to_id("<|im_start|>")
+    row = render_one(model, example)
+    assert row.input_ids[0] == bos
+    assert row.input_ids.count(bos) == 1
+
+
+def test_template_that_writes_the_bos_gets_no_second_one(tiny_model: Path, tmp_path: Path) -> None:
+    model = adding_bos(tiny_model, tmp_path / "bos")
+    row = render_one(model, chat("question", "answer"))
+    bos = Tokenizer.from_file(str(model / "tokenizer.json")).token_to_id("<|im_start|>")
+    assert row.input_ids.count(bos) == 2  # one a turn, as ChatML has it; none in front
+
+
+def test_base_without_a_template_gets_the_plain_one(tiny_model: Path, tmp_path: Path) -> None:
+    model = adding_bos(tiny_model, tmp_path / "plain")
+    (model / "chat_template.jinja").unlink()
+    row = render_one(model, chat("question", "answer"))
+    assert row.text == "<|im_start|>### Instruction:\nquestion\n\n### Response:\nanswer<|im_end|>"
+    assert trained_text(model, row) == "answer<|im_end|>"
+
+
+def test_row_over_the_limit_is_refused_with_its_length(tiny_model: Path) -> None:
+    short, long = render(tiny_model, [Text("short"), Text("word " * 300)], RenderRules(64))
+    assert isinstance(short, RenderedRow)
+    assert isinstance(long, UnusableRow)
+    assert long.too_long is not None
+    assert long.too_long > 64
+    assert long.finding.line == 2
+    assert "max_seq_len_tokens is 64" in long.finding.reason
+
+
+def test_truncation_cuts_the_end_and_says_how_much(tiny_model: Path) -> None:
+    whole = render_one(tiny_model, Text("word " * 300), RenderRules(4096))
+    cut = render_one(tiny_model, Text("word " * 300), RenderRules(64, too_long="truncate"))
+    assert cut.input_ids == whole.input_ids[:64]
+    assert cut.cut_tokens == len(whole.input_ids) - 64
+
+
+def test_row_whose_answer_was_cut_off_is_a_finding(tiny_model: Path) -> None:
+    (result,) = render(tiny_model, [chat("word " * 300, "answer")], RenderRules(64, too_long="truncate"))
+    assert isinstance(result, UnusableRow)
+    assert "nothing to train" in result.finding.reason
+
+
+def test_report_counts_lengths_and_findings(tiny_model: Path) -> None:
+    rows = [SourceRow(Text("word " * count), count, None) for count in range(1, 101)]
+    with Renderer(tiny_model, RenderRules(64), NOW) as renderer:
+        report = render_report(renderer, rows, max_rows=90)
+    assert report.rows == sum(report.histogram.values()) == 90
+    assert report.complete is False
+    assert report.usable_rows + report.too_long_rows == 90
+    assert report.too_long_rows == report.finding_count > 0
+    assert report.longest_tokens > 64

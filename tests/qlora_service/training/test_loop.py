@@ -1,0 +1,125 @@
+"""The step is a set of examples, however it is cut; evaluation changes nothing; trouble is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_service.errors import JobFailed
+from qlora_service.jobs import FailureReason
+from qlora_service.models.adapters import checkpoint_activations, trainable
+from qlora_service.specs import Adapter, Training
+from qlora_service.training.evaluation import mean_loss
+from qlora_service.training.loop import StepMetrics
+from qlora_service.training.micro_batch import TokenRow, collate, loss_sum
+from tests.tiny_training import CPU, FLOAT64, Recorder, gradients, load, rows, run
+
+TRAINING = Training(batch_size=8, learning_rate=1e-2, warmup_ratio=0.0, optim="adamw_torch")
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("micro_batch_tokens", [1, 96, 10_000])
+def test_a_step_does_not_depend_on_how_it_is_cut(
+    tiny_model: Path, micro_batch_tokens: int, checkpointing: bool
+) -> None:
+    reference = load(tiny_model, FLOAT64, torch.float64, perturb_b=0.05)
+    run(reference, rows(24), TRAINING, micro_batch_tokens=10_000)
+    model = load(tiny_model, FLOAT64, torch.float64, perturb_b=0.05)
+    if checkpointing:
+        assert checkpoint_activations(model)
+        assert model.get_base_model().is_activation_checkpointing
+    run(model, rows(24), TRAINING, micro_batch_tokens=micro_batch_tokens)
+    expected = weights(reference)
+    # Everything is float64 but the cross-entropy, which bounds the agreement.
+    for name, weight in weights(model).items():
+        assert (weight - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+
+
+def test_loss_is_divided_by_the_trained_tokens_of_the_whole_step(tiny_model: Path) -> None:
+    """One long and one short answer: averaging per micro-batch would weigh them the same."""
+    long = TokenRow(1, list(range(3, 63)), [False] * 2 + [True] * 58)
+    short = TokenRow(2, list(range(70, 80)), [False] * 8 + [True] * 2)
+    model = load(tiny_model, FLOAT64)
+    total = sum(float(loss_sum(model, collate([row], CPU)).detach()) for row in (long, short))
+    training = Training(batch_size=2, optim="adamw_torch")
+    _, recorder = run(load(tiny_model, FLOAT64), [long, short], training, steps=1, micro_batch_tokens=1)
+    assert recorder.steps[0].loss == pytest.approx(total / 60, rel=1e-6)
+    assert recorder.steps[0].trained_tokens == 60
+
+
+def test_the_gradient_trap_evaluation_leaves_gradients_as_they_were(tiny_model: Path) -> None:
+    """On AVX512-BF16 CPUs bitsandbytes repacks NF4 weights in an evaluation, and gradients after it are wrong."""
+    model = load(tiny_model, dtype=torch.bfloat16, perturb_b=0.05).train()
+    batch = collate(rows(4), CPU)
+    loss_sum(model, batch).backward()
+    before = gradients(model)
+    model.zero_grad()
+    mean_loss(model, rows(4, seed=5), 10_000, CPU)
+    assert model.training
+    loss_sum(model, batch).backward()
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, before[name]), name
+
+
+def test_every_lora_b_moves_and_nothing_of_the_base_does(tiny_model: Path) -> None:
+    model = load(tiny_model, dtype=torch.bfloat16)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    run(model, rows(24), TRAINING, steps=2)
+    moved = [bool(p.abs().max() > 0) for name, p in model.named_parameters() if "lora_B" in name]
+    assert len(moved) == 14
+    assert all(moved)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, frozen[name]), name
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"])
+def test_the_loss_falls(tiny_model: Path, optim: str) -> None:
+    training = Training(batch_size=8, learning_rate=1e-2, optim=optim)
+    train_rows = rows(8)
+    model = load(tiny_model, adapter=Adapter(r=64))  # 64 x 64 elements: bitsandbytes keeps smaller states in 32 bits
+    losses, recorder = run(model, train_rows, training, steps=40, held_out=train_rows, evaluate_every=8)
+    assert losses.after < 0.8 * losses.before
+    assert [evaluation.step for evaluation in recorder.evaluations] == [0, 8, 16, 24, 32, 40]
+    assert losses.after == recorder.evaluations[-1].eval_loss
+
+
+def test_the_same_job_gives_the_same_bytes_with_dropout(tiny_model: Path) -> None:
+    adapter = Adapter(r=4, lora_dropout=0.1)
+    first, second = load(tiny_model, adapter=adapter), load(tiny_model, adapter=adapter)
+    run(first, rows(16), TRAINING)
+    torch.manual_seed(12345)
+    run(second, rows(16), TRAINING)
+    assert all(torch.equal(a, b) for a, b in zip(trainable(first), trainable(second), strict=True))
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_its_lines(tiny_model: Path) -> None:
+    model = load(tiny_model)
+
+    class Poisoner(Recorder):
+        def on_step(self, metrics: StepMetrics) -> None:
+            super().on_step(metrics)
+            if metrics.step == 2:
+                trainable(model)[0].data.fill_(float("nan"))
+
+    with pytest.raises(JobFailed, match="step 3") as failure:
+        run(model, rows(24), TRAINING, recorder=Poisoner())
+    assert failure.value.details["reason"] == FailureReason.NOT_FINITE
+    assert failure.value.details["lines"] == [row.line for row in rows(24)[16:24]]
+
+
+def test_metrics_count_tokens(tiny_model: Path) -> None:
+    train_rows = rows(8)
+    _, recorder = run(load(tiny_model), train_rows, TRAINING, steps=1)
+    metrics = recorder.steps[0]
+    assert metrics.tokens == sum(len(row.input_ids) for row in train_rows)
+    assert metrics.trained_tokens == sum(row.trained_tokens for row in train_rows)
+    assert metrics.step == 1
+    assert metrics.grad_norm > 0
+    assert metrics.peak_memory_bytes > 0

@@ -1,0 +1,96 @@
+"""A real `python -m api` over a data directory, and jobs of that directory driven by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from qlora_service.artifacts.manifest import Manifest, ManifestFile
+from qlora_service.artifacts.store import ArtifactStore, job_key
+from qlora_service.client import Client
+from qlora_service.queue import Claim, Queue
+from qlora_service.serving import pick_port
+from qlora_service.store.database import Database
+
+ROOT = Path(__file__).parents[1]
+ROWS = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}."} for n in range(8)]
+
+
+class RunningApi:
+    """The process; a restart keeps the address. `log` is what it printed."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        self.port = pick_port("127.0.0.1")
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = data_dir / "api.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Returns once it answers."""
+        environment = {**os.environ, "QLORA_DATA_DIR": str(self.data_dir), "QLORA_PORT": str(self.port)}
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "api"], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        with Client(self.url) as client:
+            deadline = time.monotonic() + 30
+            while not client.healthy():
+                assert self._process.poll() is None, self.log.read_text()
+                assert time.monotonic() < deadline, self.log.read_text()
+                time.sleep(0.05)
+
+    def stop(self, sent: signal.Signals = signal.SIGTERM) -> None:
+        if self._process is not None:
+            self._process.send_signal(sent)
+            self._process.wait(30)
+            self._process = None
+
+
+def open_queue(data_dir: Path) -> Queue:
+    return Queue(Database(f"sqlite:///{data_dir / 'state.db'}"), lease_s=60)
+
+
+def succeed(data_dir: Path, queue: Queue, claim: Claim, files: dict[str, bytes]) -> None:
+    """Ends the claimed job as succeeded, with these files published."""
+    store = ArtifactStore((data_dir / "artifacts").as_uri())
+    for name, content in files.items():
+        store.create(job_key(claim.job_id, claim.token, name), content)
+    manifest = Manifest(
+        job_id=claim.job_id,
+        attempt=claim.token,
+        base_model={},
+        dataset={},
+        spec={},
+        plan={},
+        versions={},
+        held_out={},
+        files=tuple(
+            ManifestFile(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+            for name, content in files.items()
+        ),
+    )
+    store.create(job_key(claim.job_id, claim.token, "manifest.json"), manifest.model_dump_json().encode())
+    queue.succeed(claim, {"attempt": claim.token})
+
+
+def write_rows(path: Path, rows: list[dict[str, str]] = ROWS) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
