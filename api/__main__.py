@@ -62,8 +62,10 @@ def main() -> int:
     try:
         listener = _listen(settings.host, settings.port)
     except OSError as error:
-        reason = f"cannot listen on {settings.host}:{settings.port}: {error.strerror}"
-        return _refuse(f"{reason}. Stop what uses it, or set QLORA_PORT (QLORA_HOST)", 1)
+        # Of a failed bind, `strerror` repeats the address; of an unknown host, errno is not the system's.
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        place = f"{settings.host}:{settings.port}"
+        return _refuse(f"cannot listen on {place}: {reason}. Stop what uses it, or set QLORA_PORT (QLORA_HOST)", 1)
     host, port = listener.getsockname()[:2]
     log.info("api_listening", host=host, port=port)
     server = Server(create_app(settings))

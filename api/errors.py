@@ -24,6 +24,7 @@ from qlora_service.errors import (
 )
 
 RETRY_AFTER_S = 5
+_SCHEMA = {"$ref": "#/components/schemas/ErrorResponse"}
 
 
 class InvalidJSON(InvalidRequest):
@@ -84,7 +85,7 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
         status: {
             "model": ErrorResponse,
             "description": _MEANING[status],
-            "content": {"application/json": {"example": _example(status)}},
+            "content": {"application/json": {"schema": _SCHEMA, "example": _example(status)}},
         }
         for status in (*statuses, 500)
     }
@@ -126,15 +127,15 @@ def internal_error(request_id: str) -> JSONResponse:
     return _response(error.as_dict(), 500)
 
 
+def stopping() -> JSONResponse:
+    """The answer to a request that outlives the server."""
+    return _refusal(Unavailable("the service is stopping: see whether the request took effect, then send it again"))
+
+
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, QLoRAError)
-    headers = {}
-    if isinstance(error, Unavailable):
-        headers["Retry-After"] = str(RETRY_AFTER_S)
-    if isinstance(error, RangeNotSatisfiable):
-        headers["Content-Range"] = f"bytes */{error.details['size']}"
     request.state.error_code = error.code
-    return _response(error.as_dict(), status_of(error), headers)
+    return _refusal(error)
 
 
 async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -158,6 +159,15 @@ async def _answer_http_exception(request: Request, error: Exception) -> JSONResp
     body = QLoRAError(messages.get(error.status_code, str(error.detail))).as_dict()
     body["code"] = request.state.error_code = codes.get(error.status_code, "invalid_request")
     return _response(body, error.status_code, error.headers)
+
+
+def _refusal(error: QLoRAError) -> JSONResponse:
+    headers = {}
+    if isinstance(error, Unavailable):
+        headers["Retry-After"] = str(RETRY_AFTER_S)
+    if isinstance(error, RangeNotSatisfiable):
+        headers["Content-Range"] = f"bytes */{error.details['size']}"
+    return _response(error.as_dict(), status_of(error), headers)
 
 
 def _response(body: dict[str, Any], status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:

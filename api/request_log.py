@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import traceback
@@ -11,7 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import internal_error
+from api.errors import internal_error, stopping
+from qlora_service.errors import Unavailable
 from qlora_service.ids import new_id
 
 HEADER = "X-Request-Id"
@@ -50,6 +52,11 @@ class RequestLog:
                 await self._app(scope, receive, send_named)
             except ClientDisconnect:
                 status = CLIENT_CLOSED_REQUEST
+            except asyncio.CancelledError:
+                # The server is being stopped and waits no longer; nobody above has use for the cancellation.
+                state["error_code"] = Unavailable.code
+                if status is None:
+                    await stopping()(scope, receive, send_named)
             except Exception as error:  # noqa: BLE001  the one place where the unforeseen is answered and logged
                 _log_defect(error)
                 state["error_code"] = "internal_error"

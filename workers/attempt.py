@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from qlora_service.artifacts.manifest import NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest, describe_file
@@ -84,6 +85,7 @@ def run_attempt(
         JobFailed: with the reason.
         QLoRAError: the dataset or the model turned out unusable.
     """
+    disable_progress_bar()  # a log is no terminal
     spec = inputs.job.spec
     enter_phase("rendering", None)
     with _renderer(inputs) as renderer:

@@ -1,7 +1,8 @@
 """The trainer: a child process that runs one attempt (`python -m workers.trainer JOB TOKEN`).
 
 It alone imports torch, and may die of anything; the supervisor sees that and says so. It ends itself when its claim
-is lost, or when the supervisor is gone (its stdin closes).
+is lost, or when the supervisor is gone (its stdin closes). The claim is kept from the first moment on: importing torch
+alone may take longer than a lease.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before the libraries read them: no network, no progress bars, no forked tokenizer threads.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,8 +36,9 @@ from qlora_service.settings import Settings
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import get_dataset
 from qlora_service.store.jobs import get_job
-from qlora_service.training.loop import EvaluationMetrics, StepMetrics
-from workers.attempt import AttemptInputs, run_attempt
+
+if TYPE_CHECKING:
+    from qlora_service.training.loop import EvaluationMetrics, StepMetrics
 
 EXIT_CLAIM_LOST = 75
 EXIT_SUPERVISOR_GONE = 76
@@ -92,7 +94,8 @@ class ClaimKeeper:
 
     def _watch_supervisor(self) -> None:
         # The supervisor holds the other end and never writes: reading ends when it is gone, however it went.
-        sys.stdin.buffer.read()
+        while os.read(0, 1):
+            pass
         if not self._ended.is_set():
             os._exit(EXIT_SUPERVISOR_GONE)
 
@@ -151,6 +154,8 @@ def main(job_id: str, token: int, settings: Settings) -> None:
         with database.read() as connection:
             job = get_job(connection, job_id)
             dataset = get_dataset(connection, job.dataset_id)
+        from workers.attempt import AttemptInputs, run_attempt
+
         inputs = AttemptInputs(
             job=job,
             token=token,

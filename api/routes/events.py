@@ -22,6 +22,11 @@ BATCH = 500
 # Of the database's integers.
 MAX_SEQ = 2**63 - 1
 
+# Errors are JSON here too: a `model` would be documented under the stream's media type.
+_ERRORS = error_responses(404, 422)
+for _response in _ERRORS.values():
+    del _response["model"]
+
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 
@@ -34,7 +39,7 @@ def _existing(job_id: JobId, service: ServiceOf) -> str:
     "/{job_id}/events",
     summary="Follow a job",
     response_class=EventSourceResponse,
-    responses=error_responses(404, 422),
+    responses=_ERRORS,
 )
 async def stream_events(
     request: Request,

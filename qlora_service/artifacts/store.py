@@ -64,10 +64,10 @@ class ArtifactStore:
 
     def fetch(self, key: str, path: Path) -> None:
         """Copy an object to a local file. Raises: NotFound."""
+        chunks = self.read(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
-            for chunk in self.read(key):
-                file.write(chunk)
+            file.writelines(chunks)
 
     def local_copy(self, key: str, scratch: Path) -> Path:
         """A local file with the object's bytes, not to be changed: the object itself, or a copy in `scratch`."""
@@ -75,8 +75,7 @@ class ArtifactStore:
             self.size(key)
             return self._root / key
         path = scratch / key.rsplit("/", 1)[-1]
-        if not path.exists():
-            self.fetch(key, path)
+        self.fetch(key, path)
         return path
 
     def _read(self, key: str, start: int, end: int) -> Iterator[bytes]:

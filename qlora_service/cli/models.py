@@ -42,7 +42,7 @@ def import_model(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A Hugging Face directory with safetensors weights, a GGUF file, or a hub id such as org/name@revision.",
+            help="A Hugging Face directory (safetensors), a GGUF file, or a hub id such as org/name@revision.",
         ),
     ],
     data_dir: DataDir = None,

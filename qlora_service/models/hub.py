@@ -23,8 +23,6 @@ _MODEL_FILES = [
 ]
 # Folders hold other formats of the same weights; `consolidated` is Mistral's second copy of them.
 _LEFT_OUT = ["*/*", "consolidated*.safetensors"]
-# How long the hub may take to say that it is there.
-_ANSWER_S = 10.0
 
 
 def parse_hub_id(text: str) -> tuple[str, str | None] | None:
@@ -47,7 +45,7 @@ def fetch_snapshot(hub_id: str, revision: str | None) -> Path:
     """
     try:
         import httpx2
-        from huggingface_hub import HfApi, errors, snapshot_download
+        from huggingface_hub import errors, snapshot_download
     except ImportError as error:
         raise Unavailable(
             f'{hub_id} cannot be fetched: install the hub client with pip install "qlora-service[train]"'
@@ -55,26 +53,13 @@ def fetch_snapshot(hub_id: str, revision: str | None) -> Path:
     label = f"{hub_id}@{revision}" if revision else hub_id
     no_answer: Exception | None = None
     try:
-        try:
-            # The client's own look-up has no time limit; where a firewall swallows packets it hangs.
-            HfApi().model_info(hub_id, revision=revision, timeout=_ANSWER_S)
-        except (errors.OfflineModeIsEnabled, httpx2.TransportError) as error:
-            no_answer = error
-
-        def download(revision: str | None, patterns: list[str]) -> Path:
-            return Path(
-                snapshot_download(
-                    hub_id,
-                    revision=revision,
-                    allow_patterns=patterns,
-                    ignore_patterns=_LEFT_OUT,
-                    local_files_only=no_answer is not None,
-                )
-            )
-
-        settings = download(revision, _SETTINGS_FILES)
-        inspect_settings(settings, label)
-        return download(settings.name, _MODEL_FILES)
+        no_answer = _no_answer(hub_id, revision)
+        # The client's cache: what was fetched once is there without a network.
+        options = {"ignore_patterns": _LEFT_OUT, "local_files_only": no_answer is not None}
+        settings = snapshot_download(hub_id, revision=revision, allow_patterns=_SETTINGS_FILES, **options)
+        inspect_settings(Path(settings), label)
+        commit = Path(settings).name
+        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=_MODEL_FILES, **options))
     except errors.GatedRepoError as error:
         raise InvalidModel(
             f"{label} is gated: accept its terms on its page at the hub, then set HF_TOKEN and import again"
@@ -90,6 +75,21 @@ def fetch_snapshot(hub_id: str, revision: str | None) -> Path:
         raise InvalidModel(f"{label} is neither a path here nor a hub id: {error}") from error
     except (OSError, httpx2.HTTPError) as error:
         raise _unreachable(label, no_answer or error) from error
+
+
+def _no_answer(hub_id: str, revision: str | None) -> Exception | None:
+    """Why the hub does not answer, None where it does; what it answers against the model is raised.
+
+    The client's own look-up has no time limit: where a firewall swallows packets it hangs.
+    """
+    import httpx2
+    from huggingface_hub import HfApi, constants, errors
+
+    try:
+        HfApi().model_info(hub_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (errors.OfflineModeIsEnabled, httpx2.TransportError) as error:
+        return error
+    return None
 
 
 def _unreachable(label: str, error: Exception) -> Unavailable:

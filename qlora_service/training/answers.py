@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from qlora_service.models.adapters import load_adapter
 from qlora_service.models.nf4 import load_base
@@ -54,6 +55,7 @@ def compare(model_dir: Path, adapter_dir: Path, questions: list[str], max_new_to
 
 
 def main() -> None:
+    disable_progress_bar()
     request = json.load(sys.stdin)
     # Libraries print to stdout too; the answer must stand there alone.
     stdout, sys.stdout = sys.stdout, sys.stderr

@@ -26,6 +26,7 @@ from qlora_service.settings import Settings
 from qlora_service.store.database import Database
 
 ROOT = Path(__file__).resolve().parents[2]
+MAX_UPLOAD_BYTES = 4 * 2**20
 FILES = {
     "adapter_model.safetensors": bytes(range(256)) * 300,
     "adapter_config.json": b'{"r": 16}',
@@ -61,12 +62,16 @@ def models_dir(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return path
 
 
-@pytest.fixture
-def settings(tmp_path: Path, models_dir: Path) -> Settings:
-    data_dir = tmp_path / "data"
+def settings_in(parent: Path, models_dir: Path) -> Settings:
+    data_dir = parent / "data"
     data_dir.mkdir()
     (data_dir / "models").symlink_to(models_dir)
-    return Settings(data_dir=data_dir, port=0, max_upload_bytes=4 * 2**20)
+    return Settings(data_dir=data_dir, port=0, max_upload_bytes=MAX_UPLOAD_BYTES)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, models_dir: Path) -> Settings:
+    return settings_in(tmp_path, models_dir)
 
 
 @pytest.fixture
@@ -133,13 +138,21 @@ def publish(claim: Claim, settings: Settings, outbox: Path) -> None:
     store.create(job_key(claim.job_id, claim.token, MANIFEST), manifest.model_dump_json().encode())
 
 
+@pytest.fixture(scope="module")
+def bare_client(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[TestClient]:
+    """An application that holds a model and nothing else, for requests that are refused: they leave it as it is."""
+    with TestClient(create_app(settings_in(tmp_path_factory.mktemp("bare"), models_dir))) as client:
+        yield client
+
+
 @pytest.fixture
-def nothing_stored(client: TestClient, settings: Settings) -> Callable[[], None]:
-    """Asserts that no job, dataset or byte was left behind by what the test sent."""
+def nothing_stored(bare_client: TestClient) -> Callable[[], None]:
+    """Asserts that no job, dataset or byte was left behind in the bare application."""
+    settings: Settings = bare_client.app.state.settings  # type: ignore[attr-defined]
 
     def check() -> None:
-        assert client.get("/jobs").json()["data"] == []
-        assert client.get("/datasets").json()["data"] == []
+        assert bare_client.get("/jobs").json()["data"] == []
+        assert bare_client.get("/datasets").json()["data"] == []
         assert [path for path in (settings.resolved_data_dir / "artifacts").rglob("*") if path.is_file()] == []
         assert scratch_files(settings) == []
 

@@ -40,8 +40,8 @@ def test_every_error_of_the_domain_has_a_status(kind: type[QLoRAError], status: 
         ("GET", "/jobs/%00%ff", 404, "not_found"),
     ],
 )
-def test_every_error_has_the_one_shape(client: TestClient, method: str, path: str, status: int, code: str) -> None:
-    response = client.request(method, path)
+def test_every_error_has_the_one_shape(bare_client: TestClient, method: str, path: str, status: int, code: str) -> None:
+    response = bare_client.request(method, path)
     assert response.status_code == status
     error = response.json()["error"]
     assert error.keys() == SHAPE
@@ -49,8 +49,8 @@ def test_every_error_has_the_one_shape(client: TestClient, method: str, path: st
     assert response.headers["X-Request-Id"]
 
 
-def test_wrong_parameters_are_all_named(client: TestClient) -> None:
-    error = client.get("/jobs?status=done&limit=0").json()["error"]
+def test_wrong_parameters_are_all_named(bare_client: TestClient) -> None:
+    error = bare_client.get("/jobs?status=done&limit=0").json()["error"]
     assert error["location"] == "status"
     assert [finding["reason"].partition(":")[0] for finding in error["findings"]] == ["status", "limit"]
 

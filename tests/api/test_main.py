@@ -96,8 +96,8 @@ def test_examples_of_job_bodies_are_valid_specs(openapi: dict[str, Any]) -> None
         assert parse_spec(example["value"]).base_model
 
 
-def test_docs_page_is_served(client: TestClient) -> None:
-    assert "/openapi.json" in client.get("/docs").text
+def test_docs_page_is_served(bare_client: TestClient) -> None:
+    assert "/openapi.json" in bare_client.get("/docs").text
 
 
 def test_start_removes_what_a_killed_process_left(settings: Settings) -> None:

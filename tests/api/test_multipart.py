@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from api.multipart import FormWriter, boundary_of, is_multipart
+from api.multipart import Form, FormWriter, boundary_of, is_multipart
 from qlora_service.errors import InvalidRequest, QLoRAError, TooLarge
 
 BODY = (
@@ -16,16 +17,16 @@ BODY = (
 )
 
 
-def writer(directory: Path, max_field_bytes: int = 100) -> FormWriter:
-    return FormWriter(b"xx", directory, ["file"], ["shape"], max_field_bytes)
+def receive(directory: Path, pieces: Iterable[bytes]) -> Form:
+    with FormWriter(b"xx", directory, ["file"], ["shape"], max_field_bytes=100) as writer:
+        for piece in pieces:
+            writer.write(piece)
+        return writer.finish()
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1000])
 def test_parts_are_the_same_however_the_body_is_cut(tmp_path: Path, piece: int) -> None:
-    with writer(tmp_path) as parts:
-        for start in range(0, len(BODY), piece):
-            parts.write(BODY[start : start + piece])
-        form = parts.finish()
+    form = receive(tmp_path, (BODY[start : start + piece] for start in range(0, len(BODY), piece)))
     assert form.files["file"].filename == "Grüße.jsonl"
     assert form.files["file"].path.read_bytes() == b"line 1\r\nline 2 --x\r\n"
     assert form.fields == {"shape": b"messages"}
@@ -43,12 +44,9 @@ def test_parts_are_the_same_however_the_body_is_cut(tmp_path: Path, piece: int) 
         (BODY.replace(b"messages", b"m" * 101), TooLarge, "larger than 100 bytes"),
     ],
 )
-def test_form_that_cannot_be_used_is_refused(
-    tmp_path: Path, body: bytes, error: type[QLoRAError], reason: str
-) -> None:
-    with pytest.raises(error, match=reason), writer(tmp_path) as parts:
-        parts.write(body)
-        parts.finish()
+def test_form_that_cannot_be_used_is_refused(tmp_path: Path, body: bytes, error: type[QLoRAError], reason: str) -> None:
+    with pytest.raises(error, match=reason):
+        receive(tmp_path, [body])
 
 
 def test_content_type_tells_a_form_and_its_boundary() -> None:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import anyio
 import pytest
 from fastapi.testclient import TestClient
+from starlette.types import Message
 from structlog.testing import capture_logs
 
 from qlora_service.settings import Settings
@@ -12,20 +14,20 @@ from tests.api.conftest import chat_rows
 SECRET = "a sentence that only the dataset holds"
 
 
-def test_request_keeps_the_id_it_came_with(client: TestClient) -> None:
-    assert client.get("/healthz", headers={"X-Request-Id": "trace-1"}).headers["X-Request-Id"] == "trace-1"
+def test_request_keeps_the_id_it_came_with(bare_client: TestClient) -> None:
+    assert bare_client.get("/healthz", headers={"X-Request-Id": "trace-1"}).headers["X-Request-Id"] == "trace-1"
 
 
-@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "ü".encode()])
-def test_request_without_a_usable_id_is_given_one(client: TestClient, given: str | bytes) -> None:
-    first = client.get("/healthz", headers={"X-Request-Id": given}).headers["X-Request-Id"]
+@pytest.mark.parametrize("given", [b"", b"a b", b"x" * 129, "ü".encode()])
+def test_request_without_a_usable_id_is_given_one(bare_client: TestClient, given: bytes) -> None:
+    first = bare_client.get("/healthz", headers={b"X-Request-Id": given}).headers["X-Request-Id"]
     assert first.startswith("req_")
-    assert client.get("/healthz").headers["X-Request-Id"] != first
+    assert bare_client.get("/healthz").headers["X-Request-Id"] != first
 
 
-def test_each_request_is_one_line(client: TestClient) -> None:
+def test_each_request_is_one_line(bare_client: TestClient) -> None:
     with capture_logs() as lines:
-        client.get("/jobs/job_none?q=secret")
+        bare_client.get("/jobs/job_none?q=secret")
     (line,) = lines
     assert line["event"] == "request"
     assert (line["method"], line["path"], line["status"], line["code"]) == ("GET", "/jobs/job_none", 404, "not_found")
@@ -62,10 +64,7 @@ def test_defect_is_logged_once_and_answered_without_its_inside(
     assert SECRET not in str(lines)
 
 
-def test_client_that_goes_away_is_no_defect(client: TestClient, nothing_stored: Callable[[], None]) -> None:
-    import anyio
-    from starlette.types import Message
-
+def test_client_that_goes_away_is_no_defect(bare_client: TestClient, nothing_stored: Callable[[], None]) -> None:
     messages: list[Message] = [
         {"type": "http.request", "body": chat_rows(1), "more_body": True},
         {"type": "http.disconnect"},
@@ -84,7 +83,7 @@ def test_client_that_goes_away_is_no_defect(client: TestClient, nothing_stored: 
         sent.append(message)
 
     with capture_logs() as lines:
-        anyio.run(client.app, scope, receive, send)
+        anyio.run(bare_client.app, scope, receive, send)
     assert [(line["event"], line["status"]) for line in lines] == [("request", 499)]
     assert sent == []
     nothing_stored()

@@ -7,44 +7,41 @@ from fastapi.testclient import TestClient
 
 from api.uploads import MAX_FILENAME_CHARS, display_name
 from qlora_service.settings import Settings
-from tests.api.conftest import chat_rows, scratch_files
+from tests.api.conftest import MAX_UPLOAD_BYTES, chat_rows, scratch_files
 
 
-def too_much(settings: Settings) -> bytes:
-    return b"x" * (settings.max_upload_bytes + 1)
+TOO_MUCH = b"x" * (MAX_UPLOAD_BYTES + 1)
 
 
 def test_body_over_the_limit_is_refused_before_it_is_read(
-    client: TestClient, settings: Settings, nothing_stored: Callable[[], None]
+    bare_client: TestClient, nothing_stored: Callable[[], None]
 ) -> None:
-    response = client.post("/datasets", content=too_much(settings))
+    response = bare_client.post("/datasets", content=TOO_MUCH)
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "too_large"
-    assert response.json()["error"]["details"] == {"max_bytes": settings.max_upload_bytes}
+    assert response.json()["error"]["details"] == {"max_bytes": MAX_UPLOAD_BYTES}
     nothing_stored()
 
 
 def test_body_of_unknown_length_is_cut_off_at_the_limit(
-    client: TestClient, settings: Settings, nothing_stored: Callable[[], None]
+    bare_client: TestClient, nothing_stored: Callable[[], None]
 ) -> None:
     def pieces() -> Iterator[bytes]:
-        for _ in range(1 + settings.max_upload_bytes // 2**16):
+        for _ in range(1 + MAX_UPLOAD_BYTES // 2**16):
             yield b"x" * 2**16
 
-    assert client.post("/datasets", content=pieces()).status_code == 413
+    assert bare_client.post("/datasets", content=pieces()).status_code == 413
     nothing_stored()
 
 
-def test_form_over_the_limit_is_refused(
-    client: TestClient, settings: Settings, nothing_stored: Callable[[], None]
-) -> None:
-    assert client.post("/datasets", files={"file": ("a.jsonl", too_much(settings))}).status_code == 413
+def test_form_over_the_limit_is_refused(bare_client: TestClient, nothing_stored: Callable[[], None]) -> None:
+    assert bare_client.post("/datasets", files={"file": ("a.jsonl", TOO_MUCH)}).status_code == 413
     nothing_stored()
 
 
-def test_json_over_its_own_limit_is_refused(client: TestClient, nothing_stored: Callable[[], None]) -> None:
+def test_json_over_its_own_limit_is_refused(bare_client: TestClient, nothing_stored: Callable[[], None]) -> None:
     body = b'{"name": "' + b"x" * 32 * 2**20 + b'"}'
-    response = client.post("/jobs", content=body, headers={"Content-Type": "application/json"})
+    response = bare_client.post("/jobs", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 413
     nothing_stored()
 

@@ -118,9 +118,9 @@ def test_wrong_question_is_answered_with_its_place(
     ],
 )
 def test_file_that_cannot_be_used_is_refused_and_not_stored(
-    client: TestClient, nothing_stored: Callable[[], None], query: str, content: bytes, reason: str
+    bare_client: TestClient, nothing_stored: Callable[[], None], query: str, content: bytes, reason: str
 ) -> None:
-    response = client.post(f"/datasets{query}", content=content)
+    response = bare_client.post(f"/datasets{query}", content=content)
     assert response.status_code == 422
     error = response.json()["error"]
     assert error["code"] == "invalid_dataset"
@@ -128,8 +128,8 @@ def test_file_that_cannot_be_used_is_refused_and_not_stored(
     nothing_stored()
 
 
-def test_findings_of_a_refused_file_name_their_lines(client: TestClient) -> None:
-    findings = client.post("/datasets", content=BAD_ROW * 2).json()["error"]["findings"]
+def test_findings_of_a_refused_file_name_their_lines(bare_client: TestClient) -> None:
+    findings = bare_client.post("/datasets", content=BAD_ROW * 2).json()["error"]["findings"]
     assert [finding["line"] for finding in findings] == [1, 2]
     assert all(finding["reason"] for finding in findings)
 
@@ -144,13 +144,13 @@ def test_findings_of_a_refused_file_name_their_lines(client: TestClient) -> None
     ],
 )
 def test_form_that_cannot_be_used_is_refused_with_its_place(
-    client: TestClient,
+    bare_client: TestClient,
     nothing_stored: Callable[[], None],
     query: str,
     parts: dict[str, tuple[str | None, bytes]],
     location: str,
 ) -> None:
-    response = client.post(f"/datasets{query}", files=parts)
+    response = bare_client.post(f"/datasets{query}", files=parts)
     assert response.status_code == 422
     assert response.json()["error"]["location"] == location
     nothing_stored()

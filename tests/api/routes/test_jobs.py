@@ -75,14 +75,14 @@ def test_config_may_be_sent_as_a_file_and_name_a_stored_dataset(client: TestClie
     ],
 )
 def test_job_that_cannot_run_is_refused_and_nothing_stored(
-    client: TestClient,
+    bare_client: TestClient,
     nothing_stored: Callable[[], None],
     spec: Any,
     status: int,
     code: str,
     location: str,
 ) -> None:
-    response = client.post("/jobs", json=spec)
+    response = bare_client.post("/jobs", json=spec)
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert (error["code"], error["location"]) == (code, location)
@@ -90,21 +90,21 @@ def test_job_that_cannot_run_is_refused_and_nothing_stored(
     nothing_stored()
 
 
-def test_misspelt_field_is_answered_with_the_nearest_name(client: TestClient) -> None:
-    error = client.post("/jobs", json=spec_of(training={"learning_rat": 1e-4})).json()["error"]
+def test_misspelt_field_is_answered_with_the_nearest_name(bare_client: TestClient) -> None:
+    error = bare_client.post("/jobs", json=spec_of(training={"learning_rat": 1e-4})).json()["error"]
     assert error["findings"] == [
         {"reason": "unknown field 'learning_rat': did you mean 'learning_rate'?", "pointer": "/training/learning_rat"}
     ]
 
 
-def test_all_faults_are_listed_at_once(client: TestClient) -> None:
-    error = client.post("/jobs", json={"adapter": {"r": 0}, "training": {"epochs": -1}}).json()["error"]
+def test_all_faults_are_listed_at_once(bare_client: TestClient) -> None:
+    error = bare_client.post("/jobs", json={"adapter": {"r": 0}, "training": {"epochs": -1}}).json()["error"]
     assert {finding["pointer"] for finding in error["findings"]} == {"/base_model", "/adapter/r", "/training/epochs"}
 
 
-def test_rows_over_the_limit_are_named_by_line(client: TestClient, nothing_stored: Callable[[], None]) -> None:
+def test_rows_over_the_limit_are_named_by_line(bare_client: TestClient, nothing_stored: Callable[[], None]) -> None:
     rows = chat_rows(3) + chat_rows(1, answer="very long " * 200)
-    error = client.post("/jobs", files=form(spec_of(), rows)).json()["error"]
+    error = bare_client.post("/jobs", files=form(spec_of(), rows)).json()["error"]
     assert "1 of 4 rows" in error["message"]
     assert [finding["line"] for finding in error["findings"]] == [4]
     nothing_stored()
@@ -124,21 +124,21 @@ def test_rows_over_the_limit_are_named_by_line(client: TestClient, nothing_store
     ],
 )
 def test_form_that_cannot_run_is_refused_and_nothing_stored(
-    client: TestClient,
+    bare_client: TestClient,
     nothing_stored: Callable[[], None],
     rows: bytes | None,
     spec: object,
     status: int,
     location: str | None,
 ) -> None:
-    response = client.post("/jobs", files=form(spec, rows))
+    response = bare_client.post("/jobs", files=form(spec, rows))
     assert response.status_code == status, response.text
     assert response.json()["error"]["location"] == location
     nothing_stored()
 
 
-def test_form_without_config_is_refused(client: TestClient, nothing_stored: Callable[[], None]) -> None:
-    response = client.post("/jobs", files={"dataset": ("rows.jsonl", chat_rows(2))})
+def test_form_without_config_is_refused(bare_client: TestClient, nothing_stored: Callable[[], None]) -> None:
+    response = bare_client.post("/jobs", files={"dataset": ("rows.jsonl", chat_rows(2))})
     assert response.status_code == 422
     assert response.json()["error"]["location"] == "config"
     nothing_stored()
@@ -157,21 +157,19 @@ def test_form_without_config_is_refused(client: TestClient, nothing_stored: Call
         b"\xff\xfe",
     ],
 )
-def test_body_that_is_no_strict_json_is_a_client_error(client: TestClient, body: bytes) -> None:
-    response = client.post("/jobs", content=body, headers=JSON)
+def test_body_that_is_no_strict_json_is_a_client_error(bare_client: TestClient, body: bytes) -> None:
+    response = bare_client.post("/jobs", content=body, headers=JSON)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "invalid_json"
 
 
-def test_body_of_another_type_is_refused(client: TestClient) -> None:
-    response = client.post("/jobs", content=b"{}", headers={"Content-Type": "text/plain"})
+def test_body_of_another_type_is_refused(bare_client: TestClient) -> None:
+    response = bare_client.post("/jobs", content=b"{}", headers={"Content-Type": "text/plain"})
     assert response.status_code == 415
     assert "application/json" in response.json()["error"]["message"]
 
 
-def test_listing_filters_and_goes_from_new_to_old_page_by_page(
-    client: TestClient, submit: Callable[..., str]
-) -> None:
+def test_listing_filters_and_goes_from_new_to_old_page_by_page(client: TestClient, submit: Callable[..., str]) -> None:
     ids = [submit() for _ in range(3)]
     client.post(f"/jobs/{ids[0]}/cancel")
     first = client.get("/jobs?limit=2").json()
@@ -233,8 +231,8 @@ def test_cancel_of_a_finished_job_is_a_conflict(client: TestClient, finished_job
     [("GET", ""), ("POST", "/cancel"), ("GET", "/metrics"), ("GET", "/events"), ("GET", "/artifacts"),
      ("GET", "/artifacts/manifest.json"), ("GET", "/adapter.zip")],
 )  # fmt: skip
-def test_unknown_job_is_not_found(client: TestClient, method: str, path: str) -> None:
-    response = client.request(method, f"/jobs/job_none{path}")
+def test_unknown_job_is_not_found(bare_client: TestClient, method: str, path: str) -> None:
+    response = bare_client.request(method, f"/jobs/job_none{path}")
     assert response.status_code == 404
     error = response.json()["error"]
     assert (error["code"], error["location"]) == ("not_found", "job_id")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,9 +57,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.reply(403, {"error": "gated"}, {"X-Error-Code": "GatedRepo"})
             return
         path = path.replace("/api/models/org/gated", "/api/models/org/tiny")  # whose listing is public
-        if path == "/api/models/org/tiny":
-            self.reply(200, {"id": "org/tiny", "sha": COMMIT, "siblings": []})
-        elif path == "/api/models/org/tiny/revision/main":
+        if path in ("/api/models/org/tiny", "/api/models/org/tiny/revision/main"):
             self.reply(200, {"id": "org/tiny", "sha": COMMIT, "siblings": []})
         elif path.startswith("/api/models/org/tiny/revision/"):
             self.reply(404, {"error": "no revision"}, {"X-Error-Code": "RevisionNotFound"})
@@ -168,6 +167,14 @@ def test_hub_out_of_reach_says_what_to_do(tmp_path: Path, environment: dict[str,
     assert error["code"] == "unavailable"
     assert "download it elsewhere and import the directory" in error["message"]
     assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_silent_hub_is_given_up_after_the_clients_time_limit(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        error = import_model("org/tiny", tmp_path, HF_ENDPOINT=address, HF_HUB_ETAG_TIMEOUT="1")
+    assert error["code"] == "unavailable"
+    assert "timed out" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""The control plane on real files: a clock that tests move, a migrated SQLite file, a queue, jobs to claim."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from qlora_service.data.checks import DatasetReport
+from qlora_service.ids import new_id
+from qlora_service.jobs import JobEvent
+from qlora_service.queue import Queue
+from qlora_service.specs import JobSpec
+from qlora_service.store.database import Database
+from qlora_service.store.datasets import Dataset, insert_dataset
+from qlora_service.store.jobs import events_after, insert_job
+from qlora_service.store.tables import metadata
+
+LEASE_S = 30.0
+START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+REPOSITORY = Path(__file__).parents[1]
+
+
+class SteppedClock:
+    """Stands still until told to advance."""
+
+    def __init__(self) -> None:
+        self.now = START
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+
+@pytest.fixture
+def clock() -> SteppedClock:
+    return SteppedClock()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Any:
+    """A migrated SQLite file."""
+    database = Database(f"sqlite:///{tmp_path / 'state.db'}")
+    database.migrate()
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def queue(database: Database, clock: SteppedClock) -> Queue:
+    return Queue(database, lease_s=LEASE_S, clock=clock)
+
+
+def dataset_row(sha256: str = "0" * 64, shape: Any = "text") -> Dataset:
+    """A dataset of three rows that is not stored yet."""
+    report = DatasetReport("jsonl", shape, bytes=42, rows=3, usable_rows=3, finding_count=0, findings=())
+    return Dataset(new_id("ds"), sha256, "rows.jsonl", START, report)
+
+
+def add_job(database: Database, **spec: Any) -> str:
+    """The id of a new queued job over the one dataset of `dataset_row`."""
+    job_id = new_id("job")
+    with database.write() as connection:
+        dataset = insert_dataset(connection, dataset_row())
+        insert_job(connection, job_id, JobSpec.model_validate({"base_model": "tiny", **spec}), dataset.id, START)
+    return job_id
+
+
+def stored_rows(database: Database) -> dict[str, list[tuple[Any, ...]]]:
+    """Everything in every table."""
+    with database.read() as connection:
+        return {
+            table.name: [tuple(row) for row in connection.execute(sa.select(table).order_by(*table.primary_key))]
+            for table in metadata.sorted_tables
+        }
+
+
+def job_events(database: Database, job_id: str) -> list[JobEvent]:
+    with database.read() as connection:
+        return events_after(connection, job_id)
+
+
+def status_history(database: Database, job_id: str) -> list[str]:
+    """The statuses the job went through, by its events."""
+    return [event.data["status"] for event in job_events(database, job_id) if event.type == "status"]
+
+
+def run_together(script: str, arguments: Sequence[str], processes: int) -> list[str]:
+    """The output of each of several Python processes that reach the script's `go()` before any passes it.
+
+    Raises:
+        AssertionError: one did not exit with 0.
+    """
+    preamble = "import sys\ndef go():\n    print('ready', flush=True)\n    sys.stdin.readline()\n"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", preamble + script, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+        )
+        for _ in range(processes)
+    ]
+    for child in children:
+        assert child.stdout is not None
+        child.stdout.readline()
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.flush()
+    outputs = []
+    for child in children:
+        output, error = child.communicate(timeout=60)
+        assert child.returncode == 0, error
+        outputs.append(output)
+    return outputs

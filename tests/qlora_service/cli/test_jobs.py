@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_service.client import Client
+from qlora_service.queue import Claim, Progress, Queue
+from tests.running_api import RunningApi, succeed
+
+SPEC = {"base_model": "tiny", "priority": 100, "training": {"max_seq_len_tokens": 64}}
+
+
+@pytest.fixture
+def claim(client: Client, queue: Queue, rows: Path) -> Claim:
+    """A running job."""
+    job = client.submit(SPEC, rows)
+    claimed = queue.claim("test")
+    assert claimed is not None
+    assert claimed[1].id == job.id
+    return claimed[0]
+
+
+def report(queue: Queue, claim: Claim, step: int) -> None:
+    metrics = {"loss": 0.5, "eval_loss": 6.25, "tokens_per_second": 240.2}
+    queue.report(claim, Progress(phase="training", step=step, total_steps=40, eta_s=75.0, metrics=metrics))
+
+
+def end(data_dir: Path, queue: Queue, claim: Claim, status: str) -> None:
+    match status:
+        case "succeeded":
+            succeed(data_dir, queue, claim, {"adapter_config.json": b"{}"})
+        case "failed":
+            queue.fail(claim, {"code": "job_failed", "message": "the trainer was ended by SIGKILL at step 3"})
+        case "cancelled":
+            queue.cancelled(claim)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [("succeeded", 0, "qlora download"), ("failed", 1, "failed: the trainer was ended"), ("cancelled", 2, "cancelled")],
+)
+def test_watch_exits_with_the_jobs_outcome(
+    run: Any, api: RunningApi, queue: Queue, claim: Claim, status: str, code: int, said: str
+) -> None:
+    end(api.data_dir, queue, claim, status)
+    outcome = run("watch", claim.job_id)
+    assert outcome.code == code
+    assert said in outcome.stderr
+    assert outcome.stdout == ""
+
+
+def test_watch_shows_progress_and_survives_a_restart(run: Any, api: RunningApi, queue: Queue, claim: Claim) -> None:
+    def restart() -> None:
+        time.sleep(1.0)
+        api.stop(signal.SIGKILL)
+        time.sleep(1.0)
+        api.start()
+        end(api.data_dir, queue, claim, "succeeded")
+
+    report(queue, claim, step=12)
+    restarting = threading.Thread(target=restart)
+    restarting.start()
+    outcome = run("watch", claim.job_id, "--json")
+    restarting.join()
+    assert outcome.code == 0
+    shown = "training · step 12/40 · loss 0.5000 · held-out 6.2500 · 240 tokens/s · 1 min 15 s left"
+    assert shown in outcome.stderr.splitlines()
+    assert "service away, reconnecting" in outcome.stderr
+    assert json.loads(outcome.stdout)["status"] == "succeeded"
+
+
+def test_interrupted_watch_leaves_the_job_running(api: RunningApi, client: Client, queue: Queue, claim: Claim) -> None:
+    report(queue, claim, step=1)
+    command = [sys.executable, "-m", "qlora_service.cli", "watch", claim.job_id, "--url", api.url]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as watching:
+        assert watching.stderr is not None
+        assert "training" in watching.stderr.readline()
+        watching.send_signal(signal.SIGINT)
+        said = watching.stderr.read()
+    assert watching.returncode == 130
+    assert f"qlora cancel {claim.job_id}" in said
+    assert "Traceback" not in said
+    job = client.get(claim.job_id)
+    assert (job.status, job.cancel_requested) == ("running", False)
+    end(api.data_dir, queue, claim, "cancelled")
+
+
+def test_watch_draws_a_bar_on_a_terminal(api: RunningApi, queue: Queue, claim: Claim) -> None:
+    report(queue, claim, step=12)
+    controller, terminal = os.openpty()
+    command = [sys.executable, "-m", "qlora_service.cli", "watch", claim.job_id, "--url", api.url]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "140"}
+    with subprocess.Popen(command, stderr=terminal, env=environment) as watching:
+        os.close(terminal)
+        drawn = b""
+        while b"12/40 steps" not in drawn:
+            drawn += os.read(controller, 4096)
+        end(api.data_dir, queue, claim, "cancelled")
+        assert watching.wait(20) == 2
+    os.close(controller)
+    assert "━".encode() in drawn
+
+
+def test_download_prints_the_directory(run: Any, api: RunningApi, queue: Queue, claim: Claim, tmp_path: Path) -> None:
+    end(api.data_dir, queue, claim, "succeeded")
+    outcome = run("download", claim.job_id, tmp_path / "adapter")
+    assert (outcome.code, outcome.stdout) == (0, f"{tmp_path / 'adapter'}\n")
+    assert (tmp_path / "adapter" / "adapter_config.json").read_bytes() == b"{}"
+
+
+def test_download_of_an_unfinished_job_is_refused(
+    run: Any, api: RunningApi, queue: Queue, claim: Claim, tmp_path: Path
+) -> None:
+    outcome = run("download", claim.job_id, tmp_path / "adapter")
+    assert outcome.code == 1
+    assert "is running" in outcome.stderr
+    assert not (tmp_path / "adapter").exists()
+    end(api.data_dir, queue, claim, "cancelled")
+
+
+def test_jobs_are_listed_with_whole_ids(run: Any, api: RunningApi, queue: Queue, claim: Claim) -> None:
+    report(queue, claim, step=12)
+    table = run("jobs", "--status", "running").stdout
+    assert claim.job_id in table
+    assert "12/40" in table
+    listed = json.loads(run("jobs", "--status", "running", "--limit", 1, "--json").stdout)
+    assert [job["id"] for job in listed] == [claim.job_id]
+    end(api.data_dir, queue, claim, "failed")
+    assert "no jobs" in run("jobs", "--base-model", "other").stderr
+
+
+def test_cancel_says_what_happens(run: Any, api: RunningApi, client: Client, queue: Queue, claim: Claim) -> None:
+    outcome = run("cancel", claim.job_id)
+    assert outcome.code == 0
+    assert "running and stops at its next step" in outcome.stderr
+    end(api.data_dir, queue, claim, "failed")
+    again = run("cancel", claim.job_id)
+    assert again.code == 1
+    assert "failed already" in again.stderr

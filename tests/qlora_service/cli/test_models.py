@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def qlora(data_dir: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qlora_service.cli", *(str(argument) for argument in arguments)]
+    environment = {**os.environ, "QLORA_DATA_DIR": str(data_dir)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_model_is_imported_listed_and_removed_without_a_service(tiny_model: Path, tmp_path: Path) -> None:
+    assert "no base models yet" in qlora(tmp_path, "models", "list").stderr
+    imported = qlora(tmp_path, "models", "import", "org/tiny", tiny_model, "--json")
+    assert imported.returncode == 0, imported.stderr
+    assert json.loads(imported.stdout)["name"] == "org/tiny"
+    assert "org/tiny  LlamaForCausalLM" in qlora(tmp_path, "models", "list").stdout
+    assert qlora(tmp_path, "models", "remove", "org/tiny").returncode == 0
+    assert json.loads(qlora(tmp_path, "models", "list", "--json").stdout) == []
+
+
+def test_refused_model_lists_every_finding(tiny_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text('{"auto_map": {"AutoModel": "code.Model"}}')
+    (source / "code.py").write_text("")
+    outcome = qlora(tmp_path, "models", "import", "bad", source)
+    assert outcome.returncode == 1
+    assert outcome.stderr.startswith("error: ")
+    assert "auto_map" in outcome.stderr
+    assert "code.py" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_models_of_a_running_service_are_listed(run: Any, api: Any) -> None:
+    assert [model["name"] for model in json.loads(run("models", "list", "--url", api.url, "--json").stdout)] == ["tiny"]

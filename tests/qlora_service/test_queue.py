@@ -1,0 +1,407 @@
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from qlora_service.errors import ClaimLost, Conflict, NotFound
+from qlora_service.jobs import TRANSITIONS, Job, JobStatus
+from qlora_service.queue import Claim, Progress, Queue
+from qlora_service.store.database import Database
+from qlora_service.store.jobs import get_job
+from tests.control_plane import (
+    LEASE_S,
+    START,
+    SteppedClock,
+    add_job,
+    job_events,
+    run_together,
+    status_history,
+    stored_rows,
+)
+
+ERROR = {"code": "job_failed", "message": "it died"}
+
+# Every write of a running attempt.
+VERBS: dict[str, Callable[[Queue, Claim], object]] = {
+    "renew": lambda queue, claim: queue.renew(claim),
+    "report": lambda queue, claim: queue.report(claim, Progress(step=7, metrics={"loss": 1}), ("metrics", {"step": 7})),
+    "succeed": lambda queue, claim: queue.succeed(claim, {"attempt": claim.token}),
+    "fail": lambda queue, claim: queue.fail(claim, ERROR),
+    "cancelled": lambda queue, claim: queue.cancelled(claim),
+    "release": lambda queue, claim: queue.release(claim, "the worker was stopped"),
+}
+
+OUTCOMES = {
+    "succeed": JobStatus.SUCCEEDED,
+    "fail": JobStatus.FAILED,
+    "cancelled": JobStatus.CANCELLED,
+    "release": JobStatus.QUEUED,
+}
+
+CLAIM_ALL = """
+import json
+from qlora_service.errors import ClaimLost
+from qlora_service.queue import Progress, Queue
+from qlora_service.store.database import Database
+
+queue = Queue(Database(sys.argv[1]), lease_s=600)
+done = []
+go()
+while claimed := queue.claim("worker"):
+    claim, job = claimed
+    queue.report(claim, Progress(step=1), ("metrics", {"attempt": claim.token}))
+    queue.succeed(claim, {"attempt": claim.token})
+    done.append(claim.job_id)
+print(json.dumps(done))
+"""
+
+
+def claim_next(queue: Queue) -> Claim:
+    claimed = queue.claim("host:1:0")
+    assert claimed is not None
+    return claimed[0]
+
+
+def job_of(database: Database, job_id: str) -> Job:
+    with database.read() as connection:
+        return get_job(connection, job_id)
+
+
+def assert_history_is_legal(database: Database, job_id: str) -> None:
+    history = [JobStatus(status) for status in status_history(database, job_id)]
+    assert history[0] is JobStatus.QUEUED
+    for before, after in zip(history, history[1:], strict=False):
+        assert after in TRANSITIONS[before], history
+    assert history[-1] is job_of(database, job_id).status
+
+
+# --- claiming
+
+
+def test_claim_of_an_empty_queue_is_none(queue: Queue) -> None:
+    assert queue.claim("host:1:0") is None
+
+
+def test_claim_takes_the_highest_priority_then_the_oldest(queue: Queue, database: Database) -> None:
+    ids = [add_job(database, priority=priority) for priority in (0, 5, -1)]
+    # Ids of one millisecond are in no order among themselves.
+    middle = sorted(add_job(database, priority=0) for _ in range(3))
+    order = [claim_next(queue).job_id for _ in range(6)]
+    assert order[0] == ids[1]
+    assert order[1:5] == sorted([ids[0], *middle])
+    assert order[5] == ids[2]
+
+
+def test_claim_says_who_runs_the_job_since_when(queue: Queue, database: Database, clock: SteppedClock) -> None:
+    job_id = add_job(database)
+    clock.advance(5)
+    claimed = queue.claim("host:1:0")
+    assert claimed is not None
+    claim, job = claimed
+    assert claim == Claim(job_id, 1)
+    assert job == job_of(database, job_id)
+    assert (job.status, job.attempt, job.phase, job.started_at) == (JobStatus.RUNNING, 1, "starting", clock.now)
+    event = job_events(database, job_id)[-1]
+    assert (event.type, event.at) == ("status", clock.now)
+    assert event.data == {"status": "running", "attempt": 1, "worker": "host:1:0"}
+
+
+def test_new_claim_starts_from_nothing_but_keeps_the_first_start(
+    queue: Queue, database: Database, clock: SteppedClock
+) -> None:
+    job_id = add_job(database)
+    claim = claim_next(queue)
+    queue.report(claim, Progress(phase="training", step=9, total_steps=40, eta_s=1.5, metrics={"loss": 2.0}))
+    queue.release(claim, "the worker was stopped")
+    clock.advance(60)
+    assert claim_next(queue) == Claim(job_id, 2)
+    job = job_of(database, job_id)
+    assert (job.step, job.total_steps, job.eta_s, job.metrics, job.phase) == (0, None, None, {}, "starting")
+    assert job.started_at == START
+
+
+def test_six_processes_run_each_of_200_jobs_once(database: Database) -> None:
+    ids = [add_job(database) for _ in range(200)]
+    shares = [json.loads(output) for output in run_together(CLAIM_ALL, [database.url], processes=6)]
+    assert sorted(job_id for share in shares for job_id in share) == sorted(ids)
+    # One process doing all the work would prove nothing.
+    assert sum(bool(share) for share in shares) > 1
+    for job_id in ids:
+        assert status_history(database, job_id) == ["queued", "running", "succeeded"]
+
+
+# --- a running attempt
+
+
+def test_report_stores_what_it_has_and_leaves_the_rest(queue: Queue, database: Database) -> None:
+    job_id = add_job(database)
+    claim = claim_next(queue)
+    queue.report(claim, Progress(phase="training", total_steps=40))
+    queue.report(claim, Progress(step=3, eta_s=12.5, metrics={"loss": 2.5}), ("metrics", {"step": 3}))
+    job = job_of(database, job_id)
+    assert (job.phase, job.step, job.total_steps, job.eta_s) == ("training", 3, 40, 12.5)
+    assert job.metrics == {"loss": 2.5}
+    assert [(event.type, event.data) for event in job_events(database, job_id)[2:]] == [("metrics", {"step": 3})]
+
+
+@pytest.mark.parametrize("verb", OUTCOMES)
+def test_attempt_ends_as_it_says(queue: Queue, database: Database, clock: SteppedClock, verb: str) -> None:
+    job_id = add_job(database)
+    claim = claim_next(queue)
+    clock.advance(3)
+    VERBS[verb](queue, claim)
+    job = job_of(database, job_id)
+    assert job.status is OUTCOMES[verb]
+    assert job.finished_at == (clock.now if job.status.terminal else None)
+    assert job.result == ({"attempt": 1} if verb == "succeed" else None)
+    assert job.error == (ERROR if verb == "fail" else None)
+    assert job.phase is None
+    event = job_events(database, job_id)[-1]
+    assert (event.type, event.at, event.data["status"]) == ("status", clock.now, OUTCOMES[verb])
+    assert event.data.get("error") == job.error
+    assert_history_is_legal(database, job_id)
+
+
+def test_events_are_numbered_in_the_order_things_happened(queue: Queue, database: Database) -> None:
+    ids = [add_job(database), add_job(database)]
+    claims = [claim_next(queue), claim_next(queue)]
+    for step in range(1, 4):
+        for claim in claims:
+            queue.report(claim, Progress(step=step), ("metrics", {"step": step}))
+    for claim in claims:
+        queue.succeed(claim, {})
+    for job_id in ids:
+        events = job_events(database, job_id)
+        numbers = [event.seq for event in events]
+        assert numbers == sorted(set(numbers))
+        steps = [event.data["step"] for event in events if event.type == "metrics"]
+        assert steps == [1, 2, 3]
+        assert [event.type for event in events] == ["status", "status", "metrics", "metrics", "metrics", "status"]
+
+
+# --- fencing: who has no claim writes nothing
+
+
+def zombie_after_lease_expiry(queue: Queue, clock: SteppedClock) -> Claim:
+    claim = claim_next(queue)
+    clock.advance(LEASE_S + 1)
+    assert queue.requeue_lost() == [claim.job_id]
+    return claim
+
+
+def zombie_after_new_claim(queue: Queue, clock: SteppedClock) -> Claim:
+    claim = zombie_after_lease_expiry(queue, clock)
+    assert claim_next(queue) == Claim(claim.job_id, claim.token + 1)
+    return claim
+
+
+def ended(verb: str) -> Callable[[Queue, SteppedClock], Claim]:
+    def end(queue: Queue, clock: SteppedClock) -> Claim:
+        claim = claim_next(queue)
+        VERBS[verb](queue, claim)
+        return claim
+
+    return end
+
+
+def succeeded_by_a_newer_claim(queue: Queue, clock: SteppedClock) -> Claim:
+    claim = zombie_after_lease_expiry(queue, clock)
+    queue.succeed(claim_next(queue), {"attempt": 2})
+    return claim
+
+
+def future_claim(queue: Queue, clock: SteppedClock) -> Claim:
+    claim = claim_next(queue)
+    return Claim(claim.job_id, claim.token + 1)
+
+
+WITHOUT_A_CLAIM: dict[str, Callable[[Queue, SteppedClock], Claim]] = {
+    "lease expired and requeued": zombie_after_lease_expiry,
+    "claimed anew by another": zombie_after_new_claim,
+    "another succeeded": succeeded_by_a_newer_claim,
+    "token of no claim": future_claim,
+    "job of no row": lambda queue, clock: Claim("job_none", 1),
+    **{f"own {verb}": ended(verb) for verb in OUTCOMES},
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("situation", WITHOUT_A_CLAIM)
+def test_write_without_a_claim_raises_and_changes_nothing(
+    queue: Queue, database: Database, clock: SteppedClock, situation: str, verb: str
+) -> None:
+    add_job(database)
+    claim = WITHOUT_A_CLAIM[situation](queue, clock)
+    before = stored_rows(database)
+    with pytest.raises(ClaimLost, match=claim.job_id):
+        VERBS[verb](queue, claim)
+    assert stored_rows(database) == before
+
+
+@pytest.mark.parametrize("verb", ["succeed", "fail", "cancelled"])
+def test_ended_job_is_never_claimed_requeued_or_cancelled(
+    queue: Queue, database: Database, clock: SteppedClock, verb: str
+) -> None:
+    job_id = add_job(database)
+    VERBS[verb](queue, claim_next(queue))
+    before = stored_rows(database)
+    clock.advance(10 * LEASE_S)
+    assert queue.claim("host:1:0") is None
+    assert queue.requeue_lost() == []
+    if verb == "cancelled":
+        assert queue.request_cancel(job_id).status is JobStatus.CANCELLED
+    else:
+        with pytest.raises(Conflict, match="nothing left to cancel"):
+            queue.request_cancel(job_id)
+    assert stored_rows(database) == before
+
+
+# --- leases
+
+
+def test_lease_holds_until_its_end_and_not_longer(queue: Queue, database: Database, clock: SteppedClock) -> None:
+    job_id = add_job(database)
+    claim_next(queue)
+    clock.advance(LEASE_S)
+    assert queue.requeue_lost() == []
+    clock.advance(0.001)
+    assert queue.requeue_lost() == [job_id]
+    assert queue.requeue_lost() == []
+    assert job_of(database, job_id).status is JobStatus.QUEUED
+    assert job_events(database, job_id)[-1].data == {
+        "status": "queued",
+        "reason": "its worker did not renew the claim",
+    }
+
+
+@pytest.mark.parametrize("verb", ["renew", "report"])
+def test_sign_of_life_extends_the_lease(queue: Queue, database: Database, clock: SteppedClock, verb: str) -> None:
+    add_job(database)
+    claim = claim_next(queue)
+    for _ in range(4):
+        clock.advance(LEASE_S - 1)
+        assert VERBS[verb](queue, claim) is False
+        assert queue.requeue_lost() == []
+
+
+def test_late_worker_keeps_a_job_that_nobody_requeued(queue: Queue, database: Database, clock: SteppedClock) -> None:
+    add_job(database)
+    claim = claim_next(queue)
+    clock.advance(10 * LEASE_S)
+    queue.renew(claim)
+    assert queue.requeue_lost() == []
+
+
+def test_only_lost_jobs_are_requeued(queue: Queue, database: Database, clock: SteppedClock) -> None:
+    for _ in range(3):
+        add_job(database)
+    lost, alive = claim_next(queue), claim_next(queue)
+    clock.advance(LEASE_S - 1)
+    queue.renew(alive)
+    clock.advance(2)
+    assert queue.requeue_lost() == [lost.job_id]
+    queue.succeed(alive, {})
+
+
+# --- cancelling
+
+
+def test_cancelled_queued_job_ends_at_once_and_is_never_claimed(
+    queue: Queue, database: Database, clock: SteppedClock
+) -> None:
+    job_id = add_job(database)
+    clock.advance(1)
+    job = queue.request_cancel(job_id)
+    assert (job.status, job.finished_at) == (JobStatus.CANCELLED, clock.now)
+    assert queue.claim("host:1:0") is None
+    assert status_history(database, job_id) == ["queued", "cancelled"]
+
+
+def test_running_job_hears_of_the_cancel_at_its_next_sign_of_life(queue: Queue, database: Database) -> None:
+    job_id = add_job(database)
+    claim = claim_next(queue)
+    job = queue.request_cancel(job_id)
+    assert (job.status, job.cancel_requested) == (JobStatus.RUNNING, True)
+    assert queue.renew(claim) is True
+    assert queue.report(claim, Progress(step=1)) is True
+    queue.cancelled(claim)
+    assert status_history(database, job_id) == ["queued", "running", "cancelled"]
+
+
+def test_cancel_asked_twice_is_told_once(queue: Queue, database: Database) -> None:
+    job_id = add_job(database)
+    claim_next(queue)
+    queue.request_cancel(job_id)
+    before = stored_rows(database)
+    assert queue.request_cancel(job_id).cancel_requested
+    assert stored_rows(database) == before
+    assert [event.data for event in job_events(database, job_id) if event.type == "log"] == [
+        {"message": "cancel requested"}
+    ]
+
+
+def test_job_that_finishes_before_it_hears_of_the_cancel_has_succeeded(queue: Queue, database: Database) -> None:
+    job_id = add_job(database)
+    claim = claim_next(queue)
+    queue.request_cancel(job_id)
+    queue.succeed(claim, {"attempt": 1})
+    assert job_of(database, job_id).status is JobStatus.SUCCEEDED
+
+
+@pytest.mark.parametrize("how", ["lost", "released"])
+def test_job_to_be_cancelled_does_not_go_back_to_the_queue(
+    queue: Queue, database: Database, clock: SteppedClock, how: str
+) -> None:
+    job_id = add_job(database)
+    claim = claim_next(queue)
+    queue.request_cancel(job_id)
+    if how == "lost":
+        clock.advance(LEASE_S + 1)
+        queue.requeue_lost()
+    else:
+        queue.release(claim, "the worker was stopped")
+    assert job_of(database, job_id).finished_at == clock.now
+    assert queue.claim("host:1:0") is None
+    assert status_history(database, job_id) == ["queued", "running", "queued", "cancelled"]
+
+
+def test_cancel_of_no_job_is_not_found(queue: Queue) -> None:
+    with pytest.raises(NotFound, match="job_none"):
+        queue.request_cancel("job_none")
+
+
+def test_race_of_cancels_and_claims_leaves_every_job_with_one_story(database: Database) -> None:
+    ids = [add_job(database) for _ in range(60)]
+    start = threading.Barrier(3)
+    claimed: list[Claim] = []
+
+    def with_own_connections(work: Callable[[Queue], Any]) -> threading.Thread:
+        def run() -> None:
+            own = Database(database.url)
+            start.wait()
+            work(Queue(own, lease_s=LEASE_S))
+            own.close()
+
+        return threading.Thread(target=run)
+
+    def claim_all(queue: Queue) -> None:
+        while (found := queue.claim("host:1:0")) is not None:
+            claimed.append(found[0])
+
+    def cancel_all(order: list[str]) -> Callable[[Queue], None]:
+        return lambda queue: [queue.request_cancel(job_id) for job_id in order] and None
+
+    threads = [with_own_connections(work) for work in (claim_all, cancel_all(ids), cancel_all(ids[::-1]))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    queue = Queue(database, lease_s=LEASE_S)
+    for claim in claimed:
+        assert queue.renew(claim) is True
+        queue.cancelled(claim)
+    for job_id in ids:
+        was_claimed = Claim(job_id, 1) in claimed
+        assert status_history(database, job_id) == ["queued", *(["running"] if was_claimed else []), "cancelled"]

@@ -1,0 +1,115 @@
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from qlora_service.errors import InvalidSpec
+from qlora_service.specs import JobSpec, parse_spec
+
+# What the QLoRA paper (arXiv:2305.14314) says: sections 3 and 4, table 9, appendix B.
+PAPER = {
+    "quantization": {"type": "nf4", "double_quant": True},
+    "adapter": {"method": "lora", "target_modules": "all-linear"},
+    "training": {
+        "batch_size": 16,
+        "learning_rate": 2e-4,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0.03,
+        "max_grad_norm": 0.3,
+        "optim": "paged_adamw_32bit",
+        "adam_beta2": 0.999,
+    },
+}
+
+
+def refused(document: Any) -> InvalidSpec:
+    with pytest.raises(InvalidSpec) as caught:
+        parse_spec(document)
+    return caught.value
+
+
+def spec(**groups: Any) -> dict[str, Any]:
+    return {"base_model": "tiny", **groups}
+
+
+@pytest.mark.parametrize("group", PAPER)
+def test_defaults_are_those_of_the_paper(group: str) -> None:
+    values = parse_spec(spec()).model_dump()[group]
+    assert {field: values[field] for field in PAPER[group]} == PAPER[group]
+
+
+def test_spec_survives_json() -> None:
+    original = parse_spec(spec(adapter={"target_modules": ["q_proj"]}, metadata={"a": "b"}, training={"epochs": 0.5}))
+    assert parse_spec(original.model_dump(mode="json")) == original
+
+
+def test_spec_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        parse_spec(spec()).training.batch_size = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("document", "pointer", "reason"),
+    [
+        (spec(trainin={}), "/trainin", "unknown field 'trainin': did you mean 'training'?"),
+        (
+            spec(training={"learning_rat": 1e-3}),
+            "/training/learning_rat",
+            "unknown field 'learning_rat': did you mean 'learning_rate'?",
+        ),
+        (spec(adapter={"alpha": 1}), "/adapter/alpha", "did you mean 'lora_alpha'?"),
+        (spec(validation={"zzz": 1}), "/validation/zzz", "known fields: fraction, max_rows"),
+        (spec(dataset={"idd": "x"}), "/dataset/idd", "did you mean 'id'?"),
+        ({}, "/base_model", "this field is required"),
+        ([], "/", "this must be an object with fields"),
+        (spec(training=None), "/training", "this must be an object with fields"),
+        (spec(adapter={"r": 0}), "/adapter/r", "greater than or equal to 1"),
+        (spec(adapter={"r": 513}), "/adapter/r", "less than or equal to 512"),
+        (spec(adapter={"lora_dropout": 1.0}), "/adapter/lora_dropout", "less than 1"),
+        (spec(adapter={"target_modules": []}), "/adapter", "target_modules is empty: name at least one"),
+        (spec(training={"max_steps": 0}), "/training/max_steps", "greater than or equal to 1"),
+        (spec(training={"learning_rate": float("nan")}), "/training/learning_rate", "finite"),
+        (spec(training={"learning_rate": float("inf")}), "/training/learning_rate", "finite"),
+        (spec(training={"seed": 2**31}), "/training/seed", "less than or equal to"),
+        (spec(training={"optim": "torch.optim.SGD"}), "/training/optim", "'paged_adamw_32bit'"),
+        (spec(quantization={"type": "gptq"}), "/quantization/type", "'nf4' or 'none'"),
+        (spec(validation={"fraction": 0.6}), "/validation/fraction", "less than or equal to 0.5"),
+        (spec(name=""), "/name", "at least 1 character"),
+        (spec(name="\ud800"), "/name", "unicode"),
+        (spec(base_model=""), "/base_model", "at least 1 character"),
+        (spec(metadata={"a/b~": 3}), "/metadata/a~1b~0", "valid string"),
+        (spec(metadata={str(number): "" for number in range(17)}), "/metadata", "at most 16"),
+        (spec(dataset={"rows": [1]}), "/dataset/rows/0", "dictionary"),
+        (spec(dataset={"rows": [{"text": "a"}, {"a": {"b": [float("nan")]}}]}), "/dataset/rows/1/a/b/0", "finite"),
+        (spec(dataset={"id": "ds_1", "rows": []}), "/dataset", "give either `id` or `rows`, not both"),
+        (spec(dataset={"id": "ds_1", "shape": "text"}), "/dataset", "leave both out beside `id`"),
+        (spec(dataset={"rows": [], "container": "csv"}), "/dataset", "leave it out beside `rows`"),
+    ],
+)
+def test_fault_is_refused_with_its_place(document: Any, pointer: str, reason: str) -> None:
+    error = refused(document)
+    assert error.code == "invalid_spec"
+    assert error.location == pointer
+    assert [finding.pointer for finding in error.findings] == [pointer]
+    assert reason in error.findings[0].reason
+    assert error.message == f"{pointer}: {error.findings[0].reason}"
+
+
+def test_faults_are_told_all_at_once() -> None:
+    error = refused({"training": {"learning_rte": 1, "batch_size": 0}, "adapter": {"r": "many"}})
+    assert [finding.pointer for finding in error.findings] == [
+        "/base_model", "/adapter/r", "/training/batch_size", "/training/learning_rte",
+    ]  # fmt: skip
+    assert error.message == "/base_model: this field is required (and 3 more)"
+
+
+def test_branches_of_a_union_are_no_places() -> None:
+    error = refused(spec(adapter={"target_modules": ["q_proj", "a.b"]}))
+    assert error.findings[-1].pointer == "/adapter/target_modules/1"
+    assert {finding.pointer for finding in error.findings} <= {
+        "/adapter/target_modules", "/adapter/target_modules/1",
+    }  # fmt: skip
+
+
+def test_every_bounded_field_takes_its_default() -> None:
+    assert JobSpec.model_validate(JobSpec(base_model="m").model_dump()) == JobSpec(base_model="m")

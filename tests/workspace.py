@@ -1,0 +1,106 @@
+"""A data directory with the tiny model in it, and real worker processes on it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora_service.jobs import Job
+from qlora_service.models.catalog import Catalog
+from qlora_service.service import Service, open_service
+from qlora_service.settings import Settings
+from qlora_service.specs import parse_spec
+
+ROOT = Path(__file__).parent.parent
+ROWS = [{"instruction": f"Say {index}", "output": f"The number is {index}."} for index in range(40)]
+
+
+class Workspace:
+    """Service calls in this process, workers in others, all on one data directory."""
+
+    def __init__(self, data_dir: Path, model: Path) -> None:
+        self.settings = Settings(data_dir=data_dir, lease_s=3.0, heartbeat_s=0.5)
+        self.catalog = Catalog(self.settings.models_dir)
+        self.catalog.import_model("tiny", model)
+        self.service: Service = open_service(
+            database_url=self.settings.resolved_database_url,
+            artifact_url=self.settings.resolved_artifact_url,
+            models_dir=self.settings.models_dir,
+            tmp_dir=self.settings.tmp_dir,
+            lease_s=self.settings.lease_s,
+        )
+
+    def submit(self, **training: Any) -> str:
+        """A queued job on forty short rows; its id."""
+        settings = {"max_steps": 3, "batch_size": 4, "max_seq_len_tokens": 128, "learning_rate": 1e-2} | training
+        spec = {
+            "base_model": "tiny",
+            "dataset": {"rows": ROWS},
+            "adapter": {"r": 4, "lora_dropout": 0.1},
+            "training": settings,
+        }
+        return self.service.submit(parse_spec(spec)).job.id
+
+    @contextmanager
+    def worker(self) -> Iterator[subprocess.Popen[bytes]]:
+        """`python -m workers`, stopped at the end."""
+        environment = os.environ | {
+            "QLORA_DATA_DIR": str(self.settings.data_dir),
+            "QLORA_LEASE_S": str(self.settings.lease_s),
+            "QLORA_HEARTBEAT_S": str(self.settings.heartbeat_s),
+            "OMP_NUM_THREADS": "1",
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "workers"], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+        )
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+
+    def wait(self, job_id: str, until: Callable[[Job], bool], limit_s: float = 90.0) -> Job:
+        """The job once `until` holds."""
+        deadline = time.monotonic() + limit_s
+        while not until(job := self.service.get_job(job_id)):
+            assert time.monotonic() < deadline, f"still {job.status}, phase {job.phase}, step {job.step}: {job.error}"
+            assert not job.status.terminal, f"ended as {job.status}: {job.error}"
+            time.sleep(0.05)
+        return job
+
+    def wait_for_end(self, job_id: str) -> Job:
+        return self.wait(job_id, lambda job: job.status.terminal)
+
+    def artifact(self, job_id: str, name: str) -> bytes:
+        return b"".join(self.service.read_artifact(self.service.artifact(job_id, name)))
+
+
+def trainer_pids(job_id: str) -> list[int]:
+    """Trainer processes of a job on this machine."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"workers.trainer" in arguments and job_id.encode() in arguments:
+                found.append(int(entry.name))
+    return found
+
+
+def no_trainer_within(job_id: str, limit_s: float) -> bool:
+    """Whether the job's trainers are gone within `limit_s` seconds."""
+    deadline = time.monotonic() + limit_s
+    while trainer_pids(job_id):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
