@@ -21,7 +21,7 @@ from qlora_service.settings import Settings
 # Requests that are being answered have this long to end.
 GRACE_S = 3
 # Then the process ends whatever its threads do: what is not committed never happened, scratch is reaped at the start.
-HARD_EXIT_S = 4.5
+HARD_EXIT_S = 4
 
 log = structlog.get_logger("api")
 

@@ -41,8 +41,6 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("qlora-service"),
         openapi_tags=TAGS,
         lifespan=_lifespan,
-        # One schema per thing: as requests see it, fields with defaults are optional.
-        separate_input_output_schemas=False,
     )
     app.state.settings = settings
     app.state.draining = False

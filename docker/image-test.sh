@@ -23,9 +23,10 @@ say() { printf '== %4ds  %s\n' "$SECONDS" "$*"; }
 
 enter_namespace() {
     [ "$(id -u)" = 0 ] || { echo "image-test: needs root (mounts, chroot); run it with sudo" >&2; exit 1; }
-    if ! { command -v buildah && command -v debootstrap && command -v ip; } >/dev/null; then
+    if ! { command -v buildah && command -v debootstrap && command -v ip && command -v ps; } >/dev/null; then
         apt-get update -q
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends buildah debootstrap iproute2
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
+            buildah debootstrap iproute2 procps
     fi
     work=$(mktemp -d "${TMPDIR:-/tmp}/image-test.XXXXXX")
     child=
@@ -68,7 +69,7 @@ prepare_pip() {
 }
 
 build() {
-    storage build --isolation chroot --network host --format docker --layers --pull-never --quiet \
+    storage build --isolation chroot --network host --format docker --layers --pull-never \
         --build-arg BASE_IMAGE="$base_image" --build-arg TORCH_INDEX_URL= \
         --secret id=pip,src="$work/pip/pip.conf" --volume "$work/pip/mnt:/mnt:ro" \
         --target "$1" --tag "localhost/qlora-service:$1" --file "$repo/docker/Dockerfile" "$repo" \
@@ -99,8 +100,11 @@ fetch_model() {
     mount --bind "$(dirname "$(find "$work/model" -name '*.gguf')")" "$work/all/root/mnt"
 }
 
-# A network with a loopback and nothing else: the image's own 0.0.0.0:8080 is seen by nobody.
-offline() { unshare --net sh -c 'ip link set lo up && exec "$@"' sh "$@"; }
+# In a network with a loopback and nothing else: the image's own 0.0.0.0:8080 is seen by nobody.
+check() {
+    unshare --net sh -c 'ip link set lo up && exec "$@"' sh "$python" "$here/image_check.py" "$1" "$work/$2" ||
+        { echo "the end of what the image said:"; tail -40 "$work/$2/log"; return 1; } >&2
+}
 
 inside() {
     work=$1
@@ -111,7 +115,7 @@ inside() {
     build api
     say "running target api"
     mount_image api
-    offline "$python" "$here/image_check.py" check-api "$work/api"
+    check check-api api
     say "building target worker"
     build worker
     say "building target all"
@@ -119,7 +123,7 @@ inside() {
     say "running a job in target all"
     mount_image all
     fetch_model
-    offline "$python" "$here/image_check.py" run-job "$work/all"
+    check run-job all
     say "image-test passed"
 }
 

@@ -67,6 +67,7 @@ class Image:
 
     def __init__(self, directory: Path) -> None:
         self.root = directory / "root"
+        self.log = directory / "log"
         self.config: dict[str, Any] = json.loads((directory / "inspect.json").read_text())["Docker"]["config"]
         self.uid = int(self.config["User"].partition(":")[0])
 
@@ -77,12 +78,16 @@ class Image:
             "/usr/bin/env", "-i", f"--chdir={self.config['WorkingDir']}", *self.config["Env"], *command,
         ]  # fmt: skip
 
+    def has_torch(self) -> bool:
+        return any(self.root.glob("opt/venv/lib/python3*/site-packages/torch"))
+
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.argv(*command), capture_output=True, text=True, check=False)
 
     def start(self) -> subprocess.Popen[bytes]:
-        """The image's own command, once its own health check passes."""
-        process = subprocess.Popen(self.argv(*self.config["Cmd"]))
+        """The image's own command, once its own health check passes. What it says goes to `log`."""
+        with self.log.open("wb") as log:
+            process = subprocess.Popen(self.argv(*self.config["Cmd"]), stdout=log, stderr=log)
         kind, *health_check = self.config["Healthcheck"]["Test"]
         assert kind == "CMD", kind
         deadline = time.monotonic() + START_S
@@ -151,8 +156,7 @@ def check_confinement(image: Image) -> None:
 def check_api(image: Image) -> None:
     """Returns when the api image has no torch, serves and stops."""
     check_confinement(image)
-    torch = list(image.root.glob("opt/venv/lib/python3*/site-packages/torch"))
-    require(not torch, f"torch is in the api image: {torch}")
+    require(not image.has_torch(), "torch is in the api image")
     process = image.start()
     print(f"   /healthz: {request('GET', '/healthz')[1].decode()}")
     image.stop(process)
@@ -197,6 +201,7 @@ def check_artifacts(job_id: str) -> None:
 def run_job(image: Image) -> None:
     """Returns when the image imported a model, trained on it, handed out the adapter and stopped."""
     check_confinement(image)
+    require(image.has_torch(), "torch is not where it is looked for")
     compiled = image.run("sh", "-c", "echo '#include <stdio.h>' | gcc -shared -fPIC -xc - -o /data/probe.so")
     require(compiled.returncode == 0, f"triton would find no working gcc: {compiled.stderr}")
     (image.root / "data/probe.so").unlink()
@@ -217,9 +222,9 @@ def run_job(image: Image) -> None:
     )
     print(f"   job {job['id']} succeeded in {time.monotonic() - began:.0f} s")
     check_artifacts(job["id"])
+    image.stop(process)
     owners = {path.lstat().st_uid for path in (image.root / "data").rglob("*")}
     require(owners == {image.uid}, f"files in /data belong to {owners}")
-    image.stop(process)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from qlora_service import lifeline
 from qlora_service.client import Client
-from qlora_service.demo_data import Order, write_demo_dataset
+from qlora_service.demo_data import Order, orders, write_demo_dataset
 from qlora_service.errors import Conflict, InvalidModel, JobFailed, Unavailable
 from qlora_service.models.catalog import BaseModel, Catalog
 from qlora_service.serving import STOP_S, pick_port
@@ -69,7 +69,8 @@ def run_demo(directory: Path, output: Path, console: Console) -> None:
     rows = directory / "orders.jsonl"
     asked = write_demo_dataset(rows, ROWS)
     _say(console, f"{ROWS} rows in {rows}, such as")
-    console.print(f"    {asked[0].question}\n    {asked[0].record}", markup=False, highlight=False)
+    sample = next(orders())
+    _say(console, f"    {sample.question}\n    {sample.record}")
     with _service(data_dir, directory / "serve.log") as url, Client(url) as client:
         _say(console, f"A service runs at {url}. The dataset goes to POST {url}/jobs")
         job = watch_job(client, client.submit(SPEC, rows).id, console)

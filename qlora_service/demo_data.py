@@ -38,7 +38,7 @@ class Order:
     record: str
 
 
-def orders(seed: int) -> Iterator[Order]:
+def orders(seed: int = 0) -> Iterator[Order]:
     """Endless distinct orders; the same seed gives the same ones in the same order."""
     draw = random.Random(seed)  # noqa: S311 - a data generator, no secret
     seen: set[str] = set()

@@ -91,7 +91,9 @@ class Service:
             with tempfile.TemporaryFile(dir=self._tmp_dir) as file:
                 file.write(b"\0")
         except SQLAlchemyError as error:
-            raise Unavailable(f"the database does not answer ({type(error).__name__}): see to it, then retry") from error
+            raise Unavailable(
+                f"the database does not answer ({type(error).__name__}): see to it, then retry"
+            ) from error
         except OSError as error:
             raise Unavailable(f"the data disk cannot be written ({error.strerror}): see to it, then retry") from error
 
@@ -175,7 +177,7 @@ class Service:
         with self._scratch() as scratch:
             dataset, path, is_new = self._source(spec, upload, filename, scratch)
             report = self._render_report(dataset, path, model, render_rules(spec), keep=not is_new)
-            _check_trainable(report, spec)
+            _check_trainable(report, spec, model)
             if is_new:
                 dataset = self._store_dataset(dataset, path)
         stored = spec.model_copy(update={"dataset": DatasetRef(id=dataset.id)})
@@ -351,7 +353,7 @@ def render_rules(spec: JobSpec) -> RenderRules:
     return RenderRules(training.max_seq_len_tokens, training.too_long, training.train_on)
 
 
-def _check_trainable(report: RenderReport, spec: JobSpec) -> None:
+def _check_trainable(report: RenderReport, spec: JobSpec, model: BaseModel) -> None:
     """Raises: InvalidDataset when no job can be trained on what was rendered."""
     limit = spec.training.max_seq_len_tokens
     findings = [Finding(**value) for value in report.findings]
@@ -359,10 +361,11 @@ def _check_trainable(report: RenderReport, spec: JobSpec) -> None:
     all_too_long = report.too_long_rows == report.rows
     if report.too_long_rows and (all_too_long or spec.training.too_long == "refuse"):
         share = "all" if all_too_long else f"{report.too_long_rows} of {report.rows}"
+        longest = report.longest_tokens
+        keep = f"raise it to {longest} to keep them whole, or " if longest <= model.max_positions else ""
         raise InvalidDataset(
-            f"{share} rows of the dataset are longer than max_seq_len_tokens = {limit}: raise it to "
-            f"{report.longest_tokens} to keep them whole, or set training.too_long to "
-            f"{'truncate' if all_too_long else 'truncate or drop'}",
+            f"{share} rows of the dataset are longer than max_seq_len_tokens = {limit}, the longest has {longest} "
+            f"tokens: {keep}set training.too_long to {'truncate' if all_too_long else 'truncate or drop'}",
             location=place,
             findings=findings,
         )

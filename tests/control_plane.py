@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -93,34 +93,23 @@ def status_history(database: Database, job_id: str) -> list[str]:
     return [event.data["status"] for event in job_events(database, job_id) if event.type == "status"]
 
 
-def run_together(script: str, arguments: Sequence[str], processes: int) -> list[str]:
-    """The output of each of several Python processes that reach the script's `go()` before any passes it.
+# One process imports, the others are its forks: the start of six interpreters would be most of a test.
+_FORKS = """
+import json, multiprocessing, sys
+fork = multiprocessing.get_context("fork")
+start = fork.Barrier(int(sys.argv[1]))
+def run(_):
+    start.wait()
+    return work(*sys.argv[2:])
+with fork.Pool(start.parties) as pool:
+    print(json.dumps(pool.map(run, range(start.parties), chunksize=1)))
+"""
 
-    Raises:
-        AssertionError: one did not exit with 0.
-    """
-    preamble = "import sys\ndef go():\n    print('ready', flush=True)\n    sys.stdin.readline()\n"
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", preamble + script, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=REPOSITORY,
-        )
-        for _ in range(processes)
-    ]
-    for child in children:
-        assert child.stdout is not None
-        child.stdout.readline()
-    for child in children:
-        assert child.stdin is not None
-        child.stdin.write("\n")
-        child.stdin.flush()
-    outputs = []
-    for child in children:
-        output, error = child.communicate(timeout=60)
-        assert child.returncode == 0, error
-        outputs.append(output)
-    return outputs
+
+def run_together(script: str, *arguments: str, processes: int) -> list[Any]:
+    """What the script's function `work(*arguments)` returns in each of several processes that start it together."""
+    command = [sys.executable, "-c", script + _FORKS, str(processes), *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    results: list[Any] = json.loads(ended.stdout)
+    return results

@@ -12,7 +12,7 @@ from qlora_service.models.adapters import attach
 from qlora_service.models.nf4 import load_base
 from qlora_service.specs import Adapter, Quantization, Training
 from qlora_service.training.loop import EvaluationMetrics, Losses, StepMetrics, train
-from qlora_service.training.micro_batch import TokenRow
+from qlora_service.training.micro_batch import PER_DOCUMENT, TokenRow
 
 CPU = torch.device("cpu")
 FLOAT64 = Quantization(type="none", compute_dtype="float32")
@@ -37,9 +37,11 @@ def load(
     dtype: torch.dtype = torch.float32,
     adapter: Adapter | None = None,
     perturb_b: float = 0.0,
+    attention: str = PER_DOCUMENT,
 ) -> PeftModel:
     """The tiny model with an adapter; `perturb_b` moves B off zero, where A would have no gradient."""
     base = load_base(model_dir, quantization, torch.float32 if dtype is torch.float64 else dtype, CPU)
+    base.set_attn_implementation(attention)
     model = attach(base, adapter or Adapter(r=4), seed=0)
     if dtype is torch.float64:
         model.double()

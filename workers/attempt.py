@@ -30,9 +30,9 @@ from qlora_service.models.adapters import attach, checkpoint_activations, load_a
 from qlora_service.models.catalog import BaseModel
 from qlora_service.models.nf4 import base_fingerprint, load_base
 from qlora_service.store.datasets import Dataset
+from qlora_service.training.attention import Isolation, isolate_documents
 from qlora_service.training.device import choose_device, device_name, has_bf16
 from qlora_service.training.evaluation import mean_loss
-from qlora_service.training.isolation import isolates_documents
 from qlora_service.training.loop import Losses, Observer, train
 from qlora_service.training.micro_batch import TokenRow
 from qlora_service.training.rows import RenderedRows, store_rendered
@@ -98,10 +98,14 @@ def run_attempt(
     enter_phase("loading", steps)
     device = choose_device()
     dtype = compute_dtype(spec.quantization.compute_dtype, device)
-    base = load_base(inputs.base.path, spec.quantization, dtype, device)
+
+    def fresh_base() -> tuple[PreTrainedModel, Isolation]:
+        base = load_base(inputs.base.path, spec.quantization, dtype, device)
+        return base, isolate_documents(base)
+
+    base, isolation = fresh_base()
     fingerprint = base_fingerprint(base)
-    packing = isolates_documents(base)
-    micro_batch_tokens = spec.training.micro_batch_tokens if packing else 1
+    micro_batch_tokens = spec.training.micro_batch_tokens if isolation != "alone" else 1
     model = attach(base, spec.adapter, spec.training.seed)
     checkpointing = spec.training.gradient_checkpointing and checkpoint_activations(model)
 
@@ -126,7 +130,7 @@ def run_attempt(
         "threads": torch.get_num_threads(),
         "total_steps": steps,
         "micro_batch_tokens": spec.training.micro_batch_tokens,
-        "packing": packing,
+        "isolation": isolation,
         "gradient_checkpointing": checkpointing,
         "base_fingerprint": fingerprint,
     }
@@ -134,12 +138,9 @@ def run_attempt(
 
     enter_phase("certifying", steps)
 
-    def fresh_base() -> PreTrainedModel:
-        return load_base(inputs.base.path, spec.quantization, dtype, device)
-
     published = inputs.scratch / "published"
     _fetch_published(inputs, manifest, published)
-    base, reused = clean_base(model, fingerprint, fresh_base)
+    base, reused = clean_base(model, fingerprint, lambda: fresh_base()[0])
     reloaded = load_adapter(base, published)
     loss = mean_loss(reloaded, judged, micro_batch_tokens, device)
     certificate: dict[str, Any] = {"held_out_loss": loss, "difference": abs(loss - losses.after), "base_reused": reused}

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+PER_DOCUMENT = "per_document"
+"""The attention implementation that `attention` registers."""
+DOCUMENT_LENGTHS = "document_lengths"
+"""The keyword argument that carries `MicroBatch.lengths` through a model to its attention."""
+
 
 @dataclass(frozen=True)
 class TokenRow:
@@ -30,7 +35,9 @@ class MicroBatch:
     input_ids: torch.Tensor
     """(1, T)"""
     position_ids: torch.Tensor
-    """(1, T); starts again at 0 with every document, which is how attention knows the boundaries."""
+    """(1, T); starts again at 0 with every document"""
+    lengths: tuple[int, ...]
+    """tokens of each document; they sum to T"""
     predictors: torch.Tensor
     """(N,) positions whose next token is learned"""
     targets: torch.Tensor
@@ -54,6 +61,7 @@ def collate(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
     return MicroBatch(
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),
+        lengths=tuple(len(row.input_ids) for row in rows),
         predictors=torch.tensor(predictors, device=device),
         targets=torch.tensor(targets, device=device),
     )
@@ -62,15 +70,19 @@ def collate(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
 def forward(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Logits (N, vocabulary) at the positions whose next token is learned.
 
-    transformers keeps packed documents apart only without an attention mask and without a cache
+    Documents are kept apart as `attention.isolate_documents` chose for this model: by their lengths, or by
+    transformers' own block mask. That one exists only without an attention mask and without a cache
     (`find_packed_sequence_indices` in its masking_utils, 5.23): either of them lets documents leak into each other.
     """
+    implementation = getattr(model.config, "_attn_implementation", None)
+    lengths = {DOCUMENT_LENGTHS: batch.lengths} if implementation == PER_DOCUMENT else {}
     output = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=None,
         use_cache=False,
         logits_to_keep=batch.predictors,
+        **lengths,
     )
     logits: torch.Tensor = output.logits
     return logits[0]

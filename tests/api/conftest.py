@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import anyio
 import pytest
 from fastapi.testclient import TestClient
+from starlette.types import ASGIApp, Message
 
 from api.main import create_app
 from qlora_service.artifacts.manifest import NAME as MANIFEST
@@ -163,6 +165,25 @@ def scratch_files(settings: Settings) -> list[Path]:
     return [path for path in settings.tmp_dir.rglob("*") if path.is_file()]
 
 
+def call(app: ASGIApp, method: str, path: str, received: Sequence[Message]) -> list[Message]:
+    """What the application sends when it receives these messages: what a client of the wire would not see too."""
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": [],
+        "server": ("test", 80), "client": ("test", 1),
+    }  # fmt: skip
+    pending, sent = list(received), list[Message]()
+
+    async def receive() -> Message:
+        return pending.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    anyio.run(app, scope, receive, send)
+    return sent
+
+
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -178,10 +199,10 @@ class Server:
     def lines(self) -> list[dict[str, object]]:
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
-    def stop(self) -> float:
-        """Sends SIGTERM; the seconds until the process was gone."""
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> float:
+        """The seconds from the signal until the process was gone."""
         started = time.monotonic()
-        self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(how)
         self.process.wait(timeout=30)
         return time.monotonic() - started
 

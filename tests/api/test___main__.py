@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
+import pytest
 
 from qlora_service.queue import Queue
 from qlora_service.settings import Settings
@@ -85,8 +87,9 @@ def test_upload_that_a_kill_interrupts_is_gone_after_the_next_start(
     wait_until(lambda: scratch_files(settings) == [])
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_process_ends_in_time_also_while_a_request_hangs(
-    start_server: Callable[..., Server], settings: Settings, queue: Queue
+    start_server: Callable[..., Server], settings: Settings, queue: Queue, how: signal.Signals
 ) -> None:
     server = start_server()
     dataset_id = httpx2.post(f"{server.url}/datasets", content=chat_rows(4)).json()["id"]
@@ -102,7 +105,7 @@ def test_process_ends_in_time_also_while_a_request_hangs(
     waiting = threading.Thread(target=cancel)
     waiting.start()
     time.sleep(0.5)
-    assert server.stop() < 5
+    assert server.stop(how) < 5
     waiting.join()
     assert answers[0].status_code == 503
     assert answers[0].json()["error"]["code"] == "unavailable"

@@ -2,14 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import anyio
 import pytest
 from fastapi.testclient import TestClient
 from starlette.types import Message
 from structlog.testing import capture_logs
 
 from qlora_service.settings import Settings
-from tests.api.conftest import chat_rows
+from tests.api.conftest import call, chat_rows
 
 SECRET = "a sentence that only the dataset holds"
 
@@ -69,21 +68,7 @@ def test_client_that_goes_away_is_no_defect(bare_client: TestClient, nothing_sto
         {"type": "http.request", "body": chat_rows(1), "more_body": True},
         {"type": "http.disconnect"},
     ]
-    scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-        "path": "/datasets", "raw_path": b"/datasets", "query_string": b"", "root_path": "", "headers": [],
-        "server": ("test", 80), "client": ("test", 1),
-    }  # fmt: skip
-    sent: list[Message] = []
-
-    async def receive() -> Message:
-        return messages.pop(0)
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
     with capture_logs() as lines:
-        anyio.run(bare_client.app, scope, receive, send)
+        assert call(bare_client.app, "POST", "/datasets", messages) == []
     assert [(line["event"], line["status"]) for line in lines] == [("request", 499)]
-    assert sent == []
     nothing_stored()

@@ -2,25 +2,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import anyio
 import pytest
 from fastapi.testclient import TestClient
+from starlette.requests import Request
+from starlette.types import Message
 
-from api.uploads import MAX_FILENAME_CHARS, display_name
+from api.uploads import MAX_FILENAME_CHARS, display_name, receive_bytes
+from qlora_service.errors import TooLarge
 from qlora_service.settings import Settings
 from tests.api.conftest import MAX_UPLOAD_BYTES, chat_rows, scratch_files
-
 
 TOO_MUCH = b"x" * (MAX_UPLOAD_BYTES + 1)
 
 
-def test_body_over_the_limit_is_refused_before_it_is_read(
-    bare_client: TestClient, nothing_stored: Callable[[], None]
-) -> None:
+def test_body_over_the_limit_is_refused(bare_client: TestClient, nothing_stored: Callable[[], None]) -> None:
     response = bare_client.post("/datasets", content=TOO_MUCH)
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "too_large"
     assert response.json()["error"]["details"] == {"max_bytes": MAX_UPLOAD_BYTES}
     nothing_stored()
+
+
+def test_body_that_says_it_is_too_large_is_not_read() -> None:
+    async def receive() -> Message:
+        raise AssertionError("the body was read")
+
+    request = Request({"type": "http", "headers": [(b"content-length", b"11")]}, receive)
+    with pytest.raises(TooLarge):
+        anyio.run(receive_bytes, request, 10)
 
 
 def test_body_of_unknown_length_is_cut_off_at_the_limit(

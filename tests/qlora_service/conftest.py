@@ -1,7 +1,13 @@
-"""The control plane's fixtures for the tests of the library."""
+"""The control plane's fixtures for the tests of the library, and property tests that do not depend on the day."""
 
 from __future__ import annotations
+
+from hypothesis import settings
 
 from tests.control_plane import clock, database, queue
 
 __all__ = ["clock", "database", "queue"]
+
+# A busy machine is no failure, and a run that found a fault must find it again.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")

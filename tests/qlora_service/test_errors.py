@@ -20,7 +20,7 @@ def test_every_class_is_drawn_in_the_tree_under_its_parent() -> None:
             depth = (len(line) - len(line.lstrip(" │├└─"))) // 4 - 1
             stack[depth:] = [name]
             drawn[name] = stack[depth - 1] if depth else "Exception"
-    assert drawn == {kind.__name__: kind.__base__.__name__ for kind in CLASSES}
+    assert drawn == {kind.__name__: kind.__mro__[1].__name__ for kind in CLASSES}
 
 
 def test_codes_are_distinct() -> None:

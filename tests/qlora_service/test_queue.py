@@ -1,4 +1,4 @@
-import json
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -41,20 +41,18 @@ OUTCOMES = {
 }
 
 CLAIM_ALL = """
-import json
-from qlora_service.errors import ClaimLost
 from qlora_service.queue import Progress, Queue
 from qlora_service.store.database import Database
 
-queue = Queue(Database(sys.argv[1]), lease_s=600)
-done = []
-go()
-while claimed := queue.claim("worker"):
-    claim, job = claimed
-    queue.report(claim, Progress(step=1), ("metrics", {"attempt": claim.token}))
-    queue.succeed(claim, {"attempt": claim.token})
-    done.append(claim.job_id)
-print(json.dumps(done))
+def work(url):
+    queue = Queue(Database(url), lease_s=600)
+    done = []
+    while claimed := queue.claim("worker"):
+        claim, job = claimed
+        queue.report(claim, Progress(step=1), ("metrics", {"attempt": claim.token}))
+        queue.succeed(claim, {"attempt": claim.token})
+        done.append(claim.job_id)
+    return done
 """
 
 
@@ -72,7 +70,7 @@ def job_of(database: Database, job_id: str) -> Job:
 def assert_history_is_legal(database: Database, job_id: str) -> None:
     history = [JobStatus(status) for status in status_history(database, job_id)]
     assert history[0] is JobStatus.QUEUED
-    for before, after in zip(history, history[1:], strict=False):
+    for before, after in itertools.pairwise(history):
         assert after in TRANSITIONS[before], history
     assert history[-1] is job_of(database, job_id).status
 
@@ -124,7 +122,7 @@ def test_new_claim_starts_from_nothing_but_keeps_the_first_start(
 
 def test_six_processes_run_each_of_200_jobs_once(database: Database) -> None:
     ids = [add_job(database) for _ in range(200)]
-    shares = [json.loads(output) for output in run_together(CLAIM_ALL, [database.url], processes=6)]
+    shares = run_together(CLAIM_ALL, database.url, processes=6)
     assert sorted(job_id for share in shares for job_id in share) == sorted(ids)
     # One process doing all the work would prove nothing.
     assert sum(bool(share) for share in shares) > 1
@@ -390,8 +388,8 @@ def test_race_of_cancels_and_claims_leaves_every_job_with_one_story(database: Da
         while (found := queue.claim("host:1:0")) is not None:
             claimed.append(found[0])
 
-    def cancel_all(order: list[str]) -> Callable[[Queue], None]:
-        return lambda queue: [queue.request_cancel(job_id) for job_id in order] and None
+    def cancel_all(order: list[str]) -> Callable[[Queue], Any]:
+        return lambda queue: [queue.request_cancel(job_id) for job_id in order]
 
     threads = [with_own_connections(work) for work in (claim_all, cancel_all(ids), cancel_all(ids[::-1]))]
     for thread in threads:

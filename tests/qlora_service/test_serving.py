@@ -9,9 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import pytest
 
@@ -23,60 +23,55 @@ SPEC = {
     "base_model": "tiny",
     "training": {"max_steps": 2, "batch_size": 4, "max_seq_len_tokens": 64},
 }
-Serve = Callable[..., tuple["subprocess.Popen[str]", str]]
+
+
+@dataclass(frozen=True)
+class Served:
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def children(self) -> dict[str, int]:
+        """The process ids of the API and the worker."""
+        pids = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return {Path(f"/proc/{pid}/cmdline").read_text().split("\0")[-2]: int(pid) for pid in pids}
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    """Starts `qlora serve` and returns it with its address, once it says that it listens."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
-        command = [sys.executable, "-m", "qlora_service.cli", "serve", "--data-dir", str(tmp_path / "data"), *arguments]
-        log = tmp_path / "serve.log"
-        with log.open("ab") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        started.append(process)
-        assert process.stdout is not None
-        address = re.search(r"listens at (http://\S+);", _line(process.stdout))
-        assert address is not None, log.read_text()
-        return process, address[1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+def serve(tmp_path: Path) -> Iterator[Served]:
+    """`qlora serve` in full swing."""
+    log = tmp_path / "serve.log"
+    command = [sys.executable, "-m", "qlora_service.cli", "serve", "--port", "0", "--data-dir", str(tmp_path / "data")]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    wait_until(lambda: b"supervisor_ready" in log.read_bytes() or process.poll() is not None)
+    address = re.search(r"listens at (http://\S+);", log.read_text())
+    assert address is not None, log.read_text()
+    served = Served(process, address[1], log)
+    children = served.children()
+    yield served
+    process.kill()
+    process.wait()
+    for pid in alive(children.values()):
+        os.kill(pid, signal.SIGKILL)
 
 
-def _line(stream: IO[str]) -> str:
-    return next((line for line in stream if "listens at" in line), "")
-
-
-def descendants(pid: int) -> set[int]:
-    """Every process below `pid`."""
-    children = {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
-    return children.union(*(descendants(child) for child in children))
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def alive(pids: set[int]) -> set[int]:
+def alive(pids: Iterable[int]) -> set[int]:
     return {pid for pid in pids if Path(f"/proc/{pid}").exists()}
 
 
-def workers_pid(pids: set[int]) -> int:
-    return next(pid for pid in pids if b"workers" in Path(f"/proc/{pid}/cmdline").read_bytes())
-
-
-def test_served_job_trains_and_its_adapter_is_downloaded(serve: Serve, tiny_model: Path, tmp_path: Path) -> None:
+def test_served_job_trains_and_the_service_stops_with_its_children(
+    serve: Served, tiny_model: Path, tmp_path: Path
+) -> None:
     Catalog(tmp_path / "data" / "models").import_model("tiny", tiny_model)
-    process, url = serve("--port", "0")
-    with Client(url) as client:
+    with Client(serve.url) as client:
         job = client.submit(SPEC, write_rows(tmp_path / "rows.jsonl"))
         ended = client.wait(job.id, timeout_s=120)
         assert ended.status == "succeeded", ended.error
@@ -84,33 +79,27 @@ def test_served_job_trains_and_its_adapter_is_downloaded(serve: Serve, tiny_mode
         assert {"adapter_model.safetensors", "adapter_config.json", "manifest.json"} <= names
         losses = [record["eval_loss"] for record in client.metrics(job.id) if "eval_loss" in record]
         assert len(losses) >= 2
-    children = descendants(process.pid)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
-    assert not alive(children)
+    children = serve.children()
+    assert set(children) == {"api", "workers"}
+    serve.process.send_signal(signal.SIGTERM)
+    assert serve.process.wait(30) == 0
+    assert not alive(children.values())
 
 
-def test_end_of_the_worker_stops_the_api(serve: Serve) -> None:
-    process, url = serve("--port", "0")
-    children = descendants(process.pid)
-    assert len(children) == 2
-    wait_until(lambda: b"workers" in b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children))
-    os.kill(workers_pid(children), signal.SIGKILL)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "python -m workers ended with signal SIGKILL" in output
-    assert not alive(children)
-    with Client(url) as client:
-        assert not client.healthy()
+@pytest.mark.parametrize(("dies", "stays"), [("workers", "api"), ("api", "workers")])
+def test_end_of_one_program_stops_the_other(serve: Served, dies: str, stays: str) -> None:
+    children = serve.children()
+    os.kill(children[dies], signal.SIGKILL)
+    assert serve.process.wait(30) == 1
+    assert f"python -m {dies} ended with signal SIGKILL" in serve.log.read_text()
+    assert not alive([children[stays]])
 
 
-def test_killed_service_leaves_no_process_behind(serve: Serve) -> None:
-    process, _ = serve("--port", "0")
-    children = descendants(process.pid)
-    assert len(children) == 2
-    process.kill()
-    process.wait()
-    wait_until(lambda: not alive(children))
+def test_killed_service_leaves_no_process_behind(serve: Served) -> None:
+    children = serve.children()
+    serve.process.kill()
+    serve.process.wait()
+    wait_until(lambda: not alive(children.values()))
 
 
 def test_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from qlora_service.errors import InvalidSpec
 from qlora_service.specs import JobSpec, parse_spec
 
 # What the QLoRA paper (arXiv:2305.14314) says: sections 3 and 4, table 9, appendix B.
-PAPER = {
+PAPER: dict[str, dict[str, Any]] = {
     "quantization": {"type": "nf4", "double_quant": True},
     "adapter": {"method": "lora", "target_modules": "all-linear"},
     "training": {
@@ -92,6 +92,7 @@ def test_fault_is_refused_with_its_place(document: Any, pointer: str, reason: st
     assert error.location == pointer
     assert [finding.pointer for finding in error.findings] == [pointer]
     assert reason in error.findings[0].reason
+    assert not error.findings[0].reason.startswith("Value error")
     assert error.message == f"{pointer}: {error.findings[0].reason}"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.api.conftest import FILES, sha256
+from tests.api.conftest import FILES, call, sha256
 
 WEIGHTS = FILES["adapter_model.safetensors"]
 ETAG = f'"{sha256(WEIGHTS)}"'
@@ -66,6 +66,8 @@ def test_head_answers_the_headers_only(client: TestClient, url: str) -> None:
     assert response.headers["Content-Length"] == str(len(WEIGHTS))
     assert response.headers["ETag"] == ETAG
     assert client.head(f"{url}.txt").status_code == 404
+    start, end = call(client.app, "HEAD", url, [{"type": "http.request"}])
+    assert (start["status"], end["body"]) == (200, b"")  # not even read
 
 
 def test_zip_holds_every_file_and_is_the_same_each_time(client: TestClient, finished_job: str) -> None:

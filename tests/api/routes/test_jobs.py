@@ -152,6 +152,7 @@ def test_form_without_config_is_refused(bare_client: TestClient, nothing_stored:
         b'{"base_model": NaN}',
         b'{"base_model": "tiny", "base_model": "tiny"}',
         b'{"base_model": "\\ud800"}',
+        b'{"\\ud800": 1, "\\ud800": 2}',
         b'{"base_model": "a\\u0000"}',
         b"[" * 100_000,
         b"\xff\xfe",

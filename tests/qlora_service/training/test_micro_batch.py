@@ -26,9 +26,10 @@ def test_the_first_token_of_a_document_is_never_predicted_from_the_one_before() 
     assert sum(row.trained_tokens for row in rows(8)) == collate(rows(8), CPU).targets.numel()
 
 
+@pytest.mark.parametrize("attention", ["per_document", "sdpa"])
 @pytest.mark.parametrize("training_mode", [True, False])
-def test_packed_logits_equal_the_lone_documents(tiny_model: Path, training_mode: bool) -> None:
-    model = load(tiny_model, perturb_b=0.05).train(training_mode)
+def test_packed_logits_equal_the_lone_documents(tiny_model: Path, training_mode: bool, attention: str) -> None:
+    model = load(tiny_model, perturb_b=0.05, attention=attention).train(training_mode)
     documents = rows(5)
     packed = forward(model, collate(documents, CPU))
     alone = torch.cat([forward(model, collate([document], CPU)) for document in documents])
@@ -37,7 +38,7 @@ def test_packed_logits_equal_the_lone_documents(tiny_model: Path, training_mode:
 
 def test_the_trap_is_real_with_a_mask_documents_leak(tiny_model: Path) -> None:
     """What `forward` guards against: if transformers ever isolates here too, the guard can go."""
-    model = load(tiny_model, perturb_b=0.05).eval()
+    model = load(tiny_model, perturb_b=0.05, attention="sdpa").eval()
     documents = rows(5)
     batch = collate(documents, CPU)
     leaking = model(
@@ -51,8 +52,9 @@ def test_the_trap_is_real_with_a_mask_documents_leak(tiny_model: Path) -> None:
     assert (leaking - alone).abs().max() > 0.01
 
 
-def test_gradients_of_a_packed_row_equal_the_sum_of_the_lone_ones(tiny_model: Path) -> None:
-    model = load(tiny_model, perturb_b=0.05).train()
+@pytest.mark.parametrize("attention", ["per_document", "sdpa"])
+def test_gradients_of_a_packed_row_equal_the_sum_of_the_lone_ones(tiny_model: Path, attention: str) -> None:
+    model = load(tiny_model, perturb_b=0.05, attention=attention).train()
     documents = rows(5)
     loss_sum(model, collate(documents, CPU)).backward()
     packed = gradients(model)

@@ -1,0 +1,150 @@
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_service.data.batching import pack, split_rows, step_rows, total_steps
+
+SEEDS = st.integers(0, 2**31 - 1)
+ROWS = st.integers(1, 200)
+
+
+def all_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None, seed: int) -> list[list[int]]:
+    steps = total_steps(rows, batch_size, epochs, max_steps)
+    return [step_rows(step, rows, batch_size, epochs, max_steps, seed) for step in range(steps)]
+
+
+# --- the split
+
+
+@given(st.integers(2, 500), st.floats(0.0, 0.5), st.integers(1, 50), SEEDS)
+def test_split_puts_every_row_on_one_side(rows: int, fraction: float, max_held_out: int, seed: int) -> None:
+    split = split_rows(rows, fraction, max_held_out, seed)
+    assert sorted(split.train + split.held_out) == list(range(rows))
+    assert split.train
+    assert len(split.held_out) <= max_held_out
+    assert bool(split.held_out) is (fraction > 0)
+    assert split == split_rows(rows, fraction, max_held_out, seed)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fraction", "max_held_out", "held_out"),
+    [
+        (100, 0.05, 256, 5),
+        (10_000, 0.05, 256, 256),
+        (2, 0.5, 256, 1),
+        (3, 0.01, 256, 1),
+        (7, 0.0, 256, 0),
+        (5, 1.0, 256, 4),
+    ],
+)
+def test_split_holds_out_the_share_asked_for(rows: int, fraction: float, max_held_out: int, held_out: int) -> None:
+    assert len(split_rows(rows, fraction, max_held_out, 0).held_out) == held_out
+
+
+def test_split_is_random_and_follows_the_seed() -> None:
+    splits = {split_rows(1000, 0.1, 256, seed).held_out for seed in range(10)}
+    assert len(splits) == 10
+    # Neither the head nor the tail of the file: 100 of 1000 rows have a mean place near the middle.
+    assert all(350 < sum(held_out) / 100 < 650 for held_out in splits)
+
+
+def test_one_row_cannot_be_split() -> None:
+    with pytest.raises(ValueError, match=r"too few to hold out 5%.*validation\.fraction to 0"):
+        split_rows(1, 0.05, 256, 0)
+    assert split_rows(1, 0.0, 256, 0).train == (0,)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05])
+def test_no_rows_cannot_be_split(fraction: float) -> None:
+    with pytest.raises(ValueError, match="no rows to train on"):
+        split_rows(0, fraction, 256, 0)
+
+
+# --- the steps
+
+
+@given(ROWS, st.integers(1, 64), st.integers(1, 3), SEEDS)
+def test_steps_of_whole_epochs_see_every_row_once_an_epoch(rows: int, batch_size: int, epochs: int, seed: int) -> None:
+    order = [row for step in all_steps(rows, batch_size, epochs, None, seed) for row in step]
+    assert len(order) == epochs * rows
+    for epoch in range(epochs):
+        assert sorted(order[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+
+
+@given(ROWS, st.integers(1, 64), st.floats(0.001, 3.0), SEEDS)
+def test_no_step_of_an_epoch_count_is_empty_and_only_the_last_is_short(
+    rows: int, batch_size: int, epochs: float, seed: int
+) -> None:
+    steps = all_steps(rows, batch_size, epochs, None, seed)
+    assert all(len(step) == batch_size for step in steps[:-1])
+    assert 1 <= len(steps[-1]) <= batch_size
+    assert sum(len(step) for step in steps) == max(1, round(rows * epochs))
+
+
+@pytest.mark.parametrize(("rows", "epochs", "batch_size", "steps"), [(10, 0.1 * 3, 1, 3), (41, 0.4, 16, 1)])
+def test_a_fraction_of_an_example_makes_no_step(rows: int, epochs: float, batch_size: int, steps: int) -> None:
+    assert total_steps(rows, batch_size, epochs, None) == steps
+
+
+@given(ROWS, st.integers(1, 64), st.integers(1, 20), SEEDS)
+def test_steps_of_a_step_count_are_all_full_and_go_round_evenly(
+    rows: int, batch_size: int, max_steps: int, seed: int
+) -> None:
+    steps = all_steps(rows, batch_size, 1.0, max_steps, seed)
+    assert [len(step) for step in steps] == [batch_size] * max_steps
+    seen = Counter(row for step in steps for row in step)
+    times = [seen[row] for row in range(rows)]
+    assert max(times) - min(times) <= 1
+
+
+@given(ROWS, st.integers(1, 64), SEEDS, st.randoms(use_true_random=False))
+def test_any_step_is_found_again_alone(rows: int, batch_size: int, seed: int, chance: random.Random) -> None:
+    steps = all_steps(rows, batch_size, 2.0, None, seed)
+    step = chance.randrange(len(steps))
+    assert step_rows(step, rows, batch_size, 2.0, None, seed) == steps[step]
+
+
+def test_order_differs_between_epochs_and_seeds() -> None:
+    first, second = all_steps(100, 100, 2.0, None, 0)
+    (other,) = all_steps(100, 100, 1.0, None, 1)
+    assert len({tuple(first), tuple(second), tuple(other), tuple(range(100))}) == 4
+
+
+def test_order_of_a_seed_is_the_same_in_every_version() -> None:
+    """A job is resumed and repeated by it; the numbers are what CPython's Mersenne Twister gives since 3.2."""
+    assert step_rows(0, 8, 8, 1.0, None, 0) == [4, 6, 1, 3, 2, 5, 7, 0]
+    assert split_rows(8, 0.25, 256, 0).held_out == (0, 6)
+
+
+# --- micro-batches
+
+
+@given(st.lists(st.integers(1, 300), max_size=80), st.integers(1, 400))
+def test_pack_covers_every_position_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    groups = pack(lengths, budget)
+    assert sorted(position for group in groups for position in group) == list(range(len(lengths)))
+    for group in groups:
+        assert group
+        assert len(group) == 1 or sum(lengths[position] for position in group) <= budget
+    assert groups == pack(lengths, budget)
+
+
+@given(st.lists(st.integers(1, 100), min_size=2, max_size=40), st.integers(100, 300))
+def test_no_two_groups_of_a_pack_would_fit_into_one(lengths: list[int], budget: int) -> None:
+    loads = sorted(sum(lengths[position] for position in group) for group in pack(lengths, budget))
+    assert len(loads) < 2 or loads[0] + loads[1] > budget
+
+
+def test_example_over_the_budget_is_alone() -> None:
+    assert pack([3, 50, 2], 10) == [[1], [0, 2]]
+
+
+def test_pack_of_nothing_is_nothing() -> None:
+    assert pack([], 10) == []
+
+
+def test_budget_of_one_token_means_one_example_at_a_time() -> None:
+    assert sorted(pack([5, 1, 1], 1)) == [[0], [1], [2]]

@@ -1,0 +1,76 @@
+import pytest
+import sqlalchemy as sa
+
+from qlora_service.data.checks import DatasetReport
+from qlora_service.errors import Finding, NotFound
+from qlora_service.store.database import Database
+from qlora_service.store.datasets import (
+    Dataset,
+    get_dataset,
+    get_render_report,
+    insert_dataset,
+    list_datasets,
+    put_render_report,
+)
+from qlora_service.store.tables import datasets
+from tests.control_plane import START, dataset_row, stored_rows
+
+
+def insert(database: Database, dataset: Dataset) -> Dataset:
+    with database.write() as connection:
+        return insert_dataset(connection, dataset)
+
+
+def test_dataset_comes_back_as_it_was_put(database: Database) -> None:
+    findings = (Finding("bad", "/messages/0", 2, 17), Finding("worse", line=3))
+    report = DatasetReport("csv", "alpaca", bytes=99, rows=5, usable_rows=3, finding_count=2, findings=findings)
+    dataset = Dataset("ds_1", "a" * 64, None, START, report)
+    assert insert(database, dataset) == dataset
+    with database.read() as connection:
+        assert get_dataset(connection, "ds_1") == dataset
+
+
+def test_same_bytes_read_the_same_way_are_one_dataset(database: Database) -> None:
+    first = insert(database, dataset_row())
+    assert insert(database, dataset_row()) == first
+    assert len(stored_rows(database)["datasets"]) == 1
+
+
+def test_same_bytes_read_another_way_are_another_dataset(database: Database) -> None:
+    first = insert(database, dataset_row(shape="text"))
+    assert insert(database, dataset_row(shape="alpaca")).id != first.id
+    assert insert(database, dataset_row(sha256="1" * 64)).id != first.id
+    assert len(stored_rows(database)["datasets"]) == 3
+
+
+def test_unknown_dataset_is_not_found(database: Database) -> None:
+    with database.read() as connection, pytest.raises(NotFound, match="ds_none"):
+        get_dataset(connection, "ds_none")
+
+
+def test_pages_go_from_the_newest_to_the_oldest(database: Database) -> None:
+    ids = sorted((insert(database, dataset_row(sha256=str(n) * 64)).id for n in range(3)), reverse=True)
+    with database.read() as connection:
+        first = list_datasets(connection, before=None, limit=2)
+        rest = list_datasets(connection, before=first[-1].id, limit=2)
+    assert [dataset.id for dataset in (*first, *rest)] == ids
+
+
+def test_newer_render_report_replaces_the_older(database: Database) -> None:
+    dataset = insert(database, dataset_row())
+    with database.write() as connection:
+        assert get_render_report(connection, dataset.id, "k") is None
+        put_render_report(connection, dataset.id, "k", {"rows": 1})
+        put_render_report(connection, dataset.id, "other", {"rows": 7})
+        put_render_report(connection, dataset.id, "k", {"rows": 2})
+    with database.read() as connection:
+        assert get_render_report(connection, dataset.id, "k") == {"rows": 2}
+        assert get_render_report(connection, dataset.id, "other") == {"rows": 7}
+
+
+def test_render_reports_go_with_their_dataset(database: Database) -> None:
+    dataset = insert(database, dataset_row())
+    with database.write() as connection:
+        put_render_report(connection, dataset.id, "k", {"rows": 1})
+        connection.execute(sa.delete(datasets))
+    assert stored_rows(database)["render_reports"] == []

@@ -1,0 +1,93 @@
+import pytest
+from sqlalchemy.exc import IntegrityError
+
+from qlora_service.errors import NotFound
+from qlora_service.ids import new_id
+from qlora_service.jobs import JobStatus
+from qlora_service.queue import Progress, Queue
+from qlora_service.specs import JobSpec, parse_spec
+from qlora_service.store.database import Database
+from qlora_service.store.jobs import count_ahead, events_after, get_job, insert_job, list_jobs
+from tests.control_plane import START, add_job, stored_rows
+
+SPEC = {
+    "base_model": "tiny",
+    "adapter": {"target_modules": ["q_proj"], "r": 4},
+    "training": {"max_steps": 3},
+    "metadata": {"who": "å"},
+    "priority": 7,
+}
+
+
+def test_new_job_comes_back_as_it_was_put(database: Database) -> None:
+    job_id = add_job(database, **{key: value for key, value in SPEC.items() if key != "base_model"})
+    with database.read() as connection:
+        job = get_job(connection, job_id)
+    assert job.spec == parse_spec(SPEC)
+    assert (job.id, job.status, job.created_at) == (job_id, JobStatus.QUEUED, START)
+    assert (job.started_at, job.finished_at, job.error, job.result, job.phase) == (None, None, None, None, None)
+    assert (job.attempt, job.step, job.metrics, job.cancel_requested) == (0, 0, {}, False)
+
+
+def test_unknown_job_is_not_found(database: Database) -> None:
+    with database.read() as connection, pytest.raises(NotFound, match="job_none") as caught:
+        get_job(connection, "job_none")
+    assert caught.value.location == "job_id"
+
+
+def test_job_of_no_dataset_is_refused_whole(database: Database) -> None:
+    with pytest.raises(IntegrityError), database.write() as connection:
+        insert_job(connection, new_id("job"), JobSpec(base_model="tiny"), "ds_none", START)
+    assert not any(stored_rows(database).values())
+
+
+def test_pages_go_from_the_newest_to_the_oldest_without_gaps(database: Database) -> None:
+    ids = sorted((add_job(database) for _ in range(7)), reverse=True)
+    seen: list[str] = []
+    with database.read() as connection:
+        while page := list_jobs(connection, before=seen[-1] if seen else None, limit=3):
+            assert len(page) <= 3
+            seen += [job.id for job in page]
+    assert seen == ids
+
+
+def test_jobs_are_listed_by_status_and_base_model(database: Database, queue: Queue) -> None:
+    queued, other = add_job(database), add_job(database, base_model="other")
+    running = add_job(database, priority=1)
+    queue.claim("host:1:0")
+    with database.read() as connection:
+        assert [job.id for job in list_jobs(connection, status=JobStatus.RUNNING, limit=9)] == [running]
+        assert [job.id for job in list_jobs(connection, base_model="other", limit=9)] == [other]
+        both = list_jobs(connection, status=JobStatus.QUEUED, base_model="tiny", limit=9)
+        assert [job.id for job in both] == [queued]
+        assert list_jobs(connection, status=JobStatus.FAILED, limit=9) == []
+
+
+def test_count_ahead_is_the_number_of_claims_before_it(database: Database, queue: Queue) -> None:
+    for priority in (0, 3, 0, -2, 3, 0):
+        add_job(database, priority=priority)
+    queue.claim("host:1:0")  # a running job is ahead of none
+    with database.read() as connection:
+        expected = {job.id: count_ahead(connection, job) for job in list_jobs(connection, limit=9) if not job.attempt}
+    order = []
+    while (claimed := queue.claim("host:1:0")) is not None:
+        order.append(claimed[0].job_id)
+    assert expected == {job_id: place for place, job_id in enumerate(order)}
+
+
+def test_events_are_read_on_from_where_a_reader_stopped(database: Database, queue: Queue) -> None:
+    add_job(database)
+    add_job(database)
+    claimed = queue.claim("host:1:0")
+    assert claimed is not None
+    claim, _ = claimed
+    for step in range(4):
+        queue.report(claim, Progress(step=step), ("metrics", {"step": step}))
+    with database.read() as connection:
+        everything = events_after(connection, claim.job_id)
+        first = events_after(connection, claim.job_id, limit=2)
+        rest = events_after(connection, claim.job_id, first[-1].seq)
+        assert [*first, *rest] == everything
+        assert {event.job_id for event in everything} == {claim.job_id}
+        steps = events_after(connection, claim.job_id, types=("metrics",))
+    assert [event.data["step"] for event in steps] == [0, 1, 2, 3]
