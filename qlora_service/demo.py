@@ -134,6 +134,7 @@ def ask(model_dir: Path, adapter_dir: Path, questions: list[str]) -> dict[str, l
     child = subprocess.run(
         [sys.executable, "-m", "qlora_service.training.answers"],
         input=json.dumps(request),
+        env=_environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -164,11 +165,8 @@ def _service(data_dir: Path, log: Path) -> Iterator[str]:
     port = pick_port(HOST)
     url = f"http://{HOST}:{port}"
     command = ["-m", "qlora_service.cli", "serve", "--host", HOST, "--port", str(port), "--data-dir", str(data_dir)]
-    # One core stays free for the service: a trainer that has to share all of them is several times slower.
-    threads = max(1, (os.cpu_count() or 1) - 1)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with log.open("wb") as output:
-        process = lifeline.start_python(command, environment=environment, output=output)
+        process = lifeline.start_python(command, environment=_environment(), output=output)
     try:
         with Client(url) as client:
             deadline = time.monotonic() + START_S
@@ -180,6 +178,11 @@ def _service(data_dir: Path, log: Path) -> Iterator[str]:
     finally:
         # Longer than the service gives its own children.
         lifeline.stop(process, STOP_S + 10.0)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with one core left free: threads that have to share all of them are up to ten times slower."""
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) - 1)), **os.environ}
 
 
 def _print_answers(console: Console, asked: list[Order], answers: dict[str, list[str]]) -> None:

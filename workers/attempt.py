@@ -142,7 +142,7 @@ def run_attempt(
     _fetch_published(inputs, manifest, published)
     base, reused = clean_base(model, fingerprint, lambda: fresh_base()[0])
     reloaded = load_adapter(base, published)
-    loss = mean_loss(reloaded, judged, micro_batch_tokens, device)
+    loss = mean_loss(reloaded, judged, device)
     certificate: dict[str, Any] = {"held_out_loss": loss, "difference": abs(loss - losses.after), "base_reused": reused}
     if not abs(loss - losses.after) <= CERTIFICATE_TOLERANCE:
         raise JobFailed(

@@ -91,9 +91,7 @@ class ChatTemplate:
             return len(before), len(upto)
         span = self._differing_region(text, messages, index, tools)
         if span is None:
-            raise TemplateError(
-                f"cannot tell which part of the rendered text is the answer in message {index}"
-            )
+            raise TemplateError(f"cannot tell which part of the rendered text is the answer in message {index}")
         return span
 
     def _differing_region(
@@ -103,9 +101,7 @@ class ChatTemplate:
         if not isinstance(content, str):
             return None
         first, second = (
-            self._plain(
-                [*messages[:index], {**messages[index], "content": probe}, *messages[index + 1 :]], tools
-            )
+            self._plain([*messages[:index], {**messages[index], "content": probe}, *messages[index + 1 :]], tools)
             for probe in PROBES
         )
         start = len(os.path.commonprefix([first, second]))  # noqa: RUF071 - characters are meant
@@ -176,9 +172,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes HTML; prompts are not HTML.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:
@@ -195,9 +189,7 @@ def serve(stdin: Any = sys.stdin, stdout: Any = sys.stdout) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"], setup["memory_bytes"]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        template = ChatTemplate(
-            setup["template"], setup["special_tokens"], datetime.fromisoformat(setup["now"])
-        )
+        template = ChatTemplate(setup["template"], setup["special_tokens"], datetime.fromisoformat(setup["now"]))
         answer: Any = {"ready": True}
     except TemplateError as error:
         template, answer = None, {"error": str(error)}
@@ -216,9 +208,7 @@ def _answer(template: ChatTemplate | None, row: Any, row_chars: int) -> dict[str
     except (MemoryError, RecursionError) as error:
         return {"error": f"the chat template ran out of bounds on this conversation ({type(error).__name__})"}
     if len(text) > row_chars:
-        return {
-            "error": f"the chat template made {len(text)} characters of this conversation; at most {row_chars}"
-        }
+        return {"error": f"the chat template made {len(text)} characters of this conversation; at most {row_chars}"}
     return {"text": text, "spans": spans}
 
 

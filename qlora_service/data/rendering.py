@@ -81,9 +81,7 @@ class Renderer:
         self._eos = self._token_id(tokens.get("eos_token"))
         self._stop_ids = _stop_ids(model_dir, self._eos)
         self._special_ids = {
-            token_id
-            for token_id, added in self._tokenizer.get_added_tokens_decoder().items()
-            if added.special
+            token_id for token_id, added in self._tokenizer.get_added_tokens_decoder().items() if added.special
         }
         bos = self._token_id(tokens.get("bos_token"))
         prefix = self._tokenizer.encode("", add_special_tokens=True).ids
@@ -173,9 +171,7 @@ class Renderer:
             stop = next((i for i in range(last, first - 1, -1) if ids[i] in self._special_ids), None)
             if stop is not None and draft.text[offsets[stop][1] : end].isspace():
                 last = stop
-            elif (
-                ids[last] not in self._special_ids and last + 1 < len(ids) and ids[last + 1] in self._stop_ids
-            ):
+            elif ids[last] not in self._special_ids and last + 1 < len(ids) and ids[last + 1] in self._stop_ids:
                 last += 1
             trained[first : last + 1] = [True] * (last + 1 - first)
         return trained

@@ -91,7 +91,7 @@ def train(
     model.train()
 
     def evaluate(step: int) -> float:
-        loss = mean_loss(model, held_out, micro_batch_tokens, device)
+        loss = mean_loss(model, held_out, device)
         observer.on_evaluation(EvaluationMetrics(step, loss, peak_memory_bytes(device)))
         return loss
 
