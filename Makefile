@@ -29,7 +29,9 @@ check: install  ## Lint, formatting, types, import contracts, Dockerfile, compos
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/hadolint --config docker/.hadolint.yaml docker/Dockerfile
+	$(BIN)/docker-compose -f deploy/compose.yaml config -q
+	$(BIN)/docker-compose -f deploy/compose.yaml -f deploy/compose.cpu.yaml config -q
 
 bench: install  ## Benchmarks, alone on the machine: make bench NAME=engine
 	$(BIN)/python -m tests.benchmarks $(NAME)

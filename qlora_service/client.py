@@ -176,10 +176,9 @@ class Client:
         A file appears under its name only when it is whole; a broken-off download is resumed from its `.part`.
         """
         directory = Path(directory)
+        files = self.artifacts(job_id)
         directory.mkdir(parents=True, exist_ok=True)
-        return [
-            self._download_file(job_id, file, directory / _plain_name(file.name)) for file in self.artifacts(job_id)
-        ]
+        return [self._download_file(job_id, file, directory / _plain_name(file.name)) for file in files]
 
     def _download_file(self, job_id: str, file: ArtifactFile, target: Path) -> Path:
         if target.is_file() and _sha256(target) == file.sha256:

@@ -6,8 +6,9 @@ Built once, at an entry point (`api`, `workers`, `cli`); everything below gets p
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 2**30
@@ -32,7 +33,16 @@ class Settings(BaseSettings):
     lease_s: float = Field(30.0, gt=1.0, description="A claim not renewed for this long is lost.")
     heartbeat_s: float = Field(2.0, gt=0.0, description="How often a trainer renews its claim.")
     cancel_grace_s: float = Field(30.0, gt=0.0, description="A trainer that ignores a cancel this long is killed.")
-    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @model_validator(mode="after")
+    def _renew_in_time(self) -> Settings:
+        if self.heartbeat_s > self.lease_s / 3:
+            raise ValueError(
+                f"QLORA_HEARTBEAT_S is {self.heartbeat_s:g}: a claim of QLORA_LEASE_S = {self.lease_s:g} s has to be "
+                "renewed at least three times before it ends"
+            )
+        return self
 
     @property
     def resolved_data_dir(self) -> Path:

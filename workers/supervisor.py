@@ -177,7 +177,8 @@ class Supervisor:
                 self._queue.fail(claim, failure.as_dict())
                 log.error("trainer_died", job=claim.job_id, token=claim.token, log=str(log_path), **failure.details)
         except ClaimLost:
-            log.warning("claim_lost", job=claim.job_id, token=claim.token)
+            # The trainer wrote its outcome and was stopped on its way out, or a newer claim owns the job.
+            log.info("outcome_recorded_elsewhere", job=claim.job_id, token=claim.token)
 
     def _job(self, claim: Claim) -> Job:
         with self._database.read() as connection:
