@@ -29,7 +29,7 @@ app.command()(local.demo)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits; every expected failure is one message on stderr and a non-zero code."""
-    from qlora_service.wire import ServiceError
+    from qlora_service.client.wire import ServiceError
 
     try:
         app(args=arguments, prog_name="qlora")

@@ -14,7 +14,7 @@ from qlora_service.jobs import JobStatus
 
 if TYPE_CHECKING:
     from qlora_service.client import Client
-    from qlora_service.wire import Job
+    from qlora_service.client.wire import Job
 
 EXIT_CODES = {"succeeded": 0, "failed": 1, "cancelled": 2}
 
@@ -33,7 +33,7 @@ def watch_to_end(client: Client, job_id: str, as_json: bool) -> None:
     """Watches, prints the outcome and exits with its code."""
     from rich.console import Console
 
-    from qlora_service.watching import watch_job
+    from qlora_service.cli.watching import watch_job
 
     try:
         job = watch_job(client, job_id, Console(stderr=True))

@@ -25,10 +25,10 @@ def serve(
     Ctrl-C or SIGTERM stops both. When one of them ends by itself, the other is stopped and the exit code is 1.
     The API asks for no password: whoever reaches the address can use it.
     """
-    from qlora_service import serving
+    from qlora_service.cli.serving import serve as run_service
 
     chosen = settings(host=host, port=port, data_dir=data_dir)
-    code = serving.serve(host=chosen.host, port=chosen.port, data_dir=chosen.resolved_data_dir, say=typer.echo)
+    code = run_service(host=chosen.host, port=chosen.port, data_dir=chosen.resolved_data_dir, say=typer.echo)
     raise typer.Exit(code)
 
 
@@ -45,7 +45,7 @@ def demo(
     """
     from rich.console import Console
 
-    from qlora_service.demo import run_demo
+    from qlora_service.cli.demo import run_demo
     from qlora_service.logs import configure_logging
 
     configure_logging("WARNING")

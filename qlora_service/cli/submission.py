@@ -53,8 +53,8 @@ def submit(
 
     Everything that can be known to fail is refused at once, with the lines of your file. Prints the job's id.
     """
+    from qlora_service.client.wire import ServiceError
     from qlora_service.specs import parse_spec
-    from qlora_service.wire import ServiceError
 
     flags = {
         "dataset.id": dataset_id,

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from qlora_service.cli.demo_data import orders
 from qlora_service.data.examples import Chat, SourceRow
 from qlora_service.data.rendering import Renderer, RenderRules
-from qlora_service.demo_data import orders
 from tests.tiny_model import build_tiny_model
 
 ROWS = 2_000

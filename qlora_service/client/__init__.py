@@ -25,11 +25,11 @@ from urllib.parse import quote
 
 import httpx2
 
+from qlora_service.client.transport import EXAMPLE_URL, Backoff, Drop, Transport, transient
+from qlora_service.client.wire import ArtifactFile, Dataset, Event, Job, Model, ServiceError
 from qlora_service.data.examples import Container, Shape
 from qlora_service.errors import InvalidRequest, Unavailable
 from qlora_service.specs import JobSpec
-from qlora_service.transport import EXAMPLE_URL, Backoff, Drop, Transport, transient
-from qlora_service.wire import ArtifactFile, Dataset, Event, Job, Model, ServiceError
 
 __all__ = ["ArtifactFile", "Client", "Dataset", "Event", "Job", "Model", "ServiceError"]
 

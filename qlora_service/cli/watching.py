@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from qlora_service.client import Client
-from qlora_service.wire import Job
+from qlora_service.client.wire import Job
 
 POLL_S = 0.5
 LINE_S = 5.0
