@@ -174,6 +174,7 @@ class Service:
                 f"set it to {model.max_positions} or less",
                 location="/training/max_seq_len_tokens",
             )
+        _check_targets(spec, self._catalog.module_names(model))
         with self._scratch() as scratch:
             dataset, path, is_new = self._source(spec, upload, filename, scratch)
             report = self._render_report(dataset, path, model, render_rules(spec), keep=not is_new)
@@ -351,6 +352,20 @@ def _examples(dataset: Dataset, path: Path) -> Iterator[SourceRow]:
 def render_rules(spec: JobSpec) -> RenderRules:
     training = spec.training
     return RenderRules(training.max_seq_len_tokens, training.too_long, training.train_on)
+
+
+def _check_targets(spec: JobSpec, modules: frozenset[str]) -> None:
+    """Raises: InvalidSpec, naming each target module that the base model does not have."""
+    targets = spec.adapter.target_modules
+    place = "/adapter/target_modules"
+    missing = [] if isinstance(targets, str) else [name for name in targets if name not in modules]
+    if missing:
+        findings = [Finding(f"the base model has no module {name!r}", place) for name in missing]
+        raise InvalidSpec(
+            f"{spec.base_model} has no {', '.join(missing)}; its modules are {', '.join(sorted(modules))}",
+            location=place,
+            findings=findings,
+        )
 
 
 def _check_trainable(report: RenderReport, spec: JobSpec, model: BaseModel) -> None:

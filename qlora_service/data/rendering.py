@@ -86,11 +86,10 @@ class Renderer:
         bos = self._token_id(tokens.get("bos_token"))
         prefix = self._tokenizer.encode("", add_special_tokens=True).ids
         self._bos = bos if bos is not None and prefix[:1] == [bos] else None
-        self.chat_template = _chat_template(model_dir, config)
+        tokens.setdefault("eos_token", "")
+        plain = ("{{ bos_token }}" if self._bos is not None else "") + PLAIN_TEMPLATE
+        self.chat_template: str = _chat_template(model_dir, config) or plain
         """The template in use: the model's, else `PLAIN_TEMPLATE`."""
-        if self.chat_template is None:
-            tokens.setdefault("eos_token", "")
-            self.chat_template = ("{{ bos_token }}" if self._bos is not None else "") + PLAIN_TEMPLATE
         self._templates = TemplateProcess(self.chat_template, tokens, now)
 
     def __enter__(self) -> Renderer:

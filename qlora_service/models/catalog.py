@@ -33,6 +33,7 @@ from qlora_service.models.inspection import (
     ModelFacts,
     inspect_model,
 )
+from qlora_service.models.safetensors_header import read_header
 
 log = structlog.get_logger(__name__)
 
@@ -136,6 +137,15 @@ class Catalog:
             ) from error
         log.info("model_imported", model=name, source=model.source, parameters=model.parameters)
         return model
+
+    def module_names(self, model: BaseModel) -> frozenset[str]:
+        """Last parts of the names of the modules with a weight matrix, such as q_proj: what an adapter can target."""
+        names = set()
+        for path in model.path.glob("*.safetensors"):
+            for name, entry in read_header(path).items():
+                if name.endswith(".weight") and len(entry.shape) == 2:
+                    names.add(name.split(".")[-2])
+        return frozenset(names)
 
     def remove(self, name: str) -> None:
         """Deletes the model, also one whose record cannot be read.

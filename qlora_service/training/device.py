@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import resource
 import sys
@@ -48,3 +49,10 @@ def synchronize(device: torch.device) -> None:
     """Wait for queued work, so that a clock reads true."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed memory back, so that the next model finds it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

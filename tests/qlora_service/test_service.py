@@ -226,6 +226,10 @@ BAD_INPUT = {
         InvalidSpec, f"set it to {MAX_POSITIONS} or less", "/training/max_seq_len_tokens",
         {"dataset": {"rows": ROWS}, "training": {"max_seq_len_tokens": MAX_POSITIONS + 1}},
     ),
+    "module the model lacks": BadInput(
+        InvalidSpec, "tiny has no c_attn; its modules are down_proj,", "/adapter/target_modules",
+        {"dataset": {"rows": ROWS}, "adapter": {"target_modules": ["q_proj", "c_attn"]}},
+    ),
     "no rows": BadInput(InvalidDataset, "it has no rows", None, {"dataset": {"rows": []}}),
     "no usable row": BadInput(
         InvalidDataset, "cannot be used", None, {"dataset": {"rows": [{"question": "a"}, {"b": 1}]}}, line=1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,11 @@ from qlora_service.artifacts.manifest import Manifest
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.errors import InvalidModel, JobFailed, NotFound
 from qlora_service.jobs import FailureReason
-from qlora_service.models.nf4 import base_fingerprint
-from qlora_service.training.loop import StepMetrics
-from tests.tiny_training import Recorder, load
+from qlora_service.models.nf4 import load_base
+from qlora_service.training.loop import EvaluationMetrics, Losses, StepMetrics
+from tests.tiny_training import Recorder
 from tests.workspace import Workspace
-from workers.attempt import AttemptInputs, clean_base, run_attempt
+from workers.attempt import AttemptInputs, certify, run_attempt
 from workers.trainer import as_failure
 
 
@@ -126,25 +128,49 @@ def test_rows_over_the_limit_stop_the_attempt_before_the_model_is_loaded(workspa
     assert phases == ["rendering"]
 
 
-def test_a_changed_base_is_loaded_anew(tiny_model: Path) -> None:
-    model = load(tiny_model)
-    fingerprint = base_fingerprint(model.get_base_model())
-    model.get_input_embeddings().weight.data[7] += 1.0
-    base, reused = clean_base(model, fingerprint, lambda: load(tiny_model).unload())
-    assert reused is False
-    assert base_fingerprint(base) == fingerprint
+def test_a_changed_base_is_loaded_anew(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = attempt(workspace, workspace.submit())
+    bases: list[torch.nn.Module] = []
+
+    def keep(*arguments: Any) -> Any:
+        bases.append(load_base(*arguments))
+        return bases[-1]
+
+    monkeypatch.setattr("workers.attempt.load_base", keep)
+
+    def change(phase: str, _: int | None) -> None:
+        if phase == "certifying":
+            bases[0].get_input_embeddings().weight.data[7] += 1.0  # type: ignore[operator]
+
+    certificate = run(inputs, change)["certificate"]
+    assert isinstance(certificate, dict)
+    assert len(bases) == 2
+    assert certificate["base_reused"] is False
+    assert certificate["difference"] == 0.0
 
 
-def test_an_untouched_base_is_used_again(tiny_model: Path) -> None:
-    model = load(tiny_model, perturb_b=0.05)
-    bare = load(tiny_model).unload()
+@pytest.mark.parametrize("loss", [0.5011, float("nan")])
+def test_a_reloaded_loss_that_differs_is_no_success(loss: float) -> None:
+    with pytest.raises(JobFailed, match="not what was trained") as failure:
+        certify(loss, Losses(before=2.0, after=0.5))
+    assert failure.value.details["reason"] == FailureReason.CERTIFICATE
 
-    def never() -> object:
-        raise AssertionError("loaded anew without a reason")
 
-    base, reused = clean_base(model, base_fingerprint(bare), never)  # type: ignore[arg-type]
-    assert reused is True
-    assert base_fingerprint(base) == base_fingerprint(bare)
+def test_the_certified_loss_is_that_of_the_published_adapter(workspace: Workspace) -> None:
+    """Weights that are lost between training and publishing fail the job."""
+    inputs = attempt(workspace, workspace.submit())
+
+    class Forgetful(Recorder):
+        def on_evaluation(self, metrics: EvaluationMetrics) -> None:
+            if metrics.step == 3:
+                for value in gc.get_objects():
+                    if type(value) is torch.nn.Parameter and value.requires_grad:
+                        value.data.zero_()
+
+    metrics_file = inputs.scratch / "metrics.jsonl"
+    metrics_file.touch()
+    with pytest.raises(JobFailed, match="not what was trained"):
+        run_attempt(inputs, Forgetful(), lambda *_: None, metrics_file)
 
 
 def test_failures_are_typed() -> None:

@@ -53,6 +53,16 @@ def test_a_killed_trainer_fails_its_job_with_the_signal_and_the_next_job_runs(wo
     assert list(workspace.settings.tmp_dir.iterdir()) == []
 
 
+def test_the_same_job_in_two_trainers_gives_the_same_adapter_sha256(workspace: Workspace) -> None:
+    jobs = [workspace.submit(max_steps=6), workspace.submit(max_steps=6)]
+    with workspace.worker():
+        for job_id in jobs:
+            assert workspace.wait_for_end(job_id).status is JobStatus.SUCCEEDED
+    first, second = (workspace.service.artifact(job_id, "adapter_model.safetensors").file for job_id in jobs)
+    assert first.sha256 == second.sha256
+    assert workspace.service.manifest(jobs[0]).plan == workspace.service.manifest(jobs[1]).plan
+
+
 def test_cancel_stops_a_running_job_at_the_next_step(workspace: Workspace) -> None:
     job_id = workspace.submit(**ENDLESS)
     with workspace.worker():

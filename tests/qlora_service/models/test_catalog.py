@@ -215,3 +215,10 @@ def test_import_and_list_need_no_torch(tiny_model: Path, tmp_path: Path) -> None
     subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "models"), str(tiny_model)], check=True, env=dict(os.environ)
     )
+
+
+def test_module_names_are_what_an_adapter_can_target(tmp_path: Path, tiny_model: Path) -> None:
+    catalog = Catalog(tmp_path)
+    names = catalog.module_names(catalog.import_model("tiny", tiny_model))
+    assert names >= {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert not any("norm" in name for name in names)
