@@ -1,5 +1,5 @@
 # Everything runs from one virtual environment, .venv. `make demo` and `make test` install it by themselves.
-PYTHON ?= python3.11
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(name)),$(name))))
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -33,7 +33,7 @@ check: install  ## Lint, formatting, types, import contracts, Dockerfile, compos
 	$(BIN)/docker-compose -f deploy/compose.yaml config -q
 	$(BIN)/docker-compose -f deploy/compose.yaml -f deploy/compose.cpu.yaml config -q
 
-bench: install  ## Benchmarks, alone on the machine: make bench NAME=engine
+bench: install  ## Benchmarks, alone on the machine: make bench NAME=data
 	$(BIN)/python -m tests.benchmarks $(NAME)
 
 serve: install  ## API and worker on 127.0.0.1:8080, data in ./data

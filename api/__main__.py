@@ -12,11 +12,10 @@ from types import FrameType
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from pydantic import ValidationError
 
 from api.main import create_app
 from qlora_service.logs import configure_logging
-from qlora_service.settings import Settings
+from qlora_service.settings import read_settings
 
 # Requests that are being answered have this long to end.
 GRACE_S = 3
@@ -49,23 +48,19 @@ class Server(uvicorn.Server):
 
 def main() -> int:
     """The process's exit code."""
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        faults = "; ".join(f"QLORA_{str(fault['loc'][0]).upper()}: {fault['msg']}" for fault in error.errors())
-        return _refuse(f"the settings cannot be used: {faults}", 2)
+    settings = read_settings()
     configure_logging(settings.log_level)
     try:
         settings.tmp_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return _refuse(f"cannot write in {settings.resolved_data_dir}: {error.strerror}. Set QLORA_DATA_DIR", 1)
+        return _refuse(f"cannot write in {settings.resolved_data_dir}: {error.strerror}. Set QLORA_DATA_DIR")
     try:
         listener = _listen(settings.host, settings.port)
     except OSError as error:
         # Of a failed bind, `strerror` repeats the address; of an unknown host, errno is not the system's.
         reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         place = f"{settings.host}:{settings.port}"
-        return _refuse(f"cannot listen on {place}: {reason}. Stop what uses it, or set QLORA_PORT (QLORA_HOST)", 1)
+        return _refuse(f"cannot listen on {place}: {reason}. Stop what uses it, or set QLORA_PORT (QLORA_HOST)")
     host, port = listener.getsockname()[:2]
     log.info("api_listening", host=host, port=port)
     server = Server(create_app(settings))
@@ -80,9 +75,9 @@ def _listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family)
 
 
-def _refuse(reason: str, code: int) -> int:
+def _refuse(reason: str) -> int:
     print(reason, file=sys.stderr)
-    return code
+    return 1
 
 
 if __name__ == "__main__":

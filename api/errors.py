@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from obstore.exceptions import GenericError
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -24,6 +28,7 @@ from qlora_service.errors import (
 )
 
 RETRY_AFTER_S = 5
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 _SCHEMA = {"$ref": "#/components/schemas/ErrorResponse"}
 
 
@@ -31,6 +36,12 @@ class InvalidJSON(InvalidRequest):
     """The body is no JSON, or JSON that can be read in two ways."""
 
     code = "invalid_json"
+
+
+class Forbidden(InvalidRequest):
+    """Asked by somebody whom the service does not know."""
+
+    code = "forbidden"
 
 
 class UnsupportedMediaType(InvalidRequest):
@@ -45,6 +56,7 @@ class RangeNotSatisfiable(InvalidRequest):
 
 STATUS: dict[type[QLoRAError], int] = {
     InvalidJSON: 400,
+    Forbidden: 403,
     NotFound: 404,
     Conflict: 409,
     TooLarge: 413,
@@ -57,6 +69,7 @@ STATUS: dict[type[QLoRAError], int] = {
 
 _EXAMPLES: dict[int, tuple[str, str, str | None]] = {
     400: ("invalid_json", "the body is not valid JSON: Expecting value at line 1, column 16", None),
+    403: ("forbidden", "the service is not known as 'gpu.example': add the name to QLORA_ALLOWED_HOSTS", "host"),
     404: ("not_found", "there is no job 'job_1'; GET /jobs lists them", "job_id"),
     409: ("conflict", "job job_1 has succeeded already: there is nothing left to cancel", None),
     413: ("too_large", "the body is larger than 100 bytes", None),
@@ -68,6 +81,7 @@ _EXAMPLES: dict[int, tuple[str, str, str | None]] = {
 }
 _MEANING = {
     400: "The body is no JSON",
+    403: "Another host name or web page than the service knows",
     404: "There is no such thing",
     409: "Its state forbids this",
     413: "Over a limit",
@@ -79,15 +93,18 @@ _MEANING = {
 }
 
 
-def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's `responses` of a route that may answer with these errors; any may fail with 500."""
+def error_responses(*statuses: int, guarded: bool = True) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` of a route that may answer with these errors.
+
+    Any may fail with 500, and refuse strangers unless `api.origins` leaves it open: then it is not `guarded`.
+    """
     return {
         status: {
             "model": ErrorResponse,
             "description": _MEANING[status],
             "content": {"application/json": {"schema": _SCHEMA, "example": _example(status)}},
         }
-        for status in (*statuses, 500)
+        for status in sorted({*statuses, *([403] if guarded else []), 500})
     }
 
 
@@ -129,13 +146,54 @@ def internal_error(request_id: str) -> JSONResponse:
 
 def stopping() -> JSONResponse:
     """The answer to a request that outlives the server."""
-    return _refusal(Unavailable("the service is stopping: see whether the request took effect, then send it again"))
+    return refusal(Unavailable("the service is stopping: see whether the request took effect, then send it again"))
+
+
+def outage(error: Exception) -> Unavailable | None:
+    """What a request that fails for want of disk space or the database is answered; None for any other failure."""
+    if _is_full(error):
+        return Unavailable(
+            "there is no space left for the service's data: free some on the disk of QLORA_DATA_DIR, then send the "
+            "request again"
+        )
+    # SQLITE_ERROR is wrong SQL, which no later try sets right.
+    if isinstance(error, OperationalError) and _sqlite_error(error) != "SQLITE_ERROR":
+        return Unavailable(
+            "the database does not answer, or another process has locked it for too long: send the request again; "
+            "if that does not help, see to the disk of QLORA_DATA_DIR"
+        )
+    return None
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in NO_SPACE
+    if isinstance(error, OperationalError):
+        return _sqlite_error(error) == "SQLITE_FULL"
+    # The artifact store hands the system's errors on as text.
+    number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, GenericError) else None
+    return number is not None and int(number[1]) in NO_SPACE
+
+
+def _sqlite_error(error: OperationalError) -> str | None:
+    name: str | None = getattr(error.orig, "sqlite_errorname", None)
+    return name
+
+
+def refusal(error: QLoRAError) -> JSONResponse:
+    """The answer that says what `error` says."""
+    headers = {}
+    if isinstance(error, Unavailable):
+        headers["Retry-After"] = str(RETRY_AFTER_S)
+    if isinstance(error, RangeNotSatisfiable):
+        headers["Content-Range"] = f"bytes */{error.details['size']}"
+    return _response(error.as_dict(), status_of(error), headers)
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, QLoRAError)
     request.state.error_code = error.code
-    return _refusal(error)
+    return refusal(error)
 
 
 async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -144,8 +202,8 @@ async def _answer_validation_error(request: Request, error: Exception) -> JSONRe
     places = [".".join(str(part) for part in fault["loc"][1:]) for fault in error.errors()]
     findings = [Finding(reason=f"{place}: {fault['msg']}") for place, fault in zip(places, error.errors(), strict=True)]
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
-    refusal = InvalidRequest(f"{findings[0].reason}{more}", location=places[0], findings=findings)
-    return await _answer_error(request, refusal)
+    invalid = InvalidRequest(f"{findings[0].reason}{more}", location=places[0], findings=findings)
+    return await _answer_error(request, invalid)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> JSONResponse:
@@ -159,15 +217,6 @@ async def _answer_http_exception(request: Request, error: Exception) -> JSONResp
     body = QLoRAError(messages.get(error.status_code, str(error.detail))).as_dict()
     body["code"] = request.state.error_code = codes.get(error.status_code, "invalid_request")
     return _response(body, error.status_code, error.headers)
-
-
-def _refusal(error: QLoRAError) -> JSONResponse:
-    headers = {}
-    if isinstance(error, Unavailable):
-        headers["Retry-After"] = str(RETRY_AFTER_S)
-    if isinstance(error, RangeNotSatisfiable):
-        headers["Content-Range"] = f"bytes */{error.details['size']}"
-    return _response(error.as_dict(), status_of(error), headers)
 
 
 def _response(body: dict[str, Any], status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:

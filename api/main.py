@@ -9,8 +9,9 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from api.errors import install_handlers
+from api.origins import OriginGuard
 from api.request_log import RequestLog
-from api.routes import artifacts, datasets, events, health, jobs, models
+from api.routes import artifacts, datasets, docs, events, health, jobs, models
 from api.uploads import Uploads
 from qlora_service.models.staging import reap_stale, staging_directory
 from qlora_service.service import open_service
@@ -41,12 +42,16 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("qlora-service"),
         openapi_tags=TAGS,
         lifespan=_lifespan,
+        # api.routes.docs serves /docs: the framework's pages come with scripts of other hosts.
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.settings = settings
     app.state.draining = False
-    app.add_middleware(RequestLog)
+    app.add_middleware(OriginGuard, allowed=settings.allowed_host_names)
+    app.add_middleware(RequestLog)  # the last one added is the outermost
     install_handlers(app)
-    for routes in (jobs, events, artifacts, datasets, models, health):
+    for routes in (jobs, events, artifacts, datasets, models, health, docs):
         app.include_router(routes.router)
     return app
 

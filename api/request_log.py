@@ -8,12 +8,13 @@ import time
 import traceback
 
 import structlog
+from sqlalchemy.exc import OperationalError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import internal_error, stopping
-from qlora_service.errors import Unavailable
+from api.errors import internal_error, outage, refusal, stopping
+from qlora_service.errors import QLoRAError, Unavailable
 from qlora_service.ids import new_id
 
 HEADER = "X-Request-Id"
@@ -58,12 +59,20 @@ class RequestLog:
                 if status is None:
                     await stopping()(scope, receive, send_named)
             except Exception as error:  # noqa: BLE001  the one place where the unforeseen is answered and logged
-                _log_defect(error)
-                state["error_code"] = "internal_error"
+                unavailable = outage(error)
+                if unavailable is None:
+                    _log_defect(error)
+                    answer = internal_error(request_id)
+                else:
+                    log.warning("outage", error=type(error).__qualname__, reason=_reason(error) or unavailable.message)
+                    answer = refusal(unavailable)
+                state["error_code"] = unavailable.code if unavailable else QLoRAError.code
                 if status is None:
-                    await internal_error(request_id)(scope, receive, send_named)
+                    await answer(scope, receive, send_named)
             finally:
-                log.info(
+                # Those who follow a job read twice a second.
+                polled = scope["method"] == "GET" and status is not None and status < 400
+                (log.debug if polled else log.info)(
                     "request",
                     method=scope["method"],
                     path=scope["path"],
@@ -74,7 +83,12 @@ class RequestLog:
 
 
 def _log_defect(error: Exception) -> None:
-    # An exception's own text may quote rows; only the system's errors are known not to.
-    reason = str(error) if isinstance(error, OSError) else None
     frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
-    log.error("request_failed", error=type(error).__qualname__, reason=reason, frames=frames)
+    log.error("request_failed", error=type(error).__qualname__, reason=_reason(error), frames=frames)
+
+
+def _reason(error: Exception) -> str | None:
+    # An exception's own text may quote rows; only the system's and the driver's errors are known not to.
+    if isinstance(error, OperationalError):
+        return str(error.orig)
+    return str(error) if isinstance(error, OSError) else None

@@ -43,7 +43,8 @@ class FailureReason(StrEnum):
     """Why a job failed; `error.details.reason` of a failed job."""
 
     INVALID_INPUT = "invalid_input"  # the rows or the model turned out unusable
-    OUT_OF_MEMORY = "out_of_memory"  # the device's memory
+    OUT_OF_MEMORY = "out_of_memory"  # the device's memory, or the host's
+    DEVICE_UNAVAILABLE = "device_unavailable"  # the slot's GPU is there, but torch cannot use it
     NOT_FINITE = "not_finite"  # the loss or a gradient became NaN or infinite
     CERTIFICATE = "certificate"  # the published adapter did not give the trained one's loss
     TRAINER_DIED = "trainer_died"  # the process ended by a signal or an exit code of its own
@@ -58,6 +59,8 @@ class Job:
     status: JobStatus
     spec: JobSpec
     dataset_id: str
+    base_weights_sha256: str
+    """The weights that the job was checked against when it was posted."""
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -69,12 +72,12 @@ class Job:
     eta_s: float | None
     """Seconds until the end, from the speed so far."""
     phase: str | None
-    """What the running attempt is doing: loading, rendering, evaluating, training, publishing, certifying."""
+    """What the running attempt is doing: starting, rendering, loading, training, publishing, certifying."""
     metrics: dict[str, Any]
     """The latest attempt's latest metrics by name."""
     error: dict[str, Any] | None
     result: dict[str, Any] | None
-    """Of a succeeded job: artifact prefix, losses, certificate."""
+    """Of a succeeded job: the attempt that published, losses, certificate."""
 
 
 @dataclass(frozen=True)

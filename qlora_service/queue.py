@@ -12,10 +12,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 from sqlalchemy.engine import Connection
 
-from qlora_service.errors import ClaimLost, Conflict
-from qlora_service.jobs import Job, JobStatus
+from qlora_service.errors import ClaimLost, Conflict, JobFailed
+from qlora_service.jobs import FailureReason, Job, JobStatus
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import append_event, get_job, job_from_row
 from qlora_service.store.tables import jobs
@@ -33,6 +34,11 @@ class Claim:
 
     job_id: str
     token: int
+
+    @property
+    def name(self) -> str:
+        """What an attempt's scratch directory and log are called."""
+        return f"{self.job_id}-{self.token}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,12 @@ class Queue:
             row = connection.execute(statement).one_or_none()
             if row is None:
                 return None
-            job = job_from_row(row)
+            try:
+                job = job_from_row(row)
+            except ValidationError as error:
+                # Left in the queue, it would be claimed and dropped for ever.
+                self._fail_unreadable(connection, row.id, now, error)
+                return None
             data = {"status": JobStatus.RUNNING, "attempt": job.attempt, "worker": worker}
             append_event(connection, job.id, now, "status", data)
             return Claim(job.id, job.attempt), job
@@ -157,6 +168,28 @@ class Queue:
                 raise Conflict(f"job {job_id} has {job.status} already: there is nothing left to cancel")
             return get_job(connection, job_id)
 
+    def cancel_requested(self, claim: Claim) -> bool:
+        """Whether the claimed job is to be cancelled."""
+        query = sa.select(jobs.c.cancel_requested).where(jobs.c.id == claim.job_id, jobs.c.attempt == claim.token)
+        with self._database.read() as connection:
+            return bool(connection.execute(query).scalar_one_or_none())
+
+    def is_running(self, claim: Claim) -> bool:
+        """Whether the claim still owns its job."""
+        query = sa.select(jobs.c.id).where(*_owned(claim))
+        with self._database.read() as connection:
+            return connection.execute(query).one_or_none() is not None
+
+    def _fail_unreadable(self, connection: Connection, job_id: str, now: datetime, error: ValidationError) -> None:
+        failure = JobFailed(
+            f"the stored configuration of job {job_id} is not one that this version understands: post it again "
+            f"({error.error_count()} faults)",
+            reason=FailureReason.INVALID_INPUT,
+        ).as_dict()
+        values = {"status": JobStatus.FAILED, "finished_at": now, "phase": None, "lease_expires_at": None}
+        connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(error=failure, **values))
+        append_event(connection, job_id, now, "status", {"status": JobStatus.FAILED, "error": failure})
+
     def _finish(self, claim: Claim, status: JobStatus, values: dict[str, Any]) -> None:
         now = self._clock()
         with self._database.write() as connection:
@@ -168,11 +201,7 @@ class Queue:
         """Update the claimed row; returns its cancel flag. Raises: ClaimLost."""
         statement = (
             sa.update(jobs)
-            .where(
-                jobs.c.id == claim.job_id,
-                jobs.c.attempt == claim.token,
-                jobs.c.status == JobStatus.RUNNING,
-            )
+            .where(*_owned(claim))
             .values({"lease_expires_at": self._clock() + self._lease, **values})
             .returning(jobs.c.cancel_requested)
         )
@@ -200,6 +229,10 @@ _REQUEUED: dict[str, Any] = {
     "phase": None,
     "eta_s": None,
 }
+
+
+def _owned(claim: Claim) -> tuple[sa.ColumnElement[bool], ...]:
+    return jobs.c.id == claim.job_id, jobs.c.attempt == claim.token, jobs.c.status == JobStatus.RUNNING
 
 
 def _public(values: dict[str, Any]) -> dict[str, Any]:

@@ -167,6 +167,7 @@ class Service:
             InvalidSpec, InvalidModel, InvalidDataset, NotFound: with the place and what to do.
         """
         model = self._catalog.get(spec.base_model)
+        spec = _fit_default_length(spec, model)
         limit = spec.training.max_seq_len_tokens
         if limit > model.max_positions:
             raise InvalidSpec(
@@ -177,14 +178,16 @@ class Service:
         _check_targets(spec, self._catalog.module_names(model))
         with self._scratch() as scratch:
             dataset, path, is_new = self._source(spec, upload, filename, scratch)
-            report = self._render_report(dataset, path, model, render_rules(spec), keep=not is_new)
+            report = self._render_report(dataset, path, model, RenderRules.of(spec.training), keep=not is_new)
             _check_trainable(report, spec, model)
             if is_new:
-                dataset = self._store_dataset(dataset, path)
-        stored = spec.model_copy(update={"dataset": DatasetRef(id=dataset.id)})
+                self._store_bytes(dataset, path)
         job_id = new_id("job")
         with self._database.write() as connection:
-            job_rows.insert_job(connection, job_id, stored, dataset.id, self._clock())
+            if is_new:
+                dataset = dataset_rows.insert_dataset(connection, dataset)
+            stored = spec.model_copy(update={"dataset": DatasetRef(id=dataset.id)})
+            job_rows.insert_job(connection, job_id, stored, dataset.id, model.weights_sha256, self._clock())
             return Submission(job_rows.get_job(connection, job_id), _warnings(report, dataset, spec))
 
     def get_job(self, job_id: str) -> Job:
@@ -299,9 +302,12 @@ class Service:
         report = check_dataset(path, filename=filename, container=container, shape=shape)
         return Dataset(new_id("ds"), describe_file(path).sha256, filename, self._clock(), report)
 
-    def _store_dataset(self, dataset: Dataset, path: Path) -> Dataset:
+    def _store_bytes(self, dataset: Dataset, path: Path) -> None:
         # Also when the key is there: after a power cut a file that was never flushed may be there, but torn.
         self._artifacts.put_file(dataset_key(dataset.sha256), path)
+
+    def _store_dataset(self, dataset: Dataset, path: Path) -> Dataset:
+        self._store_bytes(dataset, path)
         with self._database.write() as connection:
             return dataset_rows.insert_dataset(connection, dataset)
 
@@ -349,9 +355,12 @@ def _examples(dataset: Dataset, path: Path) -> Iterator[SourceRow]:
     return read_examples(path, dataset.report.container, dataset.report.shape)
 
 
-def render_rules(spec: JobSpec) -> RenderRules:
+def _fit_default_length(spec: JobSpec, model: BaseModel) -> JobSpec:
+    """The spec, with a max_seq_len_tokens that nobody asked for lowered to what the model handles."""
     training = spec.training
-    return RenderRules(training.max_seq_len_tokens, training.too_long, training.train_on)
+    if "max_seq_len_tokens" in training.model_fields_set or training.max_seq_len_tokens <= model.max_positions:
+        return spec
+    return spec.model_copy(update={"training": training.model_copy(update={"max_seq_len_tokens": model.max_positions})})
 
 
 def _check_targets(spec: JobSpec, modules: frozenset[str]) -> None:

@@ -5,10 +5,11 @@ Built once, at an entry point (`api`, `workers`, `cli`); everything below gets p
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 2**30
@@ -21,19 +22,32 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(
         Path("data"),
-        description="Everything the service owns: state.db, artifacts/, models/, cache/, tmp/. Local disk only.",
+        description="Everything the service owns: state.db, artifacts/, models/, logs/, tmp/. Local disk only.",
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the data directory.")
     artifact_url: str | None = Field(None, description="obstore URL; default: artifacts/ in the data directory.")
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8080, ge=0, le=65535, description="Port the API listens on.")
+    allowed_hosts: str = Field(
+        "",
+        description="Host names under which the API is asked, beside this machine's loopback and `host`: without port, "
+        "separated by commas; * for any, which lets every web page in.",
+    )
     url: str | None = Field(None, description="Service address the command line talks to.")
     max_upload_bytes: int = Field(20 * GIB, gt=0, description="Largest request body.")
-    slots: int | None = Field(None, ge=1, description="Trainers at a time; default: one per GPU, one on a CPU.")
+    slots: int | None = Field(None, ge=1, description="Most trainers at a time; default: one per GPU, one on a CPU.")
     lease_s: float = Field(30.0, gt=1.0, description="A claim not renewed for this long is lost.")
     heartbeat_s: float = Field(2.0, gt=0.0, description="How often a trainer renews its claim.")
     cancel_grace_s: float = Field(30.0, gt=0.0, description="A trainer that ignores a cancel this long is killed.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _host_names(cls, value: str) -> str:
+        wrong = [name for name in _names(value) if name.count(":") == 1 or set(name) & set("/[]@ ")]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is no host name: leave out scheme, port and path, as in gpu.example")
+        return value
 
     @model_validator(mode="after")
     def _renew_in_time(self) -> Settings:
@@ -66,5 +80,31 @@ class Settings(BaseSettings):
         return self.artifact_url or (self.resolved_data_dir / "artifacts").as_uri()
 
     @property
+    def allowed_host_names(self) -> frozenset[str]:
+        """`allowed_hosts` one by one, and the name or address that the API was told to listen on."""
+        return frozenset({*_names(self.allowed_hosts), self.host.lower()})
+
+    @property
     def base_url(self) -> str:
         return (self.url or f"http://{self.host}:{self.port}").rstrip("/")
+
+
+def read_settings(**given: Any) -> Settings:
+    """The settings: what is `given` and not None, then the environment.
+
+    What cannot be used ends the process with one line on stderr and exit code 2.
+    """
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors():
+            # A fault of several settings together names them itself.
+            name = "".join(f"QLORA_{str(part).upper()}: " for part in fault["loc"][:1])
+            faults.append(name + fault["msg"].removeprefix("Value error, "))
+        print(f"error: these settings cannot be used: {'; '.join(faults)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip().lower() for name in listed.split(",") if name.strip()]

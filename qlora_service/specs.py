@@ -1,7 +1,7 @@
 """What a user may ask for: `JobSpec` and its parts. Pure and frozen; unknown fields are errors.
 
-Field names are PEFT's and transformers' where those have one. Defaults follow the QLoRA paper
-(Dettmers et al. 2023, arXiv:2305.14314) where it speaks, and say so.
+Field names are PEFT's and transformers' where those have one. "Paper" in a
+description is QLoRA (Dettmers et al. 2023, arXiv:2305.14314); defaults follow it where the description says so.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    StrictBool,
+    StrictInt,
     StringConstraints,
     ValidationError,
     model_validator,
@@ -59,14 +61,14 @@ class Validation(SpecPart):
     """Rows held out of training to measure the loss on."""
 
     fraction: float = Field(0.05, ge=0.0, le=0.5, description="Share of the rows held out; at least one if above 0.")
-    max_rows: int = Field(256, ge=1, le=4096, description="Most rows held out.")
+    max_rows: StrictInt = Field(256, ge=1, le=4096, description="Most rows held out.")
 
 
 class Quantization(SpecPart):
     """How the frozen base is stored on the device."""
 
     type: Literal["nf4", "none"] = Field("nf4", description="4-bit NormalFloat (paper, section 3), or unquantized.")
-    double_quant: bool = Field(True, description="Quantize the quantization constants too (paper, section 3).")
+    double_quant: StrictBool = Field(True, description="Quantize the quantization constants too (paper, section 3).")
     compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Precision of the maths. auto: bfloat16 where the hardware has it, else float32."
     )
@@ -75,12 +77,16 @@ class Quantization(SpecPart):
 class Adapter(SpecPart):
     """The trained part: LoRA, h = W x + (lora_alpha / r) B A x (arXiv:2106.09685)."""
 
-    method: Literal["lora"] = "lora"
-    r: int = Field(16, ge=1, le=512, description="Rank.")
+    method: Literal["lora"] = Field("lora", description="How the adapter changes the base.")
+    r: StrictInt = Field(
+        16, ge=1, le=512, description="Rank. 16 with alpha 32 is common practice; the paper used 64 with alpha 16."
+    )
     lora_alpha: float = Field(
         32.0, gt=0.0, le=4096.0, description="Scale numerator; the update is scaled by lora_alpha / r."
     )
-    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    lora_dropout: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Dropout before A. Paper: 0.1 up to 13B, 0.05 above; 0 is fastest."
+    )
     target_modules: Literal["all-linear"] | list[ModuleName] = Field(
         "all-linear",
         description="Layers that get an adapter: every linear layer (paper, section 4: needed to match full "
@@ -97,20 +103,29 @@ class Adapter(SpecPart):
 class Training(SpecPart):
     """The optimization. A step is an optimizer step; its loss is divided by the trained tokens of the whole step."""
 
-    batch_size: int = Field(16, ge=1, le=4096, description="Examples per optimizer step (paper: 16).")
+    batch_size: StrictInt = Field(16, ge=1, le=4096, description="Examples per optimizer step (paper: 16).")
     epochs: float = Field(1.0, gt=0.0, le=1000.0, description="Passes over the training rows; ignored with max_steps.")
-    max_steps: int | None = Field(None, ge=1, le=10_000_000, description="Optimizer steps; overrides epochs.")
+    max_steps: StrictInt | None = Field(None, ge=1, le=10_000_000, description="Optimizer steps; overrides epochs.")
     learning_rate: float = Field(2e-4, gt=0.0, le=1.0, description="Paper, table 9: 2e-4; 1e-4 from 33B.")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("constant", description="Paper: constant.")
     warmup_ratio: float = Field(
         0.03, ge=0.0, lt=1.0, description="Share of the steps with a rising rate (paper: 0.03)."
     )
-    weight_decay: float = Field(0.0, ge=0.0, le=10.0)
+    weight_decay: float = Field(0.0, ge=0.0, le=10.0, description="AdamW's decoupled weight decay.")
     max_grad_norm: float = Field(0.3, gt=0.0, le=1000.0, description="Paper, appendix B: 0.3.")
-    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"] = "paged_adamw_32bit"
-    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"] = Field(
+        "paged_adamw_32bit",
+        description="AdamW of bitsandbytes with state in 32 or 8 bits, pageable to host memory on CUDA (paper: paged, "
+        "32 bits), or torch's.",
+    )
+    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Decay of AdamW's first moment.")
     adam_beta2: float = Field(0.999, ge=0.0, lt=1.0, description="Paper, appendix B: 0.999.")
-    max_seq_len_tokens: int = Field(1024, ge=8, le=1_048_576, description="Longest row, in tokens.")
+    max_seq_len_tokens: StrictInt = Field(
+        1024,
+        ge=8,
+        le=1_048_576,
+        description="Longest row, in tokens. Not given, it is also at most what the base model handles.",
+    )
     too_long: Literal["refuse", "truncate", "drop"] = Field(
         "refuse",
         description="What happens to rows over max_seq_len_tokens: refuse the job with their lines, cut the "
@@ -119,38 +134,45 @@ class Training(SpecPart):
     train_on: Literal["assistant", "all"] = Field(
         "assistant", description="Tokens that are learned: the answers only, or every token."
     )
-    micro_batch_tokens: int = Field(
+    micro_batch_tokens: StrictInt = Field(
         2048,
         ge=1,
         le=1_048_576,
         description="Tokens computed at a time. Changes speed and memory, never the maths of a step.",
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: StrictBool = Field(
         True,
-        description="Recompute activations instead of storing them: less memory, about 1.4 times the time.",
+        description="Recompute activations in the backward pass instead of storing them: less memory, about a third more "
+        "work.",
     )
-    seed: int = Field(0, ge=0, le=2**31 - 1)
+    seed: StrictInt = Field(0, ge=0, le=2**31 - 1, description="Decides split, order, the adapter's start and dropout.")
 
 
 class Evaluation(SpecPart):
     """Held-out loss is always measured before the first step and at the end."""
 
-    every_steps: int | None = Field(None, ge=1, description="Also every so many steps; default: about ten times a job.")
+    every_steps: StrictInt | None = Field(
+        None, ge=1, description="Also every so many steps; default: about ten times a job."
+    )
 
 
 class JobSpec(SpecPart):
     """A fine-tuning job: base model, dataset and how to train."""
 
     base_model: ModelName = Field(description="A name from GET /models.", examples=["SmolLM2-135M-Instruct"])
-    dataset: DatasetRef = DatasetRef()
-    validation: Validation = Validation()
-    quantization: Quantization = Quantization()
-    adapter: Adapter = Adapter()
-    training: Training = Training()
-    evaluation: Evaluation = Evaluation()
-    name: Annotated[str, StringConstraints(min_length=1, max_length=100)] | None = None
-    metadata: dict[MetadataKey, MetadataValue] = Field({}, max_length=16)
-    priority: int = Field(0, ge=-100, le=100, description="Higher runs first.")
+    dataset: DatasetRef = Field(DatasetRef(), description="The rows to train on.")
+    validation: Validation = Field(Validation(), description="Rows held out to measure the loss on.")
+    quantization: Quantization = Field(Quantization(), description="How the frozen base is stored.")
+    adapter: Adapter = Field(Adapter(), description="What is trained.")
+    training: Training = Field(Training(), description="The optimization.")
+    evaluation: Evaluation = Field(Evaluation(), description="When the held-out loss is measured.")
+    name: Annotated[str, StringConstraints(min_length=1, max_length=100)] | None = Field(
+        None, description="What to call the job; also the adapter's title."
+    )
+    metadata: dict[MetadataKey, MetadataValue] = Field(
+        {}, max_length=16, description="Up to 16 words of your own, kept with the job."
+    )
+    priority: StrictInt = Field(0, ge=-100, le=100, description="Higher runs first.")
 
 
 def parse_spec(value: Any) -> JobSpec:

@@ -70,7 +70,9 @@ def add_job(database: Database, **spec: Any) -> str:
     job_id = new_id("job")
     with database.write() as connection:
         dataset = insert_dataset(connection, dataset_row())
-        insert_job(connection, job_id, JobSpec.model_validate({"base_model": "tiny", **spec}), dataset.id, START)
+        insert_job(
+            connection, job_id, JobSpec.model_validate({"base_model": "tiny", **spec}), dataset.id, "0" * 64, START
+        )
     return job_id
 
 

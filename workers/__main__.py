@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 from qlora_service.logs import configure_logging
 from qlora_service.queue import Queue
-from qlora_service.settings import Settings
+from qlora_service.settings import read_settings
 from qlora_service.store.database import Database
 from workers.gpu import gpu_uuids
 from workers.supervisor import Slot, Supervisor
@@ -20,14 +21,14 @@ def make_slots(wanted: int | None, gpus: list[str]) -> list[Slot]:
 
 
 def main() -> None:
-    settings = Settings()
+    settings = read_settings()
     configure_logging(settings.log_level)
     database = Database(settings.resolved_database_url)
     database.migrate()
     supervisor = Supervisor(
         database=database,
         queue=Queue(database, lease_s=settings.lease_s),
-        slots=make_slots(settings.slots, gpu_uuids()),
+        slots=make_slots(settings.slots, gpu_uuids(os.environ.get("CUDA_VISIBLE_DEVICES"))),
         tmp_dir=settings.tmp_dir,
         log_dir=settings.resolved_data_dir / "logs",
         cancel_grace_s=settings.cancel_grace_s,

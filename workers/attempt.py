@@ -51,6 +51,8 @@ class AttemptInputs:
     base: BaseModel
     artifacts: ArtifactStore
     scratch: Path
+    needs_gpu: bool
+    """The slot is a GPU: never train on the CPU instead, for weeks."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def run_attempt(
     prepared = prepare_rows(inputs)
 
     enter_phase("loading", prepared.total_steps)
-    device = choose_device()
+    device = choose_device(inputs.needs_gpu)
     dtype = compute_dtype(quantization.compute_dtype, device)
     base = load_base(inputs.base.path, quantization, dtype, device)
     isolation = isolate_documents(base)
@@ -226,9 +228,8 @@ def prepare_rows(inputs: AttemptInputs) -> PreparedRows:
     spec, report = inputs.job.spec, inputs.dataset.report
     training, validation = spec.training, spec.validation
     path = inputs.artifacts.local_copy(dataset_key(inputs.dataset.sha256), inputs.scratch)
-    rules = RenderRules(training.max_seq_len_tokens, training.too_long, training.train_on)
     # The job's own time, not the clock's: every attempt renders the same text.
-    with Renderer(inputs.base.path, rules, inputs.job.created_at) as renderer:
+    with Renderer(inputs.base.path, RenderRules.of(training), inputs.job.created_at) as renderer:
         results = renderer.render(read_examples(path, report.container, report.shape))
         rows, rendered = store_rendered(results, inputs.scratch / "rows.arrow")
         chat_template = renderer.chat_template

@@ -62,7 +62,7 @@ def publish(
         "weights_sha256": base.weights_sha256,
     }
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    card = model_card(job_id, base_record, dataset, spec, held_out, versions)
+    card = model_card(job_id, base_record, dataset, spec, plan["compute_dtype"], held_out, versions)
     (directory / "README.md").write_text(card, encoding="utf-8")
     files = sorted(directory.iterdir())
     manifest = Manifest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -20,13 +21,15 @@ from sqlalchemy.exc import OperationalError
 
 from qlora_service.errors import ClaimLost, JobFailed
 from qlora_service.jobs import FailureReason, Job
+from qlora_service.lifeline import kill_group
 from qlora_service.queue import Claim, Queue
-from qlora_service.store.database import Database
+from qlora_service.store.database import Database, persist
 from qlora_service.store.jobs import get_job
 
 log = structlog.get_logger()
 
 IDLE_POLL_S = 0.5
+ERROR_PAUSE_S = 5.0
 CHILD_POLL_S = 0.1
 CANCEL_POLL_S = 2.0
 STOP_GRACE_S = 8.0
@@ -39,6 +42,11 @@ class Slot:
 
     index: int
     gpu: str | None
+
+    @property
+    def device(self) -> str:
+        """ "cuda" or "cpu": what a trainer in this slot has to run on."""
+        return "cpu" if self.gpu is None else "cuda"
 
     def environment(self) -> dict[str, str]:
         return os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpu} if self.gpu is not None else {})
@@ -64,6 +72,7 @@ class Supervisor:
         self._tmp_dir = tmp_dir
         self._log_dir = log_dir
         self._cancel_grace_s = cancel_grace_s
+        self._lease_s = lease_s
         self._requeue_every_s = lease_s / 3
         self._stop = threading.Event()
         log_dir.mkdir(parents=True, exist_ok=True)
@@ -74,6 +83,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Work until `stop`; leaves no trainer behind."""
+        self._reap_scratch()
         threads = [
             threading.Thread(
                 target=self._forever, args=(lambda slot=slot: self._serve(slot),), name=f"slot-{slot.index}"
@@ -93,9 +103,12 @@ class Supervisor:
             try:
                 work()
             except OperationalError as error:
-                # The database is locked or away: what was under way stays claimed until its lease ends.
                 log.warning("database_unavailable", error=str(error.orig))
                 self._stop.wait(IDLE_POLL_S)
+            except Exception:
+                # A slot that ended here would leave a service that looks healthy and claims nothing.
+                log.exception("supervisor_error", thread=threading.current_thread().name)
+                self._stop.wait(ERROR_PAUSE_S)
 
     def _requeue_lost(self) -> None:
         for job_id in self._queue.requeue_lost():
@@ -110,17 +123,21 @@ class Supervisor:
             return
         claim, _ = claimed
         log.info("job_claimed", job=claim.job_id, token=claim.token, slot=slot.index)
-        scratch = self._tmp_dir / f"{claim.job_id}-{claim.token}"
         try:
             self._run_trainer(claim, slot)
+        except OSError as error:
+            # No room for the log, no process to be had: this attempt cannot be made here.
+            failure = JobFailed(f"the trainer could not be started: {error}", reason=FailureReason.INTERNAL)
+            persist(lambda: self._queue.fail(claim, failure.as_dict()), self._lease_s)
+            raise
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(self._tmp_dir / claim.name, ignore_errors=True)
 
     def _run_trainer(self, claim: Claim, slot: Slot) -> None:
-        log_path = self._log_dir / f"{claim.job_id}-{claim.token}.log"
+        log_path = self._log_dir / f"{claim.name}.log"
         with log_path.open("wb") as output:
             child = subprocess.Popen(
-                [sys.executable, "-m", "workers.trainer", claim.job_id, str(claim.token)],
+                [sys.executable, "-m", "workers.trainer", claim.job_id, str(claim.token), slot.device],
                 stdin=subprocess.PIPE,  # never written to: its closing tells the trainer that we are gone
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -130,12 +147,12 @@ class Supervisor:
         try:
             how = self._wait(child, claim)
         finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
+            kill_group(child)
+            child.wait()
             assert child.stdin is not None
             child.stdin.close()
-        self._record_end(claim, child.returncode, how, log_path)
+        if child.returncode != 0:
+            persist(lambda: self._record_end(claim, child.returncode, how, log_path), self._lease_s)
 
     def _wait(self, child: subprocess.Popen[bytes], claim: Claim) -> str:
         """Wait for the trainer's end; how it came about: "ended", "stopped" or "cancelled"."""
@@ -148,54 +165,59 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 now = time.monotonic()
             if cancel_deadline is not None and now > cancel_deadline:
-                child.kill()
-                child.wait()
                 return "cancelled"
             if cancel_deadline is None and now > next_look:
                 next_look = now + CANCEL_POLL_S
-                if self._job(claim).cancel_requested:
+                if self._cancel_requested(claim):
                     cancel_deadline = now + self._cancel_grace_s
         child.send_signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(STOP_GRACE_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
         return "stopped"
+
+    def _cancel_requested(self, claim: Claim) -> bool:
+        try:
+            return self._queue.cancel_requested(claim)
+        except OperationalError as error:  # no reason to end a trainer; it is asked again
+            log.warning("database_unavailable", error=str(error.orig))
+            return False
 
     def _record_end(self, claim: Claim, returncode: int, how: str, log_path: Path) -> None:
         """Write the outcome that the trainer did not live to write; nothing when it did."""
-        if returncode == 0:
-            return
         try:
             if how == "stopped":
                 self._queue.release(claim, "the worker was stopped")
-            elif how == "cancelled" or self._job(claim).cancel_requested:
+            elif how == "cancelled" or self._queue.cancel_requested(claim):
                 self._queue.cancelled(claim)
             else:
-                failure = trainer_death(self._job(claim), returncode)
+                failure = trainer_death(self._job(claim), returncode, log_path.name)
                 self._queue.fail(claim, failure.as_dict())
                 log.error("trainer_died", job=claim.job_id, token=claim.token, log=str(log_path), **failure.details)
         except ClaimLost:
             # The trainer wrote its outcome and was stopped on its way out, or a newer claim owns the job.
             log.info("outcome_recorded_elsewhere", job=claim.job_id, token=claim.token)
 
+    def _reap_scratch(self) -> None:
+        """Remove what attempts left behind whose supervisor was killed."""
+        for path in self._tmp_dir.glob("job_*-*"):
+            job_id, _, token = path.name.rpartition("-")
+            if token.isdigit() and not self._queue.is_running(Claim(job_id, int(token))):
+                shutil.rmtree(path, ignore_errors=True)
+
     def _job(self, claim: Claim) -> Job:
         with self._database.read() as connection:
             return get_job(connection, claim.job_id)
 
 
-def trainer_death(job: Job, returncode: int) -> JobFailed:
+def trainer_death(job: Job, returncode: int, log_name: str) -> JobFailed:
     """How a trainer died, as the job's failure: signal or exit code, and the last step it finished."""
     total = f" of {job.total_steps}" if job.total_steps else ""
     where = f"in phase {job.phase}" if job.step == 0 else f"after step {job.step}{total}"
     details: dict[str, Any] = {"reason": FailureReason.TRAINER_DIED, "last_step": job.step, "phase": job.phase}
+    see = f"the worker's logs/{log_name} has what it printed"
     if returncode < 0:
-        name = signal.Signals(-returncode).name
+        known = {entry.value: entry.name for entry in signal.Signals}
+        name = known.get(-returncode, f"signal {-returncode}")
         hint = "; the kernel kills so when the host runs out of memory" if name == "SIGKILL" else ""
-        return JobFailed(f"the trainer was killed by {name} {where}{hint}", **details, signal=name)
-    return JobFailed(
-        f"the trainer ended with exit code {returncode} {where}; its log is on the worker, under logs/",
-        **details,
-        exit_code=returncode,
-    )
+        return JobFailed(f"the trainer was killed by {name} {where}{hint}; {see}", **details, signal=name)
+    return JobFailed(f"the trainer ended with exit code {returncode} {where}; {see}", **details, exit_code=returncode)

@@ -1,4 +1,4 @@
-"""The trainer: a child process that runs one attempt (`python -m workers.trainer JOB TOKEN`).
+"""The trainer: a child process that runs one attempt (`python -m workers.trainer JOB TOKEN DEVICE`).
 
 It alone imports torch, and may die of anything; the supervisor sees that and says so. It ends itself when its claim
 is lost, or when the supervisor is gone (its stdin closes). The claim is kept from the first moment on: importing torch
@@ -33,7 +33,7 @@ from qlora_service.logs import configure_logging
 from qlora_service.models.catalog import Catalog
 from qlora_service.queue import Claim, Progress, Queue
 from qlora_service.settings import Settings
-from qlora_service.store.database import Database
+from qlora_service.store.database import Database, persist
 from qlora_service.store.datasets import get_dataset
 from qlora_service.store.jobs import get_job
 
@@ -44,6 +44,7 @@ EXIT_CLAIM_LOST = 75
 EXIT_SUPERVISOR_GONE = 76
 ETA_STEPS = 20
 """The ETA follows the mean of so many steps."""
+OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "alloc_failed")
 
 log = structlog.get_logger()
 
@@ -103,7 +104,8 @@ class ClaimKeeper:
 class AttemptReporter:
     """Writes progress and metrics under the claim, and to the metrics file that is published."""
 
-    def __init__(self, queue: Queue, claim: Claim, keeper: ClaimKeeper, metrics_file: Path) -> None:
+    def __init__(self, queue: Queue, claim: Claim, keeper: ClaimKeeper, metrics_file: Path, patience_s: float) -> None:
+        self._patience_s = patience_s
         self._queue, self._claim, self._keeper = queue, claim, keeper
         self._file = metrics_file.open("w", encoding="utf-8")
         self._total_steps = 0
@@ -136,11 +138,12 @@ class AttemptReporter:
         self._tell(progress, (kind, {**values, "attempt": self._claim.token}))
 
     def _tell(self, progress: Progress, event: tuple[str, dict[str, Any]]) -> None:
-        self._keeper.check(self._queue.report(self._claim, progress, event))
+        cancel = persist(lambda: self._queue.report(self._claim, progress, event), self._patience_s)
+        self._keeper.check(cancel)
 
 
-def main(job_id: str, token: int, settings: Settings) -> None:
-    """Run the attempt and write its outcome under the claim."""
+def main(job_id: str, token: int, device: str, settings: Settings) -> None:
+    """Run the attempt on `device` (cuda or cpu) and write its outcome under the claim."""
     claim = Claim(job_id, token)
     database = Database(settings.resolved_database_url)
     queue = Queue(database, lease_s=settings.lease_s)
@@ -148,7 +151,9 @@ def main(job_id: str, token: int, settings: Settings) -> None:
     signal.signal(signal.SIGTERM, lambda *_: keeper.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     keeper.start()
-    scratch = attempt_scratch(settings.tmp_dir, claim)
+    scratch = settings.tmp_dir / claim.name
+    # A database that is locked or away is waited for, as long as the claim may last.
+    patience_s = settings.lease_s
     scratch.mkdir(parents=True, exist_ok=True)
     try:
         with database.read() as connection:
@@ -163,39 +168,38 @@ def main(job_id: str, token: int, settings: Settings) -> None:
             base=Catalog(settings.models_dir).get(job.spec.base_model),
             artifacts=ArtifactStore(settings.resolved_artifact_url),
             scratch=scratch,
+            needs_gpu=device == "cuda",
         )
+        if inputs.base.weights_sha256 != job.base_weights_sha256:
+            raise JobFailed(
+                f"base model {inputs.base.name} has other weights than when the job was posted: post the job again",
+                reason=FailureReason.INVALID_INPUT,
+            )
         metrics_file = scratch / "metrics.jsonl"
-        reporter = AttemptReporter(queue, claim, keeper, metrics_file)
+        reporter = AttemptReporter(queue, claim, keeper, metrics_file, patience_s)
         result = run_attempt(inputs, reporter, reporter.enter_phase, metrics_file)
         keeper.end()
-        queue.succeed(claim, result)
+        persist(lambda: queue.succeed(claim, result), patience_s)
     except JobCancelled:
         keeper.end()
-        queue.cancelled(claim)
+        persist(lambda: queue.cancelled(claim), patience_s)
     except StopRequested:
         keeper.end()
-        queue.release(claim, "the worker was stopped")
+        persist(lambda: queue.release(claim, "the worker was stopped"), patience_s)
     except ClaimLost:
         log.error("claim_lost", job=job_id, token=token)
         sys.exit(EXIT_CLAIM_LOST)
     except Exception as error:
         keeper.end()
-        failure = as_failure(error)
+        failure = as_failure(error, f"logs/{claim.name}.log")
         log.error("attempt_failed", job=job_id, token=token, reason=failure.details["reason"], exc_info=error)
-        queue.fail(claim, failure.as_dict())
+        persist(lambda: queue.fail(claim, failure.as_dict()), patience_s)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def attempt_scratch(tmp_dir: Path, claim: Claim) -> Path:
-    """Where an attempt keeps its temporary files."""
-    return tmp_dir / f"{claim.job_id}-{claim.token}"
-
-
-def as_failure(error: Exception) -> JobFailed:
-    """Any exception as the job's failure, typed."""
-    import torch
-
+def as_failure(error: Exception, log_name: str) -> JobFailed:
+    """Any exception as the job's failure, typed. An unforeseen one's text stays in the log: it may quote paths."""
     if isinstance(error, JobFailed):
         return error
     if isinstance(error, QLoRAError):
@@ -205,16 +209,20 @@ def as_failure(error: Exception) -> JobFailed:
             findings=error.findings,
             **{**error.details, "reason": FailureReason.INVALID_INPUT},
         )
-    if isinstance(error, torch.OutOfMemoryError):
+    # torch.OutOfMemoryError, cuBLAS, bitsandbytes' managed memory, and torch's allocator on a CPU, by what they say.
+    if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY_SIGNS):
         return JobFailed(
             "the device ran out of memory: lower training.micro_batch_tokens or training.max_seq_len_tokens, or set "
             "training.gradient_checkpointing to true",
             reason=FailureReason.OUT_OF_MEMORY,
         )
-    return JobFailed(f"{type(error).__name__}: {error}", reason=FailureReason.INTERNAL)
+    return JobFailed(
+        f"the attempt ended with an unforeseen {type(error).__name__}; the worker's {log_name} has the details",
+        reason=FailureReason.INTERNAL,
+    )
 
 
 if __name__ == "__main__":
     _settings = Settings()
     configure_logging(_settings.log_level)
-    main(sys.argv[1], int(sys.argv[2]), _settings)
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], _settings)

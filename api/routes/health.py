@@ -13,13 +13,13 @@ from qlora_service.errors import Unavailable
 router = APIRouter(tags=["health"])
 
 
-@router.get("/healthz", summary="Is the process up", responses=error_responses())
+@router.get("/healthz", summary="Is the process up", responses=error_responses(guarded=False))
 async def healthz() -> Health:
     """Answers as long as the process does. Restart it when this fails."""
     return Health()
 
 
-@router.get("/readyz", summary="Can it take a job", responses=error_responses(503))
+@router.get("/readyz", summary="Can it take a job", responses=error_responses(503, guarded=False))
 def readyz(request: Request, service: ServiceOf) -> Health:
     """Checks that the database answers and the data disk can be written. Send no requests while this fails."""
     if request.app.state.draining:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
@@ -15,7 +17,7 @@ from api.multipart import MEDIA_TYPE as MULTIPART
 from api.multipart import FilePart, is_multipart
 from api.schemas import Job, Listing, Page, SubmittedJob, job_fields
 from api.uploads import display_name, receive_bytes
-from qlora_service.errors import InvalidDataset, InvalidModel, InvalidRequest, QLoRAError
+from qlora_service.errors import Finding, InvalidDataset, InvalidModel, InvalidRequest, QLoRAError
 from qlora_service.jobs import Job as DomainJob
 from qlora_service.jobs import JobStatus
 from qlora_service.service import Service
@@ -136,13 +138,31 @@ def get_metrics(job_id: JobId, service: ServiceOf) -> Listing[dict[str, Any]]:
 
 def _submit(service: Service, config: bytes | bytearray, file: FilePart | None = None) -> SubmittedJob:
     spec = parse_spec(parse_body(config))
-    with located(_PLACES):
+    with located(_PLACES), _rows_located(inline=spec.dataset.rows is not None):
         if file is None:
             submission = service.submit(spec)
         else:
             submission = service.submit(spec, file.path, display_name(file.filename))
     fields = job_fields(submission.job, service.queue_position(submission.job))
     return SubmittedJob.model_validate(fields | {"warnings": list(submission.warnings)})
+
+
+@contextmanager
+def _rows_located(*, inline: bool) -> Iterator[None]:
+    """Findings on rows that came inline leave with their place in the request's body."""
+    try:
+        yield
+    except InvalidDataset as error:
+        if inline:
+            error.findings = tuple(_in_body(finding) for finding in error.findings)
+        raise
+
+
+def _in_body(finding: Finding) -> Finding:
+    """A line and an offset would be of a file that nobody sent."""
+    if finding.line is None:
+        return finding
+    return Finding(finding.reason, f"/dataset/rows/{finding.line - 1}{finding.pointer}")
 
 
 def _view(service: Service, job: DomainJob) -> Job:

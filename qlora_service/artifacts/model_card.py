@@ -11,6 +11,7 @@ def model_card(
     base: dict[str, Any],
     dataset: dict[str, Any],
     spec: dict[str, Any],
+    compute_dtype: str,
     held_out: dict[str, Any],
     versions: dict[str, str],
 ) -> str:
@@ -46,7 +47,7 @@ has the whole configuration, every file's SHA-256, and the base weights' SHA-256
 ## Load it
 
 ```python
-{_load_nf4(quantization["double_quant"]) if is_nf4 else _LOAD_UNQUANTIZED}
+{_load_nf4(quantization["double_quant"], compute_dtype) if is_nf4 else _load_unquantized(compute_dtype)}
 model = PeftModel.from_pretrained(base, "DIRECTORY_OF_THIS_FILE")
 tokenizer = AutoTokenizer.from_pretrained("DIRECTORY_OF_THIS_FILE")
 ```
@@ -55,7 +56,7 @@ tokenizer = AutoTokenizer.from_pretrained("DIRECTORY_OF_THIS_FILE")
 """
 
 
-def _load_nf4(double_quant: bool) -> str:
+def _load_nf4(double_quant: bool, dtype: str) -> str:
     return f"""import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -64,12 +65,14 @@ nf4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant={double_quant},
-    bnb_4bit_compute_dtype=torch.bfloat16,
+    bnb_4bit_compute_dtype=torch.{dtype},
 )
-base = AutoModelForCausalLM.from_pretrained("PATH_OR_ID_OF_THE_BASE", quantization_config=nf4, dtype=torch.bfloat16)"""
+base = AutoModelForCausalLM.from_pretrained("PATH_OR_ID_OF_THE_BASE", quantization_config=nf4, dtype=torch.{dtype})"""
 
 
-_LOAD_UNQUANTIZED = """from peft import PeftModel
+def _load_unquantized(dtype: str) -> str:
+    return f"""import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("PATH_OR_ID_OF_THE_BASE")"""
+base = AutoModelForCausalLM.from_pretrained("PATH_OR_ID_OF_THE_BASE", dtype=torch.{dtype})"""

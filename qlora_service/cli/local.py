@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qlora_service.cli.options import DataDir, settings
+from qlora_service.cli.options import DataDir
 
 
 def serve(
@@ -23,11 +23,13 @@ def serve(
     """Run the service: the API and the worker together.
 
     Ctrl-C or SIGTERM stops both. When one of them ends by itself, the other is stopped and the exit code is 1.
-    The API asks for no password: whoever reaches the address can use it.
+    The API asks for no password: whoever reaches the address can use it. Under other names than this machine's
+    loopback and --host it answers only if $QLORA_ALLOWED_HOSTS lists them.
     """
     from qlora_service.cli.serving import serve as run_service
+    from qlora_service.settings import read_settings
 
-    chosen = settings(host=host, port=port, data_dir=data_dir)
+    chosen = read_settings(host=host, port=port, data_dir=data_dir)
     code = run_service(host=chosen.host, port=chosen.port, data_dir=chosen.resolved_data_dir, say=typer.echo)
     raise typer.Exit(code)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_service.cli.options import AsJson, DataDir, Url, connect, print_json, print_note, settings
+from qlora_service.cli.options import AsJson, DataDir, Url, connect, print_json, print_note
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,9 +69,10 @@ def remove_model(name: Name, data_dir: DataDir = None) -> None:
 def _catalog(data_dir: Path | None) -> Catalog:
     from qlora_service.logs import configure_logging
     from qlora_service.models.catalog import Catalog
+    from qlora_service.settings import read_settings
 
     configure_logging("WARNING")
-    return Catalog(settings(data_dir=data_dir).models_dir)
+    return Catalog(read_settings(data_dir=data_dir).models_dir)
 
 
 def _print_table(models: list[dict[str, Any]]) -> None:

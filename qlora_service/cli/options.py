@@ -1,4 +1,4 @@
-"""What the commands share: options, settings, the connection, and how values and errors are printed."""
+"""What the commands share: options, the connection, and how values and errors are printed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_service.errors import Finding, InvalidRequest
+from qlora_service.errors import Finding
 
 if TYPE_CHECKING:
     from qlora_service.client import Client
-    from qlora_service.settings import Settings
 
 SHOWN_FINDINGS = 20
 
@@ -41,23 +40,11 @@ class FaultsInFile(Exception):
         self.findings = tuple(findings)
 
 
-def settings(**given: Any) -> Settings:
-    """The settings, `given` options first, then the environment. Raises: InvalidRequest."""
-    from pydantic import ValidationError
-
-    from qlora_service.settings import Settings
-
-    try:
-        return Settings(**{key: value for key, value in given.items() if value is not None})
-    except ValidationError as error:
-        faults = [f"{str(fault['loc'][0]).upper()}: {fault['msg']}" for fault in error.errors()]
-        raise InvalidRequest(f"setting QLORA_{'; QLORA_'.join(faults)}") from None
-
-
 def connect(url: str | None) -> Client:
     from qlora_service.client import Client
+    from qlora_service.settings import read_settings
 
-    return Client(settings(url=url).base_url)
+    return Client(read_settings(url=url).base_url)
 
 
 def print_json(value: Any) -> None:

@@ -17,8 +17,9 @@ from qlora_service import lifeline
 from qlora_service.client import Client
 from qlora_service.errors import Conflict, Unavailable
 
-STOP_S = 90.0
-"""Time for a trainer to stop at its next step."""
+STOP_S = 20.0
+"""What the API and the worker have to end in. The worker kills a trainer that has not stopped after 8 s, and may then
+wait 10 s for a locked database to give the job back; the API ends within 4 s."""
 POLL_S = 0.1
 
 

@@ -18,17 +18,22 @@ def read_spec_file(path: Path) -> tuple[dict[str, Any], Lines]:
     """The document at `path` and the line of each of its fields.
 
     Raises:
-        FaultsInFile: it is neither YAML nor JSON, names a field twice, or is no mapping.
+        FaultsInFile: it is neither YAML nor JSON, names a field twice, is no mapping, or has no end.
         InvalidRequest: it cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path} cannot be read: {error}") from None
+    lines: Lines = {}
     try:
         # JSON is YAML too, so one reader gives the lines of both.
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         document = yaml.safe_load(text)
+        twice = _walk(root, "", lines)
+    except RecursionError:
+        reason = "it is nested too deeply: does an alias (*name) stand inside what it is the name of?"
+        raise FaultsInFile(path, "the configuration has no end", [Finding(reason=reason)]) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or str(error)
@@ -37,8 +42,6 @@ def read_spec_file(path: Path) -> tuple[dict[str, Any], Lines]:
     if not isinstance(document, dict):
         reason = "expected fields such as `base_model: NAME`"
         raise FaultsInFile(path, "the configuration holds no fields", [Finding(reason=reason, line=1)])
-    lines: Lines = {}
-    twice = _walk(root, "", lines)
     if twice:
         raise FaultsInFile(path, "the configuration names a field twice", twice)
     return document, lines

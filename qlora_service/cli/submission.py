@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -13,6 +13,11 @@ import yaml
 from qlora_service.cli.jobs import watch_to_end
 from qlora_service.cli.options import AsJson, FaultsInFile, Url, connect, print_json, print_note
 from qlora_service.errors import InvalidRequest, InvalidSpec
+
+if TYPE_CHECKING:
+    from qlora_service.client import Client
+    from qlora_service.client.wire import Job
+    from qlora_service.specs import JobSpec
 
 Document = dict[str, Any]
 TRAINING = "Training"
@@ -53,9 +58,6 @@ def submit(
 
     Everything that can be known to fail is refused at once, with the lines of your file. Prints the job's id.
     """
-    from qlora_service.client.wire import ServiceError
-    from qlora_service.specs import parse_spec
-
     flags = {
         "dataset.id": dataset_id,
         "base_model": base_model,
@@ -70,38 +72,60 @@ def submit(
         "adapter.lora_alpha": lora_alpha,
     }
     given = {field: value for field, value in flags.items() if value is not None}
+    document, spec = _read_spec(config, {**given, **_assignments(set_fields or [])})
+    _check_one_dataset(file, document)
+    with connect(url) as client:
+        job = _send(client, spec, file)
+        _print_job(job, watch=watch, as_json=as_json)
+        if watch:
+            watch_to_end(client, job.id, as_json)
+
+
+def _read_spec(config: Path | None, given: Document) -> tuple[Document, JobSpec]:
+    """The spec that the file and the `given` fields over it describe, as they say it and checked.
+
+    Raises:
+        FaultsInFile, InvalidSpec, InvalidRequest: with the lines of the file.
+    """
+    from qlora_service.specs import parse_spec
+
     document, lines = _read_config(config)
-    for field, value in {**given, **_assignments(set_fields or [])}.items():
+    if "training.epochs" in given:
+        # Of the two, max_steps would win: what is typed wins over what is in the file.
+        given = {"training.max_steps": None, **given}
+    for field, value in given.items():
         _set(document, field, value)
         lines.pop(_pointer(field), None)
-    if epochs is not None and max_steps is None:
-        # Of the two, max_steps would win: what is typed wins over what is in the file.
-        document["training"].pop("max_steps", None)
     try:
-        spec = parse_spec(document)
+        return document, parse_spec(document)
     except InvalidSpec as error:
         if config is None:
             raise
         findings = [replace(finding, line=lines.get(finding.pointer)) for finding in error.findings]
         raise FaultsInFile(config, "the configuration is refused", findings) from None
-    _check_one_dataset(file, document)
-    with connect(url) as client:
-        try:
-            job = client.submit(spec, file)
-        except ServiceError as error:
-            if file is None or not any(finding.line for finding in error.findings):
-                raise
-            raise FaultsInFile(file, error.message, error.findings) from None
-        for warning in job.warnings:
-            print_note(f"warning: {warning}")
-        if as_json and not watch:
-            print_json(job.model_dump(mode="json"))
-        elif sys.stdout.isatty():
-            typer.echo(f"job {job.id} is {job.status}" + ("" if watch else f". Watch it: qlora watch {job.id}"))
-        elif not as_json:
-            typer.echo(job.id)
-        if watch:
-            watch_to_end(client, job.id, as_json)
+
+
+def _send(client: Client, spec: JobSpec, file: Path | None) -> Job:
+    """The queued job. Raises: ServiceError, FaultsInFile."""
+    from qlora_service.client.wire import ServiceError
+
+    try:
+        return client.submit(spec, file)
+    except ServiceError as error:
+        if file is None or not any(finding.line for finding in error.findings):
+            raise
+        raise FaultsInFile(file, error.message, error.findings) from None
+
+
+def _print_job(job: Job, *, watch: bool, as_json: bool) -> None:
+    for warning in job.warnings:
+        print_note(f"warning: {warning}")
+    if as_json and not watch:
+        print_json(job.model_dump(mode="json"))
+    elif sys.stdout.isatty():
+        typer.echo(f"job {job.id} is {job.status}" + ("" if watch else f". Watch it: qlora watch {job.id}"))
+    elif not as_json:
+        typer.echo(job.id)
 
 
 def _read_config(config: Path | None) -> tuple[Document, dict[str, int]]:

@@ -17,6 +17,7 @@ from qlora_service.data.chat_template import Span
 from qlora_service.data.examples import Chat, Completion, SourceRow
 from qlora_service.data.template_process import RenderedChat, TemplateProcess
 from qlora_service.errors import Finding, InvalidModel
+from qlora_service.specs import Training
 
 BATCH_ROWS = 64
 MAX_FINDINGS = 100
@@ -39,6 +40,11 @@ class RenderRules:
     max_seq_len_tokens: int
     too_long: Literal["refuse", "truncate", "drop"] = "refuse"
     train_on: Literal["assistant", "all"] = "assistant"
+
+    @classmethod
+    def of(cls, training: Training) -> RenderRules:
+        """The rules a job's configuration asks for."""
+        return cls(training.max_seq_len_tokens, training.too_long, training.train_on)
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,13 @@ def guard_linear4bit(model: torch.nn.Module, compute_dtype: torch.dtype) -> None
 
 
 @torch.no_grad()
-def base_fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 of the base's logits on fixed tokens; equal only if the weights are, bit for bit."""
+def base_fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of the base's logits on fixed tokens, bit for bit: another value means that the base has changed."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    ids = torch.arange(1, FINGERPRINT_TOKENS + 1, device=device)[None]  # (1, tokens)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = (torch.arange(1, FINGERPRINT_TOKENS + 1, device=device) % vocabulary)[None]  # (1, tokens)
     logits = model(input_ids=ids, use_cache=False).logits
     model.train(was_training)
     return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()

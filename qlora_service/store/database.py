@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from alembic import command
@@ -13,6 +14,7 @@ from alembic.config import Config
 from sqlalchemy.engine import Connection, Engine, make_url
 
 BUSY_TIMEOUT_MS = 10_000
+Result = TypeVar("Result")
 
 
 class Database:
@@ -51,6 +53,22 @@ class Database:
 
     def close(self) -> None:
         self._engine.dispose()
+
+
+def persist(action: Callable[[], Result], patience_s: float, pause_s: float = 0.5) -> Result:
+    """What `action` returns, tried again while the database is locked or away, for up to `patience_s` seconds.
+
+    Raises:
+        OperationalError: the last one, when patience has run out.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return action()
+        except sa.exc.OperationalError:
+            if time.monotonic() + pause_s > deadline:
+                raise
+            time.sleep(pause_s)
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

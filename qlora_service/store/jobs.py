@@ -15,13 +15,16 @@ from qlora_service.specs import JobSpec
 from qlora_service.store.tables import events, jobs
 
 
-def insert_job(connection: Connection, job_id: str, spec: JobSpec, dataset_id: str, now: datetime) -> None:
+def insert_job(
+    connection: Connection, job_id: str, spec: JobSpec, dataset_id: str, base_sha256: str, now: datetime
+) -> None:
     connection.execute(
         jobs.insert().values(
             id=job_id,
             status=JobStatus.QUEUED,
             spec=spec.model_dump(mode="json"),
             base_model=spec.base_model,
+            base_weights_sha256=base_sha256,
             dataset_id=dataset_id,
             priority=spec.priority,
             created_at=now,
@@ -91,7 +94,9 @@ def job_from_row(row: Row[Any]) -> Job:
     return Job(
         id=row.id,
         status=JobStatus(row.status),
-        spec=JobSpec.model_validate(row.spec),
+        # A spec that was stored by an older version may have fields that are gone.
+        spec=JobSpec.model_validate(row.spec, extra="ignore"),
+        base_weights_sha256=row.base_weights_sha256,
         dataset_id=row.dataset_id,
         created_at=row.created_at,
         started_at=row.started_at,

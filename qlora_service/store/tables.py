@@ -83,6 +83,7 @@ jobs = Table(
     Column("status", String(16), nullable=False),
     Column("spec", JSON, nullable=False),
     Column("base_model", String(200), nullable=False),
+    Column("base_weights_sha256", String(64), nullable=False),
     Column("dataset_id", String(40), ForeignKey("datasets.id"), nullable=False),
     Column("priority", Integer, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),

@@ -12,6 +12,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from qlora_service.errors import InvalidModel
 from qlora_service.training.micro_batch import DOCUMENT_LENGTHS, PER_DOCUMENT, TokenRow, collate, forward
 
 Isolation = Literal["per_document", "mask", "alone"]
@@ -65,7 +66,12 @@ def isolate_documents(model: PreTrainedModel) -> Isolation:
     device = next(model.parameters()).device
     learned = [True] * PROBE_TOKENS
     first, second = TokenRow(0, ids[:PROBE_TOKENS], learned), TokenRow(1, ids[PROBE_TOKENS:], learned)
-    alone = forward(model, collate([second], device))
+    try:
+        alone = forward(model, collate([second], device))
+    except TypeError as error:
+        raise InvalidModel(
+            f"{type(model).__name__} cannot be trained here: its forward pass takes other arguments ({error})"
+        ) from error
     chosen: Isolation = "alone"
     ways: tuple[tuple[Isolation, str], ...] = (("per_document", PER_DOCUMENT), ("mask", "sdpa"))
     for isolation, implementation in ways[0 if _causal_layers_only(model) else 1 :]:

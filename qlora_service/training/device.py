@@ -9,10 +9,26 @@ import sys
 
 import torch
 
+from qlora_service.errors import JobFailed
+from qlora_service.jobs import FailureReason
 
-def choose_device() -> torch.device:
-    """The GPU this process was given (CUDA_VISIBLE_DEVICES), else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+def choose_device(needs_gpu: bool = False) -> torch.device:
+    """The GPU this process was given (CUDA_VISIBLE_DEVICES), else the CPU.
+
+    Raises:
+        JobFailed: there has to be a GPU, and torch cannot use it.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if needs_gpu:
+        raise JobFailed(
+            f"the driver shows a GPU, but torch {torch.__version__} cannot use it: install a CUDA build of torch that "
+            "fits the driver, and in a container the NVIDIA Container Toolkit; `python -c 'import torch; "
+            "torch.cuda.init()'` says why",
+            reason=FailureReason.DEVICE_UNAVAILABLE,
+        )
+    return torch.device("cpu")
 
 
 def device_name(device: torch.device) -> str:

@@ -92,6 +92,11 @@ def train(
 
     def evaluate(step: int) -> float:
         loss = mean_loss(model, held_out, device)
+        if not math.isfinite(loss):
+            cause = "lower training.learning_rate" if step else "the base model itself gives it: try float32"
+            raise JobFailed(
+                f"the held-out loss after step {step} is {loss}: {cause}", reason=FailureReason.NOT_FINITE, step=step
+            )
         observer.on_evaluation(EvaluationMetrics(step, loss, peak_memory_bytes(device)))
         return loss
 
@@ -110,6 +115,8 @@ def train(
             loss.backward()
             step_loss += float(loss.detach())
 
+        if step == 0:
+            _check_every_parameter_learns(model)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm))
         _check_finite(step_loss, grad_norm, step, rows)
         rate = learning_rate(step, total_steps, training)
@@ -142,14 +149,20 @@ def step_seed(seed: int, step: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:8], "big") >> 1
 
 
+def _check_every_parameter_learns(model: torch.nn.Module) -> None:
+    """Raises: JobFailed, naming adapter weights that the backward pass of the first step did not reach."""
+    cut_off = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if cut_off:
+        raise JobFailed(
+            f"no gradient reaches {len(cut_off)} adapter weights, such as {cut_off[0]}: leave modules that take no "
+            "part in the forward pass out of adapter.target_modules",
+            reason=FailureReason.INVALID_INPUT,
+            step=1,
+        )
+
+
 def _check_finite(loss: float, grad_norm: float, step: int, rows: Sequence[TokenRow]) -> None:
     if math.isfinite(loss) and math.isfinite(grad_norm):
-        if grad_norm == 0.0 and step == 0:
-            raise JobFailed(
-                "no gradient reaches the adapter: none of its target modules takes part in the forward pass",
-                reason=FailureReason.INTERNAL,
-                step=1,
-            )
         return
     lines = [row.line for row in rows[:ROWS_NAMED]]
     raise JobFailed(

@@ -40,6 +40,7 @@ def attempt(workspace: Workspace, job_id: str, token: int = 1) -> AttemptInputs:
         base=workspace.catalog.get("tiny"),
         artifacts=ArtifactStore(workspace.settings.resolved_artifact_url),
         scratch=scratch,
+        needs_gpu=False,
     )
 
 
@@ -173,12 +174,34 @@ def test_the_certified_loss_is_that_of_the_published_adapter(workspace: Workspac
         run_attempt(inputs, Forgetful(), lambda *_: None, metrics_file)
 
 
-def test_failures_are_typed() -> None:
-    assert as_failure(torch.OutOfMemoryError("boom")).details["reason"] == FailureReason.OUT_OF_MEMORY
-    assert as_failure(InvalidModel("bad")).details["reason"] == FailureReason.INVALID_INPUT
-    assert as_failure(ValueError("odd")).details["reason"] == FailureReason.INTERNAL
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), FailureReason.OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), FailureReason.OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), FailureReason.OUT_OF_MEMORY),
+        (MemoryError(), FailureReason.OUT_OF_MEMORY),
+        (InvalidModel("bad"), FailureReason.INVALID_INPUT),
+        (ValueError("odd, at /home/someone"), FailureReason.INTERNAL),
+    ],
+)
+def test_failures_are_typed(error: Exception, reason: FailureReason) -> None:
+    failure = as_failure(error, "logs/x.log")
+    assert failure.details["reason"] == reason
+    assert "/home/someone" not in failure.message
+
+
+def test_a_typed_failure_stays_itself() -> None:
     failed = JobFailed("x", reason=FailureReason.NOT_FINITE)
-    assert as_failure(failed) is failed
+    assert as_failure(failed, "logs/x.log") is failed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to be used")
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(workspace: Workspace) -> None:
+    inputs = attempt(workspace, workspace.submit())
+    with pytest.raises(JobFailed, match="cannot use it") as failure:
+        run(AttemptInputs(**{**vars(inputs), "needs_gpu": True}))
+    assert failure.value.details["reason"] == FailureReason.DEVICE_UNAVAILABLE
 
 
 def test_an_observer_may_stop_the_attempt(workspace: Workspace) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qlora_service.jobs import FailureReason, JobStatus
+from tests.tiny_model import build_tiny_model
 from tests.workspace import ROOT, Workspace, no_trainer_within, trainer_pids
 from workers.__main__ import make_slots
 from workers.supervisor import Slot, trainer_death
@@ -127,9 +128,54 @@ def test_a_trainer_whose_claim_is_lost_ends_and_writes_nothing(workspace: Worksp
 
 def test_death_says_where_and_how(workspace: Workspace) -> None:
     job = workspace.service.get_job(workspace.submit())
-    assert "exit code 3" in trainer_death(job, 3).message
-    assert trainer_death(job, 3).details["exit_code"] == 3
-    assert trainer_death(job, -signal.SIGSEGV).details["signal"] == "SIGSEGV"
+    assert "exit code 3" in trainer_death(job, 3, "x.log").message
+    assert trainer_death(job, 3, "x.log").details["exit_code"] == 3
+    assert trainer_death(job, -signal.SIGSEGV, "x.log").details["signal"] == "SIGSEGV"
+
+
+def test_death_by_a_signal_without_a_name_is_told(workspace: Workspace) -> None:
+    job = workspace.service.get_job(workspace.submit())
+    assert trainer_death(job, -40, "x.log").details["signal"] == "signal 40"
+
+
+def test_a_job_whose_base_changed_since_it_was_posted_is_failed(workspace: Workspace, tmp_path: Path) -> None:
+    job_id = workspace.submit()
+    workspace.catalog.remove("tiny")
+    workspace.catalog.import_model("tiny", build_tiny_model(tmp_path / "other", seed=1))
+    with workspace.worker():
+        job = workspace.wait_for_end(job_id)
+    assert job.status is JobStatus.FAILED
+    assert job.error is not None
+    assert "other weights" in job.error["message"]
+
+
+def test_a_slot_survives_what_nobody_foresaw(workspace: Workspace) -> None:
+    """A log directory that vanished: the attempt cannot be made, the next one can."""
+    first = workspace.submit()
+    logs = workspace.settings.data_dir / "logs"
+    with workspace.worker():
+        while not logs.is_dir():
+            time.sleep(0.05)
+        logs.rmdir()
+        logs.write_text("in the way")
+        second = workspace.submit()
+        assert {workspace.wait_for_end(job_id).status for job_id in (first, second)} <= {
+            JobStatus.FAILED,
+            JobStatus.SUCCEEDED,
+        }
+        logs.unlink()
+        logs.mkdir()
+        assert workspace.wait_for_end(workspace.submit()).status is JobStatus.SUCCEEDED
+
+
+def test_scratch_of_a_killed_supervisor_is_reaped(workspace: Workspace) -> None:
+    left = workspace.settings.tmp_dir / "job_0000-1"
+    left.mkdir()
+    (left / "rows.arrow").write_text("left behind")
+    job_id = workspace.submit()
+    with workspace.worker():
+        assert workspace.wait_for_end(job_id).status is JobStatus.SUCCEEDED
+    assert not left.exists()
 
 
 def test_one_slot_per_gpu_and_at_least_one() -> None:

@@ -15,7 +15,7 @@ HELD_OUT = {"rows": 12, "source": "held-out rows", "loss_before": 3.14159, "loss
 def card(base: dict[str, Any] = LOCAL_BASE, **groups: Any) -> str:
     spec = parse_spec({"base_model": "tiny", **groups}).model_dump(mode="json")
     dataset = {"sha256": "d" * 64, "trained_on": 345}
-    return model_card("job_1", base, dataset, spec, HELD_OUT, {"torch": "2.13.0"})
+    return model_card("job_1", base, dataset, spec, "bfloat16", HELD_OUT, {"torch": "2.13.0"})
 
 
 def example(text: str) -> str:

@@ -37,7 +37,7 @@ def test_unknown_job_is_not_found(database: Database) -> None:
 
 def test_job_of_no_dataset_is_refused_whole(database: Database) -> None:
     with pytest.raises(IntegrityError), database.write() as connection:
-        insert_job(connection, new_id("job"), JobSpec(base_model="tiny"), "ds_none", START)
+        insert_job(connection, new_id("job"), JobSpec(base_model="tiny"), "ds_none", "0" * 64, START)
     assert not any(stored_rows(database).values())
 
 

@@ -123,3 +123,22 @@ def test_metrics_count_tokens(tiny_model: Path) -> None:
     assert metrics.step == 1
     assert metrics.grad_norm > 0
     assert metrics.peak_memory_bytes > 0
+
+
+def test_a_held_out_loss_that_is_not_finite_is_called_that(tiny_model: Path) -> None:
+    model = load(tiny_model)
+
+    class Poisoner(Recorder):
+        def on_step(self, metrics: StepMetrics) -> None:
+            trainable(model)[0].data.fill_(float("inf"))
+
+    with pytest.raises(JobFailed, match="held-out loss after step 1") as failure:
+        run(model, rows(24), TRAINING, steps=1, recorder=Poisoner())
+    assert failure.value.details["reason"] == FailureReason.NOT_FINITE
+
+
+def test_adapter_weights_that_no_gradient_reaches_are_named(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    model.register_parameter("lora_B_unused", torch.nn.Parameter(torch.zeros(3)))
+    with pytest.raises(JobFailed, match="lora_B_unused"):
+        run(model, rows(24), TRAINING, steps=1)

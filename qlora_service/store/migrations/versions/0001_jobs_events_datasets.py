@@ -29,6 +29,7 @@ def upgrade() -> None:
         sa.Column("status", sa.String(length=16), nullable=False),
         sa.Column("spec", sa.JSON(), nullable=False),
         sa.Column("base_model", sa.String(length=200), nullable=False),
+        sa.Column("base_weights_sha256", sa.String(length=64), nullable=False),
         sa.Column("dataset_id", sa.String(length=40), nullable=False),
         sa.Column("priority", sa.Integer(), nullable=False),
         sa.Column("created_at", sa.DateTime(), nullable=False),
