@@ -48,7 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.draining = False
-    app.add_middleware(OriginGuard, allowed=settings.allowed_host_names)
+    app.add_middleware(OriginGuard, listening=settings.host, allowed=settings.allowed_host_names)
     app.add_middleware(RequestLog)  # the last one added is the outermost
     install_handlers(app)
     for routes in (jobs, events, artifacts, datasets, models, health, docs):

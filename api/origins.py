@@ -25,13 +25,16 @@ _AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/@\[\]]+?))\.?(?::\d*)?")
 
 
 class OriginGuard:
-    """Middleware that answers 403 to hosts that are neither this machine's loopback nor in `allowed`, and to web pages
-    of other origins that want more than to read. `*` in `allowed` lets everybody in.
+    """Middleware that answers 403 to requests under unknown host names and to other sites' pages that want to write.
+
+    Known are the loopback, the host the API was told to listen on, and what the operator `allowed`; with `*` there,
+    everybody is let in. A page served from an allowed host may write, whatever its port.
     """
 
-    def __init__(self, app: ASGIApp, allowed: Set[str]) -> None:
+    def __init__(self, app: ASGIApp, *, listening: str, allowed: Set[str]) -> None:
         self._app = app
         self._allowed = allowed
+        self._hosts = LOOPBACK | {listening.lower()} | allowed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and "*" not in self._allowed:
@@ -45,7 +48,7 @@ class OriginGuard:
     def _fault(self, method: str, headers: Headers) -> Forbidden | None:
         """Why the request is refused; None when it is not."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        if _name(host) not in LOOPBACK | self._allowed:
+        if _name(host) not in self._hosts:
             return Forbidden(
                 f"the service is not known as {host[:SHOWN_CHARS]!r}: add the name, without port, to "
                 "QLORA_ALLOWED_HOSTS where the service runs, and start it again",
@@ -53,20 +56,23 @@ class OriginGuard:
             )
         if method in SAFE_METHODS:
             return None
-        authority = (origin or "").partition("://")[2]
         if origin is None:
-            foreign = headers.get("sec-fetch-site") == "cross-site"
-        else:
-            foreign = authority != host and _name(authority) not in self._allowed
-        if not foreign:
+            if headers.get("sec-fetch-site") != "cross-site":
+                return None
+            return _stranger("of another site", host, "sec-fetch-site")
+        # Of an origin, "null" has no authority; its scheme is the proxy's where there is one.
+        authority = origin.partition("://")[2]
+        if authority.lower() == host.lower() or _name(authority) in self._allowed:
             return None
-        page = "of another site" if origin is None else f"at {origin[:SHOWN_CHARS]!r}"
-        return Forbidden(
-            f"a web page {page} asks for {method}, and this is {host[:SHOWN_CHARS]!r}: if the page is yours, add its host "
-            "name to QLORA_ALLOWED_HOSTS where the service runs, and start it again; a proxy in front has to pass the "
-            "Host header on",
-            location="sec-fetch-site" if origin is None else "origin",
-        )
+        return _stranger(f"at {origin[:SHOWN_CHARS]!r}", host, "origin")
+
+
+def _stranger(page: str, host: str, location: str) -> Forbidden:
+    return Forbidden(
+        f"a web page {page} may not change anything here, at {host[:SHOWN_CHARS]!r}: if it is yours, add its host "
+        "name to QLORA_ALLOWED_HOSTS where the service runs, and start it again; a proxy has to pass Host on",
+        location=location,
+    )
 
 
 def _name(authority: str) -> str | None:

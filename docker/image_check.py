@@ -159,6 +159,7 @@ def check_api(image: Image) -> None:
     require(not image.has_torch(), "torch is in the api image")
     process = image.start()
     print(f"   /healthz: {request('GET', '/healthz')[1].decode()}")
+    require(len(request("GET", "/docs/swagger-ui-bundle.js")[1]) > 0, "the script of /docs is empty")
     image.stop(process)
 
 

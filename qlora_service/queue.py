@@ -227,7 +227,9 @@ _REQUEUED: dict[str, Any] = {
     "worker": None,
     "lease_expires_at": None,
     "phase": None,
+    "step": 0,
     "eta_s": None,
+    "metrics": {},
 }
 
 

@@ -43,6 +43,10 @@ CHECKED_ROWS = 50_000
 """Rows rendered while a job is posted; the trainer checks the rest before it starts."""
 
 
+WARNED_FINDINGS = 5
+"""Bad rows that a warning names."""
+
+
 @dataclass(frozen=True)
 class Submission:
     """A queued job and what its submitter should know."""
@@ -411,7 +415,9 @@ def _warnings(report: RenderReport, dataset: Dataset, spec: JobSpec) -> tuple[st
     warnings = []
     bad = dataset.report.finding_count
     if bad:
-        warnings.append(f"{bad} rows of the upload cannot be read and are left out: GET /datasets/{dataset.id}")
+        listed = "; ".join(str(finding) for finding in dataset.report.findings[:WARNED_FINDINGS])
+        more = f"; all of them: GET /datasets/{dataset.id}" if bad > WARNED_FINDINGS else ""
+        warnings.append(f"{bad} rows of the upload are left out: {listed}{more}")
     if report.finding_count:
         first = Finding(**report.findings[0])
         warnings.append(f"{report.finding_count} rows are left out; the first: {first}")

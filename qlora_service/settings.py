@@ -81,8 +81,8 @@ class Settings(BaseSettings):
 
     @property
     def allowed_host_names(self) -> frozenset[str]:
-        """`allowed_hosts` one by one, and the name or address that the API was told to listen on."""
-        return frozenset({*_names(self.allowed_hosts), self.host.lower()})
+        """`allowed_hosts` one by one, lower-case."""
+        return frozenset(_names(self.allowed_hosts))
 
     @property
     def base_url(self) -> str:

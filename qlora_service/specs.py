@@ -142,8 +142,7 @@ class Training(SpecPart):
     )
     gradient_checkpointing: StrictBool = Field(
         True,
-        description="Recompute activations in the backward pass instead of storing them: less memory, about a third more "
-        "work.",
+        description="Recompute activations instead of storing them: less memory, about a third more work.",
     )
     seed: StrictInt = Field(0, ge=0, le=2**31 - 1, description="Decides split, order, the adapter's start and dropout.")
 

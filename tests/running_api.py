@@ -45,7 +45,12 @@ class RunningApi:
 
     def start(self) -> None:
         """Returns once it answers."""
-        environment = {**os.environ, "QLORA_DATA_DIR": str(self.data_dir), "QLORA_PORT": str(self.port)}
+        environment = {
+            **os.environ,
+            "QLORA_DATA_DIR": str(self.data_dir),
+            "QLORA_PORT": str(self.port),
+            "QLORA_LOG_LEVEL": "DEBUG",
+        }
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "api"], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT

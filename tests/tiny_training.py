@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+import qlora_service.training.attention  # noqa: F401 - registers the attention
 from qlora_service.models.adapters import attach
 from qlora_service.models.nf4 import load_base
 from qlora_service.specs import Adapter, Quantization, Training

@@ -49,13 +49,14 @@ class Workspace:
         return self.service.submit(parse_spec(spec)).job.id
 
     @contextmanager
-    def worker(self) -> Iterator[subprocess.Popen[bytes]]:
-        """`python -m workers`, stopped at the end."""
+    def worker(self, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
+        """`python -m workers` with further environment variables, stopped at the end."""
         environment = os.environ | {
             "QLORA_DATA_DIR": str(self.settings.data_dir),
             "QLORA_LEASE_S": str(self.settings.lease_s),
             "QLORA_HEARTBEAT_S": str(self.settings.heartbeat_s),
             "OMP_NUM_THREADS": "1",
+            **settings,
         }
         process = subprocess.Popen(
             [sys.executable, "-m", "workers"], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL

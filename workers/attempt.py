@@ -133,6 +133,7 @@ def run_attempt(
     return {
         "attempt": inputs.token,
         "losses": asdict(losses),
+        "warnings": outcome_warnings(losses),
         "certificate": certificate,
         "held_out_rows": len(prepared.split.held_out),
         "steps": prepared.total_steps,
@@ -194,6 +195,16 @@ def _train_and_publish(
         },
     )
     return manifest, losses
+
+
+def outcome_warnings(losses: Losses) -> list[str]:
+    """What the user of a certified adapter should know all the same."""
+    if losses.after <= losses.before:
+        return []
+    return [
+        f"the held-out loss rose from {losses.before:.4f} to {losses.after:.4f}: the adapter is worse than the base on "
+        "these rows; lower training.learning_rate, or train on more rows"
+    ]
 
 
 def certify(loss: float, losses: Losses) -> dict[str, Any]:

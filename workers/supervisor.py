@@ -151,7 +151,7 @@ class Supervisor:
             child.wait()
             assert child.stdin is not None
             child.stdin.close()
-        if child.returncode != 0:
+        if child.returncode != 0 or self._queue.is_running(claim):
             persist(lambda: self._record_end(claim, child.returncode, how, log_path), self._lease_s)
 
     def _wait(self, child: subprocess.Popen[bytes], claim: Claim) -> str:

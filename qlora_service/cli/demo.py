@@ -66,6 +66,7 @@ def run_demo(directory: Path, output: Path, console: Console) -> None:
     began = time.monotonic()
     data_dir = directory / "data"
     model = ensure_smollm2(data_dir / "models", directory, lambda text: _say(console, text))
+    _forget_earlier_run(data_dir)
     rows = directory / "orders.jsonl"
     asked = write_demo_dataset(rows, ROWS)
     _say(console, f"{ROWS} rows in {rows}, such as")
@@ -84,7 +85,19 @@ def run_demo(directory: Path, output: Path, console: Console) -> None:
     _say(console, f"{len(files)} files in {output}, each verified against its SHA-256. Asking base and adapter …")
     _print_answers(console, asked, ask(model.path, output, [order.question for order in asked]))
     _say(console, f"Held-out loss: {losses[0]:.4f} before, {losses[-1]:.4f} after. The service is stopped.")
-    _say(console, f"The demo took {duration(time.monotonic() - began)}.")
+    _say(
+        console, f"The demo took {duration(time.monotonic() - began)}. Its model and data are in {directory}; to go on:"
+    )
+    _say(console, f"    qlora serve &\n    qlora models import {MODEL} {model.path}")
+
+
+def _forget_earlier_run(data_dir: Path) -> None:
+    """Removes an earlier demo's jobs, also one that was broken off and would now run first; the model stays."""
+    for path in data_dir.iterdir():
+        if path.is_dir() and path.name != "models":
+            shutil.rmtree(path)
+        elif path.name.startswith("state.db"):
+            path.unlink()
 
 
 def ensure_smollm2(models_dir: Path, cache_dir: Path, say: Callable[[str], None] = print) -> BaseModel:

@@ -57,7 +57,8 @@ def download(
 ) -> None:
     """Download a succeeded job's adapter and verify every file's SHA-256.
 
-    Files that are there already are kept, and a broken-off download goes on where it stopped. Prints the directory.
+    A broken-off download goes on where it stopped; a directory that holds other files of these names is refused.
+    Prints the directory.
     """
     target = directory or Path(job)
     with connect(url) as client:

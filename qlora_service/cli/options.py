@@ -60,6 +60,8 @@ def print_error(message: str, findings: Sequence[Finding], file: Path | None = N
     """Prints one error, and its findings one a line: `file:line: pointer: reason` where they are of a file."""
     lines = [f"error: {message}"]
     for finding in findings[:SHOWN_FINDINGS]:
+        if file is None and str(finding) in message:
+            continue  # the message is this one finding
         if file is None:
             lines.append(f"  {finding}")
         else:

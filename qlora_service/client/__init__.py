@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -174,10 +174,17 @@ class Client:
         """The job's published files, now in `directory`, each verified against its SHA-256.
 
         A file appears under its name only when it is whole; a broken-off download is resumed from its `.part`.
+
+        Raises:
+            InvalidRequest: the directory cannot be made, or holds another file of such a name, which is left alone.
         """
         directory = Path(directory)
         files = self.artifacts(job_id)
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidRequest(f"{directory} cannot be made ({error.strerror}): choose another directory") from error
+        _refuse_to_overwrite(files, directory)
         return [self._download_file(job_id, file, directory / _plain_name(file.name)) for file in files]
 
     def _download_file(self, job_id: str, file: ArtifactFile, target: Path) -> Path:
@@ -216,6 +223,19 @@ class Client:
                     opened.write(chunk)
             opened.flush()
             os.fsync(opened.fileno())
+
+
+def _refuse_to_overwrite(files: Sequence[ArtifactFile], directory: Path) -> None:
+    """Raises: InvalidRequest, naming files that are there with other bytes."""
+    others = [
+        file.name
+        for file in files
+        if (there := directory / _plain_name(file.name)).exists() and (there.is_dir() or _sha256(there) != file.sha256)
+    ]
+    if others:
+        raise InvalidRequest(
+            f"{directory} holds another {', '.join(others)}: download into an empty directory, or remove what is there"
+        )
 
 
 @contextmanager

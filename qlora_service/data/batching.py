@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,16 @@ def step_rows(step: int, rows: int, batch_size: int, epochs: float, max_steps: i
     first, last = step * batch_size, (step + 1) * batch_size
     if max_steps is None:
         last = min(last, _examples(rows, epochs))
-    orders: dict[int, list[int]] = {}
-    chosen = []
-    for position in range(first, last):
-        epoch, place = divmod(position, rows)
-        if epoch not in orders:
-            orders[epoch] = list(range(rows))
-            random.Random(f"epoch {seed} {epoch}").shuffle(orders[epoch])  # noqa: S311
-        chosen.append(orders[epoch][place])
-    return chosen
+    places = (divmod(position, rows) for position in range(first, last))
+    return [_epoch_order(rows, seed, epoch)[place] for epoch, place in places]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(rows: int, seed: int, epoch: int) -> array[int]:
+    """The epoch's permutation; kept for its next step, because a million rows take a second to shuffle."""
+    order = array("Q", range(rows))
+    random.Random(f"epoch {seed} {epoch}").shuffle(order)  # noqa: S311
+    return order
 
 
 def _examples(rows: int, epochs: float) -> int:

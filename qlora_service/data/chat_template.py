@@ -9,6 +9,7 @@ loop controls), so that a template renders here as it will at inference.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import secrets
@@ -28,6 +29,7 @@ Span = tuple[int, int]
 
 # Private-use characters no tokenizer or template gives a meaning: stand-ins for an answer in `_differing_region`.
 PROBES = ("\ue000", "\ue001")
+ERROR_CHARS = 500
 
 
 class TemplateError(Exception):
@@ -182,34 +184,59 @@ def _raise_exception(message: str) -> None:
 def serve(stdin: Any = sys.stdin, stdout: Any = sys.stdout) -> None:
     """Answer batches of conversations, one JSON line each way, until stdin ends.
 
-    The first line sets up: template, special_tokens, now, memory_bytes, row_chars. Each further line is a list of
-    [messages, trained, tools]; its answer is a list of {"text", "spans"} or {"error"}.
+    The first line sets up: template, special_tokens, now, memory_bytes, row_chars, cpu_s. Each further line is a
+    batch: rows, a list of [messages, trained, tools], and cpu_s; its answer is a list of {"text", "spans"} or
+    {"error"}. A line that takes more than about its cpu_s of processor time ends the process.
     """
     setup = json.loads(stdin.readline())
     resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"], setup["memory_bytes"]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _allow_cpu(setup["cpu_s"])
     try:
         template = ChatTemplate(setup["template"], setup["special_tokens"], datetime.fromisoformat(setup["now"]))
         answer: Any = {"ready": True}
     except TemplateError as error:
-        template, answer = None, {"error": str(error)}
+        template, answer = None, {"error": _shown(error)}
     print(json.dumps(answer), file=stdout, flush=True)
     for line in stdin:
-        answers = [_answer(template, row, setup["row_chars"]) for row in json.loads(line)]
+        batch = json.loads(line)
+        _allow_cpu(batch["cpu_s"])
+        answers = [_answer(template, row, setup["row_chars"]) for row in batch["rows"]]
         print(json.dumps(answers), file=stdout, flush=True)
+
+
+def _allow_cpu(seconds: float) -> None:
+    """From now on the kernel ends this process after `seconds` more of processor time, and at most a second later.
+
+    The parent kills a template that hangs; when the parent is gone, only this does.
+    """
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    limit_s = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
+    _, hard_s = resource.getrlimit(resource.RLIMIT_CPU)
+    # The soft limit ends the process too, and may be raised again up to the hard one.
+    soft_s = limit_s if hard_s == resource.RLIM_INFINITY else min(limit_s, hard_s)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft_s, hard_s))
 
 
 def _answer(template: ChatTemplate | None, row: Any, row_chars: int) -> dict[str, Any]:
     assert template is not None
     try:
         text, spans = template.render(*row)
+        text.encode()
+    except UnicodeEncodeError:
+        return {"error": "the chat template wrote half a surrogate pair, which is no character"}
     except TemplateError as error:
-        return {"error": str(error)}
+        return {"error": _shown(error)}
     except (MemoryError, RecursionError) as error:
         return {"error": f"the chat template ran out of bounds on this conversation ({type(error).__name__})"}
     if len(text) > row_chars:
         return {"error": f"the chat template made {len(text)} characters of this conversation; at most {row_chars}"}
     return {"text": text, "spans": spans}
+
+
+def _shown(error: TemplateError) -> str:
+    """The error's message, of which a template may choose any part, in whole characters and few."""
+    return str(error)[:ERROR_CHARS].encode(errors="backslashreplace").decode()
 
 
 if __name__ == "__main__":

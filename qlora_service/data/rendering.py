@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tokenizers import Encoding, Tokenizer
 
 from qlora_service.data.chat_template import Span
-from qlora_service.data.examples import Chat, Completion, SourceRow
-from qlora_service.data.template_process import RenderedChat, TemplateProcess
+from qlora_service.data.checks import MAX_FINDINGS
+from qlora_service.data.examples import Chat, Completion, Example, SourceRow
+from qlora_service.data.template_process import RenderedChat, TemplateProcess, characters
+from qlora_service.data.tokenizer_settings import read_tokenizer_settings
 from qlora_service.errors import Finding, InvalidModel
 from qlora_service.specs import Training
 
 BATCH_ROWS = 64
-MAX_FINDINGS = 100
+# Tokenizing holds 100 to 600 bytes for each token, and a character may be three tokens: some 0.3 GB at the worst.
+BATCH_CHARS = 1 << 18
+
+Item = TypeVar("Item")
 
 # For base models that bring no template of their own; stored with the adapter, so that it is used at inference too.
 PLAIN_TEMPLATE = (
@@ -56,7 +61,7 @@ class RenderedRow:
     input_ids: tuple[int, ...]
     trained: tuple[bool, ...]
     cut_tokens: int = 0
-    """Tokens that truncation took off the end."""
+    """Tokens that truncation took off the end; of an enormous text, only those that were counted."""
 
     @property
     def trained_tokens(self) -> int:
@@ -66,7 +71,7 @@ class RenderedRow:
 
 @dataclass(frozen=True)
 class UnusableRow:
-    """Why a row is not trained on. `too_long` is its length when that is the reason."""
+    """Why a row is not trained on. `too_long` is its length when that is the reason, at least (see `_encode`)."""
 
     finding: Finding
     too_long: int | None = None
@@ -77,24 +82,26 @@ class Renderer:
 
     def __init__(self, model_dir: Path, rules: RenderRules, now: datetime) -> None:
         self._rules = rules
-        config = _read_json(model_dir / "tokenizer_config.json")
+        settings = read_tokenizer_settings(model_dir)
         self._tokenizer = _load_tokenizer(model_dir / "tokenizer.json")
-        tokens = {
-            key: value["content"] if isinstance(value, dict) else value
-            for key, value in config.items()
-            if key.endswith("_token") and isinstance(value, str | dict)
-        }
+        tokens = dict(settings.special_tokens)
         self._eos = self._token_id(tokens.get("eos_token"))
-        self._stop_ids = _stop_ids(model_dir, self._eos)
+        if self._eos is None and settings.eos_token_ids:
+            self._eos = min(settings.eos_token_ids)
+            tokens["eos_token"] = self._tokenizer.id_to_token(self._eos) or ""
+        self._stop_ids = settings.eos_token_ids | ({self._eos} if self._eos is not None else set())
         self._special_ids = {
             token_id for token_id, added in self._tokenizer.get_added_tokens_decoder().items() if added.special
         }
         bos = self._token_id(tokens.get("bos_token"))
-        prefix = self._tokenizer.encode("", add_special_tokens=True).ids
-        self._bos = bos if bos is not None and prefix[:1] == [bos] else None
+        if bos is None and settings.bos_token_id is not None:
+            bos = settings.bos_token_id
+            tokens["bos_token"] = self._tokenizer.id_to_token(bos) or ""
+        (prefix,) = self._encodings([""], add_special_tokens=True)
+        self._bos = bos if bos is not None and prefix.ids[:1] == [bos] else None
         tokens.setdefault("eos_token", "")
         plain = ("{{ bos_token }}" if self._bos is not None else "") + PLAIN_TEMPLATE
-        self.chat_template: str = _chat_template(model_dir, config) or plain
+        self.chat_template: str = settings.chat_template or plain
         """The template in use: the model's, else `PLAIN_TEMPLATE`."""
         self._templates = TemplateProcess(self.chat_template, tokens, now)
 
@@ -110,28 +117,29 @@ class Renderer:
         """One result per row, in order.
 
         Raises:
-            InvalidModel: the chat template cannot be used at all.
+            InvalidModel: the chat template or the tokenizer cannot be used at all.
+            InvalidDataset: the chat template fails on too many rows.
         """
-        iterator = iter(rows)
-        while batch := list(islice(iterator, BATCH_ROWS)):
-            yield from self._render_batch(batch)
+        for drafts in _batches(self._drafts(rows), lambda draft: len(draft[1].text)):
+            encodings = self._encode([draft.text for _, draft in drafts])
+            for (row, draft), (encoding, is_whole) in zip(drafts, encodings, strict=True):
+                if draft.error is not None:
+                    yield _unusable(row, draft.error)
+                else:
+                    yield self._finish(row, draft, encoding, is_whole)
 
     def token_text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
-    def _render_batch(self, rows: list[SourceRow]) -> Iterator[RenderedRow | UnusableRow]:
-        chats = [row.example for row in rows if isinstance(row.example, Chat)]
-        rendered_chats = iter(self._templates.render(chats)) if chats else iter(())
-        drafts = [self._draft(row, rendered_chats) for row in rows]
-        encodings = self._tokenizer.encode_batch([draft.text for draft in drafts], add_special_tokens=False)
-        for row, draft, encoding in zip(rows, drafts, encodings, strict=True):
-            if draft.error is not None:
-                yield _unusable(row, draft.error)
-            else:
-                yield self._finish(row, draft, encoding)
+    def _drafts(self, rows: Iterable[SourceRow]) -> Iterator[tuple[SourceRow, RenderedChat]]:
+        """Each row with its text and its trained character spans."""
+        for batch in _batches(rows, lambda row: _characters(row.example)):
+            chats = [row.example for row in batch if isinstance(row.example, Chat)]
+            rendered_chats = iter(self._templates.render(chats)) if chats else iter(())
+            for row in batch:
+                yield row, self._draft(row, rendered_chats)
 
     def _draft(self, row: SourceRow, rendered_chats: Iterator[RenderedChat]) -> RenderedChat:
-        """The row's text and its trained character spans."""
         example = row.example
         if isinstance(example, Chat):
             return next(rendered_chats)
@@ -140,13 +148,42 @@ class Renderer:
             return RenderedChat(text, ((len(example.prompt), len(text)),))
         return RenderedChat(example.text, ((0, len(example.text)),))
 
-    def _finish(self, row: SourceRow, draft: RenderedChat, encoding: Encoding) -> RenderedRow | UnusableRow:
+    def _encode(self, texts: list[str]) -> list[tuple[Encoding, bool]]:
+        """The tokens of each text, and whether they are all: of an enormous one only the beginning is tokenized.
+
+        That beginning has over twice the tokens a row may have: text that follows changes no more than the last few.
+        """
+        if len(texts) > 1:
+            return [(encoding, True) for encoding in self._encodings(texts)]
+        (text,) = texts
+        size, limit = BATCH_CHARS, 2 * self._rules.max_seq_len_tokens
+        while True:
+            (encoding,) = self._encodings([text[:size]])
+            if size >= len(text) or len(encoding.ids) > limit:
+                return [(encoding, size >= len(text))]
+            size *= 2
+
+    def _encodings(self, texts: list[str], add_special_tokens: bool = False) -> list[Encoding]:
+        try:
+            encodings: list[Encoding] = self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+            raise InvalidModel(
+                f"the base model's tokenizer.json cannot tokenize ({error}): import the model with a sound one",
+                location="/base_model",
+            ) from None
+        return encodings
+
+    def _finish(
+        self, row: SourceRow, draft: RenderedChat, encoding: Encoding, is_whole: bool
+    ) -> RenderedRow | UnusableRow:
         ids: list[int] = encoding.ids
         trained = self._trained_tokens(draft, encoding)
         is_chat = isinstance(row.example, Chat)
         if not is_chat and self._bos is not None and ids[:1] != [self._bos]:
             ids, trained = [self._bos, *ids], [False, *trained]
-        ends_open = bool(ids) and trained[-1] and ids[-1] not in self._special_ids
+        # A template ends a turn with a special token of its choice; plain text ends with nothing else than a stop.
+        closing = self._special_ids if is_chat else self._stop_ids
+        ends_open = bool(ids) and trained[-1] and ids[-1] not in closing
         if self._eos is not None and ends_open:
             # Nothing ends the last answer: without a learned stop token the adapter would never stop.
             ids, trained = [*ids, self._eos], [*trained, True]
@@ -155,7 +192,8 @@ class Renderer:
         limit = self._rules.max_seq_len_tokens
         cut = max(0, len(ids) - limit)
         if cut and self._rules.too_long != "truncate":
-            return _unusable(row, f"{len(ids)} tokens long; max_seq_len_tokens is {limit}", too_long=len(ids))
+            length = f"{len(ids)}" if is_whole else f"over {len(ids)}"
+            return _unusable(row, f"{length} tokens long; max_seq_len_tokens is {limit}", too_long=len(ids))
         result = RenderedRow(row.line, draft.text, tuple(ids[:limit]), tuple(trained[:limit]), cut)
         if result.trained_tokens == 0:
             after = f" after {cut} tokens were cut off" if cut else ""
@@ -166,20 +204,26 @@ class Renderer:
         """Which tokens overlap a trained span; each span ends with its stop token, if it has one."""
         ids: list[int] = encoding.ids
         offsets: list[Span] = encoding.offsets
-        trained = [False] * len(ids)
+        # Offsets go forward, but for tokenizers that reorder characters; these two always do.
+        ends = list(accumulate((end for _, end in offsets), max))
+        starts = list(accumulate((start for start, _ in reversed(offsets)), min))[::-1]
+        special = [index for index, token_id in enumerate(ids) if token_id in self._special_ids]
+        changes = [0] * (len(ids) + 1)
         for start, end in draft.spans:
-            inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
-            if not inside:
+            first, last = bisect_right(ends, start), bisect_left(starts, end) - 1
+            if first > last:
                 continue
-            first, last = inside[0], inside[-1]
-            # Behind the stop token a template may put a line break that is never generated.
-            stop = next((i for i in range(last, first - 1, -1) if ids[i] in self._special_ids), None)
-            if stop is not None and draft.text[offsets[stop][1] : end].isspace():
-                last = stop
-            elif ids[last] not in self._special_ids and last + 1 < len(ids) and ids[last + 1] in self._stop_ids:
+            place = bisect_right(special, last) - 1
+            ending = special[place] if place >= 0 and special[place] >= first else None
+            stop_follows = last + 1 < len(ids) and ids[last + 1] in self._stop_ids
+            if stop_follows and (ending is None or ids[ending] not in self._stop_ids):
                 last += 1
-            trained[first : last + 1] = [True] * (last + 1 - first)
-        return trained
+            elif ending is not None and draft.text[offsets[ending][1] : end].isspace():
+                # Behind the stop token a template may put a line break that is never generated.
+                last = ending
+            changes[first] += 1
+            changes[last + 1] -= 1
+        return [depth > 0 for depth in accumulate(changes[:-1])]
 
     def _token_id(self, token: str | None) -> int | None:
         token_id: int | None = None if token is None else self._tokenizer.token_to_id(token)
@@ -242,11 +286,27 @@ def _unusable(row: SourceRow, reason: str, too_long: int | None = None) -> Unusa
     return UnusableRow(Finding(reason=reason, line=row.line, byte_offset=row.byte_offset), too_long)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    value = json.loads(path.read_text(encoding="utf-8"))
-    return value if isinstance(value, dict) else {}
+def _batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """The items in order, at most `BATCH_ROWS` at a time and `BATCH_CHARS` in all; a larger one comes alone."""
+    batch: list[Item] = []
+    total = 0
+    for item in items:
+        added = size(item)
+        if batch and (len(batch) == BATCH_ROWS or total + added > BATCH_CHARS):
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += added
+    if batch:
+        yield batch
+
+
+def _characters(example: Example) -> int:
+    if isinstance(example, Chat):
+        return characters([example.messages, example.tools])
+    if isinstance(example, Completion):
+        return len(example.prompt) + len(example.completion)
+    return len(example.text)
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
@@ -257,22 +317,3 @@ def _load_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _chat_template(model_dir: Path, config: dict[str, Any]) -> str | None:
-    """The model's template: chat_template.jinja, else the config's (the one named default, if there are several)."""
-    path = model_dir / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _stop_ids(model_dir: Path, eos: int | None) -> set[int]:
-    """Tokens that end generation: the tokenizer's, and those of generation_config.json."""
-    listed = _read_json(model_dir / "generation_config.json").get("eos_token_id")
-    ids = {listed} if isinstance(listed, int) else set(listed or ())
-    return ids | ({eos} if eos is not None else set())

@@ -68,8 +68,10 @@ def silence_dropout(base: torch.nn.Module) -> None:
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - an attribute of the model's own
+        # Many architectures keep a rate for F.dropout: dropout, attention_dropout, hidden_dropout, …
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def save_adapter(model: PeftModel, directory: Path, base_reference: str, revision: str | None) -> None:

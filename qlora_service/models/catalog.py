@@ -39,6 +39,8 @@ log = structlog.get_logger(__name__)
 
 RECORD = "qlora-model.json"
 Source = Literal["directory", "gguf", "hub"]
+# A GGUF file of 8B parameters takes minutes on a slow disk; what takes this long hangs.
+CONVERSION_S = 30 * 60.0
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _NAME = re.compile(rf"{_PART}(/{_PART})?(@{_PART})?")
@@ -259,14 +261,21 @@ def _copy(directory: Path, staged: staging.Staging, label: str) -> None:
 
 def _run_conversion(arguments: Sequence[str], staged: staging.Staging, label: str) -> None:
     """Runs `conversion` in a child process, which keeps the staging directory locked should we die."""
-    result = subprocess.run(
-        [sys.executable, "-m", "qlora_service.models.conversion", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        pass_fds=(staged.lock_fd,),
-        check=False,
-    )
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "qlora_service.models.conversion", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(staged.lock_fd,),
+            timeout=CONVERSION_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise Unavailable(
+            f"{label} could not be converted within {CONVERSION_S / 60:g} minutes, and the conversion was ended: "
+            "import it again on an idle machine, or import the model as a Hugging Face directory"
+        ) from None
     if result.returncode < 0:
         name = signal.Signals(-result.returncode).name
         raise Unavailable(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
 from collections.abc import Iterator
@@ -10,16 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_service.data.tokenizer_settings import CHAT_TEMPLATE, MAX_SETTINGS_BYTES, read_json, tokenizer_settings
 from qlora_service.errors import Finding, InvalidModel
 from qlora_service.models.safetensors_header import TensorEntry, read_header
 
-MIB = 2**20
 TOKENIZER_JSON = "tokenizer.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-MAX_JSON_BYTES = 4 * MIB
 # Gemma 3's, the largest in use, has 31.8 MiB.
-MAX_TOKENIZER_JSON_BYTES = 32 * MIB
+MAX_TOKENIZER_JSON_BYTES = 32 << 20
 
 # What a slow tokenizer is made of: any one of these sets is enough to build tokenizer.json from.
 SLOW_TOKENIZERS = ({"tokenizer.model"}, {"spiece.model"}, {"vocab.json", "merges.txt"}, {"vocab.txt"})
@@ -75,9 +73,10 @@ def inspect_model(directory: Path, label: str) -> ModelFacts:
             continue
         findings += _executable_content(path, name)
         if path.suffix == ".json":
-            documents[name] = _read_json(path, name, findings)
+            documents[name] = _read_object(path, name, findings)
     findings += _unusable_kind(names, documents)
     findings += _tokenizer_findings(root, names)
+    settings = tokenizer_settings(documents, root / CHAT_TEMPLATE, findings)
     sizes = _sizes(documents, findings)
     weight_files = _weight_files(names, documents, headers, findings)
     _raise(findings, label)
@@ -86,8 +85,7 @@ def inspect_model(directory: Path, label: str) -> ModelFacts:
         architecture=config["architectures"][0],
         model_type=config["model_type"],
         parameters=sum(entry.parameters for name in weight_files for entry in headers[name].values()),
-        chat_template="chat_template.jinja" in names
-        or bool(documents.get("tokenizer_config.json", {}).get("chat_template")),
+        chat_template=bool(settings.chat_template),
         weight_files=weight_files,
         **sizes,
     )
@@ -97,12 +95,14 @@ def inspect_settings(directory: Path, label: str) -> None:
     """Refuses, from its JSON files alone, what need not be downloaded further.
 
     Raises:
-        InvalidModel: a JSON file names code to run, or the weights are quantized or an adapter.
+        InvalidModel: a JSON file names code to run or holds what rendering cannot use, or the weights are
+            quantized or an adapter.
     """
     findings: list[str] = []
     paths = sorted(directory.glob("*.json"))
-    documents = {path.name: _read_json(path, path.name, findings) for path in paths}
+    documents = {path.name: _read_object(path, path.name, findings) for path in paths}
     findings += _unusable_kind(set(documents), documents)
+    tokenizer_settings(documents, directory / CHAT_TEMPLATE, findings)
     _raise(findings, label)
 
 
@@ -162,17 +162,10 @@ def _is_pickle(path: Path) -> bool:
         return True  # an archive that hides its content is treated as the worst it can be
 
 
-def _read_json(path: Path, name: str, findings: list[str]) -> Any:
-    """The document, or an empty one where it cannot be read; every finding about it is added."""
-    limit = MAX_TOKENIZER_JSON_BYTES if path.name == TOKENIZER_JSON else MAX_JSON_BYTES
-    if path.stat().st_size > limit:
-        findings.append(f"{name} is larger than {limit // MIB} MiB")
-        return {}
-    try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        findings.append(f"{name} is not valid JSON")
-        return {}
+def _read_object(path: Path, name: str, findings: list[str]) -> dict[str, Any]:
+    """The document, or an empty one where it is no object; every finding about it is added."""
+    limit_bytes = MAX_TOKENIZER_JSON_BYTES if path.name == TOKENIZER_JSON else MAX_SETTINGS_BYTES
+    document = read_json(path, name, findings, limit_bytes)
     findings += [
         f"{name} has {pointer}: code from the model's repository is never run" for pointer in _code_keys(document)
     ]

@@ -33,18 +33,24 @@ def load_base(
             bnb_4bit_compute_dtype=compute_dtype,
         )
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             model_dir,
             dtype=compute_dtype,
             quantization_config=config,
             device_map={"": device},
-            attn_implementation="sdpa",
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
         raise InvalidModel(f"the base model at {model_dir.name} cannot be loaded: {error}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        # transformers would go on with random weights in their place.
+        raise InvalidModel(
+            f"the base model at {model_dir.name} lacks {len(missing)} weights, such as {missing[0]}: import it whole"
+        )
     model.requires_grad_(False)
     model.config.use_cache = False
     guard_linear4bit(model, compute_dtype)

@@ -73,17 +73,22 @@ def isolate_documents(model: PreTrainedModel) -> Isolation:
             f"{type(model).__name__} cannot be trained here: its forward pass takes other arguments ({error})"
         ) from error
     chosen: Isolation = "alone"
-    ways: tuple[tuple[Isolation, str], ...] = (("per_document", PER_DOCUMENT), ("mask", "sdpa"))
+    own = model.config._attn_implementation
+    ways: tuple[tuple[Isolation, str], ...] = (("per_document", PER_DOCUMENT), ("mask", own))
     for isolation, implementation in ways[0 if _causal_layers_only(model) else 1 :]:
         try:
             model.set_attn_implementation(implementation)
             packed = forward(model, collate([first, second], device))[-alone.shape[0] :]
-        except (TypeError, ValueError, KeyError):
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, KeyError, RuntimeError):
             continue  # the architecture takes neither the argument nor the implementation
         tolerance = TOLERANCE.get(alone.dtype, LOW_PRECISION_TOLERANCE)
         if (alone - packed).abs().max() <= tolerance * alone.abs().max():
             chosen = isolation
             break
+    else:
+        model.set_attn_implementation(own)
     model.train(was_training)
     return chosen
 

@@ -151,7 +151,10 @@ def step_seed(seed: int, step: int) -> int:
 
 def _check_every_parameter_learns(model: torch.nn.Module) -> None:
     """Raises: JobFailed, naming adapter weights that the backward pass of the first step did not reach."""
-    cut_off = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    learned = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    if not any(gradient is not None and gradient.any() for gradient in learned.values()):
+        raise JobFailed("no gradient reaches the adapter", reason=FailureReason.INTERNAL, step=1)
+    cut_off = [name for name, gradient in learned.items() if gradient is None]
     if cut_off:
         raise JobFailed(
             f"no gradient reaches {len(cut_off)} adapter weights, such as {cut_off[0]}: leave modules that take no "

@@ -29,6 +29,8 @@ from qlora_service.store.database import Database
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_UPLOAD_BYTES = 4 * 2**20
+# TestClient's own name is none that the service is asked under.
+URL = "http://localhost:8080"
 FILES = {
     "adapter_model.safetensors": bytes(range(256)) * 300,
     "adapter_config.json": b'{"r": 16}',
@@ -78,7 +80,7 @@ def settings(tmp_path: Path, models_dir: Path) -> Settings:
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[TestClient]:
-    with TestClient(create_app(settings)) as client:
+    with TestClient(create_app(settings), URL) as client:
         yield client
 
 
@@ -143,7 +145,7 @@ def publish(claim: Claim, settings: Settings, outbox: Path) -> None:
 @pytest.fixture(scope="module")
 def bare_client(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[TestClient]:
     """An application that holds a model and nothing else, for requests that are refused: they leave it as it is."""
-    with TestClient(create_app(settings_in(tmp_path_factory.mktemp("bare"), models_dir))) as client:
+    with TestClient(create_app(settings_in(tmp_path_factory.mktemp("bare"), models_dir)), URL) as client:
         yield client
 
 
@@ -169,7 +171,8 @@ def call(app: ASGIApp, method: str, path: str, received: Sequence[Message]) -> l
     """What the application sends when it receives these messages: what a client of the wire would not see too."""
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
-        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": [],
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+        "headers": [(b"host", b"localhost")],
         "server": ("test", 80), "client": ("test", 1),
     }  # fmt: skip
     pending, sent = list(received), list[Message]()

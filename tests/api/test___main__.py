@@ -62,9 +62,10 @@ def test_server_answers_logs_and_stops_clean(start_server: Callable[..., Server]
     assert too_large.status_code == 413
     assert server.stop() < 2
     assert server.process.returncode == -15
-    requests = [line for line in server.lines() if line["event"] == "request"]
-    assert [(line["path"], line["status"]) for line in requests] == [("/readyz", 200), ("/datasets", 413)]
-    assert len({line["request_id"] for line in requests}) == 2
+    # What merely reads is logged for those who debug.
+    (request,) = [line for line in server.lines() if line["event"] == "request"]
+    assert (request["path"], request["status"], request["level"]) == ("/datasets", 413, "info")
+    assert str(request["request_id"]).startswith("req_")
     assert "Traceback" not in server.log.read_text()
     assert list(settings.tmp_dir.iterdir()) == []
 
@@ -75,7 +76,9 @@ def test_upload_that_a_kill_interrupts_is_gone_after_the_next_start(
     server = start_server()
     port = int(server.url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(b"POST /datasets HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n" + b"x" * 2_000_000)
+        connection.sendall(
+            b"POST /datasets HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000000\r\n\r\n" + b"x" * 2_000_000
+        )
         deadline = time.monotonic() + 10
         while not any(path.stat().st_size for path in scratch_files(settings)):
             assert time.monotonic() < deadline

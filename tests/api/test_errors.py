@@ -1,12 +1,25 @@
 from __future__ import annotations
 
+import errno
+import sqlite3
+from pathlib import Path
+
 import pytest
+import sqlalchemy as sa
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from obstore.exceptions import GenericError
+from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
 
 from api.errors import located, status_of
+from api.main import create_app
+from api.request_log import RequestLog
 from qlora_service import errors
 from qlora_service.errors import InvalidDataset, InvalidModel, QLoRAError
 from qlora_service.settings import Settings
+from qlora_service.store import database
+from tests.api.conftest import URL, chat_rows
 
 SHAPE = {"code", "message", "location", "findings", "details"}
 
@@ -56,14 +69,90 @@ def test_wrong_parameters_are_all_named(bare_client: TestClient) -> None:
 
 
 def test_unavailable_says_when_to_try_again(settings: Settings) -> None:
-    from api.main import create_app
-
     app = create_app(settings)
-    with TestClient(app) as client:
+    with TestClient(app, URL) as client:
         app.state.draining = True
         response = client.get("/readyz")
     assert response.status_code == 503
     assert response.headers["Retry-After"] == "5"
+
+
+def failing_client(error: Exception) -> TestClient:
+    """An application whose one route fails so."""
+    app = FastAPI()
+    app.add_middleware(RequestLog)
+
+    @app.get("/")
+    def fail() -> None:
+        raise error
+
+    return TestClient(app)
+
+
+def sqlite_error(statement: str, *, pragma: str = "") -> OperationalError:
+    """What a real SQLite says."""
+    engine = sa.create_engine("sqlite://")
+    try:
+        with engine.connect() as connection:
+            connection.exec_driver_sql("CREATE TABLE t (a)")
+            if pragma:
+                connection.exec_driver_sql(pragma)
+            connection.exec_driver_sql(statement)
+    except OperationalError as error:
+        return error
+    finally:
+        engine.dispose()
+    raise AssertionError(f"SQLite does not refuse {statement}")
+
+
+def full_disk() -> OSError:
+    with pytest.raises(OSError, match="No space left") as caught, Path("/dev/full").open("wb", buffering=0) as file:
+        file.write(b"x")
+    return caught.value
+
+
+def full_artifact_store() -> GenericError:
+    return GenericError("Generic LocalFileSystem error: Unable to copy data to file: No space left (os error 28)")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        full_disk(),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        full_artifact_store(),
+        sqlite_error("INSERT INTO t VALUES (zeroblob(1000000))", pragma="PRAGMA max_page_count = 3"),
+    ],
+    ids=["disk", "quota", "artifact store", "SQLite"],
+)
+def test_full_disk_is_a_reason_to_try_again(error: Exception) -> None:
+    with capture_logs() as lines:
+        response = failing_client(error).get("/")
+    assert response.status_code == 503
+    assert response.headers["Retry-After"] == "5"
+    assert response.json()["error"]["code"] == "unavailable"
+    assert "no space left" in response.json()["error"]["message"]
+    assert [(line["event"], line["log_level"]) for line in lines] == [("outage", "warning"), ("request", "info")]
+
+
+def test_locked_database_is_a_reason_to_try_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 50)
+    with TestClient(create_app(settings), URL) as client:
+        lock = sqlite3.connect(settings.resolved_data_dir / "state.db", isolation_level=None)
+        lock.execute("BEGIN IMMEDIATE")
+        response = client.post("/datasets", content=chat_rows(2))
+        lock.close()
+        assert client.post("/datasets", content=chat_rows(2)).status_code == 201
+    assert response.status_code == 503
+    assert response.headers["Retry-After"] == "5"
+    assert "locked" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError("no"), sqlite_error("SELECT nothing"), GenericError("(os error 13)")]
+)
+def test_defects_are_no_outage(error: Exception) -> None:
+    assert failing_client(error).get("/").status_code == 500
 
 
 def test_route_says_where_an_error_belongs() -> None:

@@ -34,6 +34,16 @@ def test_each_request_is_one_line(bare_client: TestClient) -> None:
     assert "secret" not in str(line)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "level"),
+    [("GET", "/jobs", "debug"), ("GET", "/nothing", "info"), ("HEAD", "/nothing", "info"), ("POST", "/jobs", "info")],
+)
+def test_polls_are_logged_for_those_who_debug(bare_client: TestClient, method: str, path: str, level: str) -> None:
+    with capture_logs() as lines:
+        bare_client.request(method, path)
+    assert [line["log_level"] for line in lines] == [level]
+
+
 def test_rows_are_never_logged(client: TestClient) -> None:
     with capture_logs() as lines:
         client.post("/datasets", content=chat_rows(2, answer=SECRET))

@@ -181,7 +181,7 @@ def test_unreadable_rows_are_told_with_a_dataset_that_exists(service: Service, u
     # The second time the content is known, and its first id is the one to name.
     for submission in (submit(service, path), submit(service, path)):
         (warning,) = submission.warnings
-        assert warning.startswith("1 rows of the upload cannot be read")
+        assert warning.startswith("1 rows of the upload are left out")
         service.get_dataset(warning.rsplit("/", 1)[-1])
 
 

@@ -1,11 +1,16 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from qlora_service.artifacts.store import ArtifactStore
-from qlora_service.settings import Settings
+from qlora_service.settings import Settings, read_settings
 from qlora_service.store.database import Database
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +59,57 @@ def test_impossible_value_is_refused(monkeypatch: pytest.MonkeyPatch, name: str,
     monkeypatch.setenv(f"QLORA_{name}", value)
     with pytest.raises(ValidationError, match=name.lower()):
         Settings()
+
+
+def test_allowed_hosts_are_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().allowed_host_names == frozenset()
+    monkeypatch.setenv("QLORA_ALLOWED_HOSTS", "GPU.example, 10.0.0.7,::2 ,")
+    assert Settings().allowed_host_names == {"gpu.example", "10.0.0.7", "::2"}
+
+
+@pytest.mark.parametrize("value", ["https://gpu.example", "gpu.example:8080", "gpu.example/x", "a b", "[::2]"])
+def test_allowed_host_with_more_than_a_name_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("QLORA_ALLOWED_HOSTS", f"ok.example,{value}")
+    with pytest.raises(ValidationError, match="is no host name"):
+        Settings()
+
+
+def test_what_is_given_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_PORT", "9000")
+    monkeypatch.setenv("QLORA_HOST", "::1")
+    settings = read_settings(port=9001, host=None)
+    assert (settings.port, settings.host) == (9001, "::1")
+
+
+def test_settings_that_cannot_be_used_end_the_process_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QLORA_PORT", "eighty")
+    monkeypatch.setenv("QLORA_SLOTS", "0")
+    with pytest.raises(SystemExit) as caught:
+        read_settings()
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "QLORA_PORT: Input should be a valid integer" in line
+    assert "QLORA_SLOTS: " in line
+
+
+def test_settings_that_do_not_fit_together_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QLORA_HEARTBEAT_S", "20")
+    with pytest.raises(SystemExit):
+        read_settings()
+    assert "cannot be used: QLORA_HEARTBEAT_S is 20: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["api", "workers", "qlora_service.cli"])
+def test_every_program_says_so_in_one_line(program: str) -> None:
+    arguments = ["jobs"] if program == "qlora_service.cli" else []
+    result = subprocess.run(
+        [sys.executable, "-m", program, *arguments],
+        cwd=ROOT, env=os.environ | {"QLORA_LEASE_S": "x"}, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "QLORA_LEASE_S: " in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ from typing import Any
 import pytest
 import torch
 
+import workers.attempt
 from qlora_service.artifacts.manifest import Manifest
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.errors import InvalidModel, JobFailed, NotFound
 from qlora_service.jobs import FailureReason
+from qlora_service.models.adapters import load_adapter
 from qlora_service.models.nf4 import load_base
+from qlora_service.specs import parse_spec
 from qlora_service.training.loop import EvaluationMetrics, Losses, StepMetrics
 from tests.tiny_training import Recorder
-from tests.workspace import Workspace
-from workers.attempt import AttemptInputs, certify, run_attempt
+from tests.workspace import ROWS, Workspace
+from workers.attempt import AttemptInputs, certify, outcome_warnings, run_attempt
 from workers.trainer import as_failure
 
 
@@ -70,6 +74,7 @@ def test_everything_is_published_and_the_certificate_holds(workspace: Workspace)
     assert manifest.spec["training"]["max_steps"] == 3
     assert manifest.versions["bitsandbytes"]
     assert manifest.held_out["rows"] == 2
+    assert manifest.plan["isolation"] == "per_document"
     certificate = result["certificate"]
     assert isinstance(certificate, dict)
     assert certificate["difference"] == 0.0
@@ -157,6 +162,12 @@ def test_a_reloaded_loss_that_differs_is_no_success(loss: float) -> None:
     assert failure.value.details["reason"] == FailureReason.CERTIFICATE
 
 
+def test_a_job_that_made_things_worse_says_so() -> None:
+    assert outcome_warnings(Losses(before=2.0, after=1.9)) == []
+    (warning,) = outcome_warnings(Losses(before=2.0, after=7.28))
+    assert "rose from 2.0000 to 7.2800" in warning
+
+
 def test_the_certified_loss_is_that_of_the_published_adapter(workspace: Workspace) -> None:
     """Weights that are lost between training and publishing fail the job."""
     inputs = attempt(workspace, workspace.submit())
@@ -215,3 +226,124 @@ def test_an_observer_may_stop_the_attempt(workspace: Workspace) -> None:
         run_attempt(inputs, Stopper(), lambda *_: None, inputs.scratch / "metrics.jsonl")
     with pytest.raises(NotFound):
         published(inputs, "manifest.json")
+
+
+def spy_on_training(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `train` is called with."""
+    seen: dict[str, Any] = {}
+    real = workers.attempt.train
+
+    def spy(model: Any, rows_of_step: Any, held_out: Any, **settings: Any) -> Any:
+        seen.update(settings, model=model, held_out={row.line for row in held_out})
+        seen["first_a"] = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_A" in n}
+        seen["trained"] = {row.line for step in range(50) for row in rows_of_step(step)}
+        seen["checkpointing"] = model.get_base_model().is_activation_checkpointing
+        return real(model, rows_of_step, held_out, **settings)
+
+    monkeypatch.setattr(workers.attempt, "train", spy)
+    return seen
+
+
+def test_held_out_rows_are_never_trained_on(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = spy_on_training(monkeypatch)
+    run(attempt(workspace, workspace.submit()))
+    assert len(seen["held_out"]) == 2
+    assert seen["trained"] == set(range(1, 41)) - seen["held_out"]
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_spec_reaches_the_training(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    seen = spy_on_training(monkeypatch)
+    run(attempt(workspace, workspace.submit(seed=0)))
+    first = seen["first_a"]
+    wanted = {"max_steps": None, "epochs": 0.3, "seed": 7, "micro_batch_tokens": 77}
+    run(attempt(workspace, workspace.submit(**wanted, gradient_checkpointing=checkpointing)))
+    assert seen["total_steps"] == 3  # 11 of 38 rows, 4 a step
+    assert seen["micro_batch_tokens"] == 77
+    assert seen["training"].seed == 7
+    assert seen["checkpointing"] is checkpointing
+    assert not any(torch.equal(a, first[name]) for name, a in seen["first_a"].items())
+
+
+def test_documents_that_cannot_be_kept_apart_run_alone(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = spy_on_training(monkeypatch)
+    monkeypatch.setattr(workers.attempt, "isolate_documents", lambda model: "alone")
+    run(attempt(workspace, workspace.submit()))
+    assert seen["micro_batch_tokens"] == 1
+
+
+def test_without_all_files_there_is_no_manifest(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = attempt(workspace, workspace.submit())
+    put_file = ArtifactStore.put_file
+
+    def full_disk(store: ArtifactStore, key: str, path: Path) -> None:
+        if key.endswith("tokenizer.json"):
+            raise OSError(28, "No space left on device")
+        put_file(store, key, path)
+
+    monkeypatch.setattr(ArtifactStore, "put_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        run(inputs)
+    with pytest.raises(NotFound):
+        published(inputs, "manifest.json")
+
+
+@pytest.mark.parametrize("damage", [0.5, float("nan")])
+def test_an_adapter_that_reloads_differently_is_no_success(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, damage: float
+) -> None:
+    def spoilt(base: Any, directory: Path) -> Any:
+        model = load_adapter(base, directory)
+        next(p for name, p in model.named_parameters() if "lora_B" in name).data.add_(damage)
+        return model
+
+    monkeypatch.setattr(workers.attempt, "load_adapter", spoilt)
+    with pytest.raises(JobFailed, match="not what was trained") as failure:
+        run(attempt(workspace, workspace.submit()))
+    assert failure.value.details["reason"] == FailureReason.CERTIFICATE
+
+
+def test_the_certificate_is_of_the_published_bytes_alone(workspace: Workspace) -> None:
+    inputs = attempt(workspace, workspace.submit())
+
+    def forget_local_files(phase: str, _: int | None) -> None:
+        if phase == "certifying":
+            shutil.rmtree(inputs.scratch / "adapter")
+
+    run(inputs, forget_local_files)
+
+
+def test_every_part_of_the_spec_is_used(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    seen = spy_on_training(monkeypatch)
+    now: list[object] = []
+    renderer = workers.attempt.Renderer
+    monkeypatch.setattr(workers.attempt, "Renderer", lambda *given: (now.append(given[2]), renderer(*given))[1])
+    splits = []
+    split = workers.attempt.split_rows
+    monkeypatch.setattr(workers.attempt, "split_rows", lambda *given: (splits.append(given), split(*given))[1])
+    spec = {
+        "base_model": "tiny",
+        "dataset": {"rows": ROWS},
+        "validation": {"fraction": 0.2, "max_rows": 5},
+        "quantization": {"type": "none", "compute_dtype": "float32"},
+        "training": {"max_steps": 30, "batch_size": 1, "max_seq_len_tokens": 128, "train_on": "all", "seed": 7},
+        "evaluation": {"every_steps": 11},
+    }
+    inputs = attempt(workspace, workspace.service.submit(parse_spec(spec)).job.id)
+    run(inputs)
+    assert seen["evaluate_every"] == 11
+    assert now == [inputs.job.created_at]
+    assert splits == [(40, 0.2, 5, 7)]
+    assert len(seen["held_out"]) == 5
+    base = seen["model"].get_base_model()
+    assert not getattr(base, "is_quantized", False)
+    assert base.get_input_embeddings().weight.dtype == torch.float32
+    manifest = Manifest.model_validate_json(published(inputs, "manifest.json"))
+    assert manifest.plan["compute_dtype"] == "float32"
+    records = [json.loads(line) for line in published(inputs, "held_out.jsonl").splitlines()]
+    assert all(all(record["trained"]) for record in records)
+    template = (workspace.catalog.get("tiny").path / "chat_template.jinja").read_bytes()
+    assert published(inputs, "chat_template.jinja") == template

@@ -69,7 +69,9 @@ def test_cancel_stops_a_running_job_at_the_next_step(workspace: Workspace) -> No
     with workspace.worker():
         workspace.wait(job_id, lambda job: job.step >= 1)
         workspace.service.cancel(job_id)
+        asked_at = time.monotonic()
         assert workspace.wait_for_end(job_id).status is JobStatus.CANCELLED
+        assert time.monotonic() - asked_at < 10  # long before the grace period's end
         assert no_trainer_within(job_id, 5)
 
 
@@ -149,20 +151,17 @@ def test_a_job_whose_base_changed_since_it_was_posted_is_failed(workspace: Works
     assert "other weights" in job.error["message"]
 
 
-def test_a_slot_survives_what_nobody_foresaw(workspace: Workspace) -> None:
-    """A log directory that vanished: the attempt cannot be made, the next one can."""
-    first = workspace.submit()
+def test_an_attempt_that_cannot_be_started_is_failed_and_the_slot_goes_on(workspace: Workspace) -> None:
     logs = workspace.settings.data_dir / "logs"
     with workspace.worker():
         while not logs.is_dir():
             time.sleep(0.05)
         logs.rmdir()
         logs.write_text("in the way")
-        second = workspace.submit()
-        assert {workspace.wait_for_end(job_id).status for job_id in (first, second)} <= {
-            JobStatus.FAILED,
-            JobStatus.SUCCEEDED,
-        }
+        failed = workspace.wait_for_end(workspace.submit())
+        assert failed.status is JobStatus.FAILED
+        assert failed.error is not None
+        assert "could not be started" in failed.error["message"]
         logs.unlink()
         logs.mkdir()
         assert workspace.wait_for_end(workspace.submit()).status is JobStatus.SUCCEEDED
@@ -184,3 +183,27 @@ def test_one_slot_per_gpu_and_at_least_one() -> None:
     assert make_slots(None, ["GPU-a", "GPU-b"]) == [Slot(0, "GPU-a"), Slot(1, "GPU-b")]
     assert make_slots(1, ["GPU-a", "GPU-b"]) == [Slot(0, "GPU-a")]
     assert Slot(0, "GPU-a").environment()["CUDA_VISIBLE_DEVICES"] == "GPU-a"
+
+
+def test_a_trainer_that_hangs_is_killed_when_its_job_is_cancelled(workspace: Workspace) -> None:
+    job_id = workspace.submit(**ENDLESS)
+    with workspace.worker(QLORA_CANCEL_GRACE_S="1", QLORA_LEASE_S="60"):
+        workspace.wait(job_id, lambda job: job.step >= 1)
+        (pid,) = trainer_pids(job_id)
+        os.kill(pid, signal.SIGSTOP)
+        workspace.service.cancel(job_id)
+        job = workspace.wait(job_id, lambda job: job.status.terminal, limit_s=10)
+        assert job.status is JobStatus.CANCELLED
+        assert no_trainer_within(job_id, 1)
+
+
+def test_a_trainer_that_hangs_does_not_hold_up_the_workers_stop(workspace: Workspace) -> None:
+    job_id = workspace.submit(**ENDLESS)
+    with workspace.worker(QLORA_LEASE_S="60") as worker:
+        workspace.wait(job_id, lambda job: job.step >= 1)
+        (pid,) = trainer_pids(job_id)
+        os.kill(pid, signal.SIGSTOP)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(12) == 0
+        assert not trainer_pids(job_id)
+        assert workspace.service.get_job(job_id).status is JobStatus.QUEUED

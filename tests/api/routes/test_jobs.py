@@ -48,7 +48,8 @@ def test_one_form_brings_dataset_and_config(client: TestClient) -> None:
     job = response.json()
     dataset = client.get(f"/datasets/{job['dataset_id']}").json()
     assert (dataset["filename"], dataset["usable_rows"]) == ("rows.jsonl", 4)
-    assert job["warnings"] == [f"1 rows of the upload cannot be read and are left out: GET /datasets/{dataset['id']}"]
+    (warning,) = job["warnings"]
+    assert warning.startswith("1 rows of the upload are left out: line ")
 
 
 def test_config_may_be_sent_as_a_file_and_name_a_stored_dataset(client: TestClient, dataset_id: str) -> None:
@@ -66,7 +67,12 @@ def test_config_may_be_sent_as_a_file_and_name_a_stored_dataset(client: TestClie
         ({"dataset": {"rows": ROWS}}, 422, "invalid_spec", "/base_model"),
         (spec_of(dataset={"rows": ROWS}, adapter={"r": 0}), 422, "invalid_spec", "/adapter/r"),
         (spec_of(dataset={"rows": ROWS}, trainer={}), 422, "invalid_spec", "/trainer"),
-        (spec_of(dataset={"rows": ROWS}, training={}), 422, "invalid_spec", "/training/max_seq_len_tokens"),
+        (
+            spec_of(dataset={"rows": ROWS}, training={"max_seq_len_tokens": 10**6}),
+            422,
+            "invalid_spec",
+            "/training/max_seq_len_tokens",
+        ),
         (spec_of(dataset={"rows": ROWS, "id": "ds_1"}), 422, "invalid_spec", "/dataset"),
         (spec_of(dataset={"rows": []}), 422, "invalid_dataset", "/dataset"),
         (spec_of(dataset={"rows": [{"a": 1}]}), 422, "invalid_dataset", "/dataset"),
@@ -100,6 +106,21 @@ def test_misspelt_field_is_answered_with_the_nearest_name(bare_client: TestClien
 def test_all_faults_are_listed_at_once(bare_client: TestClient) -> None:
     error = bare_client.post("/jobs", json={"adapter": {"r": 0}, "training": {"epochs": -1}}).json()["error"]
     assert {finding["pointer"] for finding in error["findings"]} == {"/base_model", "/adapter/r", "/training/epochs"}
+
+
+def test_inline_rows_are_named_by_their_place_in_the_body(bare_client: TestClient) -> None:
+    broken = [{"messages": []}, {"messages": [{"role": "user", "content": 1}]}]
+    error = bare_client.post("/jobs", json=spec_of(dataset={"rows": broken, "shape": "messages"})).json()["error"]
+    first, second = error["findings"]
+    assert first["pointer"] == "/dataset/rows/0/messages"
+    assert second["pointer"].startswith("/dataset/rows/1/messages/0")
+    assert "line" not in first
+
+
+def test_inline_rows_over_the_limit_are_named_by_their_place_in_the_body(bare_client: TestClient) -> None:
+    long = json.loads(chat_rows(1, answer="very long " * 200))
+    error = bare_client.post("/jobs", json=spec_of(dataset={"rows": [*ROWS, long]})).json()["error"]
+    assert [finding["pointer"] for finding in error["findings"]] == ["/dataset/rows/4"]
 
 
 def test_rows_over_the_limit_are_named_by_line(bare_client: TestClient, nothing_stored: Callable[[], None]) -> None:

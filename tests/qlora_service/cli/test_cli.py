@@ -24,8 +24,8 @@ def test_every_command_explains_itself(run: Any, command: tuple[str, ...]) -> No
 def test_unusable_setting_is_one_message(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_PORT", "eighty")
     outcome = run("jobs")
-    assert outcome.code == 1
-    assert outcome.stderr.startswith("error: setting QLORA_PORT: ")
+    assert outcome.code == 2
+    assert outcome.stderr.startswith("error: these settings cannot be used: QLORA_PORT: ")
     assert outcome.stderr.count("\n") == 1
 
 

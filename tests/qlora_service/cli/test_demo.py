@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_service.cli.demo import GGUF, MODEL, SPEC, WHEEL, ask, ensure_smollm2
+from qlora_service.cli.demo import GGUF, MODEL, SPEC, WHEEL, _forget_earlier_run, ask, ensure_smollm2
 from qlora_service.errors import JobFailed, Unavailable
 from qlora_service.models.catalog import Catalog
 from qlora_service.specs import parse_spec
@@ -42,3 +42,11 @@ def test_spec_of_the_demo_is_valid() -> None:
 def test_unusable_adapter_fails_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(JobFailed, match="cannot be used"):
         ask(tiny_model, tmp_path, ["anything?"])
+
+
+def test_an_earlier_demos_jobs_are_forgotten_and_its_model_is_kept(tmp_path: Path) -> None:
+    for name in ("models/m/config.json", "artifacts/jobs/x", "state.db", "state.db-wal"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    _forget_earlier_run(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "m", "models"]

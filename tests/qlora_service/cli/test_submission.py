@@ -69,6 +69,25 @@ def test_flags_override_the_file(run: Any, client: Client, rows: Path, tmp_path:
     assert training["optim"] == "adamw_torch"
 
 
+@pytest.mark.parametrize(
+    ("flags", "steps", "epochs"),
+    [
+        (("--epochs", 2), None, 2),
+        (("--set", "training.epochs=2"), None, 2),
+        (("--epochs", 2, "--max-steps", 5), 5, 2),
+        (("--epochs", 2, "--set", "training.max_steps=5"), 5, 2),
+        ((), 9, 1),
+    ],
+)
+def test_typed_epochs_win_over_the_steps_of_the_file(
+    run: Any, client: Client, rows: Path, tmp_path: Path, flags: tuple[object, ...], steps: int | None, epochs: float
+) -> None:
+    config = tmp_path / "spec.yaml"
+    config.write_text("base_model: tiny\ntraining: {max_steps: 9, max_seq_len_tokens: 64}\n")
+    training = spec_of(client, run("submit", rows, "--config", config, *flags).stdout.strip())["training"]
+    assert (training["max_steps"], training["epochs"]) == (steps, epochs)
+
+
 def test_json_file_is_a_configuration_too(run: Any, client: Client, rows: Path, tmp_path: Path) -> None:
     config = tmp_path / "spec.json"
     config.write_text(json.dumps({"base_model": "tiny", "training": {"max_steps": 3, "max_seq_len_tokens": 64}}))
@@ -99,6 +118,8 @@ def test_misspelt_field_is_reported_with_line_and_nearest_name(
         ("base_model: [tiny\n", "spec.yaml:2: "),
         ("- tiny\n", "spec.yaml:1: expected fields"),
         ("", "spec.yaml:1: expected fields"),
+        ("base_model: tiny\ntraining: &t {optim: *t}\n", "alias"),
+        ("[" * 2000, "nested too deeply"),
     ],
 )
 def test_file_that_is_no_configuration_is_refused(
@@ -127,7 +148,7 @@ def test_warnings_go_to_stderr(run: Any, client: Client, rows: Path) -> None:
         file.write('{"prompt": 1}\n')
     outcome = run("submit", rows, "--base-model", "tiny", *SHORT)
     assert outcome.code == 0
-    assert "warning: 1 rows of the upload cannot be read" in outcome.stderr
+    assert "warning: 1 rows of the upload " in outcome.stderr
     assert client.get(outcome.stdout.strip()).status == "queued"
 
 
@@ -146,6 +167,8 @@ def test_unknown_base_model_is_refused_by_the_service(run: Any, rows: Path) -> N
         (("rows.jsonl", "--set", "training.optim"), "write FIELD=VALUE"),
         (("rows.jsonl", "--set", "name.first=a", "--set", "base_model.x=1"), "cannot be set: base_model holds no"),
         (("rows.jsonl", "--set", "training.max_steps=many"), "/training/max_steps"),
+        (("rows.jsonl", "--epochs", 2, "--set", "training=5"), "/training"),
+        (("--set", "dataset.rows=&x [*x]"), "/dataset/rows"),
     ],
 )
 def test_command_that_cannot_work_is_refused_before_it_is_sent(

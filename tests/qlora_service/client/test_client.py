@@ -253,3 +253,25 @@ def test_sdk_needs_the_base_dependencies_only() -> None:
     heavy = ("torch", "transformers", "fastapi", "sqlalchemy", "obstore", "pyarrow", "tokenizers", "numpy")
     code = f"import sys, qlora_service.client; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_download_leaves_files_of_others_alone(
+    api: RunningApi, client: Client, queue: Queue, claim: Claim, tmp_path: Path
+) -> None:
+    succeed(api.data_dir, queue, claim, FILES)
+    mine = tmp_path / "out" / "adapter_config.json"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(InvalidRequest, match=r"holds another adapter_config\.json"):
+        client.download(claim.job_id, mine.parent)
+    assert list(mine.parent.iterdir()) == [mine]
+    assert mine.read_text() == "mine"
+
+
+def test_download_into_a_file_is_refused(
+    api: RunningApi, client: Client, queue: Queue, claim: Claim, tmp_path: Path
+) -> None:
+    succeed(api.data_dir, queue, claim, FILES)
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidRequest, match="choose another directory"):
+        client.download(claim.job_id, tmp_path / "file")

@@ -1,4 +1,5 @@
 import random
+import time
 from collections import Counter
 
 import pytest
@@ -116,7 +117,19 @@ def test_order_differs_between_epochs_and_seeds() -> None:
 def test_order_of_a_seed_is_the_same_in_every_version() -> None:
     """A job is resumed and repeated by it; the numbers are what CPython's Mersenne Twister gives since 3.2."""
     assert step_rows(0, 8, 8, 1.0, None, 0) == [4, 6, 1, 3, 2, 5, 7, 0]
+    assert step_rows(1, 10, 8, 3.0, None, 7) == [8, 2, 7, 6, 9, 2, 5, 8]
     assert split_rows(8, 0.25, 256, 0).held_out == (0, 6)
+
+
+def test_later_steps_of_an_epoch_do_not_shuffle_it_again() -> None:
+    def seconds(steps: range) -> float:
+        start = time.thread_time()
+        for step in steps:
+            step_rows(step, 300_000, 16, 1.0, None, 1)
+        return time.thread_time() - start
+
+    first = seconds(range(1))
+    assert seconds(range(1, 20)) < first
 
 
 # --- micro-batches

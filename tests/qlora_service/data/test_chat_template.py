@@ -118,3 +118,19 @@ def test_sandbox_holds(escape: str) -> None:
 def test_a_template_that_does_not_compile_says_so() -> None:
     with pytest.raises(TemplateError, match="does not compile"):
         ChatTemplate("{% if %}", {}, NOW)
+
+
+def test_blocks_are_trimmed_as_transformers_does() -> None:
+    text, _ = ChatTemplate("{% for m in messages %}\n  {% if true %}\nx\n  {% endif %}\n{% endfor %}", {}, NOW).render(
+        TWO_TURNS, [False] * 4, None
+    )
+    assert text == "x\n" * 4
+
+
+def test_an_answer_that_also_stands_elsewhere_is_not_guessed_where_the_texts_differ_around_it() -> None:
+    template = "{{ messages[-1].content | length }}|{% for m in messages %}{{ m.content }};{% endfor %}x"
+    with pytest.raises(TemplateError, match="which part"):
+        spans(
+            template.replace("{% for", "{% if messages[-1].content == 'yo' %}!{% endif %}{% for"),
+            [False, False, False, True],
+        )

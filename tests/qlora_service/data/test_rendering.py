@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, processors
 from transformers import AutoTokenizer
 
+from qlora_service.data import rendering
 from qlora_service.data.examples import Chat, Completion, Example, SourceRow, Text
 from qlora_service.data.rendering import RenderedRow, Renderer, RenderRules, UnusableRow, render_report
+from qlora_service.errors import InvalidModel
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 RULES = RenderRules(512)
@@ -120,6 +123,11 @@ def test_completion_trains_the_completion_and_the_stop_token(tiny_model: Path) -
     assert trained_text(tiny_model, row) == " four<|im_end|>"
 
 
+def test_an_answer_of_spaces_behind_a_special_token_is_trained(tiny_model: Path) -> None:
+    row = render_one(tiny_model, Completion("<|im_start|>", "  "))
+    assert trained_text(tiny_model, row) == "  <|im_end|>"
+
+
 def test_text_is_trained_whole(tiny_model: Path) -> None:
     row = render_one(tiny_model, Text("a small house"))
     assert all(row.trained)
@@ -178,6 +186,95 @@ def test_row_whose_answer_was_cut_off_is_a_finding(tiny_model: Path) -> None:
     assert "nothing to train" in result.finding.reason
 
 
+def test_rows_are_held_by_their_size_too(tiny_model: Path) -> None:
+    read = 0
+
+    def rows() -> Iterator[SourceRow]:
+        nonlocal read
+        for read in range(1, 65):
+            yield SourceRow(Text("word " * 20_000), read, None)
+
+    with Renderer(tiny_model, RULES, NOW) as renderer:
+        next(renderer.render(rows()))
+    assert read <= 6
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "BATCH_CHARS", 200)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_of_an_enormous_row_only_the_beginning_is_tokenized(tiny_model: Path) -> None:
+    tokens = len(Tokenizer.from_file(str(tiny_model / "tokenizer.json")).encode("word " * 3000).ids)
+    short, long = render(tiny_model, [Text("short"), Text("word " * 3000)], RenderRules(64))
+    assert isinstance(short, RenderedRow)
+    assert isinstance(long, UnusableRow)
+    assert long.too_long is not None
+    assert 128 < long.too_long < tokens / 4
+    assert f"over {long.too_long} tokens long; max_seq_len_tokens is 64" in long.finding.reason
+
+
+@pytest.mark.parametrize("text", ["word " * 3000, "a" * 9000, "日本語" * 3000, "".join(LANGUAGES) * 90])
+def test_an_enormous_row_is_truncated_to_the_same_tokens(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    rules = RenderRules(64, too_long="truncate")
+    whole = render_one(tiny_model, Text(text), rules)
+    monkeypatch.setattr(rendering, "BATCH_CHARS", 200)
+    beginning = render_one(tiny_model, Text(text), rules)
+    assert (beginning.input_ids, beginning.trained) == (whole.input_ids, whole.trained)
+    assert 0 < beginning.cut_tokens < whole.cut_tokens
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_an_enormous_row_of_few_tokens_is_not_refused(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "squeezing")
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Replace(Regex(" +"), " ")
+    tokenizer.save(str(model / "tokenizer.json"))
+    row = render_one(model, Text("a" + " " * 50_000 + "b"), RenderRules(8))
+    assert trained_text(model, row) == "a b<|im_end|>"
+
+
+def test_a_conversation_of_many_answers_is_searched_in_linear_time(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "marked")
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}"
+    )
+    turns = Chat(chat("a question", "the answer").messages * 4000, (False, True) * 4000)
+    start = time.thread_time()
+    row = render_one(model, turns, RenderRules(1 << 20))
+    assert time.thread_time() - start < 3
+    assert trained_text(model, row) == "the answer<|im_end|>" * 4000
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("generation_config.json", b'{"eos_token_id": [[1]]}'),
+        ("generation_config.json", b"{"),
+        ("tokenizer_config.json", b'{"eos_token": {"x": 1}}'),
+        ("tokenizer_config.json", b'{"eos_token": {"content": 5}}'),
+        ("chat_template.jinja", b"\xff"),
+    ],
+)
+def test_a_model_with_unusable_settings_is_refused(tiny_model: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "odd")
+    (model / name).write_bytes(content)
+    with pytest.raises(InvalidModel, match=name):
+        render(model, [Text("hello")])
+
+
+def test_a_tokenizer_that_fails_on_text_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "speechless")
+    Tokenizer(models.WordLevel({"hello": 0}, unk_token="<unk>")).save(str(model / "tokenizer.json"))
+    with pytest.raises(InvalidModel, match=r"tokenizer\.json cannot tokenize"):
+        render(model, [Text("good bye")])
+
+
 def test_report_counts_lengths_and_findings(tiny_model: Path) -> None:
     rows = [SourceRow(Text("word " * count), count, None) for count in range(1, 101)]
     with Renderer(tiny_model, RenderRules(64), NOW) as renderer:
@@ -187,3 +284,78 @@ def test_report_counts_lengths_and_findings(tiny_model: Path) -> None:
     assert report.usable_rows + report.too_long_rows == 90
     assert report.too_long_rows == report.finding_count > 0
     assert report.longest_tokens > 64
+
+
+def test_the_stop_token_may_be_the_generation_configs(tiny_model: Path, tmp_path: Path) -> None:
+    """As Llama 3: the turn ends with a token that is not the tokenizer's eos."""
+    model = shutil.copytree(tiny_model, tmp_path / "other-eos")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
+    stop = Tokenizer.from_file(str(model / "tokenizer.json")).token_to_id("<|im_end|>")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop]}))
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+    )
+    assert trained_text(model, render_one(model, chat("question", "answer"))) == "answer<|im_end|>"
+
+
+def test_of_several_templates_the_default_is_taken(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "named")
+    default = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").unlink()
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    named = [{"name": "rag", "template": "no"}, {"name": "default", "template": default}]
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    assert render_one(model, chat("q", "a")) == render_one(tiny_model, chat("q", "a"))
+
+
+def test_the_tokenizers_own_truncation_and_padding_are_off(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "cutting")
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(model / "tokenizer.json"))
+    assert render_one(model, chat("question", "answer")) == render_one(tiny_model, chat("question", "answer"))
+
+
+def without_eos(model_dir: Path, target: Path) -> Path:
+    """A copy of the model whose tokenizer_config.json names neither eos nor bos, as older models have it."""
+    shutil.copytree(model_dir, target)
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    left = {key: value for key, value in config.items() if key not in {"eos_token", "bos_token"}}
+    (target / "tokenizer_config.json").write_text(json.dumps(left))
+    return target
+
+
+def test_the_stop_token_may_be_named_in_the_special_tokens_map(tiny_model: Path, tmp_path: Path) -> None:
+    model = without_eos(tiny_model, tmp_path / "mapped")
+    (model / "generation_config.json").unlink(missing_ok=True)
+    (model / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    row = render_one(model, Completion("two plus two is", " four"))
+    assert trained_text(tiny_model, row) == " four<|endoftext|>"
+
+
+def test_the_stop_token_may_be_a_number_in_the_models_config(tiny_model: Path, tmp_path: Path) -> None:
+    model = without_eos(tiny_model, tmp_path / "numbered")
+    (model / "generation_config.json").unlink(missing_ok=True)
+    row = render_one(model, Completion("two plus two is", " four"))
+    assert trained_text(tiny_model, row) == " four<|im_end|>"
+
+
+def test_a_completion_that_ends_in_another_special_token_still_gets_its_stop(tiny_model: Path) -> None:
+    row = render_one(tiny_model, Completion("open", " a turn<|im_start|>"))
+    assert trained_text(tiny_model, row) == " a turn<|im_start|><|im_end|>"
+
+
+def test_a_generation_block_that_ends_in_another_special_token_trains_the_stop_behind_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "calls")
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{{ '<|endoftext|>\n' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+    )
+    assert trained_text(model, render_one(model, chat("q", "call"))) == "call<|endoftext|>\n<|im_end|>"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlora_service.errors import InvalidSpec
-from qlora_service.models.adapters import attach, load_adapter, save_adapter, trainable
+from qlora_service.models.adapters import attach, load_adapter, save_adapter, silence_dropout, trainable
 from qlora_service.models.nf4 import base_fingerprint, load_base
 from qlora_service.specs import Adapter, Quantization
 from qlora_service.training.micro_batch import collate, forward
@@ -66,3 +66,30 @@ def test_saving_twice_gives_the_same_bytes(tiny_model: Path, tmp_path: Path) -> 
         save_adapter(load(tiny_model, perturb_b=0.05), tmp_path / name, "base", None)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_alpha_and_dropout_reach_every_layer(tiny_model: Path) -> None:
+    model = load(tiny_model, adapter=Adapter(r=4, lora_alpha=6, lora_dropout=0.25))
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert len(layers) == 14
+    assert {layer.scaling["default"] for layer in layers} == {1.5}
+    assert {layer.lora_dropout["default"].p for layer in layers} == {0.25}
+
+
+def test_the_bases_dropout_layers_are_off() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4)).train()
+    silence_dropout(base)
+    batch = collate(rows(2), CPU)
+    assert torch.equal(forward(base, batch), forward(base, batch))
+
+
+def test_the_saved_config_is_in_order_and_for_inference(tiny_model: Path, tmp_path: Path) -> None:
+    import json
+
+    save_adapter(load(tiny_model), tmp_path, "base", None)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["inference_mode"] is True
+    assert len(config["target_modules"]) > 6
+    assert config["target_modules"] == sorted(config["target_modules"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora_service.errors import Conflict, InvalidModel, Unavailable
+from qlora_service.models import catalog as catalog_module
 from qlora_service.models.catalog import BaseModel, Catalog
 from qlora_service.models.safetensors_header import read_header
 
@@ -198,6 +199,17 @@ def test_file_that_is_no_gguf_is_refused_by_content(catalog: Catalog, tmp_path: 
     (tmp_path / "model.gguf").write_bytes(b"\x80\x04pickle")
     with pytest.raises(InvalidModel, match="is not a GGUF file"):
         catalog.import_model("x", tmp_path / "model.gguf")
+
+
+def test_conversion_that_hangs_is_ended_and_leaves_nothing(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Importing torch alone takes longer.
+    monkeypatch.setattr(catalog_module, "CONVERSION_S", 0.1)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(Unavailable, match="could not be converted within"):
+        catalog.import_model("x", tmp_path / "model.gguf")
+    assert entries(catalog) == []
 
 
 def test_models_directory_that_cannot_be_written_is_explained(tiny_model: Path, tmp_path: Path) -> None:

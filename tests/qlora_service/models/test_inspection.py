@@ -257,6 +257,20 @@ def test_file_that_is_not_json_is_refused(model_directory: Path, content: str) -
     assert finding(model_directory) == "generation_config.json is not valid JSON"
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("generation_config.json", '{"eos_token_id": [[1]]}'),
+        ("tokenizer_config.json", '{"eos_token": {"content": 5}}'),
+        ("tokenizer_config.json", "[]"),
+        ("chat_template.jinja", "\udcff"),
+    ],
+)
+def test_settings_that_rendering_could_not_use_are_refused(model_directory: Path, name: str, content: str) -> None:
+    (model_directory / name).write_text(content, errors="surrogateescape")
+    assert finding(model_directory).startswith(name)
+
+
 def test_tokenizer_json_of_other_json_is_refused(model_directory: Path) -> None:
     (model_directory / "tokenizer.json").write_text("{}")
     assert finding(model_directory).startswith("tokenizer.json is not a tokenizer")
@@ -275,5 +289,6 @@ def test_settings_alone_are_enough_to_refuse(model_directory: Path) -> None:
     (model_directory / "model.safetensors").unlink()
     inspect_settings(model_directory, "tiny")
     edit(model_directory / "config.json", auto_map={"AutoModel": "m.M"})
-    with pytest.raises(InvalidModel, match="/auto_map"):
+    edit(model_directory / "generation_config.json", eos_token_id="2")
+    with pytest.raises(InvalidModel, match=r"/auto_map.*eos_token_id"):
         inspect_settings(model_directory, "tiny")

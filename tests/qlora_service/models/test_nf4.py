@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlora_service.errors import InvalidModel
-from qlora_service.models.nf4 import base_fingerprint, load_base
+from qlora_service.models.nf4 import base_fingerprint, guard_linear4bit, load_base
 from qlora_service.specs import Quantization
 from tests.tiny_training import CPU
 
@@ -51,3 +51,26 @@ def test_fingerprint_is_the_same_for_the_same_weights_and_differs_for_others(tin
 def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidModel, match="cannot be loaded"):
         load_base(tmp_path, Quantization(), torch.float32, CPU)
+
+
+def test_the_guard_sets_the_backwards_precision(tiny_model: Path) -> None:
+    base = load_base(tiny_model, Quantization(), torch.float32, CPU)
+    layer = base.model.layers[0].mlp.up_proj
+    layer.weight.quant_state.dtype = torch.float16
+    layer.support_avx512bf16_for_cpu = True
+    guard_linear4bit(base, torch.float32)
+    assert (layer.weight.quant_state.dtype, layer.support_avx512bf16_for_cpu) == (torch.float32, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_quantized_has_the_compute_dtype(tiny_model: Path, dtype: torch.dtype) -> None:
+    base = load_base(tiny_model, Quantization(), dtype, CPU)
+    assert base.get_input_embeddings().weight.dtype == base.model.norm.weight.dtype == dtype
+
+
+def test_the_fingerprint_sees_attention_and_keeps_the_mode(tiny_model: Path) -> None:
+    base = load_base(tiny_model, Quantization(type="none"), torch.float32, CPU).train()
+    before = base_fingerprint(base)
+    base.model.layers[0].self_attn.q_proj.weight.data += 0.1  # one token alone would not show it
+    assert base_fingerprint(base) != before
+    assert base.training

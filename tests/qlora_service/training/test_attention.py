@@ -19,7 +19,7 @@ from transformers import (
 
 from qlora_service.models.nf4 import load_base
 from qlora_service.specs import Quantization
-from qlora_service.training.attention import isolate_documents
+from qlora_service.training.attention import _causal_layers_only, isolate_documents
 from qlora_service.training.micro_batch import collate, forward
 from tests.tiny_training import CPU, rows
 
@@ -80,3 +80,22 @@ def test_the_probe_leaves_the_mode_as_it_was() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SMALL)).train()
     isolate_documents(model)
     assert model.training
+
+
+def test_the_probe_is_made_without_dropout() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4)).train()
+    assert isolate_documents(model) != "alone"
+    assert model.training
+
+
+def test_layers_of_another_kind_are_not_run_per_document() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    )
+    assert _causal_layers_only(model)
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    assert not _causal_layers_only(model)

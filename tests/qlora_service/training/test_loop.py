@@ -85,7 +85,7 @@ def test_the_loss_falls(tiny_model: Path, optim: str) -> None:
     train_rows = rows(8)
     model = load(tiny_model, adapter=Adapter(r=64))  # 64 x 64 elements: bitsandbytes keeps smaller states in 32 bits
     losses, recorder = run(model, train_rows, training, steps=40, held_out=train_rows, evaluate_every=8)
-    assert losses.after < 0.8 * losses.before
+    assert losses.after < 0.9 * losses.before
     assert [evaluation.step for evaluation in recorder.evaluations] == [0, 8, 16, 24, 32, 40]
     assert losses.after == recorder.evaluations[-1].eval_loss
 
@@ -142,3 +142,77 @@ def test_adapter_weights_that_no_gradient_reaches_are_named(tiny_model: Path) ->
     model.register_parameter("lora_B_unused", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(JobFailed, match="lora_B_unused"):
         run(model, rows(24), TRAINING, steps=1)
+
+
+def test_the_steps_are_those_of_a_plain_torch_loop(tiny_model: Path) -> None:
+    """Clipping, schedule, betas, decay and gradients that start at zero, against a loop written out by hand."""
+    training = Training(
+        batch_size=4, learning_rate=1e-2, warmup_ratio=0.25, lr_scheduler_type="linear", max_grad_norm=0.05,
+        weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.9, optim="adamw_torch",
+    )  # fmt: skip
+    model, plain = (load(tiny_model, FLOAT64, torch.float64, perturb_b=0.05) for _ in range(2))
+    _, recorder = run(model, rows(16), training, steps=4)
+    parameters = trainable(plain.train())
+    optimizer = torch.optim.AdamW(parameters, betas=(0.8, 0.9), weight_decay=0.1)
+    for step, rate in enumerate([0.5e-2, 1e-2, 2e-2 / 3, 1e-2 / 3]):
+        batch = rows(16)[4 * step : 4 * step + 4]
+        optimizer.zero_grad()
+        loss = loss_sum(plain, collate(batch, CPU)) / sum(row.trained_tokens for row in batch)
+        loss.backward()
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in parameters))
+        assert norm > 0.05  # else nothing is clipped
+        for parameter in parameters:
+            parameter.grad *= 0.05 / (norm + 1e-6)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        metrics = recorder.steps[step]
+        assert (metrics.loss, metrics.grad_norm) == pytest.approx((loss.item(), norm.item()), rel=1e-5)
+        assert metrics.learning_rate == pytest.approx(rate)
+    for mine, theirs in zip(trainable(model), parameters, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_dropout_masks_follow_seed_and_step_and_nothing_else(tiny_model: Path) -> None:
+    """With hardly any learning rate, the same rows lose the same only under the same masks."""
+
+    class Disturber(Recorder):
+        def on_step(self, metrics: StepMetrics) -> None:
+            super().on_step(metrics)
+            torch.manual_seed(99)
+
+    def step_losses(seed: int, recorder: Recorder) -> list[float]:
+        training = Training(batch_size=4, learning_rate=1e-12, seed=seed, optim="adamw_torch")
+        model = load(tiny_model, adapter=Adapter(r=4, lora_dropout=0.5), perturb_b=0.05).eval()
+        run(model, rows(4), training, steps=3, recorder=recorder)
+        return [step.loss for step in recorder.steps]
+
+    first = step_losses(0, Recorder())
+    assert len(set(first)) == 3
+    assert step_losses(0, Disturber()) == first
+    assert set(step_losses(1, Recorder())).isdisjoint(first)
+
+
+def test_the_last_step_is_evaluated_whatever_the_interval(tiny_model: Path) -> None:
+    training = Training(batch_size=8, optim="adamw_torch")
+    losses, recorder = run(load(tiny_model), rows(8), training, steps=5, evaluate_every=2)
+    assert [evaluation.step for evaluation in recorder.evaluations] == [0, 2, 4, 5]
+    assert (losses.before, losses.after) == (recorder.evaluations[0].eval_loss, recorder.evaluations[-1].eval_loss)
+    assert losses.before != losses.after
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    before = [p.detach().clone() for p in trainable(model)]
+    trainable(model)[1].register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(JobFailed, match="step 1") as failure:
+        run(model, rows(8), Training(batch_size=8, optim="adamw_torch"))
+    assert failure.value.details["reason"] == FailureReason.NOT_FINITE
+    assert all(torch.equal(p, old) for p, old in zip(trainable(model), before, strict=True))
+
+
+def test_an_adapter_without_a_gradient_is_an_error(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    for parameter in trainable(model):
+        parameter.register_hook(torch.zeros_like)
+    with pytest.raises(JobFailed, match="no gradient reaches the adapter"):
+        run(model, rows(8), Training(batch_size=8, optim="adamw_torch"))

@@ -59,3 +59,22 @@ def test_bitsandbytes_adamw_takes_the_same_first_step_as_torchs() -> None:
         optimizer.step()
         moved.append(parameter.detach().clone())
     assert torch.allclose(moved[0], moved[1], atol=1e-6)
+
+
+def test_warmup_is_rounded_up_and_the_fall_starts_after_it() -> None:
+    def rates(training: Training, steps: int) -> list[float]:
+        return [learning_rate(step, steps, training) for step in range(steps)]
+
+    assert rates(Training(learning_rate=0.4, warmup_ratio=0.25), 10)[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    falling = Training(learning_rate=1.0, warmup_ratio=0.5, lr_scheduler_type="linear")
+    assert rates(falling, 4) == pytest.approx([1 / 3, 2 / 3, 1.0, 0.5])
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"])
+def test_the_optimizer_gets_every_setting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_service.training.optimizer.can_page", lambda device: True)
+    training = Training(optim=name, adam_beta1=0.5, adam_beta2=0.7, weight_decay=0.1)
+    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(8, 8))], training, CPU)
+    (group,) = optimizer.param_groups
+    assert (tuple(group["betas"]), group["weight_decay"]) == ((0.5, 0.7), 0.1)
+    assert name == "adamw_torch" or optimizer.is_paged is True

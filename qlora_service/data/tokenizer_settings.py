@@ -1,0 +1,144 @@
+"""What a base model's small files say about its special tokens and its chat template.
+
+They come with the model and may hold anything. This is the one place that reads them, at import and for rendering.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from qlora_service.errors import Finding, InvalidModel
+
+# The largest in use have some 100 KiB.
+MAX_SETTINGS_BYTES = 4 << 20
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENS_MAP = "special_tokens_map.json"
+MODEL_CONFIG = "config.json"
+# transformers reads these as objects.
+OBJECTS = {MODEL_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, TOKENS_MAP}
+# transformers takes nothing but text for these; other keys that end in _token may be switches (add_bos_token).
+SPECIAL_TOKENS = {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """Special tokens by the names a template may use, the chat template if there is one, what ends generation."""
+
+    special_tokens: dict[str, str]
+    chat_template: str | None
+    eos_token_ids: frozenset[int]
+    bos_token_id: int | None
+
+
+def read_tokenizer_settings(model_dir: Path) -> TokenizerSettings:
+    """The settings of a model in the catalog.
+
+    Raises:
+        InvalidModel: with every finding.
+    """
+    findings: list[str] = []
+    documents = {
+        name: read_json(model_dir / name, name, findings)
+        for name in (TOKENIZER_CONFIG, TOKENS_MAP, GENERATION_CONFIG, MODEL_CONFIG)
+        if (model_dir / name).is_file()
+    }
+    settings = tokenizer_settings(documents, model_dir / CHAT_TEMPLATE, findings)
+    if findings:
+        raise InvalidModel(
+            f"the base model's settings cannot be used: {'; '.join(findings)}: correct the files and import it again",
+            location="/base_model",
+            findings=[Finding(reason) for reason in findings],
+        )
+    return settings
+
+
+def tokenizer_settings(documents: Mapping[str, Any], template_file: Path, findings: list[str]) -> TokenizerSettings:
+    """The settings in JSON documents by file name, and in the template's file; what cannot be used is a finding."""
+    config, model = documents.get(TOKENIZER_CONFIG, {}), documents.get(MODEL_CONFIG, {})
+    generation = documents.get(GENERATION_CONFIG, {})
+    # Older models name their special tokens in a file of their own, some only by number in the model's config.
+    named = _special_tokens(documents.get(TOKENS_MAP, {}), TOKENS_MAP, findings)
+    source = GENERATION_CONFIG if "eos_token_id" in generation else MODEL_CONFIG
+    eos = (generation if "eos_token_id" in generation else model).get("eos_token_id")
+    bos = model.get("bos_token_id")
+    template = _read_template(template_file, findings)
+    return TokenizerSettings(
+        named | _special_tokens(config, TOKENIZER_CONFIG, findings),
+        _configured_template(config.get("chat_template"), findings) if template is None else template,
+        _eos_token_ids(eos, source, findings),
+        bos if type(bos) is int else None,
+    )
+
+
+def read_json(path: Path, name: str, findings: list[str], limit_bytes: int = MAX_SETTINGS_BYTES) -> Any:
+    """The document, or an empty object where it cannot be read or is none but must be; findings say why."""
+    content = _read(path, name, findings, limit_bytes)
+    if content is None:
+        return {}
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError):
+        findings.append(f"{name} is not valid JSON")
+        return {}
+    if name in OBJECTS and not isinstance(document, dict):
+        findings.append(f"{name} is not a JSON object")
+        return {}
+    return document
+
+
+def _read(path: Path, name: str, findings: list[str], limit_bytes: int) -> bytes | None:
+    if path.stat().st_size > limit_bytes:
+        findings.append(f"{name} is larger than {limit_bytes >> 20} MiB")
+        return None
+    return path.read_bytes()
+
+
+def _read_template(path: Path, findings: list[str]) -> str | None:
+    content = _read(path, path.name, findings, MAX_SETTINGS_BYTES) if path.is_file() else None
+    try:
+        return None if content is None else content.decode()
+    except UnicodeDecodeError as error:
+        findings.append(f"{path.name} is not valid UTF-8 at byte {error.start}")
+        return None
+
+
+def _special_tokens(config: dict[str, Any], name: str, findings: list[str]) -> dict[str, str]:
+    tokens = {}
+    for key, value in config.items():
+        token = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and _is_text(token):
+            tokens[key] = token
+        elif key in SPECIAL_TOKENS and value is not None:
+            findings.append(f"{name} has a {key} that is no text")
+    return tokens
+
+
+def _configured_template(template: Any, findings: list[str]) -> str | None:
+    """The template of tokenizer_config.json: the one named default, if there are several."""
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    elif isinstance(template, dict):
+        template = template.get("default")
+    if template is None or _is_text(template):
+        return template
+    findings.append(f"{TOKENIZER_CONFIG} has a chat_template that is no text")
+    return None
+
+
+def _eos_token_ids(listed: Any, name: str, findings: list[str]) -> frozenset[int]:
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if all(type(token_id) is int for token_id in ids):
+        return frozenset(ids)
+    findings.append(f"{name} has an eos_token_id that is neither a number nor a list of numbers")
+    return frozenset()
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Whether it is a string of whole characters: JSON's escapes can make half of one, and no tokenizer takes it."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
