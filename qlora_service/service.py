@@ -416,8 +416,7 @@ def _warnings(report: RenderReport, dataset: Dataset, spec: JobSpec) -> tuple[st
     bad = dataset.report.finding_count
     if bad:
         listed = "; ".join(str(finding) for finding in dataset.report.findings[:WARNED_FINDINGS])
-        more = f"; all of them: GET /datasets/{dataset.id}" if bad > WARNED_FINDINGS else ""
-        warnings.append(f"{bad} rows of the upload are left out: {listed}{more}")
+        warnings.append(f"{bad} rows of the upload are left out: {listed}. All of them: GET /datasets/{dataset.id}")
     if report.finding_count:
         first = Finding(**report.findings[0])
         warnings.append(f"{report.finding_count} rows are left out; the first: {first}")
