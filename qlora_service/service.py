@@ -33,7 +33,7 @@ from qlora_service.ids import new_id
 from qlora_service.jobs import Job, JobEvent, JobStatus
 from qlora_service.models.catalog import BaseModel, Catalog
 from qlora_service.queue import Queue, utc_now
-from qlora_service.specs import DatasetRef, JobSpec
+from qlora_service.specs import DatasetRef, JobSpec, Training
 from qlora_service.store import datasets as dataset_rows
 from qlora_service.store import jobs as job_rows
 from qlora_service.store.database import Database
@@ -359,12 +359,19 @@ def _examples(dataset: Dataset, path: Path) -> Iterator[SourceRow]:
     return read_examples(path, dataset.report.container, dataset.report.shape)
 
 
+def default_length(model: BaseModel) -> int:
+    """The max_seq_len_tokens of a job that names none."""
+    return min(Training().max_seq_len_tokens, model.max_positions)
+
+
 def _fit_default_length(spec: JobSpec, model: BaseModel) -> JobSpec:
     """The spec, with a max_seq_len_tokens that nobody asked for lowered to what the model handles."""
     training = spec.training
-    if "max_seq_len_tokens" in training.model_fields_set or training.max_seq_len_tokens <= model.max_positions:
+    if "max_seq_len_tokens" in training.model_fields_set:
         return spec
-    return spec.model_copy(update={"training": training.model_copy(update={"max_seq_len_tokens": model.max_positions})})
+    return spec.model_copy(
+        update={"training": training.model_copy(update={"max_seq_len_tokens": default_length(model)})}
+    )
 
 
 def _check_targets(spec: JobSpec, modules: frozenset[str]) -> None:

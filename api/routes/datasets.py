@@ -18,6 +18,7 @@ from api.uploads import display_name
 from qlora_service.data.examples import Container, Shape
 from qlora_service.data.rendering import RenderRules
 from qlora_service.errors import InvalidModel, InvalidRequest, NotFound, QLoRAError
+from qlora_service.service import default_length
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 
@@ -53,7 +54,8 @@ _FILE_BODY: dict[str, Any] = {
 
 BaseModelName = Annotated[str, Query(min_length=1, max_length=200, description="A name from GET /models.")]
 MaxSeqLen = Annotated[
-    int | None, Query(ge=1, le=1_048_576, description="Longest row, in tokens; default: what the model handles.")
+    int | None,
+    Query(ge=1, le=1_048_576, description="Longest row, in tokens; default: what a job that names none uses."),
 ]
 
 
@@ -118,7 +120,7 @@ def get_dataset(
         dataset = service.get_dataset(dataset_id)
         if base_model is None:
             return Dataset.of(dataset)
-        rules = RenderRules(max_seq_len_tokens or service.get_model(base_model).max_positions)
+        rules = RenderRules(max_seq_len_tokens or default_length(service.get_model(base_model)))
         return Dataset.of(dataset, service.dataset_lengths(dataset_id, base_model, rules))
 
 
@@ -139,7 +141,7 @@ def preview_dataset(
 ) -> Listing[PreviewRow | PreviewProblem]:
     """Rows as they will be trained: the text after the chat template, its tokens, and which of them are learned."""
     with located(_PLACES):
-        max_tokens = max_seq_len_tokens or service.get_model(base_model).max_positions
+        max_tokens = max_seq_len_tokens or default_length(service.get_model(base_model))
         rules = RenderRules(max_tokens, too_long, train_on)
         rows = service.preview(dataset_id, base_model, rules, skip=skip, limit=limit)
     return Listing.model_validate({"data": rows})

@@ -527,3 +527,10 @@ def test_service_opens_on_an_empty_directory_and_again_on_what_is_there(tmp_path
     assert [model.name for model in second.list_models()] == ["tiny"]
     assert second.get_model("tiny") == second.list_models()[0]
     second.close()
+
+
+def test_a_length_nobody_asked_for_fits_the_model(service: Service) -> None:
+    spec = parse_spec({"base_model": "tiny", "dataset": {"rows": ROWS}, "training": {"batch_size": 4}})
+    job = service.submit(spec).job
+    assert job.spec.training.max_seq_len_tokens == MAX_POSITIONS
+    assert job.spec.training.batch_size == 4
