@@ -90,4 +90,6 @@ def forward(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 def loss_sum(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Cross-entropy in nats, summed over the learned tokens; the step divides it by the tokens of the whole step."""
-    return F.cross_entropy(forward(model, batch).float(), batch.targets, reduction="sum")
+    logits = forward(model, batch)
+    wide = logits if logits.dtype is torch.float64 else logits.float()
+    return F.cross_entropy(wide, batch.targets, reduction="sum")
