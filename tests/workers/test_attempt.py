@@ -312,7 +312,9 @@ def test_the_certificate_is_of_the_published_bytes_alone(workspace: Workspace) -
         if phase == "certifying":
             shutil.rmtree(inputs.scratch / "adapter")
 
-    run(inputs, forget_local_files)
+    certificate = run(inputs, forget_local_files)["certificate"]
+    assert isinstance(certificate, dict)
+    assert certificate["difference"] == 0.0
 
 
 def test_every_part_of_the_spec_is_used(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
