@@ -53,6 +53,8 @@ def serve(*, host: str, port: int, data_dir: Path, say: Callable[[str], None]) -
             while not received and not _ended(processes):
                 time.sleep(POLL_S)
             failures = [] if received else _ended(processes)
+            if received:
+                say("Stopping. A job that is running goes back to the queue and starts over with the next worker.")
         finally:
             _stop_all(processes, received)
     for name, code in failures:
