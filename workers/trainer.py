@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,8 +134,7 @@ class AttemptReporter:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         self._latest |= values
-        progress = Progress(**{**vars(progress), "metrics": dict(self._latest)})
-        self._tell(progress, (kind, {**values, "attempt": self._claim.token}))
+        self._tell(replace(progress, metrics=dict(self._latest)), (kind, {**values, "attempt": self._claim.token}))
 
     def _tell(self, progress: Progress, event: tuple[str, dict[str, Any]]) -> None:
         cancel = persist(lambda: self._queue.report(self._claim, progress, event), self._patience_s)
