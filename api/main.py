@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from api.errors import install_handlers
 from api.origins import OriginGuard
 from api.request_log import RequestLog
-from api.routes import artifacts, datasets, docs, events, health, jobs, models
+from api.routes import artifacts, datasets, docs, events, health, jobs, models, recipes
 from api.uploads import Uploads
 from qlora_service.models.staging import reap_stale, staging_directory
 from qlora_service.service import open_service
@@ -30,6 +30,7 @@ TAGS = [
     {"name": "artifacts", "description": "What a succeeded job published."},
     {"name": "datasets", "description": "Upload rows, see what is wrong with them and how they will be trained."},
     {"name": "models", "description": "The base models that jobs can name."},
+    {"name": "recipes", "description": "Named settings that a job can start from."},
     {"name": "health", "description": "For load balancers and containers."},
 ]
 
@@ -51,7 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(OriginGuard, listening=settings.host, allowed=settings.allowed_host_names)
     app.add_middleware(RequestLog)  # the last one added is the outermost
     install_handlers(app)
-    for routes in (jobs, events, artifacts, datasets, models, health, docs):
+    for routes in (jobs, events, artifacts, datasets, models, recipes, health, docs):
         app.include_router(routes.router)
     return app
 

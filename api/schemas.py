@@ -119,13 +119,20 @@ class PreviewToken(BaseModel):
     trained: bool = Field(description="Whether this token is learned.")
 
 
-class PreviewRow(BaseModel):
-    """A row as it will be trained."""
+class PreviewDocument(BaseModel):
+    """One sequence of tokens."""
 
-    line: int
     text: str
     tokens: list[PreviewToken]
     cut_tokens: int = Field(description="Tokens that truncation took off the end.")
+
+
+class PreviewRow(PreviewDocument):
+    """A row as it will be trained; of a preference pair, the chosen answer's document."""
+
+    line: int
+    rejected: PreviewDocument | None = Field(None, description="Of a preference pair, the rejected answer's document.")
+    desirable: bool | None = Field(None, description="Of a labelled answer (KTO), whether it is wanted.")
 
 
 class PreviewProblem(BaseModel):
@@ -159,6 +166,20 @@ class Model(BaseModel):
     @classmethod
     def of(cls, model: DomainModel) -> Model:
         return cls.model_validate(model.as_dict())
+
+
+# --- recipes
+
+
+class Recipe(BaseModel):
+    """Named values for what a job's spec leaves open, and where they come from."""
+
+    name: str = Field(description="What a spec's `recipe` says.", examples=["qlora-paper"])
+    title: str
+    source: str
+    values: dict[str, dict[str, Any]] = Field(
+        description="By group of the spec and field.", examples=[{"training": {"learning_rate": 2e-4}}]
+    )
 
 
 # --- jobs

@@ -28,10 +28,12 @@ from qlora_service.data.rendering import (
     UnusableRow,
     render_report,
 )
+from qlora_service.data.shapes import objective_misfit
 from qlora_service.errors import Conflict, Finding, InvalidDataset, InvalidSpec, NotFound, Unavailable
 from qlora_service.ids import new_id
 from qlora_service.jobs import Job, JobEvent, JobStatus
 from qlora_service.models.catalog import BaseModel, Catalog
+from qlora_service.models.compatibility import Modules, misfits, positions_taken
 from qlora_service.queue import Queue, utc_now
 from qlora_service.specs import DatasetRef, JobSpec, Training
 from qlora_service.store import datasets as dataset_rows
@@ -179,9 +181,10 @@ class Service:
                 f"set it to {model.max_positions} or less",
                 location="/training/max_seq_len_tokens",
             )
-        _check_targets(spec, self._catalog.module_names(model))
+        _check_fit(spec, model, self._catalog.module_shapes(model))
         with self._scratch() as scratch:
             dataset, path, is_new = self._source(spec, upload, filename, scratch)
+            _check_objective(spec, dataset.report.shape)
             report = self._render_report(dataset, path, model, RenderRules.of(spec.training), keep=not is_new)
             _check_trainable(report, spec, model)
             if is_new:
@@ -238,7 +241,7 @@ class Service:
     # --- artifacts
 
     def manifest(self, job_id: str) -> Manifest:
-        """What a succeeded job published.
+        """What a job published: its certified adapter, or what its last finite step left when it failed.
 
         Raises:
             NotFound: no such job.
@@ -270,9 +273,10 @@ class Service:
 
     def _manifest_key(self, job_id: str) -> str:
         job = self.get_job(job_id)
-        if job.result is None:
+        attempt = job.result["attempt"] if job.result else (job.error or {}).get("details", {}).get("kept_attempt")
+        if attempt is None:
             raise Conflict(f"job {job_id} is {job.status}: artifacts exist once a job has succeeded", location="job_id")
-        return job_key(job_id, job.result["attempt"], MANIFEST)
+        return job_key(job_id, attempt, MANIFEST)
 
     def _manifest_content(self, key: str) -> bytes:
         return b"".join(self._artifacts.read(key))
@@ -365,27 +369,27 @@ def default_length(model: BaseModel) -> int:
 
 
 def _fit_default_length(spec: JobSpec, model: BaseModel) -> JobSpec:
-    """The spec, with a max_seq_len_tokens that nobody asked for lowered to what the model handles."""
+    """The spec, with a max_seq_len_tokens that nobody asked for lowered to what model and adapter leave room for."""
     training = spec.training
     if "max_seq_len_tokens" in training.model_fields_set:
         return spec
-    return spec.model_copy(
-        update={"training": training.model_copy(update={"max_seq_len_tokens": default_length(model)})}
-    )
+    length = default_length(model) - positions_taken(spec.adapter)
+    return spec.model_copy(update={"training": training.model_copy(update={"max_seq_len_tokens": length})})
 
 
-def _check_targets(spec: JobSpec, modules: frozenset[str]) -> None:
-    """Raises: InvalidSpec, naming each target module that the base model does not have."""
-    targets = spec.adapter.target_modules
-    place = "/adapter/target_modules"
-    missing = [] if isinstance(targets, str) else [name for name in targets if name not in modules]
-    if missing:
-        findings = [Finding(f"the base model has no module {name!r}", place) for name in missing]
-        raise InvalidSpec(
-            f"{spec.base_model} has no {', '.join(missing)}; its modules are {', '.join(sorted(modules))}",
-            location=place,
-            findings=findings,
-        )
+def _check_fit(spec: JobSpec, model: BaseModel, modules: Modules) -> None:
+    """Raises: InvalidSpec, with everything in the spec that cannot work on the base model."""
+    if findings := misfits(spec, model, modules):
+        first = findings[0]
+        more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+        raise InvalidSpec(f"{first.pointer}: {first.reason}{more}", location=first.pointer, findings=findings)
+
+
+def _check_objective(spec: JobSpec, shape: Shape) -> None:
+    """Raises: InvalidSpec when the objective cannot learn from rows of the shape."""
+    misfit = objective_misfit(spec.objective.type, shape)
+    if misfit is not None:
+        raise InvalidSpec(misfit, location="/objective/type")
 
 
 def _check_trainable(report: RenderReport, spec: JobSpec, model: BaseModel) -> None:
@@ -437,8 +441,14 @@ def _warnings(report: RenderReport, dataset: Dataset, spec: JobSpec) -> tuple[st
 def _preview(renderer: Renderer, result: RenderedRow | UnusableRow) -> dict[str, Any]:
     if isinstance(result, UnusableRow):
         return {"line": result.finding.line, "problem": result.finding.reason}
+    rejected = None if result.rejected is None else _preview_document(renderer, result.rejected)
+    shown = _preview_document(renderer, result)
+    return {"line": result.line, **shown, "rejected": rejected, "desirable": result.desirable}
+
+
+def _preview_document(renderer: Renderer, document: RenderedRow) -> dict[str, Any]:
     tokens = [
         {"id": token_id, "text": renderer.token_text(token_id), "trained": trained}
-        for token_id, trained in zip(result.input_ids, result.trained, strict=True)
+        for token_id, trained in zip(document.input_ids, document.trained, strict=True)
     ]
-    return {"line": result.line, "text": result.text, "tokens": tokens, "cut_tokens": result.cut_tokens}
+    return {"text": document.text, "tokens": tokens, "cut_tokens": document.cut_tokens}

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
+from qlora_service.training.row_losses import RowLosses
 
-import qlora_service.training.attention  # noqa: F401 - registers the attention
 from qlora_service.models.adapters import attach
 from qlora_service.models.nf4 import load_base
-from qlora_service.specs import Adapter, Quantization, Training
-from qlora_service.training.loop import EvaluationMetrics, Losses, StepMetrics, train
-from qlora_service.training.micro_batch import PER_DOCUMENT, TokenRow
+from qlora_service.specs import Adapter, Lora, Objective, Quantization, Supervised, Training
+from qlora_service.training.attention import Isolation, isolate_documents
+from qlora_service.training.loop import EvaluationMetrics, Outcome, StepMetrics, train
+from qlora_service.training.micro_batch import TokenRow, TrainingExample
+from qlora_service.training.network import Network
+from qlora_service.training.objectives import make_objective
 
 CPU = torch.device("cpu")
 FLOAT64 = Quantization(type="none", compute_dtype="float32")
@@ -38,12 +43,11 @@ def load(
     dtype: torch.dtype = torch.float32,
     adapter: Adapter | None = None,
     perturb_b: float = 0.0,
-    attention: str = PER_DOCUMENT,
 ) -> PeftModel:
     """The tiny model with an adapter; `perturb_b` moves B off zero, where A would have no gradient."""
     base = load_base(model_dir, quantization, torch.float32 if dtype is torch.float64 else dtype, CPU)
-    base.set_attn_implementation(attention)
-    model = attach(base, adapter or Adapter(r=4), seed=0)
+    isolate_documents(base)
+    model = attach(base, adapter or Lora(r=4), seed=0)
     if dtype is torch.float64:
         model.double()
     generator = torch.Generator().manual_seed(1)
@@ -56,6 +60,11 @@ def load(
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def network(model: PeftModel, isolation: Isolation = "per_document", **options: Any) -> Network:
+    """How `load`'s model is trained; the options are `Network`'s."""
+    return Network(model, isolation, **options)
 
 
 class Recorder:
@@ -73,28 +82,33 @@ class Recorder:
 
 
 def run(
-    model: torch.nn.Module,
-    train_rows: list[TokenRow],
+    model: PeftModel,
+    train_rows: Sequence[TrainingExample],
     training: Training,
     *,
     steps: int = 5,
-    micro_batch_tokens: int = 10_000,
-    held_out: list[TokenRow] | None = None,
+    micro_batch_tokens: int | None = None,
+    held_out: Sequence[TrainingExample] | None = None,
     evaluate_every: int = 1000,
     recorder: Recorder | None = None,
-) -> tuple[Losses, Recorder]:
-    """Train for real on consecutive batches of the rows."""
+    row_losses: RowLosses | None = None,
+    objective: Objective | None = None,
+    **options: Any,
+) -> tuple[Outcome, Recorder]:
+    """Train for real on consecutive batches of the rows; the options are `Network`'s."""
     recorder = recorder or Recorder()
     size = training.batch_size
-    losses = train(
-        model,
+    if micro_batch_tokens is not None:
+        training = training.model_copy(update={"micro_batch_tokens": micro_batch_tokens})
+    outcome = train(
+        network(model, neftune_noise_alpha=training.neftune_noise_alpha, **options),
+        make_objective(objective or Supervised()),
         lambda step: [train_rows[(step * size + i) % len(train_rows)] for i in range(size)],
         held_out or rows(4, seed=99),
         total_steps=steps,
         evaluate_every=evaluate_every,
         training=training,
-        device=CPU,
         observer=recorder,
-        micro_batch_tokens=micro_batch_tokens,
+        row_losses=row_losses or RowLosses(),
     )
-    return losses, recorder
+    return outcome, recorder

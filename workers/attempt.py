@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from qlora_service.artifacts.manifest import Manifest
@@ -19,16 +20,19 @@ from qlora_service.data.checks import read_examples
 from qlora_service.data.rendering import Renderer, RenderReport, RenderRules
 from qlora_service.errors import Finding, JobFailed
 from qlora_service.jobs import FailureReason, Job
-from qlora_service.models.adapters import attach, checkpoint_activations, load_adapter
+from qlora_service.models.adapters import attach, detach, load_adapter
 from qlora_service.models.catalog import BaseModel
 from qlora_service.models.nf4 import base_fingerprint, load_base
-from qlora_service.specs import Training
+from qlora_service.specs import JobSpec, Training
 from qlora_service.store.datasets import Dataset
-from qlora_service.training.attention import isolate_documents
+from qlora_service.training.attention import Isolation, isolate_documents
 from qlora_service.training.device import choose_device, device_name, has_bf16, release_memory
-from qlora_service.training.evaluation import mean_loss
-from qlora_service.training.loop import Losses, Observer, train
-from qlora_service.training.micro_batch import TokenRow
+from qlora_service.training.generation import evaluate_generation
+from qlora_service.training.loop import LossNotFinite, Observer, Outcome, train
+from qlora_service.training.micro_batch import TrainingExample
+from qlora_service.training.network import Network
+from qlora_service.training.objectives import Evaluation, evaluate, make_objective
+from qlora_service.training.row_losses import RowLosses
 from qlora_service.training.rows import RenderedRows, store_rendered
 from workers.publishing import fetch_published, publish, write_adapter
 
@@ -66,7 +70,7 @@ class PreparedRows:
     chat_template: str
 
     @cached_property
-    def judged(self) -> list[TokenRow]:
+    def judged(self) -> list[TrainingExample]:
         """The held-out rows; without any, the first training rows."""
         positions = self.split.held_out or self.split.train[:TRAINING_ROWS_JUDGED]
         return [self.rows[position] for position in positions]
@@ -76,7 +80,7 @@ class PreparedRows:
         training = self.training
         return total_steps(len(self.split.train), training.batch_size, training.epochs, training.max_steps)
 
-    def rows_of_step(self, step: int) -> list[TokenRow]:
+    def examples_of_step(self, step: int) -> list[TrainingExample]:
         """The examples of step `step` (from 0)."""
         train, training = self.split.train, self.training
         size, seed = training.batch_size, training.seed
@@ -116,7 +120,7 @@ def run_attempt(
         "isolation": isolation,
         "base_fingerprint": fingerprint,
     }
-    manifest, losses = _train_and_publish(inputs, prepared, base, plan, observer, enter_phase, metrics_file)
+    manifest, outcome, scores = _train_and_publish(inputs, prepared, base, plan, observer, enter_phase, metrics_file)
 
     enter_phase("certifying", prepared.total_steps)
     published = inputs.scratch / "published"
@@ -127,16 +131,21 @@ def run_attempt(
         del base
         release_memory(device)
         base = load_base(inputs.base.path, quantization, dtype, device)
-        isolate_documents(base)
-    loss = mean_loss(load_adapter(base, published), prepared.judged, device)
-    certificate = certify(loss, losses) | {"base_reused": reused}
+        isolation = isolate_documents(base)
+    network = Network(load_adapter(base, published), isolation)
+    measured = evaluate(network, make_objective(inputs.job.spec.objective), prepared.judged)
+    certificate = certify(measured.loss, outcome.after.loss) | {"base_reused": reused}
     return {
         "attempt": inputs.token,
-        "losses": asdict(losses),
-        "warnings": outcome_warnings(losses),
+        "losses": {"before": outcome.before.loss, "after": outcome.after.loss},
+        "held_out": {"before": asdict(outcome.before), "after": asdict(outcome.after)},
+        "generation": scores,
+        "warnings": outcome_warnings(outcome, prepared.total_steps),
         "certificate": certificate,
         "held_out_rows": len(prepared.split.held_out),
-        "steps": prepared.total_steps,
+        "steps": outcome.steps,
+        "best_step": outcome.best_step,
+        "skipped_steps": outcome.skipped_steps,
     }
 
 
@@ -148,29 +157,60 @@ def _train_and_publish(
     observer: Observer,
     enter_phase: EnterPhase,
     metrics_file: Path,
-) -> tuple[Manifest, Losses]:
-    """What was published and the losses; `base` is without an adapter again. `plan` gains what is decided here."""
+) -> tuple[Manifest, Outcome, dict[str, Any] | None]:
+    """What was published, and what was measured; `base` is without an adapter again. `plan` gains what is chosen.
+
+    Raises:
+        LossNotFinite: the adapter of the last finite step is published.
+    """
     spec = inputs.job.spec
-    model = attach(base, spec.adapter, spec.training.seed)
-    plan["gradient_checkpointing"] = spec.training.gradient_checkpointing and checkpoint_activations(model)
-    plan["micro_batch_tokens"] = spec.training.micro_batch_tokens if plan["isolation"] != "alone" else 1
+    network = make_network(base, spec, plan["isolation"], prepared.total_steps)
+    plan |= {
+        "isolation": network.isolation,
+        "layers": network.layers,
+        "head": network.head,
+        "gradient_checkpointing": network.checkpointing,
+        "micro_batch_tokens": spec.training.micro_batch_tokens,
+    }
+    row_losses = RowLosses()
     enter_phase("training", prepared.total_steps)
-    losses = train(
-        model,
-        prepared.rows_of_step,
-        prepared.judged,
-        total_steps=prepared.total_steps,
-        evaluate_every=spec.evaluation.every_steps or max(1, prepared.total_steps // EVALUATIONS),
-        training=spec.training,
-        device=base.device,
-        observer=observer,
-        micro_batch_tokens=plan["micro_batch_tokens"],
-    )
+    failure: LossNotFinite | None = None
+    try:
+        outcome = train(
+            network,
+            make_objective(spec.objective),
+            prepared.examples_of_step,
+            prepared.judged,
+            total_steps=prepared.total_steps,
+            evaluate_every=spec.evaluation.every_steps or max(1, prepared.total_steps // EVALUATIONS),
+            training=spec.training,
+            observer=observer,
+            row_losses=row_losses,
+        )
+    except LossNotFinite as error:
+        if error.outcome is None:
+            raise
+        failure, outcome = error, error.outcome
+
+    directory = inputs.scratch / "adapter"
+    directory.mkdir()
+    scores = None
+    if failure is None and (spec.evaluation.generate_rows or spec.evaluation.questions):
+        enter_phase("generating", prepared.total_steps)
+        report = evaluate_generation(
+            network,
+            load_tokenizer(inputs.base.path, prepared.chat_template),
+            prepared.judged,
+            spec.evaluation,
+            on_answer=lambda: enter_phase("generating", prepared.total_steps),
+        )
+        scores = report["scores"]
+        (directory / "generation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
 
     enter_phase("publishing", prepared.total_steps)
-    directory = inputs.scratch / "adapter"
-    write_adapter(model, inputs.base, prepared.judged, prepared.chat_template, metrics_file, directory)
-    model.unload()
+    row_losses.write(directory / "rows.jsonl")
+    write_adapter(network.model, inputs.base, prepared.judged, prepared.chat_template, metrics_file, directory)
+    detach(network.model)
     manifest = publish(
         directory,
         inputs.artifacts,
@@ -186,37 +226,77 @@ def _train_and_publish(
         },
         spec=spec.model_dump(mode="json"),
         plan=plan,
-        held_out={
-            "loss_before": losses.before,
-            "loss_after": losses.after,
-            "rows": len(prepared.judged),
-            "trained_tokens": sum(row.trained_tokens for row in prepared.judged),
-            "source": "held-out rows" if prepared.split.held_out else "training rows (none were held out)",
-        },
+        held_out=held_out_record(outcome, prepared),
     )
-    return manifest, losses
+    if failure is not None:
+        # What the last finite step left can be downloaded, though nobody certified it.
+        failure.details |= {"kept_attempt": inputs.token, "kept_step": outcome.steps}
+        raise failure
+    return manifest, outcome, scores
 
 
-def outcome_warnings(losses: Losses) -> list[str]:
+def make_network(base: PreTrainedModel, spec: JobSpec, isolation: Isolation, total_steps: int) -> Network:
+    """The base with a new adapter, ready to be trained."""
+    network = Network(
+        attach(base, spec.adapter, spec.training.seed, total_steps=total_steps),
+        isolation,
+        neftune_noise_alpha=spec.training.neftune_noise_alpha,
+    )
+    asked = spec.training.gradient_checkpointing
+    if asked is True or (asked == "auto" and not network.fits(spec.training.micro_batch_tokens)):
+        network.checkpoint()
+    return network
+
+
+def held_out_record(outcome: Outcome, prepared: PreparedRows) -> dict[str, Any]:
+    """The held-out figures as the manifest and the model card have them."""
+    documents = [document for example in prepared.judged for document in example.documents]
+
+    def named(when: str, evaluation: Evaluation) -> dict[str, Any]:
+        return {f"{figure}_{when}": value for figure, value in asdict(evaluation).items() if value is not None}
+
+    return (
+        named("before", outcome.before)
+        | named("after", outcome.after)
+        | {
+            "rows": len(prepared.judged),
+            "trained_tokens": sum(document.trained_tokens for document in documents),
+            "source": "held-out rows" if prepared.split.held_out else "training rows (none were held out)",
+        }
+    )
+
+
+def outcome_warnings(outcome: Outcome, total_steps: int) -> list[str]:
     """What the user of a certified adapter should know all the same."""
-    if losses.after <= losses.before:
-        return []
-    return [
-        f"the held-out loss rose from {losses.before:.4f} to {losses.after:.4f}: the adapter is worse than the base on "
-        "these rows; lower training.learning_rate, or train on more rows"
-    ]
+    warnings = []
+    before, after = outcome.before.loss, outcome.after.loss
+    if after > before:
+        warnings.append(
+            f"the held-out loss rose from {before:.4f} to {after:.4f}: the adapter is worse than the base on "
+            "these rows; lower training.learning_rate, or train on more rows"
+        )
+    if outcome.best_step == 0:
+        warnings.append("no step lowered the held-out loss: the adapter is as it started; lower training.learning_rate")
+    if outcome.steps < total_steps:
+        warnings.append(f"stopped early after {outcome.steps} of {total_steps} steps: the held-out loss fell no more")
+    if outcome.skipped_steps:
+        warnings.append(
+            f"{outcome.skipped_steps} of {outcome.steps} steps were skipped, because their loss or gradients were not "
+            "finite: metrics.jsonl has which"
+        )
+    return warnings
 
 
-def certify(loss: float, losses: Losses) -> dict[str, Any]:
+def certify(loss: float, trained: float) -> dict[str, Any]:
     """The certificate of a reloaded adapter's held-out loss.
 
     Raises:
         JobFailed: it is not the loss that training ended with.
     """
-    difference = abs(loss - losses.after)
+    difference = abs(loss - trained)
     if not difference <= CERTIFICATE_TOLERANCE:  # also when it is not a number
         raise JobFailed(
-            f"the published adapter gives a held-out loss of {loss:.6f}, the trained one gave {losses.after:.6f}: "
+            f"the published adapter gives a held-out loss of {loss:.6f}, the trained one gave {trained:.6f}: "
             "the files are not what was trained",
             reason=FailureReason.CERTIFICATE,
         )
@@ -228,6 +308,13 @@ def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
     if asked == "auto":
         return torch.bfloat16 if has_bf16(device) else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[asked]
+
+
+def load_tokenizer(model_dir: Path, chat_template: str) -> PreTrainedTokenizerBase:
+    """The base's tokenizer with the chat template that the rows were rendered with."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
+    tokenizer.chat_template = chat_template
+    return tokenizer
 
 
 def prepare_rows(inputs: AttemptInputs) -> PreparedRows:

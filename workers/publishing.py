@@ -20,14 +20,19 @@ from qlora_service.errors import JobFailed
 from qlora_service.jobs import FailureReason
 from qlora_service.models.adapters import save_adapter
 from qlora_service.models.catalog import BaseModel
-from qlora_service.training.micro_batch import TokenRow
+from qlora_service.training.micro_batch import LabelledRow, PreferencePair, TrainingExample
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 PACKAGES = ("qlora-service", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets", "safetensors")
 
 
 def write_adapter(
-    model: PeftModel, base: BaseModel, judged: Sequence[TokenRow], chat_template: str, metrics_file: Path, to: Path
+    model: PeftModel,
+    base: BaseModel,
+    judged: Sequence[TrainingExample],
+    chat_template: str,
+    metrics_file: Path,
+    to: Path,
 ) -> None:
     """Everything but the model card and the manifest, as files in the directory `to`."""
     save_adapter(model, to, base.reference, base.revision)
@@ -37,9 +42,22 @@ def write_adapter(
     (to / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     shutil.copyfile(metrics_file, to / "metrics.jsonl")
     with (to / "held_out.jsonl").open("w", encoding="utf-8") as file:
-        for row in judged:
-            record = {"line": row.line, "input_ids": list(row.input_ids), "trained": [int(t) for t in row.trained]}
-            file.write(json.dumps(record) + "\n")
+        for example in judged:
+            file.write(json.dumps(_record(example)) + "\n")
+
+
+def _record(example: TrainingExample) -> dict[str, Any]:
+    """A row of held_out.jsonl: what is needed to measure its loss again."""
+    documents = [
+        {"input_ids": list(document.input_ids), "trained": [int(flag) for flag in document.trained]}
+        for document in example.documents
+    ]
+    record = {"line": example.line, **documents[0]}
+    if isinstance(example, PreferencePair):
+        record["rejected"] = documents[1]
+    if isinstance(example, LabelledRow):
+        record["desirable"] = example.desirable
+    return record
 
 
 def publish(

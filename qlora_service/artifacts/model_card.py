@@ -3,7 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
+
+_METHODS = {
+    "lora": "A LoRA adapter",
+    "adalora": "An AdaLoRA adapter",
+    "ia3": "An (IA)³ adapter",
+    "vera": "A VeRA adapter",
+    "oft": "An OFT adapter",
+    "prompt_tuning": "A soft prompt (prompt tuning)",
+    "prefix_tuning": "A prefix (prefix tuning)",
+    "p_tuning": "A soft prompt (P-tuning)",
+    "llama_adapter": "A LLaMA-Adapter",
+}
+_SIZES = {
+    "r": "rank",
+    "target_r": "mean rank",
+    "lora_alpha": "alpha",
+    "oft_block_size": "block size",
+    "num_virtual_tokens": "virtual tokens",
+    "adapter_len": "prompt length",
+}
+"""What tells an adapter's size, by its field in the spec, as far as the method has it."""
+
+_OBJECTIVES = {"dpo": "DPO", "orpo": "ORPO", "kto": "KTO"}
 
 
 def model_card(
@@ -15,16 +39,21 @@ def model_card(
     held_out: dict[str, Any],
     versions: dict[str, str],
 ) -> str:
-    """Markdown with the front matter that model hubs read, the result, and how to load the adapter."""
+    """Markdown with the front matter that model hubs read, the result, and how to load the adapter.
+
+    `held_out` has `rows` (how many), `source` (which), `loss_before` and `loss_after`, and where it was measured
+    `accuracy_before` and `accuracy_after`, both from 0 to 1.
+    """
     name = base["hub_id"] or base["name"]
-    front = {"base_model": name, "library_name": "peft", "tags": ["lora", "qlora"]}
+    training, adapter, quantization = spec["training"], spec["adapter"], spec["quantization"]
+    objective = _OBJECTIVES.get(spec["objective"]["type"])
+    front = {"base_model": name, "library_name": "peft", "tags": _tags(spec)}
     header = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
-    training, adapter = spec["training"], spec["adapter"]
     revision = f" at revision `{base['revision']}`" if base["revision"] else ""
-    quantization = spec["quantization"]
-    is_nf4 = quantization["type"] == "nf4"
-    bits = "4-bit NF4" + (" with double quantization" if quantization["double_quant"] else "")
-    how = bits if is_nf4 else "unquantized"
+    settings = [f"learning rate {training['learning_rate']}"]
+    settings += [f"{label} {adapter[field]}" for field, label in _SIZES.items() if field in adapter]
+    if objective:
+        settings.append(f"{objective} with beta {spec['objective']['beta']}")
     packages = ", ".join(f"{package} {number}" for package, number in versions.items())
     return f"""---
 {header}
@@ -32,22 +61,19 @@ def model_card(
 
 # {spec["name"] or job_id}
 
-A LoRA adapter for `{name}`{revision}, trained over the {how} base.
+{_method(adapter)} for `{name}`{revision}, trained over the {_storage(quantization)} base.
 
-| | before | after |
-|---|---|---|
-| loss on {held_out["rows"]} {held_out["source"]} (nats per token) | {held_out["loss_before"]:.4f} | \
-{held_out["loss_after"]:.4f} |
+{_results(held_out, spec["objective"]["type"])}
 
 Trained on {dataset["trained_on"]} rows (dataset SHA-256 `{dataset["sha256"]}`), {training["batch_size"]} examples a
-step, learning rate {training["learning_rate"]}, rank {adapter["r"]}, alpha {adapter["lora_alpha"]}. `manifest.json`
+step, {", ".join(settings)}. `manifest.json`
 has the whole configuration, every file's SHA-256, and the base weights' SHA-256 `{base["weights_sha256"]}`.
 `held_out.jsonl` has the rows behind the table as token ids, so the losses can be measured again.
 
 ## Load it
 
 ```python
-{_load_nf4(quantization["double_quant"], compute_dtype) if is_nf4 else _load_unquantized(compute_dtype)}
+{_load_base(quantization, compute_dtype)}
 model = PeftModel.from_pretrained(base, "DIRECTORY_OF_THIS_FILE")
 tokenizer = AutoTokenizer.from_pretrained("DIRECTORY_OF_THIS_FILE")
 ```
@@ -56,23 +82,81 @@ tokenizer = AutoTokenizer.from_pretrained("DIRECTORY_OF_THIS_FILE")
 """
 
 
-def _load_nf4(double_quant: bool, dtype: str) -> str:
-    return f"""import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-nf4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant={double_quant},
-    bnb_4bit_compute_dtype=torch.{dtype},
-)
-base = AutoModelForCausalLM.from_pretrained("PATH_OR_ID_OF_THE_BASE", quantization_config=nf4, dtype=torch.{dtype})"""
+def _tags(spec: dict[str, Any]) -> list[str]:
+    method, objective = spec["adapter"]["method"], spec["objective"]["type"]
+    tags = [method.replace("_", "-")]
+    if method == "lora" and spec["quantization"]["type"] in ("nf4", "fp4"):
+        tags.append("qlora")
+    return tags if objective == "supervised" else [*tags, objective]
 
 
-def _load_unquantized(dtype: str) -> str:
-    return f"""import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+def _method(adapter: dict[str, Any]) -> str:
+    """The adapter's kind, as the beginning of a sentence."""
+    if adapter.get("use_dora"):
+        return "A rank-stabilized DoRA adapter" if adapter["use_rslora"] else "A DoRA adapter"
+    if adapter.get("use_rslora"):
+        return "An rsLoRA adapter"
+    return _METHODS[adapter["method"]]
 
-base = AutoModelForCausalLM.from_pretrained("PATH_OR_ID_OF_THE_BASE", dtype=torch.{dtype})"""
+
+def _storage(quantization: dict[str, Any]) -> str:
+    """How the base was kept, as an adjective."""
+    match quantization["type"]:
+        case "nf4" | "fp4" as kind:
+            twice = " with double quantization" if quantization["double_quant"] else ""
+            return f"4-bit {kind.upper()}{twice}"
+        case "int8":
+            return "8-bit"
+        case _:
+            return "unquantized"
+
+
+def _results(held_out: dict[str, Any], objective: str) -> str:
+    """The table of what was measured before and after the training."""
+    before, after = held_out["loss_before"], held_out["loss_after"]
+    unit, right = {
+        "supervised": ("nats per token", "token accuracy"),
+        "kto": ("KTO, per example", "answers judged right"),
+    }.get(objective, (f"{_OBJECTIVES.get(objective)}, per pair", "pairs ranked right"))
+    rows = [
+        ("", "before", "after"),
+        ("---", "---", "---"),
+        (f"loss on {held_out['rows']} {held_out['source']} ({unit})", f"{before:.4f}", f"{after:.4f}"),
+    ]
+    if objective == "supervised":
+        rows.append(("perplexity", _perplexity(before), _perplexity(after)))
+    if held_out.get("accuracy_after") is not None:
+        rows.append((right, f"{held_out['accuracy_before']:.1%}", f"{held_out['accuracy_after']:.1%}"))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def _perplexity(loss: float) -> str:
+    # Beyond this there is no float64, and nothing to tell apart.
+    return f"{math.exp(loss):.4g}" if loss < 700 else "over 1e304"
+
+
+def _load_base(quantization: dict[str, Any], dtype: str) -> str:
+    """The lines that load the base as the job did."""
+    kind, options = quantization["type"], []
+    if kind in ("nf4", "fp4"):
+        options = [
+            "load_in_4bit=True",
+            f'bnb_4bit_quant_type="{kind}"',
+            f"bnb_4bit_use_double_quant={quantization['double_quant']}",
+            f"bnb_4bit_compute_dtype=torch.{dtype}",
+        ]
+    elif kind == "int8":
+        # With outliers kept apart, a row's logits would depend on its neighbours.
+        options = ["load_in_8bit=True", "llm_int8_threshold=0.0"]
+    bits = ", BitsAndBytesConfig" if options else ""
+    lines = [
+        "import torch",
+        "from peft import PeftModel",
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{bits}",
+        "",
+    ]
+    if options:
+        lines += ["quantization = BitsAndBytesConfig(", *(f"    {option}," for option in options), ")"]
+    quantized = "quantization_config=quantization, " if options else ""
+    base = f'AutoModelForCausalLM.from_pretrained("PATH_OR_ID_OF_THE_BASE", {quantized}dtype=torch.{dtype})'
+    return "\n".join([*lines, f"base = {base}"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from qlora_service.cli import jobs, local, models, submission
+from qlora_service.cli import jobs, local, models, recipes, submission
 from qlora_service.cli.options import FaultsInFile, print_error
 from qlora_service.errors import QLoRAError
 
@@ -24,6 +24,7 @@ app.command()(jobs.download)
 app.command("jobs")(jobs.list_jobs)
 app.command()(jobs.cancel)
 app.add_typer(models.app, name="models")
+app.command("recipes")(recipes.show_recipes)
 app.command()(local.demo)
 
 

@@ -26,12 +26,12 @@ from urllib.parse import quote
 import httpx2
 
 from qlora_service.client.transport import EXAMPLE_URL, Backoff, Drop, Transport, transient
-from qlora_service.client.wire import ArtifactFile, Dataset, Event, Job, Model, ServiceError
+from qlora_service.client.wire import ArtifactFile, Dataset, Event, Job, Model, Recipe, ServiceError
 from qlora_service.data.examples import Container, Shape
 from qlora_service.errors import InvalidRequest, Unavailable
 from qlora_service.specs import JobSpec
 
-__all__ = ["ArtifactFile", "Client", "Dataset", "Event", "Job", "Model", "ServiceError"]
+__all__ = ["ArtifactFile", "Client", "Dataset", "Event", "Job", "Model", "Recipe", "ServiceError"]
 
 PATIENCE_S = 600.0
 """How long a service that has answered before may stay away."""
@@ -66,7 +66,7 @@ class Client:
         """Whether the service answers."""
         return self._transport.answers("/healthz")
 
-    # --- datasets and models
+    # --- datasets, models and recipes
 
     def upload_dataset(
         self, path: str | Path, *, container: Container | None = None, shape: Shape | None = None
@@ -85,6 +85,10 @@ class Client:
     def models(self) -> list[Model]:
         """The base models a job may name."""
         return [Model.model_validate(value) for value in self._transport.send("GET", "/models")["data"]]
+
+    def recipes(self) -> list[Recipe]:
+        """The recipes a job may name."""
+        return [Recipe.model_validate(value) for value in self._transport.send("GET", "/recipes")["data"]]
 
     # --- jobs
 

@@ -44,6 +44,15 @@ class Model(Answer):
     max_positions: int | None
 
 
+class Recipe(Answer):
+    """Named values for what a job's spec leaves open."""
+
+    name: str
+    title: str
+    source: str
+    values: dict[str, dict[str, Any]]
+
+
 class Progress(Answer):
     step: int
     total_steps: int | None

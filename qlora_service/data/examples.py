@@ -7,7 +7,19 @@ from typing import Any
 
 from qlora_service.specs import Container, Shape
 
-__all__ = ["Chat", "Completion", "Container", "Example", "Shape", "SourceRow", "Text"]
+__all__ = [
+    "Chat",
+    "Completion",
+    "Container",
+    "Document",
+    "Example",
+    "Labelled",
+    "Preference",
+    "Shape",
+    "SourceRow",
+    "Text",
+    "documents",
+]
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,36 @@ class Text:
     text: str
 
 
-Example = Chat | Completion | Text
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to the same conversation, of which the first is better; of each, only the answer is learned from."""
+
+    chosen: Chat | Completion
+    rejected: Chat | Completion
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An answer that is wanted, or not."""
+
+    answer: Chat | Completion
+    desirable: bool
+
+
+Document = Chat | Completion | Text
+"""What becomes one sequence of tokens."""
+Example = Document | Preference | Labelled
+
+
+def documents(example: Example) -> tuple[Document, ...]:
+    """The one document of an example, or the two of a pair, the chosen one first."""
+    match example:
+        case Preference(chosen, rejected):
+            return (chosen, rejected)
+        case Labelled(answer):
+            return (answer,)
+        case _:
+            return (example,)
 
 
 @dataclass(frozen=True)

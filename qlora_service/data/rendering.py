@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from itertools import accumulate, islice
+from itertools import accumulate, compress, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -15,7 +15,16 @@ from tokenizers import Encoding, Tokenizer
 
 from qlora_service.data.chat_template import Span
 from qlora_service.data.checks import MAX_FINDINGS
-from qlora_service.data.examples import Chat, Completion, Example, SourceRow
+from qlora_service.data.examples import (
+    Chat,
+    Completion,
+    Document,
+    Example,
+    Labelled,
+    Preference,
+    SourceRow,
+    documents,
+)
 from qlora_service.data.template_process import RenderedChat, TemplateProcess, characters
 from qlora_service.data.tokenizer_settings import read_tokenizer_settings
 from qlora_service.errors import Finding, InvalidModel
@@ -26,6 +35,10 @@ BATCH_ROWS = 64
 BATCH_CHARS = 1 << 18
 
 Item = TypeVar("Item")
+Drafted = tuple[SourceRow, list[RenderedChat]]
+"""A row and the text and trained character spans of each of its documents."""
+Encoded = tuple[Encoding, bool]
+"""The tokens of a text, and whether they are all."""
 
 # For base models that bring no template of their own; stored with the adapter, so that it is used at inference too.
 PLAIN_TEMPLATE = (
@@ -62,6 +75,10 @@ class RenderedRow:
     trained: tuple[bool, ...]
     cut_tokens: int = 0
     """Tokens that truncation took off the end; of an enormous text, only those that were counted."""
+    rejected: RenderedRow | None = None
+    """Of a pair, the worse answer's document; the row itself is the better one's."""
+    desirable: bool | None = None
+    """Of a labelled answer, whether it is wanted."""
 
     @property
     def trained_tokens(self) -> int:
@@ -120,47 +137,41 @@ class Renderer:
             InvalidModel: the chat template or the tokenizer cannot be used at all.
             InvalidDataset: the chat template fails on too many rows.
         """
-        for drafts in _batches(self._drafts(rows), lambda draft: len(draft[1].text)):
-            encodings = self._encode([draft.text for _, draft in drafts])
-            for (row, draft), (encoding, is_whole) in zip(drafts, encodings, strict=True):
-                if draft.error is not None:
-                    yield _unusable(row, draft.error)
-                else:
-                    yield self._finish(row, draft, encoding, is_whole)
+        batches = _batches(self._drafts(rows), lambda drafted: sum(len(draft.text) for draft in drafted[1]))
+        for batch in batches:
+            encoded = iter(self._encode([draft.text for _, drafts in batch for draft in drafts]))
+            for row, drafts in batch:
+                sides = [
+                    self._finish(row, document, draft, *next(encoded))
+                    for document, draft in zip(documents(row.example), drafts, strict=True)
+                ]
+                yield _joined(row, *sides)
 
     def token_text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
-    def _drafts(self, rows: Iterable[SourceRow]) -> Iterator[tuple[SourceRow, RenderedChat]]:
-        """Each row with its text and its trained character spans."""
-        for batch in _batches(rows, lambda row: _characters(row.example)):
-            chats = [row.example for row in batch if isinstance(row.example, Chat)]
-            rendered_chats = iter(self._templates.render(chats)) if chats else iter(())
+    def _drafts(self, rows: Iterable[SourceRow]) -> Iterator[Drafted]:
+        batches = _batches(rows, lambda row: _characters(row.example))
+        for batch, rendered in self._templates.render_ahead((batch, _chats(batch)) for batch in batches):
+            rendered_chats = iter(rendered)
             for row in batch:
-                yield row, self._draft(row, rendered_chats)
+                yield row, [_draft(document, rendered_chats) for document in documents(row.example)]
 
-    def _draft(self, row: SourceRow, rendered_chats: Iterator[RenderedChat]) -> RenderedChat:
-        example = row.example
-        if isinstance(example, Chat):
-            return next(rendered_chats)
-        if isinstance(example, Completion):
-            text = example.prompt + example.completion
-            return RenderedChat(text, ((len(example.prompt), len(text)),))
-        return RenderedChat(example.text, ((0, len(example.text)),))
-
-    def _encode(self, texts: list[str]) -> list[tuple[Encoding, bool]]:
+    def _encode(self, texts: list[str]) -> list[Encoded]:
         """The tokens of each text, and whether they are all: of an enormous one only the beginning is tokenized.
 
         That beginning has over twice the tokens a row may have: text that follows changes no more than the last few.
         """
-        if len(texts) > 1:
+        if sum(map(len, texts)) <= BATCH_CHARS:
             return [(encoding, True) for encoding in self._encodings(texts)]
-        (text,) = texts
+        return [self._beginning(text) for text in texts]
+
+    def _beginning(self, text: str) -> Encoded:
         size, limit = BATCH_CHARS, 2 * self._rules.max_seq_len_tokens
         while True:
             (encoding,) = self._encodings([text[:size]])
             if size >= len(text) or len(encoding.ids) > limit:
-                return [(encoding, size >= len(text))]
+                return encoding, size >= len(text)
             size *= 2
 
     def _encodings(self, texts: list[str], add_special_tokens: bool = False) -> list[Encoding]:
@@ -174,11 +185,14 @@ class Renderer:
         return encodings
 
     def _finish(
-        self, row: SourceRow, draft: RenderedChat, encoding: Encoding, is_whole: bool
+        self, row: SourceRow, document: Document, draft: RenderedChat, encoding: Encoding, is_whole: bool
     ) -> RenderedRow | UnusableRow:
+        """The tokens of one of the row's documents."""
+        if draft.error is not None:
+            return _unusable(row, draft.error)
         ids: list[int] = encoding.ids
-        trained = self._trained_tokens(draft, encoding)
-        is_chat = isinstance(row.example, Chat)
+        trained = self._trained_tokens(draft, ids, encoding.offsets)
+        is_chat = isinstance(document, Chat)
         if not is_chat and self._bos is not None and ids[:1] != [self._bos]:
             ids, trained = [self._bos, *ids], [False, *trained]
         # A template ends a turn with a special token of its choice; plain text ends with nothing else than a stop.
@@ -187,7 +201,8 @@ class Renderer:
         if self._eos is not None and ends_open:
             # Nothing ends the last answer: without a learned stop token the adapter would never stop.
             ids, trained = [*ids, self._eos], [*trained, True]
-        if self._rules.train_on == "all":
+        # Of judged answers the prompt has no part in the objective.
+        if self._rules.train_on == "all" and not isinstance(row.example, Preference | Labelled):
             trained = [True] * len(ids)
         limit = self._rules.max_seq_len_tokens
         cut = max(0, len(ids) - limit)
@@ -200,15 +215,11 @@ class Renderer:
             return _unusable(row, f"nothing to train: no token of an answer is left{after}")
         return result
 
-    def _trained_tokens(self, draft: RenderedChat, encoding: Encoding) -> list[bool]:
+    def _trained_tokens(self, draft: RenderedChat, ids: list[int], offsets: list[Span]) -> list[bool]:
         """Which tokens overlap a trained span; each span ends with its stop token, if it has one."""
-        ids: list[int] = encoding.ids
-        offsets: list[Span] = encoding.offsets
-        # Offsets go forward, but for tokenizers that reorder characters; these two always do.
-        ends = list(accumulate((end for _, end in offsets), max))
-        starts = list(accumulate((start for start, _ in reversed(offsets)), min))[::-1]
-        special = [index for index, token_id in enumerate(ids) if token_id in self._special_ids]
-        changes = [0] * (len(ids) + 1)
+        trained = [False] * len(ids)
+        starts, ends = _ascending(offsets)
+        special = list(compress(range(len(ids)), map(self._special_ids.__contains__, ids)))
         for start, end in draft.spans:
             first, last = bisect_right(ends, start), bisect_left(starts, end) - 1
             if first > last:
@@ -221,9 +232,8 @@ class Renderer:
             elif ending is not None and draft.text[offsets[ending][1] : end].isspace():
                 # Behind the stop token a template may put a line break that is never generated.
                 last = ending
-            changes[first] += 1
-            changes[last + 1] -= 1
-        return [depth > 0 for depth in accumulate(changes[:-1])]
+            trained[first : last + 1] = [True] * (last + 1 - first)
+        return trained
 
     def _token_id(self, token: str | None) -> int | None:
         token_id: int | None = None if token is None else self._tokenizer.token_to_id(token)
@@ -232,7 +242,10 @@ class Renderer:
 
 @dataclass
 class RenderReport:
-    """What rendering a dataset gave: counts, the lengths' histogram, and the rows that cannot be used."""
+    """What rendering a dataset gave: counts, the lengths' histogram, and the rows that cannot be used.
+
+    The tokens of a pair are those of both sides; its length is that of the longer one.
+    """
 
     rows: int = 0
     usable_rows: int = 0
@@ -259,11 +272,12 @@ class RenderReport:
                 self.too_long_rows += 1
                 self._count_length(result.too_long)
             return
+        sides = [side for side in (result, result.rejected) if side is not None]
         self.usable_rows += 1
-        self.cut_rows += bool(result.cut_tokens)
-        self.tokens += len(result.input_ids)
-        self.trained_tokens += result.trained_tokens
-        self._count_length(len(result.input_ids) + result.cut_tokens)
+        self.cut_rows += any(side.cut_tokens for side in sides)
+        self.tokens += sum(len(side.input_ids) for side in sides)
+        self.trained_tokens += sum(side.trained_tokens for side in sides)
+        self._count_length(max(len(side.input_ids) + side.cut_tokens for side in sides))
 
     def _count_length(self, tokens: int) -> None:
         self.longest_tokens = max(self.longest_tokens, tokens)
@@ -286,6 +300,48 @@ def _unusable(row: SourceRow, reason: str, too_long: int | None = None) -> Unusa
     return UnusableRow(Finding(reason=reason, line=row.line, byte_offset=row.byte_offset), too_long)
 
 
+def _chats(rows: Iterable[SourceRow]) -> list[Chat]:
+    return [document for row in rows for document in documents(row.example) if isinstance(document, Chat)]
+
+
+def _draft(document: Document, rendered_chats: Iterator[RenderedChat]) -> RenderedChat:
+    if isinstance(document, Chat):
+        return next(rendered_chats)
+    if isinstance(document, Completion):
+        text = document.prompt + document.completion
+        return RenderedChat(text, ((len(document.prompt), len(text)),))
+    return RenderedChat(document.text, ((0, len(document.text)),))
+
+
+def _joined(
+    row: SourceRow, first: RenderedRow | UnusableRow, second: RenderedRow | UnusableRow | None = None
+) -> RenderedRow | UnusableRow:
+    """The row of its documents: both sides of a pair, or the only one."""
+    if second is None:
+        if isinstance(row.example, Labelled) and isinstance(first, RenderedRow):
+            return replace(first, desirable=row.example.desirable)
+        return first
+    if isinstance(first, UnusableRow) or isinstance(second, UnusableRow):
+        bad = {name: side for name, side in (("chosen", first), ("rejected", second)) if isinstance(side, UnusableRow)}
+        reason = "; ".join(f"the {name} answer: {side.finding.reason}" for name, side in bad.items())
+        lengths = [side.too_long for side in bad.values() if side.too_long is not None]
+        return _unusable(row, reason, too_long=max(lengths, default=None))
+    if first.input_ids == second.input_ids:
+        after = " once they are cut" if first.cut_tokens or second.cut_tokens else ""
+        return _unusable(row, f"the chosen and the rejected answer are the same tokens{after}")
+    return replace(first, rejected=second)
+
+
+def _ascending(offsets: list[Span]) -> tuple[Sequence[int], Sequence[int]]:
+    """Where tokens start and end, in order: offsets go forward, but for tokenizers that reorder characters."""
+    starts, ends = zip(*offsets, strict=True) if offsets else ((), ())
+    if list(ends) != sorted(ends):
+        ends = tuple(accumulate(ends, max))
+    if list(starts) != sorted(starts):
+        starts = tuple(accumulate(reversed(starts), min))[::-1]
+    return starts, ends
+
+
 def _batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
     """The items in order, at most `BATCH_ROWS` at a time and `BATCH_CHARS` in all; a larger one comes alone."""
     batch: list[Item] = []
@@ -302,11 +358,15 @@ def _batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[lis
 
 
 def _characters(example: Example) -> int:
-    if isinstance(example, Chat):
-        return characters([example.messages, example.tools])
-    if isinstance(example, Completion):
-        return len(example.prompt) + len(example.completion)
-    return len(example.text)
+    total = 0
+    for document in documents(example):
+        if isinstance(document, Chat):
+            total += characters([document.messages, document.tools])
+        elif isinstance(document, Completion):
+            total += len(document.prompt) + len(document.completion)
+        else:
+            total += len(document.text)
+    return total
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

@@ -13,11 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from qlora_service.data.chat_template import Span
 from qlora_service.data.examples import Chat
 from qlora_service.errors import InvalidDataset, InvalidModel
+
+Item = TypeVar("Item")
 
 MEMORY_BYTES = 1 << 30
 ROW_CHARS = 16 << 20
@@ -45,6 +47,22 @@ class RenderedChat:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class _Request:
+    """A batch of conversations as the child takes them, and the seconds each may need beyond the usual."""
+
+    rows: list[Any]
+    extra_s: list[float]
+
+    @property
+    def limit_s(self) -> float:
+        return BATCH_S + min(sum(self.extra_s), MAX_EXTRA_S)
+
+
+class _ChildDied(Exception):
+    pass
+
+
 class TemplateProcess:
     """Renders conversations with one template; a context manager that leaves no process behind."""
 
@@ -69,30 +87,69 @@ class TemplateProcess:
     ) -> None:
         self._kill()
 
-    def render(self, chats: Sequence[Chat]) -> Iterator[RenderedChat]:
-        """One result per conversation, in order.
+    def render(self, chats: Sequence[Chat]) -> list[RenderedChat]:
+        """One result per conversation, in order. Raises: as `render_ahead`."""
+        ((_, results),) = self.render_ahead([(None, chats)])
+        return results
+
+    def render_ahead(self, batches: Iterable[tuple[Item, Sequence[Chat]]]) -> Iterator[tuple[Item, list[RenderedChat]]]:
+        """For each batch its item and one result per conversation, in order; the next batch is rendered meanwhile.
 
         Raises:
             InvalidModel: the template does not compile, or hangs or crashes on one conversation after the other.
             InvalidDataset: it hangs or crashes on too many, though not on all.
         """
-        rows = [[[_as_templates_expect(m) for m in chat.messages], chat.trained, chat.tools] for chat in chats]
-        extra_s = [_extra_s(chat) for chat in chats]
+        waiting: tuple[Item, _Request] | None = None
         try:
-            answers: Iterable[dict[str, Any]] = self._ask(rows, BATCH_S + min(sum(extra_s), MAX_EXTRA_S))
+            for item, chats in batches:
+                done = None if waiting is None else (waiting[0], self._results(waiting[1]))
+                waiting = item, self._request(chats)
+                if done is not None:
+                    yield done
+            if waiting is not None:
+                item, request = waiting
+                waiting = None
+                yield item, self._results(request)
+        finally:
+            if waiting is not None:
+                # An answer nobody waits for any more would be taken for the next batch's.
+                self._kill()
+
+    def _request(self, chats: Sequence[Chat]) -> _Request:
+        """Ask for a batch without waiting for it."""
+        request = _Request(
+            [[[_as_templates_expect(m) for m in chat.messages], chat.trained, chat.tools] for chat in chats],
+            [_extra_s(chat) for chat in chats],
+        )
+        if chats:
+            # A child that died is noticed by whoever wants its answer.
+            with contextlib.suppress(_ChildDied):
+                self._send_rows(request.rows, request.limit_s)
+        return request
+
+    def _results(self, request: _Request) -> list[RenderedChat]:
+        answers: Iterable[dict[str, Any]] = []
+        try:
+            if request.rows:
+                answers = self._receive(request.limit_s)
+                self._deaths_in_a_row = 0
         except _ChildDied:
             # One conversation hung or crashed the template: find out which, the others are fine.
-            answers = map(self._ask_one, rows, extra_s)
-        for answer in answers:
-            if "error" in answer:
-                yield RenderedChat(error=answer["error"])
-            else:
-                yield RenderedChat(answer["text"], tuple((start, end) for start, end in answer["spans"]))
+            answers = map(self._ask_one, request.rows, request.extra_s)
+        return [
+            RenderedChat(error=answer["error"])
+            if "error" in answer
+            else RenderedChat(answer["text"], tuple((start, end) for start, end in answer["spans"]))
+            for answer in answers
+        ]
 
     def _ask_one(self, row: Any, extra_s: float) -> dict[str, Any]:
         try:
-            answer: dict[str, Any] = self._ask([row], ROW_S + min(extra_s, MAX_EXTRA_S))[0]
-            return answer
+            limit_s = ROW_S + min(extra_s, MAX_EXTRA_S)
+            self._send_rows([row], limit_s)
+            (answer,) = self._receive(limit_s)
+            self._deaths_in_a_row = 0
+            return cast("dict[str, Any]", answer)
         except _ChildDied as died:
             self._deaths += 1
             self._deaths_in_a_row += 1
@@ -110,12 +167,10 @@ class TemplateProcess:
                 ) from None
             return {"error": f"the chat template {died} on this conversation"}
 
-    def _ask(self, rows: list[Any], limit_s: float) -> list[Any]:
+    def _send_rows(self, rows: list[Any], limit_s: float) -> None:
         if self._process is None:
             self._start()
-        answer: list[Any] = self._exchange({"rows": rows, "cpu_s": limit_s}, limit_s)
-        self._deaths_in_a_row = 0
-        return answer
+        self._send({"rows": rows, "cpu_s": limit_s}, limit_s)
 
     def _start(self) -> None:
         # An environment of its own: nothing of the service's (keys, tokens) for a template to find.
@@ -130,7 +185,8 @@ class TemplateProcess:
             },
         )
         try:
-            answer = self._exchange(self._setup, START_S)
+            self._send(self._setup, START_S)
+            answer = self._receive(START_S)
         except _ChildDied as died:
             raise InvalidModel(
                 f"the base model's chat template {died} while it was compiled", location="/base_model"
@@ -138,40 +194,48 @@ class TemplateProcess:
         if "error" in answer:
             raise InvalidModel(f"base model: {answer['error']}", location="/base_model")
 
-    def _exchange(self, message: Any, limit_s: float) -> Any:
-        """Send one JSON line and read one, within `limit_s` seconds. Raises: _ChildDied, with the child gone."""
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        deadline = time.monotonic() + limit_s
+    def _send(self, message: Any, limit_s: float) -> None:
+        """Write one JSON line within `limit_s` seconds. Raises: _ChildDied, with the child gone."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        pipe = self._process.stdin.fileno()
+        os.set_blocking(pipe, False)
         outgoing = memoryview(json.dumps(message).encode() + b"\n")
+        for _ in self._when_ready(pipe, selectors.EVENT_WRITE, limit_s):
+            try:
+                outgoing = outgoing[os.write(pipe, outgoing) :]
+            except BrokenPipeError:
+                raise self._died("crashed") from None
+            if not outgoing:
+                return
+
+    def _receive(self, limit_s: float) -> Any:
+        """Read one JSON line within `limit_s` seconds. Raises: _ChildDied, with the child gone."""
+        if self._process is None:
+            raise _ChildDied("crashed")
+        assert self._process.stdout is not None
+        pipe = self._process.stdout.fileno()
         incoming = bytearray()
-        os.set_blocking(process.stdin.fileno(), False)
+        for _ in self._when_ready(pipe, selectors.EVENT_READ, limit_s):
+            chunk = os.read(pipe, 1 << 20)
+            incoming += chunk
+            if not chunk:
+                raise self._died("crashed")
+            if len(incoming) > ANSWER_BYTES:
+                raise self._died(f"wrote more than {ANSWER_BYTES >> 20} MiB")
+            if chunk.endswith(b"\n"):
+                break
+        return json.loads(incoming)
+
+    def _when_ready(self, pipe: int, event: int, limit_s: float) -> Iterator[None]:
+        """Goes on whenever the pipe can be used. Raises: _ChildDied after `limit_s` seconds, with the child gone."""
+        deadline = time.monotonic() + limit_s
         with selectors.DefaultSelector() as selector:
-            selector.register(process.stdin, selectors.EVENT_WRITE)
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while True:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise self._died(f"did not finish within {limit_s:g} s")
-                for key, _ in selector.select(left):
-                    if key.fileobj is process.stdin:
-                        try:
-                            outgoing = outgoing[os.write(process.stdin.fileno(), outgoing) :]
-                        except BrokenPipeError:
-                            raise self._died("crashed") from None
-                        if not outgoing:
-                            selector.unregister(process.stdin)
-                    else:
-                        chunk = os.read(process.stdout.fileno(), 1 << 20)
-                        incoming += chunk
-                        if not chunk:
-                            raise self._died("crashed")
-                        if len(incoming) > ANSWER_BYTES:
-                            raise self._died(f"wrote more than {ANSWER_BYTES >> 20} MiB")
-                        if chunk.endswith(b"\n"):
-                            return json.loads(incoming)
+            selector.register(pipe, event)
+            while (left := deadline - time.monotonic()) > 0:
+                if selector.select(left):
+                    yield
+        raise self._died(f"did not finish within {limit_s:g} s")
 
     def _died(self, how: str) -> _ChildDied:
         self._kill()
@@ -212,7 +276,3 @@ def _as_templates_expect(message: dict[str, Any]) -> dict[str, Any]:
                 function["arguments"] = json.loads(function["arguments"])
         decoded.append({**call, "function": function})
     return {**message, "tool_calls": decoded}
-
-
-class _ChildDied(Exception):
-    pass

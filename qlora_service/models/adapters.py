@@ -1,48 +1,257 @@
-"""LoRA adapters: attach to a frozen base, save as files that PEFT loads anywhere, load them back."""
+"""Adapters of every method: attach to a frozen base, save as files that PEFT loads anywhere, load them back."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import (
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.adaption_prompt.layer import _BaseAdaptedAttention as AdaptedAttention
+from peft.tuners.ia3 import IA3Layer
+from peft.tuners.lora import LoraLayer
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qlora_service.errors import InvalidSpec
-from qlora_service.specs import Adapter
+from qlora_service.models.nf4 import dequantized_weight
+from qlora_service.specs import (
+    IA3,
+    AdaLora,
+    Adapter,
+    LlamaAdapter,
+    Lora,
+    Oft,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    TargetedAdapter,
+    Vera,
+)
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+NAME = "default"
+"""What PEFT calls an adapter that was given no name."""
+
+# AdaLoRA keeps the initial rank for the first share of the steps and the final one for the last; the paper's tables
+# (arXiv:2303.10512, appendix) use 9 to 15 % and 45 to 58 %. It must score importance once before it decides.
+ADALORA_INITIAL_SHARE, ADALORA_FINAL_SHARE = 0.1, 0.5
+ADALORA_FEWEST_STEPS = 2
+# Layers at the bottom that LLaMA-Adapter leaves alone by default: the paper adapts the upper 30 of 32.
+LLAMA_ADAPTER_BOTTOM = 2
+LLAMA_ADAPTER_WEIGHTS = {"adaption_prompt", "adaption_gate"}
 
 
-def attach(base: PreTrainedModel, adapter: Adapter, seed: int) -> PeftModel:
-    """The base with a new adapter: A random, B zero, so that the first outputs are the base's own.
+def peft_config(adapter: Adapter, base: torch.nn.Module, *, total_steps: int = 1000) -> PeftConfig:
+    """PEFT's configuration of the adapter for this base; `total_steps` shapes AdaLoRA's schedule.
 
-    Adapter weights are float32 whatever the compute dtype; the base stays frozen and its own dropout off.
+    OLoRA becomes a plain LoRA of twice the rank and the same scale, as PEFT's own conversion makes it: see `attach`.
+    """
+    config = _untargeted_config(adapter, base)
+    if config is not None:
+        return config
+    assert isinstance(adapter, TargetedAdapter)
+    targets = adapter.target_modules
+    common: dict[str, Any] = {
+        "task_type": TaskType.CAUSAL_LM,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        # Conv1D (GPT-2) stores its weight transposed; quantized, it has become an ordinary linear layer.
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in base.modules()),
+    }
+    match adapter:
+        case Lora():
+            return _lora_config(adapter, base, common)
+        case AdaLora():
+            steps = max(total_steps, ADALORA_FEWEST_STEPS)
+            return AdaLoraConfig(
+                init_r=adapter.init_r,
+                target_r=adapter.target_r,
+                lora_alpha=adapter.lora_alpha,
+                lora_dropout=adapter.lora_dropout,
+                orth_reg_weight=adapter.orth_reg_weight,
+                total_step=steps,
+                tinit=int(steps * ADALORA_INITIAL_SHARE),
+                tfinal=min(int(steps * ADALORA_FINAL_SHARE), steps - ADALORA_FEWEST_STEPS),
+                # At every step, so that what is pruned is zero whenever the adapter is measured or saved.
+                deltaT=1,
+                **common,
+            )
+        case IA3():
+            return IA3Config(feedforward_modules=list(adapter.feedforward_modules), **common)
+        case Vera():
+            # The projections are saved beside the vectors: other versions of torch may draw others from the key.
+            return VeraConfig(
+                r=adapter.r,
+                vera_dropout=adapter.vera_dropout,
+                d_initial=adapter.d_initial,
+                projection_prng_key=adapter.projection_prng_key,
+                save_projection=True,
+                **common,
+            )
+        case Oft():
+            block_size, dropout = adapter.oft_block_size, adapter.module_dropout
+            return OFTConfig(r=0, oft_block_size=block_size, module_dropout=dropout, **common)
+    raise AssertionError(f"no configuration for {adapter!r}")
+
+
+def _untargeted_config(adapter: Adapter, base: Any) -> PeftConfig | None:
+    task = TaskType.CAUSAL_LM
+    match adapter:
+        case PromptTuning():
+            # Real tokens to start from (arXiv:2104.08691, section 3.2); random ones lie far from all of them.
+            tokens = adapter.num_virtual_tokens
+            return PromptTuningConfig(task_type=task, num_virtual_tokens=tokens, prompt_tuning_init="SAMPLE_VOCAB")
+        case PrefixTuning():
+            return PrefixTuningConfig(task_type=task, num_virtual_tokens=adapter.num_virtual_tokens)
+        case PTuning():
+            tokens, hidden_size = adapter.num_virtual_tokens, adapter.encoder_hidden_size
+            return PromptEncoderConfig(task_type=task, num_virtual_tokens=tokens, encoder_hidden_size=hidden_size)
+        case LlamaAdapter():
+            layers = base.config.num_hidden_layers
+            upper = adapter.adapter_layers or max(1, layers - LLAMA_ADAPTER_BOTTOM)
+            return AdaptionPromptConfig(task_type=task, adapter_len=adapter.adapter_len, adapter_layers=upper)
+    return None
+
+
+def _lora_config(adapter: Lora, base: torch.nn.Module, common: dict[str, Any]) -> LoraConfig:
+    rank, alpha = adapter.r, adapter.lora_alpha
+    if adapter.init_lora_weights == "olora":
+        rank, alpha = 2 * rank, alpha * (math.sqrt(2) if adapter.use_rslora else 2)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=adapter.lora_dropout,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        init_lora_weights="gaussian" if adapter.init_lora_weights == "gaussian" else True,
+        trainable_token_indices=adapter.trainable_token_indices,
+        # One adapter for an embedding and the head that shares its weight, or merging would break one of them.
+        ensure_weight_tying=_targets_tied_embedding(adapter, base),
+        bias="none",
+        **common,
+    )
+
+
+def _targets_tied_embedding(adapter: Lora, base: torch.nn.Module) -> bool:
+    if not isinstance(base, PreTrainedModel) or not base.config.get_text_config().tie_word_embeddings:
+        return False
+    tied = [base.get_input_embeddings(), base.get_output_embeddings()]
+    names = {_last(name) for name, module in base.named_modules() if any(module is one for one in tied)}
+    # PEFT ties adapters under these names only, and complains of others.
+    return not names.intersection(EMBEDDING_LAYER_NAMES).isdisjoint(adapter.target_modules)
+
+
+def attach(base: PreTrainedModel, adapter: Adapter, seed: int, *, total_steps: int = 1000) -> PeftModel:
+    """The base with a new adapter.
+
+    Adapter weights are float32 whatever the compute dtype; the base stays as it is, frozen, its own dropout off.
+
+    OLoRA, h = (W - s B₀A₀) x + s B A x, is computed as h = W x + s [B B₀] [A; -A₀] x with a constant second half.
+    PEFT changes W instead: on a quantized base that quantizes the rest anew, and the files give right outputs only
+    where a loader repeats the decomposition on the same W.
 
     Raises:
-        InvalidSpec: a target module that the base does not have.
+        InvalidSpec: PEFT or this base cannot do what the adapter asks for.
     """
-    targets = adapter.target_modules
-    config = LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
-        lora_dropout=adapter.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
     silence_dropout(base)
     torch.manual_seed(seed)
     try:
-        model = get_peft_model(base, config, autocast_adapter_dtype=True)
-    except ValueError as error:
+        model = get_peft_model(base, peft_config(adapter, base, total_steps=total_steps), autocast_adapter_dtype=True)
+    except (ValueError, TypeError) as error:
         raise InvalidSpec(f"the adapter cannot be attached: {error}", location="/adapter") from error
-    for parameter in trainable(model):
-        parameter.data = parameter.data.float()
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad = False  # AdaLoRA's scale: PEFT 0.21 trains it and does not save it
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    _keep_dtypes(model)
+    if isinstance(adapter, IA3):
+        # "all-linear" has become full names, of which PEFT wants the feed-forward modules to be some when it loads.
+        config = model.active_peft_config
+        config.feedforward_modules = {
+            name for name in config.target_modules if _last(name) in config.feedforward_modules
+        }
+    if isinstance(adapter, Lora) and adapter.init_lora_weights == "olora":
+        _start_from_qr(model, adapter.r)
     return model
+
+
+def detach(model: PeftModel) -> PreTrainedModel:
+    """The base, without the adapter."""
+    base: PreTrainedModel = model.get_base_model()
+    config = model.active_peft_config
+    if config.is_adaption_prompt:
+        model.base_model.disable_adapter_layers()
+    elif isinstance(config, IA3Config):
+        # PEFT's own unload refuses quantized bases, as if it had to merge.
+        for name, module in list(base.named_modules()):
+            if isinstance(module, IA3Layer):
+                base.set_submodule(name, module.get_base_layer())
+    elif not config.is_prompt_learning:
+        model.unload()
+    return base
+
+
+def _keep_dtypes(model: PeftModel) -> None:
+    """Let float32 adapters work in a base that computes in less, where PEFT relies on autocast for it.
+
+    The loop runs without autocast. Without it, IA³ on 4 and 8 bits and AdaLoRA on 8 return float32, which the next
+    layer refuses; IA³ computes the base's product in float32; LLaMA-Adapter feeds its float32 prompt to the base.
+    """
+    dtype = model.get_base_model().dtype
+    for module in model.modules():
+        if isinstance(module, IA3Layer | AdaptedAttention) and dtype is torch.bfloat16:
+            device = next(module.parameters()).device.type
+            setattr(module, "forward", torch.autocast(device, dtype)(module.forward))  # noqa: B010 - a method
+        if isinstance(module, IA3Layer | AdaLoraLayer):
+            module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+
+
+@torch.no_grad()
+def _start_from_qr(model: PeftModel, rank: int) -> None:
+    """Start every layer at A₀, B₀ of its weight's QR decomposition (arXiv:2406.01775); the second half stays there.
+
+    Raises:
+        InvalidSpec: a layer with fewer inputs or outputs than `rank`.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or NAME not in layer.lora_A:
+            continue
+        weight = dequantized_weight(layer.get_base_layer())  # (out, in)
+        if rank > min(weight.shape):
+            raise InvalidSpec(
+                f"r = {rank} is more than OLoRA finds in {name}, whose weight is {tuple(weight.shape)}: lower r",
+                location="/adapter/r",
+            )
+        q, r = torch.linalg.qr(weight)
+        a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight  # (2 rank, in), (out, 2 rank)
+        a.copy_(torch.cat([r[:rank], -r[:rank]]))
+        b.copy_(torch.cat([q[:, :rank], q[:, :rank]], 1))
+        kept = torch.arange(2 * rank, device=a.device) < rank
+        a.register_hook(lambda gradient, kept=kept: gradient * kept[:, None])
+        b.register_hook(lambda gradient, kept=kept: gradient * kept)
 
 
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -50,14 +259,22 @@ def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def runs_alone(model: PeftModel) -> bool:
+    """Whether every document needs a row of its own: virtual tokens belong to one document."""
+    return bool(model.active_peft_config.is_prompt_learning)
+
+
 def checkpoint_activations(model: PeftModel) -> bool:
-    """Recompute each layer's activations in the backward pass; False where the architecture cannot.
+    """Recompute each layer's activations in the backward pass; False where it cannot be.
+
+    That is where the architecture has no support for it, and with prefix tuning, whose learned keys and values
+    transformers takes for a cache and drops.
 
     Non-reentrant, and switched on after the adapter is attached: gradients reach the adapters though the embeddings
     below are frozen, and none are computed for the embeddings.
     """
     base: PreTrainedModel = model.get_base_model()
-    if not base.supports_gradient_checkpointing:
+    if not base.supports_gradient_checkpointing or isinstance(model.active_peft_config, PrefixTuningConfig):
         return False
     base.activation_checkpointing_enable({"use_reentrant": False})
     return True
@@ -74,21 +291,99 @@ def silence_dropout(base: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def regularization(model: PeftModel) -> torch.Tensor | None:
+    """AdaLoRA's orthogonality loss, weighted, to be added once per step; None for other methods.
+
+    The mean over all A and B of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖ (arXiv:2303.10512, equation 4), as PEFT's
+    `AdaLoraModel.forward` adds it to a loss that it computed itself.
+    """
+    if not isinstance(model.active_peft_config, AdaLoraConfig):
+        return None
+    distances = []
+    for module in model.modules():
+        if isinstance(module, AdaLoraLayer):
+            a, b = module.lora_A[NAME], module.lora_B[NAME]  # (r, in), (out, r)
+            identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
+            distances += [torch.linalg.norm(a @ a.T - identity), torch.linalg.norm(b.T @ b - identity)]
+    return model.active_peft_config.orth_reg_weight * torch.stack(distances).mean()
+
+
+def after_step(model: PeftModel, step: int) -> None:
+    """AdaLoRA's pruning; nothing for other methods.
+
+    To be called after the optimizer's `step` (counted from 1), while the gradients are still there.
+    """
+    if isinstance(model.active_peft_config, AdaLoraConfig):
+        model.base_model.update_and_allocate(step)
+
+
+def allocation_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What AdaLoRA remembers between steps besides its weights, for a checkpoint; empty for other methods."""
+    if not isinstance(model.active_peft_config, AdaLoraConfig):
+        return {}
+    allocator = model.base_model.rankallocator
+    state = {
+        f"{kind}/{name}": value
+        for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc")
+        for name, value in getattr(allocator, kind).items()
+    }
+    pattern = model.active_peft_config.rank_pattern or {}
+    return state | {f"rank_pattern/{name}": torch.tensor(ranks) for name, ranks in pattern.items()}
+
+
+def restore_allocation(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
+    """Undo what happened to AdaLoRA's memory since `allocation_state` gave `state`."""
+    if not isinstance(model.active_peft_config, AdaLoraConfig):
+        return
+    allocator, device = model.base_model.rankallocator, model.get_base_model().device
+    allocator.reset_ipt()
+    pattern: dict[str, list[bool]] = {}
+    for key, value in state.items():
+        kind, _, name = key.partition("/")
+        if kind == "rank_pattern":
+            pattern[name] = value.tolist()
+        else:
+            getattr(allocator, kind)[name] = value.to(device)
+    model.active_peft_config.rank_pattern = pattern or None
+
+
 def save_adapter(model: PeftModel, directory: Path, base_reference: str, revision: str | None) -> None:
-    """Write the adapter's weights and config; the base is named by `base_reference`, never by a local path."""
+    """Write the adapter's weights and config; the base is named by `base_reference`, never by a local path.
+
+    An embedding matrix is never among them: of trained tokens their rows are, of a targeted embedding its LoRA is.
+    AdaLoRA keeps the pruned rows, as zeros: without them the products would be rounded differently.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    adapter = model.active_peft_config
+    pattern = getattr(adapter, "rank_pattern", None)
+    if isinstance(adapter, AdaLoraConfig):
+        adapter.rank_pattern = None
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
+    config = adapter.to_dict() | {"base_model_name_or_path": base_reference, "revision": revision}
+    if isinstance(adapter, AdaLoraConfig):
+        adapter.rank_pattern = pattern
+    # clone: an embedding and the head tied to it share their adapter.
+    weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in sorted(state.items())}
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
-    config = model.peft_config["default"].to_dict()
-    config |= {"base_model_name_or_path": base_reference, "revision": revision, "inference_mode": True}
-    text = json.dumps(config, indent=2, sort_keys=True, default=_as_json)
+    text = json.dumps(config | {"inference_mode": True}, indent=2, sort_keys=True, default=_as_json)
     (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def load_adapter(base: PreTrainedModel, directory: Path) -> PeftModel:
     """The base with a saved adapter, for evaluation."""
-    return PeftModel.from_pretrained(base, str(directory), local_files_only=True)
+    model = PeftModel.from_pretrained(base, str(directory), local_files_only=True)
+    _keep_dtypes(model)
+    if model.active_peft_config.is_adaption_prompt:
+        # PEFT has rounded these to the base's dtype.
+        for name, parameter in model.named_parameters():
+            if _last(name) in LLAMA_ADAPTER_WEIGHTS:
+                parameter.data = parameter.data.float()
+        set_peft_model_state_dict(model, load_file(directory / WEIGHTS))
+    return model
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _as_json(value: object) -> object:

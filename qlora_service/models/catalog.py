@@ -140,14 +140,17 @@ class Catalog:
         log.info("model_imported", model=name, source=model.source, parameters=model.parameters)
         return model
 
-    def module_names(self, model: BaseModel) -> frozenset[str]:
-        """Last parts of the names of the modules with a weight matrix, such as q_proj: what an adapter can target."""
-        names = set()
+    def module_shapes(self, model: BaseModel) -> dict[str, frozenset[tuple[int, int]]]:
+        """What an adapter can target: last parts of module names, such as q_proj, and their weights' shapes.
+
+        Modules with a weight matrix, as it is stored: (out, in), but for GPT-2's Conv1D (in, out).
+        """
+        shapes: dict[str, set[tuple[int, int]]] = {}
         for path in model.path.glob("*.safetensors"):
             for name, entry in read_header(path).items():
                 if name.endswith(".weight") and len(entry.shape) == 2:
-                    names.add(name.split(".")[-2])
-        return frozenset(names)
+                    shapes.setdefault(name.split(".")[-2], set()).add((entry.shape[0], entry.shape[1]))
+        return {name: frozenset(found) for name, found in shapes.items()}
 
     def remove(self, name: str) -> None:
         """Deletes the model, also one whose record cannot be read.

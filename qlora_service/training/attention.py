@@ -13,6 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora_service.errors import InvalidModel
+from qlora_service.training.document_attention import AttentionShape, document_attention
 from qlora_service.training.micro_batch import DOCUMENT_LENGTHS, PER_DOCUMENT, TokenRow, collate, forward
 
 Isolation = Literal["per_document", "mask", "alone"]
@@ -29,25 +30,26 @@ def per_document_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of each document with itself alone, (1, tokens, heads, head_dim); no work is done across documents.
 
     query, key and value are (1, heads, tokens, head_dim). The documents' lengths come as the model's keyword
-    argument DOCUMENT_LENGTHS; without it, this is transformers' own attention.
+    argument DOCUMENT_LENGTHS; without it, as in generation, this is transformers' own attention.
     """
     lengths: Sequence[int] | None = kwargs.pop(DOCUMENT_LENGTHS, None)
     if lengths is None:
-        lengths = [query.shape[2]]
-    outputs = []
-    # split, not slices: under autograd every slice makes a gradient of the full size.
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
-        mask = attention_mask
-        if sliding_window is not None and q.shape[2] > sliding_window:
-            mask = _window_mask(q.shape[2], sliding_window, q.device)
-        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
-    return torch.cat(outputs, 1), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    shape = AttentionShape(
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+    )
+    qkv = torch.cat([query[0], key[0], value[0]]).transpose(0, 1)  # (tokens, heads + 2 * kv_heads, head_dim)
+    return document_attention(qkv, lengths, shape)[None], None
 
 
 AttentionInterface.register(PER_DOCUMENT, per_document_attention)
@@ -61,11 +63,8 @@ def isolate_documents(model: PreTrainedModel) -> Isolation:
     """
     was_training = model.training
     model.eval()
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = [(7 * index + 3) % min(vocabulary, 1000) for index in range(2 * PROBE_TOKENS)]
+    first, second = probe_documents(model)
     device = next(model.parameters()).device
-    learned = [True] * PROBE_TOKENS
-    first, second = TokenRow(0, ids[:PROBE_TOKENS], learned), TokenRow(1, ids[PROBE_TOKENS:], learned)
     try:
         alone = forward(model, collate([second], device))
     except TypeError as error:
@@ -93,16 +92,22 @@ def isolate_documents(model: PreTrainedModel) -> Isolation:
     return chosen
 
 
+def use_own_attention(model: PreTrainedModel) -> None:
+    """Set what transformers would choose: for documents that run alone, perhaps behind learned keys and values."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+
+
+def probe_documents(model: PreTrainedModel, tokens: int = PROBE_TOKENS) -> tuple[TokenRow, TokenRow]:
+    """Two documents of any tokens, all of them learned."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = [(7 * index + 3) % min(vocabulary, 1000) for index in range(2 * tokens)]
+    learned = [True] * tokens
+    return TokenRow(0, ids[:tokens], learned), TokenRow(1, ids[tokens:], learned)
+
+
 def _causal_layers_only(model: PreTrainedModel) -> bool:
     """Whether every layer's mask is causal or a causal window: what `per_document_attention` knows to do."""
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     chunked = getattr(config, "attention_chunk_size", None) is not None
     return layers <= {"full_attention", "sliding_attention"} and not chunked
-
-
-def _window_mask(tokens: int, window: int, device: torch.device) -> torch.Tensor:
-    """(1, 1, tokens, tokens), True where a token may look: itself and the `window - 1` tokens before it."""
-    position = torch.arange(tokens, device=device)
-    distance = position[:, None] - position[None, :]
-    return ((distance >= 0) & (distance < window))[None, None]

@@ -6,7 +6,9 @@ import gc
 import platform
 import resource
 import sys
+from pathlib import Path
 
+import psutil
 import torch
 
 from qlora_service.errors import JobFailed
@@ -72,3 +74,33 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def has_flash_attention(x: torch.Tensor) -> bool:
+    """Whether torch's flash attention takes these heads (…, head_dim): half precision, from Ampere on, up to 256.
+
+    Source: torch 2.13, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, `check_flash_attention_hardware_support`
+    and `check_head_dim_size_flash`.
+    """
+    halves = x.dtype in {torch.float16, torch.bfloat16}
+    return (
+        halves and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated: the device's, or on a CPU the machine's within the container's limit."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available = psutil.virtual_memory().available
+    limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
+    return available if limit is None or used is None else min(available, limit - used)
+
+
+def _cgroup_bytes(name: str) -> int | None:
+    """A figure of this process's control group (version 2); None without one, or without a limit."""
+    try:
+        return int((Path("/sys/fs/cgroup") / name).read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,4 +1,4 @@
-"""A micro-batch: several examples as one row without padding, each a document of its own; and its loss."""
+"""A micro-batch: several examples as one row without padding, each a document of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 PER_DOCUMENT = "per_document"
 """The attention implementation that `attention` registers."""
@@ -26,6 +25,45 @@ class TokenRow:
     def trained_tokens(self) -> int:
         """Tokens with a loss; the first is predicted from nothing and has none."""
         return sum(self.trained[1:])
+
+    @property
+    def documents(self) -> tuple[TokenRow, ...]:
+        return (self,)
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two answers to the same conversation, of which the first is better."""
+
+    chosen: TokenRow
+    rejected: TokenRow
+
+    @property
+    def line(self) -> int:
+        return self.chosen.line
+
+    @property
+    def documents(self) -> tuple[TokenRow, ...]:
+        return (self.chosen, self.rejected)
+
+
+@dataclass(frozen=True)
+class LabelledRow:
+    """An answer that is wanted, or not."""
+
+    answer: TokenRow
+    desirable: bool
+
+    @property
+    def line(self) -> int:
+        return self.answer.line
+
+    @property
+    def documents(self) -> tuple[TokenRow, ...]:
+        return (self.answer,)
+
+
+TrainingExample = TokenRow | PreferencePair | LabelledRow
 
 
 @dataclass(frozen=True)
@@ -86,10 +124,3 @@ def forward(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     )
     logits: torch.Tensor = output.logits
     return logits[0]
-
-
-def loss_sum(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the learned tokens; the step divides it by the tokens of the whole step."""
-    logits = forward(model, batch)
-    wide = logits if logits.dtype is torch.float64 else logits.float()
-    return F.cross_entropy(wide, batch.targets, reduction="sum")

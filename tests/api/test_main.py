@@ -18,6 +18,7 @@ CONTRACT = {
     ("get", "/datasets/{dataset_id}"): {404, 422},
     ("get", "/datasets/{dataset_id}/preview"): {404, 422},
     ("get", "/models"): set(),
+    ("get", "/recipes"): set(),
     ("post", "/jobs"): {400, 404, 413, 415, 422},
     ("get", "/jobs"): {422},
     ("get", "/jobs/{job_id}"): {404, 422},

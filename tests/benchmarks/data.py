@@ -1,73 +1,155 @@
-"""Rows prepared: ours against transformers' `apply_chat_template` with an assistant mask by prefix, row by row."""
+"""Rows prepared for training, ours against TRL's own preparation; and how full our micro-batches are.
+
+The same rows, tokenizer and limits. TRL gets the rows in its conversational prompt-completion form and makes packs of
+them; we take ours from the parsed row through the Arrow file to the micro-batches of every step. No caches. Reading
+tokenizer.json counts on neither side; starting the process that runs the chat template counts on ours.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from itertools import islice
+from functools import partial
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+import datasets
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
 from qlora_service.cli.demo_data import orders
-from qlora_service.data.examples import Chat, SourceRow
+from qlora_service.data.batching import pack, step_rows, total_steps
+from qlora_service.data.examples import SourceRow
 from qlora_service.data.rendering import Renderer, RenderRules
+from qlora_service.data.shapes import to_example
+from qlora_service.training.micro_batch import TokenRow, collate
+from qlora_service.training.rows import RenderedRows, store_rendered
 from tests.tiny_model import build_tiny_model
 
-ROWS = 2_000
-ROUNDS = 5
+ROOT = Path(__file__).parent.parent.parent
+ALPACA = ROOT.parent / "shared" / "data" / "alpaca_en_demo.json"
+SMOLLM2 = ROOT / ".cache" / "tests" / "models" / "SmolLM2-135M-Instruct"
+ROWS = 4_000
+"""Most rows of a round; a smaller data set is taken several times over."""
+ROUNDS = 3
+MAX_TOKENS = 2048
+BATCH_SIZE = 16
+SEED = 0
+
+Work = Callable[[], Any]
 
 
 def figures() -> Iterator[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as scratch:
-        model = build_tiny_model(Path(scratch) / "model")
-        conversations = [
-            ({"role": "user", "content": order.question}, {"role": "assistant", "content": order.record})
-            for order in islice(orders(), ROWS)
-        ]
-        ours, theirs = _alternate(_ours(model, conversations), _transformers(model, conversations))
-    yield {
-        "figure": "rows rendered over transformers' apply_chat_template",
-        "value": round(theirs / ours, 2),
-        "unit": "x",
-        "must": None,
-        "better": "higher",
-    }
+    # As in the trainer. Read whenever rows are tokenized; TRL's come one by one, where it changes nothing.
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    datasets.disable_caching()
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        tiny = build_tiny_model(scratch / "tiny")
+        tokenizer = SMOLLM2 if SMOLLM2.is_dir() else tiny
+        values = _values()
+        ours, packed, default = _in_turn(
+            _ours(tokenizer, values, scratch),
+            _trl(tiny, tokenizer, values, scratch, packing=True, packing_strategy="bfd", max_length=MAX_TOKENS),
+            _trl(tiny, tokenizer, values, scratch),
+        )
+        yield _figure("rows/s prepared over TRL", packed / ours, "x", must=3)
+        yield _figure("rows/s prepared over TRL with its defaults, not packed", default / ours, "x")
+        yield _figure("rows/s prepared", len(values) / ours, "rows/s")
+        yield from _fullness(_prepare(_renderer(tokenizer), values, scratch))
 
 
-def _alternate(first: Callable[[], None], second: Callable[[], None]) -> tuple[float, float]:
-    """Median seconds of each, after a warm-up, taken in turn."""
-    times: tuple[list[float], list[float]] = ([], [])
+def _values() -> list[dict[str, Any]]:
+    """Rows in Alpaca's shape, as their file has them."""
+    if ALPACA.is_file():
+        values: list[dict[str, Any]] = json.loads(ALPACA.read_bytes())
+        return values * (ROWS // len(values))
+    return [{"instruction": order.question, "output": order.record} for order in islice(orders(), ROWS)]
+
+
+def _in_turn(*sides: Iterator[Work]) -> list[float]:
+    """Median seconds of each side's work, after a warm-up, the order turned round every time."""
+    times: list[list[float]] = [[] for _ in sides]
     for round_ in range(ROUNDS + 1):
-        for work, record in ((first, times[0]), (second, times[1]))[:: 1 if round_ % 2 else -1]:
+        for side, record in list(zip(sides, times, strict=True))[:: 1 if round_ % 2 else -1]:
+            work = next(side)
             started = time.perf_counter()
             work()
             if round_:
                 record.append(time.perf_counter() - started)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return [statistics.median(record) for record in times]
 
 
-def _ours(model: Path, conversations: list[Any]) -> Callable[[], None]:
-    rows = [SourceRow(Chat(messages, (False, True)), line, None) for line, messages in enumerate(conversations)]
+def _ours(model: Path, values: Sequence[dict[str, Any]], scratch: Path) -> Iterator[Work]:
+    """A round's work, again and again, each with a renderer of its own."""
+    while True:
+        yield partial(_prepare, _renderer(model), values, scratch)
+
+
+def _renderer(model: Path) -> Renderer:
+    return Renderer(model, RenderRules(MAX_TOKENS, too_long="truncate"), datetime.now(UTC))
+
+
+def _prepare(renderer: Renderer, values: Sequence[dict[str, Any]], scratch: Path) -> list[list[list[TokenRow]]]:
+    """The micro-batches of every step of an epoch."""
+    source = (SourceRow(to_example(value, "alpaca"), line, None) for line, value in enumerate(values, start=1))
+    with renderer:
+        rows, report = store_rendered(renderer.render(source), scratch / "rows.arrow")
+    assert report.usable_rows == len(values)
+    return [_micro_batches(rows, step) for step in range(total_steps(len(rows), BATCH_SIZE, 1.0, None))]
+
+
+def _micro_batches(rows: RenderedRows, step: int) -> list[list[TokenRow]]:
+    examples = [rows[position] for position in step_rows(step, len(rows), BATCH_SIZE, 1.0, None, SEED)]
+    members = [row for example in examples for row in example.documents]
+    bins = pack([len(row.input_ids) for row in members], MAX_TOKENS)
+    return [[members[place] for place in places] for places in bins]
+
+
+def _trl(
+    model: Path, tokenizer: Path, values: Sequence[dict[str, Any]], scratch: Path, **settings: Any
+) -> Iterator[Work]:
+    """TRL's preparation alone: the trainer around it is made beforehand, of a tiny model and two of the rows."""
+    rows = datasets.Dataset.from_list([_conversation(value) for value in values])
+    config = SFTConfig(output_dir=str(scratch / "trl"), use_cpu=True, bf16=False, report_to="none", **settings)
+    reader = AutoTokenizer.from_pretrained(tokenizer)
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(model),
+        config,
+        train_dataset=rows.select(range(2)),
+        processing_class=reader,
+    )
 
     def work() -> None:
-        with Renderer(model, RenderRules(512), datetime.now(UTC)) as renderer:
-            assert sum(1 for _ in renderer.render(rows)) == len(rows)
+        assert len(trainer._prepare_dataset(rows, reader, config, config.packing, None, "train")) > 0
 
-    return work
+    return repeat(work)
 
 
-def _transformers(model: Path, conversations: list[Any]) -> Callable[[], None]:
-    tokenizer = AutoTokenizer.from_pretrained(model)
+def _conversation(value: dict[str, Any]) -> dict[str, Any]:
+    question = "\n\n".join(filter(None, [value["instruction"], value.get("input")]))
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": value["output"]}],
+    }
 
-    def work() -> None:
-        for messages in conversations:
-            prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)
-            whole = tokenizer.apply_chat_template(messages, return_dict=True)
-            assert len(whole["input_ids"]) > len(prompt["input_ids"])
 
-    return work
+def _fullness(steps: Sequence[Sequence[Sequence[TokenRow]]]) -> Iterator[dict[str, Any]]:
+    """How many of the computed token positions, and of the budget, hold tokens of examples."""
+    micro_batches = [members for step in steps for members in step]
+    tokens = sum(len(row.input_ids) for members in micro_batches for row in members)
+    slots = sum(collate(members, torch.device("cpu")).input_ids.numel() for members in micro_batches)
+    yield _figure("packing efficiency, tokens over computed slots, batch 16", tokens / slots, "", must=0.95)
+    yield _figure("budget fill, tokens over micro-batches of 2048", tokens / (len(micro_batches) * MAX_TOKENS), "")
+
+
+def _figure(name: str, value: float, unit: str, must: float | None = None) -> dict[str, Any]:
+    return {"figure": name, "value": round(value, 3), "unit": unit, "must": must, "better": "higher"}

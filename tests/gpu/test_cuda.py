@@ -9,7 +9,7 @@ import torch
 
 from qlora_service.models.adapters import attach, trainable
 from qlora_service.models.nf4 import base_fingerprint, load_base
-from qlora_service.specs import Adapter, Quantization, Training
+from qlora_service.specs import Lora, Quantization, Training
 from qlora_service.training.attention import isolate_documents
 from qlora_service.training.device import choose_device, has_bf16, peak_memory_bytes
 from qlora_service.training.evaluation import mean_loss
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_the_cpu(tiny_model: Path, device: torch.device) 
     """float32 on both sides: within 1e-3 of each tensor's largest."""
     found = []
     for place in (torch.device("cpu"), device):
-        model = attach(load_base(tiny_model, Quantization(), torch.float32, place), Adapter(r=4), seed=0).train()
+        model = attach(load_base(tiny_model, Quantization(), torch.float32, place), Lora(r=4), seed=0).train()
         generator = torch.Generator().manual_seed(1)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -78,7 +78,7 @@ def test_gradients_are_those_of_the_cpu(tiny_model: Path, device: torch.device) 
 
 
 def test_gradients_are_the_same_after_an_evaluation(tiny_model: Path, device: torch.device) -> None:
-    model = attach(load_base(tiny_model, Quantization(), torch.float32, device), Adapter(r=4), seed=0).train()
+    model = attach(load_base(tiny_model, Quantization(), torch.float32, device), Lora(r=4), seed=0).train()
     batch = collate(rows(4), device)
     loss_sum(model, batch).backward()
     before = gradients(model)
@@ -104,7 +104,7 @@ def test_only_states_of_100_000_elements_page(device: torch.device) -> None:
 def test_the_fingerprint_is_reproducible(tiny_model: Path, device: torch.device) -> None:
     base = load_base(tiny_model, Quantization(), torch.float32, device)
     before = base_fingerprint(base)
-    model = attach(base, Adapter(r=4), seed=0)
+    model = attach(base, Lora(r=4), seed=0)
     assert len(trainable(model)) == 28
     assert base_fingerprint(model.unload()) == before
     assert peak_memory_bytes(device) > 0

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 
 import workers.attempt
 from qlora_service.artifacts.manifest import Manifest
@@ -21,10 +23,12 @@ from qlora_service.jobs import FailureReason
 from qlora_service.models.adapters import load_adapter
 from qlora_service.models.nf4 import load_base
 from qlora_service.specs import parse_spec
-from qlora_service.training.loop import EvaluationMetrics, Losses, StepMetrics
+from qlora_service.training.loop import EvaluationMetrics, Outcome, StepMetrics
+from qlora_service.training.network import Network
+from qlora_service.training.objectives import Evaluation
 from tests.tiny_training import Recorder
 from tests.workspace import ROWS, Workspace
-from workers.attempt import AttemptInputs, certify, outcome_warnings, run_attempt
+from workers.attempt import AttemptInputs, certify, make_network, outcome_warnings, run_attempt
 from workers.trainer import as_failure
 
 
@@ -158,14 +162,30 @@ def test_a_changed_base_is_loaded_anew(workspace: Workspace, monkeypatch: pytest
 @pytest.mark.parametrize("loss", [0.5011, float("nan")])
 def test_a_reloaded_loss_that_differs_is_no_success(loss: float) -> None:
     with pytest.raises(JobFailed, match="not what was trained") as failure:
-        certify(loss, Losses(before=2.0, after=0.5))
+        certify(loss, 0.5)
     assert failure.value.details["reason"] == FailureReason.CERTIFICATE
 
 
-def test_a_job_that_made_things_worse_says_so() -> None:
-    assert outcome_warnings(Losses(before=2.0, after=1.9)) == []
-    (warning,) = outcome_warnings(Losses(before=2.0, after=7.28))
-    assert "rose from 2.0000 to 7.2800" in warning
+def outcome(before: float, after: float, steps: int = 10, best_step: int = 10, skipped_steps: int = 0) -> Outcome:
+    return Outcome(Evaluation(before, 0.5), Evaluation(after, 0.5), steps, best_step, skipped_steps)
+
+
+def test_a_job_that_went_well_needs_no_warning() -> None:
+    assert outcome_warnings(outcome(2.0, 1.9), 10) == []
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (outcome(2.0, 7.28), "rose from 2.0000 to 7.2800"),
+        (outcome(2.0, 2.0, best_step=0), "no step lowered the held-out loss"),
+        (outcome(2.0, 1.9, steps=8, best_step=4), "stopped early after 8 of 10 steps"),
+        (outcome(2.0, 1.9, skipped_steps=2), "2 of 10 steps were skipped"),
+    ],
+)
+def test_what_the_user_should_know_is_a_warning(result: Outcome, said: str) -> None:
+    (warning,) = outcome_warnings(result, 10)
+    assert said in warning
 
 
 def test_the_certified_loss_is_that_of_the_published_adapter(workspace: Workspace) -> None:
@@ -233,12 +253,11 @@ def spy_on_training(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     real = workers.attempt.train
 
-    def spy(model: Any, rows_of_step: Any, held_out: Any, **settings: Any) -> Any:
-        seen.update(settings, model=model, held_out={row.line for row in held_out})
-        seen["first_a"] = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_A" in n}
-        seen["trained"] = {row.line for step in range(50) for row in rows_of_step(step)}
-        seen["checkpointing"] = model.get_base_model().is_activation_checkpointing
-        return real(model, rows_of_step, held_out, **settings)
+    def spy(network: Any, objective: Any, examples_of_step: Any, held_out: Any, **settings: Any) -> Any:
+        seen.update(settings, network=network, held_out={example.line for example in held_out})
+        seen["first_a"] = {n: p.detach().clone() for n, p in network.model.named_parameters() if "lora_A" in n}
+        seen["trained"] = {example.line for step in range(50) for example in examples_of_step(step)}
+        return real(network, objective, examples_of_step, held_out, **settings)
 
     monkeypatch.setattr(workers.attempt, "train", spy)
     return seen
@@ -261,9 +280,9 @@ def test_the_spec_reaches_the_training(
     wanted = {"max_steps": None, "epochs": 0.3, "seed": 7, "micro_batch_tokens": 77}
     run(attempt(workspace, workspace.submit(**wanted, gradient_checkpointing=checkpointing)))
     assert seen["total_steps"] == 3  # 11 of 38 rows, 4 a step
-    assert seen["micro_batch_tokens"] == 77
+    assert seen["training"].micro_batch_tokens == 77
     assert seen["training"].seed == 7
-    assert seen["checkpointing"] is checkpointing
+    assert seen["network"].checkpointing is checkpointing
     assert not any(torch.equal(a, first[name]) for name, a in seen["first_a"].items())
 
 
@@ -271,7 +290,42 @@ def test_documents_that_cannot_be_kept_apart_run_alone(workspace: Workspace, mon
     seen = spy_on_training(monkeypatch)
     monkeypatch.setattr(workers.attempt, "isolate_documents", lambda model: "alone")
     run(attempt(workspace, workspace.submit()))
-    assert seen["micro_batch_tokens"] == 1
+    assert seen["network"].isolation == "alone"
+
+
+def test_gradients_that_stay_infinite_end_the_job_and_the_last_finite_adapter_is_kept(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = attempt(workspace, workspace.submit(max_steps=9))
+    finite: list[dict[str, torch.Tensor]] = []
+
+    def breaking_after_two_steps(*given: Any) -> Network:
+        network = make_network(*given)
+        learned = [p for p in network.model.parameters() if p.requires_grad]
+        steps = 0
+
+        def grow(gradient: torch.Tensor) -> torch.Tensor:
+            nonlocal steps
+            steps += 1
+            if steps == 3:
+                state = get_peft_model_state_dict(network.model)
+                finite.append({name: tensor.clone() for name, tensor in state.items()})
+            return gradient if steps <= 2 else gradient * float("inf")
+
+        learned[1].register_hook(grow)
+        return network
+
+    monkeypatch.setattr(workers.attempt, "make_network", breaking_after_two_steps)
+    with pytest.raises(JobFailed, match="step 5, and the 2 before it") as failure:
+        run(inputs)
+    assert failure.value.details["reason"] == FailureReason.NOT_FINITE
+    assert failure.value.details["kept_step"] == 2
+    assert len(failure.value.details["lines"]) == 4
+    (inputs.scratch / "kept").write_bytes(published(inputs, "adapter_model.safetensors"))
+    kept = load_file(inputs.scratch / "kept")
+    assert kept.keys() == finite[0].keys()
+    assert all(torch.equal(tensor, finite[0][name]) for name, tensor in kept.items())
+    assert json.loads(published(inputs, "manifest.json"))["held_out"]["loss_after"] > 0
 
 
 def test_without_all_files_there_is_no_manifest(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +394,7 @@ def test_every_part_of_the_spec_is_used(workspace: Workspace, monkeypatch: pytes
     assert now == [inputs.job.created_at]
     assert splits == [(40, 0.2, 5, 7)]
     assert len(seen["held_out"]) == 5
-    base = seen["model"].get_base_model()
+    base = seen["network"].model.get_base_model()
     assert not getattr(base, "is_quantized", False)
     assert base.get_input_embeddings().weight.dtype == torch.float32
     manifest = Manifest.model_validate_json(published(inputs, "manifest.json"))

@@ -1,4 +1,5 @@
 import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,19 @@ from qlora_service.specs import parse_spec
 LOCAL_BASE = {"name": "tiny", "hub_id": None, "revision": None, "weights_sha256": "b" * 64}
 HUB_BASE = {"name": "t", "hub_id": "org/tiny", "revision": "c0ffee", "weights_sha256": "b" * 64}
 HELD_OUT = {"rows": 12, "source": "held-out rows", "loss_before": 3.14159, "loss_after": 1.5}
+ACCURACY = {"accuracy_before": 0.5, "accuracy_after": 0.71249}
 
 
-def card(base: dict[str, Any] = LOCAL_BASE, **groups: Any) -> str:
+def card(
+    base: dict[str, Any] = LOCAL_BASE, held_out: dict[str, Any] = HELD_OUT, dtype: str = "bfloat16", **groups: Any
+) -> str:
     spec = parse_spec({"base_model": "tiny", **groups}).model_dump(mode="json")
     dataset = {"sha256": "d" * 64, "trained_on": 345}
-    return model_card("job_1", base, dataset, spec, "bfloat16", HELD_OUT, {"torch": "2.13.0"})
+    return model_card("job_1", base, dataset, spec, dtype, held_out, {"torch": "2.13.0"})
+
+
+def front(text: str) -> Any:
+    return yaml.safe_load(text.split("---\n")[1])
 
 
 def example(text: str) -> str:
@@ -23,14 +31,55 @@ def example(text: str) -> str:
     return text.split("```python\n")[1].split("```", maxsplit=1)[0]
 
 
+def table(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
 @pytest.mark.parametrize(("base", "name"), [(LOCAL_BASE, "tiny"), (HUB_BASE, "org/tiny")])
 def test_front_matter_names_the_base_and_the_library(base: dict[str, Any], name: str) -> None:
-    front = yaml.safe_load(card(base).split("---\n")[1])
-    assert front == {"base_model": name, "library_name": "peft", "tags": ["lora", "qlora"]}
+    assert front(card(base)) == {"base_model": name, "library_name": "peft", "tags": ["lora", "qlora"]}
+
+
+@pytest.mark.parametrize(
+    ("groups", "tags"),
+    [
+        ({"quantization": {"type": "fp4"}}, ["lora", "qlora"]),
+        ({"quantization": {"type": "int8"}}, ["lora"]),
+        ({"adapter": {"method": "prompt_tuning"}}, ["prompt-tuning"]),
+        ({"objective": {"type": "dpo"}}, ["lora", "qlora", "dpo"]),
+    ],
+)
+def test_tags_name_the_method_and_the_objective(groups: dict[str, Any], tags: list[str]) -> None:
+    assert front(card(**groups))["tags"] == tags
 
 
 def test_card_tells_the_losses_and_what_they_were_measured_on() -> None:
-    assert "| loss on 12 held-out rows (nats per token) | 3.1416 | 1.5000 |" in card()
+    assert table(card()) == [
+        "|  | before | after |",
+        "| --- | --- | --- |",
+        "| loss on 12 held-out rows (nats per token) | 3.1416 | 1.5000 |",
+        "| perplexity | 23.14 | 4.482 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("objective", "loss", "accuracy"),
+    [
+        ("supervised", "(nats per token)", "token accuracy"),
+        ("dpo", "(DPO, per pair)", "pairs ranked right"),
+        ("orpo", "(ORPO, per pair)", "pairs ranked right"),
+        ("kto", "(KTO, per example)", "answers judged right"),
+    ],
+)
+def test_card_tells_the_accuracy_of_the_objective(objective: str, loss: str, accuracy: str) -> None:
+    rows = table(card(held_out=HELD_OUT | ACCURACY, objective={"type": objective}))
+    assert f"| loss on 12 held-out rows {loss} |" in rows[2]
+    assert rows[-1] == f"| {accuracy} | 50.0% | 71.2% |"
+    assert any("perplexity" in row for row in rows) is (objective == "supervised")
+
+
+def test_card_of_a_loss_beyond_all_perplexities_is_written() -> None:
+    assert "| perplexity | over 1e304 | 4.482 |" in card(held_out=HELD_OUT | {"loss_before": 800.0})
 
 
 def test_card_tells_where_the_adapter_comes_from() -> None:
@@ -38,9 +87,38 @@ def test_card_tells_where_the_adapter_comes_from() -> None:
     assert "# Waves\n" in text
     assert "at revision `c0ffee`" in text
     assert "345 rows" in text
-    assert "learning rate 0.001, rank 4, alpha 8.0" in text
+    assert "learning rate 0.001, rank 4, alpha 8.0." in text
     assert {"d" * 64, "b" * 64} <= set(text.replace("`", " ").split())
     assert text.endswith("torch 2.13.0\n")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "sentence", "size"),
+    [
+        ({"method": "lora"}, "A LoRA adapter for", "rank 16, alpha 32.0."),
+        ({"use_dora": True}, "A DoRA adapter for", "rank 16, alpha 32.0."),
+        ({"use_rslora": True}, "An rsLoRA adapter for", "rank 16, alpha 32.0."),
+        ({"use_rslora": True, "use_dora": True}, "A rank-stabilized DoRA adapter for", "rank 16, alpha 32.0."),
+        ({"method": "adalora"}, "An AdaLoRA adapter for", "mean rank 8, alpha 32.0."),
+        ({"method": "ia3"}, "An (IA)³ adapter for", "learning rate 0.0002."),
+        ({"method": "vera"}, "A VeRA adapter for", "rank 256."),
+        ({"method": "oft"}, "An OFT adapter for", "block size 32."),
+        ({"method": "prompt_tuning"}, "A soft prompt (prompt tuning) for", "virtual tokens 20."),
+        ({"method": "prefix_tuning"}, "A prefix (prefix tuning) for", "virtual tokens 20."),
+        ({"method": "p_tuning"}, "A soft prompt (P-tuning) for", "virtual tokens 20."),
+        ({"method": "llama_adapter"}, "A LLaMA-Adapter for", "prompt length 10."),
+    ],
+)
+def test_card_tells_the_method_and_its_size(adapter: dict[str, Any], sentence: str, size: str) -> None:
+    text = card(adapter=adapter)
+    assert f"\n{sentence} `tiny`" in text
+    assert f" {size} `manifest.json`" in text
+    assert ("rank" in text.split("Trained on")[1]) is ("rank" in size)
+
+
+def test_card_tells_how_preferences_were_learned() -> None:
+    text = card(objective={"type": "orpo", "beta": 0.3})
+    assert "alpha 32.0, ORPO with beta 0.3." in text
 
 
 def test_card_without_a_name_is_headed_by_the_job() -> None:
@@ -48,16 +126,66 @@ def test_card_without_a_name_is_headed_by_the_job() -> None:
     assert "revision" not in card().split("## Load it")[0].split("---\n")[2]
 
 
+@pytest.mark.parametrize(
+    ("quantization", "storage"),
+    [
+        ({"type": "nf4"}, "4-bit NF4 with double quantization"),
+        ({"type": "nf4", "double_quant": False}, "4-bit NF4"),
+        ({"type": "fp4"}, "4-bit FP4 with double quantization"),
+        ({"type": "int8"}, "8-bit"),
+        ({"type": "none"}, "unquantized"),
+    ],
+)
+def test_card_tells_how_the_base_was_stored(quantization: dict[str, Any], storage: str) -> None:
+    assert f"trained over the {storage} base." in card(quantization=quantization)
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_example_quantizes_as_the_job_did(double_quant: bool) -> None:
     text = card(quantization={"double_quant": double_quant})
     ast.parse(example(text))
     assert f"bnb_4bit_use_double_quant={double_quant}," in example(text)
-    assert ("with double quantization base" in text) is double_quant
 
 
 def test_example_for_an_unquantized_base_does_not_quantize() -> None:
-    text = card(quantization={"type": "none"})
-    ast.parse(example(text))
-    assert "BitsAndBytes" not in example(text)
-    assert "trained over the unquantized base" in text
+    assert "BitsAndBytes" not in example(card(quantization={"type": "none"}))
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published adapter's directory, as far as loading it goes."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = tmp_path_factory.mktemp("adapter")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("quantization", "layer"),
+    [
+        ({"type": "nf4"}, "Linear4bit"),
+        ({"type": "fp4", "double_quant": False}, "Linear4bit"),
+        ({"type": "int8"}, "Linear8bitLt"),
+        ({"type": "none"}, "Linear"),
+    ],
+)
+def test_example_loads_the_base_as_it_was_and_the_adapter_over_it(
+    quantization: dict[str, Any], layer: str, tiny_model: Path, adapter: Path
+) -> None:
+    code = example(card(quantization=quantization, dtype="float32"))
+    code = code.replace("PATH_OR_ID_OF_THE_BASE", str(tiny_model)).replace("DIRECTORY_OF_THIS_FILE", str(adapter))
+    found: dict[str, Any] = {}
+    exec(code, found)
+    projection = found["model"].get_base_model().model.layers[0].self_attn.q_proj
+    assert "default" in projection.lora_A
+    assert type(projection.base_layer).__name__ == layer
+    if layer == "Linear4bit":
+        state = projection.base_layer.weight.quant_state
+        assert (state.quant_type, state.nested) == (quantization["type"], quantization.get("double_quant", True))
+    if layer == "Linear8bitLt":
+        assert projection.base_layer.state.threshold == 0.0
+    assert found["tokenizer"].chat_template

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-COMMANDS = ("serve", "submit", "watch", "download", "jobs", "cancel", "models", "demo")
+COMMANDS = ("serve", "submit", "watch", "download", "jobs", "cancel", "models", "recipes", "demo")
 
 
 def test_help_lists_every_command(run: Any) -> None:

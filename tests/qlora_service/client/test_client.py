@@ -92,6 +92,15 @@ def test_models_are_those_of_the_catalog(client: Client) -> None:
     assert [(model.name, model.source) for model in client.models()] == [("tiny", "directory")]
 
 
+def test_recipes_are_those_that_a_spec_can_name(client: Client) -> None:
+    recipes = client.recipes()
+    assert "qlora-paper" in {recipe.name for recipe in recipes}
+    for recipe in recipes:
+        spec = JobSpec.model_validate({"base_model": "tiny", "recipe": recipe.name}).model_dump(mode="json")
+        for group, values in recipe.values.items():
+            assert {field: spec[group][field] for field in values} == values
+
+
 def test_job_is_submitted_with_a_file_or_with_a_stored_dataset(client: Client, rows: Path) -> None:
     with_file = client.submit(SPEC, rows)
     spec = JobSpec.model_validate({**SPEC, "dataset": DatasetRef(id=with_file.dataset_id)})

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_service.data.checks import MAX_FINDINGS, DatasetReport, check_dataset, read_examples
-from qlora_service.data.examples import Container, Shape, SourceRow, Text
+from qlora_service.data.examples import Completion, Container, Labelled, Shape, SourceRow, Text
 from qlora_service.data.splitting import MAX_ROW_BYTES
 from qlora_service.errors import InvalidDataset
 
@@ -148,6 +148,37 @@ def test_same_rows_give_the_same_examples_from_every_container(upload: Path) -> 
         assert (report.container, report.shape, report.usable_rows) == (container, "messages", 3)
         examples.append([row.example for row in read_examples(upload, container, "messages")])
     assert examples[0] == examples[1] == examples[2] == examples[3]
+
+
+def test_labels_are_read_from_every_container(upload: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)]
+    parquet = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), parquet)
+    files: dict[Container, bytes] = {
+        "jsonl": "\n".join(map(json.dumps, rows)).encode(),
+        "csv": b"prompt,completion,label\na,b,True\na,b,False\n",
+        "parquet": parquet.getvalue(),
+    }
+    for container, data in files.items():
+        upload.write_bytes(data)
+        report = check_dataset(upload)
+        assert (report.container, report.shape) == (container, "kto")
+        examples = [row.example for row in read_examples(upload, container, "kto")]
+        assert examples == [Labelled(Completion("a", "b"), True), Labelled(Completion("a", "b"), False)]
+
+
+def test_pairs_are_read_from_csv_and_from_parquet(upload: Path) -> None:
+    openai = {
+        "input": {"messages": [{"role": "user", "content": "a"}]},
+        "preferred_output": [{"role": "assistant", "content": "b"}],
+        "non_preferred_output": [{"role": "assistant", "content": "c"}],
+    }
+    parquet = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([openai]), parquet)
+    for data in (b"prompt,chosen,rejected\na,b,c\n", parquet.getvalue()):
+        upload.write_bytes(data)
+        report = check_dataset(upload)
+        assert (report.shape, report.usable_rows) == ("preference", 1)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_service.data.examples import Chat, Completion, Shape, Text
-from qlora_service.data.shapes import REQUIRED, RowProblem, detect_shape, to_example
+from qlora_service.data.shapes import REQUIRED, RowProblem, detect_shape, objective_misfit, to_example
 
 USER = {"role": "user", "content": "Привет"}
 ANSWER = {"role": "assistant", "content": "你好"}
@@ -41,12 +41,57 @@ def chat(value: dict[str, Any], shape: Shape) -> Chat:
         ("prompt prompt_id messages", "messages"),
         ("text source", "text"),
         ("instruction instances", None),
-        ("prompt chosen rejected", None),
+        ("prompt chosen rejected", "preference"),
+        ("input preferred_output non_preferred_output", "preference"),
+        ("prompt completion label", "prompt_completion"),
+        ("prompt chosen", None),
         ("", None),
     ],
 )
 def test_shape_is_told_by_the_columns(columns: str, shape: Shape | None) -> None:
     assert detect_shape(dict.fromkeys(columns.split())) == shape
+
+
+@pytest.mark.parametrize(
+    ("value", "shape"),
+    [
+        ({"conversations": [], "chosen": {}, "rejected": {}}, "preference"),
+        ({"conversations": [], "chosen": {}, "rejected": None}, "preference"),
+        ({"conversations": [], "chosen": None, "rejected": None}, "sharegpt"),
+        ({"prompt": "a", "prompt_id": 1, "messages": [], "chosen": [], "rejected": []}, "preference"),
+        ({"instruction": "a", "output": "", "chosen": "b", "rejected": "c"}, "preference"),
+        ({"prompt": "a", "completion": "b", "label": False}, "kto"),
+        ({"prompt": "a", "completion": "b", "label": "False"}, "kto"),
+        ({"prompt": "a", "completion": "b", "label": 0}, "prompt_completion"),
+        ({"prompt": "a", "completion": "b", "label": "positive"}, "prompt_completion"),
+        ({"messages": [], "label": True}, "kto"),
+        ({"messages": [], "label": None}, "messages"),
+        ({"text": "a", "label": True}, "text"),
+    ],
+)
+def test_shape_of_judged_answers_is_told_by_the_cells_too(value: dict[str, Any], shape: Shape) -> None:
+    assert detect_shape(value) == shape
+
+
+@pytest.mark.parametrize(
+    ("objective", "shape", "says"),
+    [
+        ("supervised", "messages", None),
+        ("supervised", "text", None),
+        ("dpo", "preference", None),
+        ("orpo", "preference", None),
+        ("kto", "kto", None),
+        ("supervised", "preference", 'set objective.type to "dpo" or "orpo"'),
+        ("kto", "preference", 'set objective.type to "dpo" or "orpo"'),
+        ("supervised", "kto", 'set objective.type to "kto"'),
+        ("dpo", "kto", 'set objective.type to "kto"'),
+        ("orpo", "alpaca", "needs rows of the shape preference (chosen, rejected or input, preferred_output"),
+        ("kto", "prompt_completion", "needs rows of the shape kto (messages, label or prompt, completion, label)"),
+    ],
+)
+def test_objective_fits_the_rows_or_is_told_what_to_do(objective: str, shape: Shape, says: str | None) -> None:
+    misfit = objective_misfit(objective, shape)
+    assert misfit is says if says is None else says in str(misfit)
 
 
 def test_messages_are_kept_and_assistant_turns_trained() -> None:
@@ -288,7 +333,12 @@ def test_text_is_kept_as_it_is() -> None:
         ("text", {"text": "\t"}, "/text", "the text is empty"),
         ("text", {"text": {}}, "/text", "is an object"),
         ("text", {"instruction": "a", "output": "b"}, "", "has the shape alpaca, the dataset has the shape text"),
-        ("text", {"question": "a", "\ud800": "b"}, "", r"Found: 'question', '\ud800'. Accepted: messages (messages);"),
+        (
+            "text",
+            {"question": "a", "\ud800": "b"},
+            "",
+            r"Found: 'question', '\ud800'. Accepted: preference (chosen, rejected or input, ",
+        ),
         ("text", {}, "", "Found: none."),
     ],
 )
@@ -313,7 +363,7 @@ NESTED = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(list(REQUIRED)), st.data())
 def test_any_row_is_an_example_or_a_problem(shape: Shape, data: st.DataObject) -> None:
-    columns = (*REQUIRED[shape], "tools", "system", "history", "input", "context")
+    columns = (*REQUIRED[shape][0], "tools", "system", "history", "input", "context")
     value = {column: data.draw(NESTED, label=column) for column in columns}
     try:
         example = to_example(value, shape)

@@ -2,26 +2,110 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, inject_adapter_in_model
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from qlora_service.errors import InvalidSpec
-from qlora_service.models.adapters import attach, load_adapter, save_adapter, silence_dropout, trainable
-from qlora_service.models.nf4 import base_fingerprint, load_base
-from qlora_service.specs import Adapter, Quantization
-from qlora_service.training.micro_batch import collate, forward
-from tests.tiny_training import CPU, load, rows
+from qlora_service.models.adapters import (
+    after_step,
+    allocation_state,
+    attach,
+    checkpoint_activations,
+    detach,
+    load_adapter,
+    peft_config,
+    regularization,
+    restore_allocation,
+    runs_alone,
+    save_adapter,
+    silence_dropout,
+    trainable,
+)
+from qlora_service.models.nf4 import base_fingerprint, dequantized_weight, load_base
+from qlora_service.specs import (
+    IA3,
+    AdaLora,
+    Adapter,
+    LlamaAdapter,
+    Lora,
+    Oft,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    Quantization,
+    Vera,
+)
+
+CPU = torch.device("cpu")
+IDS = torch.arange(5, 25)[None]
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADALORA = AdaLora(method="adalora", init_r=4, target_r=2)
+OLORA = Lora(r=4, init_lora_weights="olora")
+METHODS: list[Adapter] = [
+    Lora(r=4),
+    Lora(r=4, trainable_token_indices=[3, 7]),
+    Lora(r=4, target_modules=["embed_tokens", "q_proj"]),
+    Lora(r=4, use_dora=True),
+    OLORA,
+    ADALORA,
+    IA3(method="ia3", feedforward_modules=["down_proj"]),
+    Vera(method="vera", r=8),
+    Oft(method="oft"),
+    PromptTuning(method="prompt_tuning", num_virtual_tokens=4),
+    PrefixTuning(method="prefix_tuning", num_virtual_tokens=4),
+    PTuning(method="p_tuning", num_virtual_tokens=4, encoder_hidden_size=16),
+    LlamaAdapter(method="llama_adapter", adapter_len=4, adapter_layers=2),
+]
+
+
+def load(
+    directory: Path,
+    adapter: Adapter | None = None,
+    kind: str = "nf4",
+    dtype: torch.dtype = torch.float32,
+    steps: int = 0,
+    total_steps: int = 1000,
+) -> PeftModel:
+    """The model with an adapter, trained for a few steps."""
+    base = load_base(directory, Quantization.model_validate({"type": kind}), dtype, CPU)
+    model = attach(base, adapter or Lora(r=4), seed=0, total_steps=total_steps)
+    train(model, range(1, steps + 1))
+    return model
+
+
+def train(model: PeftModel, steps: range) -> None:
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.01, weight_decay=0.0)
+    for step in steps:
+        loss = model(IDS, labels=IDS).loss  # PEFT adds AdaLoRA's regularization itself
+        loss.backward()
+        optimizer.step()
+        after_step(model, step)
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(IDS).logits[:, -IDS.shape[1] :]
+
+
+# --- attach
 
 
 def test_the_first_outputs_are_the_bases_bit_for_bit(tiny_model: Path) -> None:
     base = load_base(tiny_model, Quantization(), torch.bfloat16, CPU)
     before = base_fingerprint(base)
-    assert base_fingerprint(attach(base, Adapter(), seed=0)) == before
+    assert base_fingerprint(attach(base, Lora(), seed=0)) == before
 
 
 def test_only_the_adapter_is_trainable_and_it_is_float32(tiny_model: Path) -> None:
-    model = load(tiny_model, dtype=torch.bfloat16, adapter=Adapter(r=4, target_modules=["q_proj", "v_proj"]))
+    model = load(tiny_model, Lora(r=4, target_modules=["q_proj", "v_proj"]), dtype=torch.bfloat16)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(names) == 2 * 2 * 2
     assert all("lora_" in name and ("q_proj" in name or "v_proj" in name) for name in names)
@@ -30,7 +114,7 @@ def test_only_the_adapter_is_trainable_and_it_is_float32(tiny_model: Path) -> No
 
 def test_the_seed_decides_a(tiny_model: Path) -> None:
     first, same, other = (
-        attach(load_base(tiny_model, Quantization(), torch.float32, CPU), Adapter(), seed) for seed in (1, 1, 2)
+        attach(load_base(tiny_model, Quantization(), torch.float32, CPU), Lora(), seed) for seed in (1, 1, 2)
     )
     assert all(torch.equal(a, b) for a, b in zip(trainable(first), trainable(same), strict=True))
     assert not torch.equal(trainable(first)[0], trainable(other)[0])
@@ -38,58 +122,321 @@ def test_the_seed_decides_a(tiny_model: Path) -> None:
 
 def test_a_target_that_does_not_exist_is_refused(tiny_model: Path) -> None:
     with pytest.raises(InvalidSpec, match="nowhere_proj"):
-        load(tiny_model, adapter=Adapter(target_modules=["nowhere_proj"]))
+        load(tiny_model, Lora(target_modules=["nowhere_proj"]))
+
+
+def test_alpha_and_dropout_reach_every_layer(tiny_model: Path) -> None:
+    model = load(tiny_model, Lora(r=4, lora_alpha=6, lora_dropout=0.25))
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert len(layers) == 14
+    assert {layer.scaling["default"] for layer in layers} == {1.5}
+    assert {layer.lora_dropout["default"].p for layer in layers} == {0.25}
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tiny_model: Path) -> None:
+    model = load(tiny_model, Lora(r=16, lora_alpha=8, use_rslora=True))
+    assert {layer.scaling["default"] for layer in model.modules() if isinstance(layer, LoraLayer)} == {2.0}
 
 
 def test_the_bases_own_dropout_is_off(tiny_model: Path) -> None:
     base = load_base(tiny_model, Quantization(), torch.float32, CPU)
     for layer in base.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    model = attach(base, Adapter(), seed=0).train()
-    batch = collate(rows(2), CPU)
-    assert torch.equal(forward(model, batch), forward(model, batch))
-
-
-def test_saved_files_name_the_base_and_load_to_the_same_outputs(tiny_model: Path, tmp_path: Path) -> None:
-    model = load(tiny_model, perturb_b=0.05).eval()
-    expected = forward(model, collate(rows(3), CPU))
-    save_adapter(model, tmp_path, "org/model", "abc123")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["revision"]) == ("org/model", "abc123")
-    assert str(tiny_model) not in (tmp_path / "adapter_config.json").read_text()
-    reloaded = load_adapter(model.unload(), tmp_path).eval()
-    assert torch.equal(forward(reloaded, collate(rows(3), CPU)), expected)
-
-
-def test_saving_twice_gives_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        save_adapter(load(tiny_model, perturb_b=0.05), tmp_path / name, "base", None)
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-
-
-def test_alpha_and_dropout_reach_every_layer(tiny_model: Path) -> None:
-    model = load(tiny_model, adapter=Adapter(r=4, lora_alpha=6, lora_dropout=0.25))
-    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
-    assert len(layers) == 14
-    assert {layer.scaling["default"] for layer in layers} == {1.5}
-    assert {layer.lora_dropout["default"].p for layer in layers} == {0.25}
+    model = attach(base, Lora(), seed=0).train()
+    assert torch.equal(model(IDS).logits, model(IDS).logits)
 
 
 def test_the_bases_dropout_layers_are_off() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     base = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4)).train()
     silence_dropout(base)
-    batch = collate(rows(2), CPU)
-    assert torch.equal(forward(base, batch), forward(base, batch))
+    assert torch.equal(base(IDS).logits, base(IDS).logits)
 
 
-def test_the_saved_config_is_in_order_and_for_inference(tiny_model: Path, tmp_path: Path) -> None:
-    import json
+@pytest.mark.parametrize("adapter", METHODS, ids=lambda adapter: adapter.method)
+def test_switched_off_or_detached_every_adapter_leaves_the_base(adapter: Adapter, tiny_model: Path) -> None:
+    base = load_base(tiny_model, Quantization(), torch.bfloat16, CPU)
+    expected, before, names = logits(base), base_fingerprint(base), [name for name, _ in base.named_parameters()]
+    model = attach(base, adapter, seed=0, total_steps=4)
+    train(model, range(1, 3))
+    assert not torch.equal(logits(model), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    detached = detach(model)
+    assert base_fingerprint(detached) == before
+    assert [name for name, _ in detached.named_parameters()] == names
 
-    save_adapter(load(tiny_model), tmp_path, "base", None)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+
+def test_prompts_run_alone_and_nothing_else_does(tiny_model: Path) -> None:
+    alone = {adapter.method for adapter in METHODS[-5:] if runs_alone(load(tiny_model, adapter))}
+    assert alone == {"prompt_tuning", "prefix_tuning", "p_tuning"}
+
+
+def test_prompt_tuning_starts_from_tokens_of_the_base(tiny_model: Path) -> None:
+    model = load(tiny_model, PromptTuning(method="prompt_tuning", num_virtual_tokens=6), dtype=torch.bfloat16)
+    (prompt,) = trainable(model)
+    embedding = model.get_base_model().get_input_embeddings().weight.float()
+    assert prompt.dtype == torch.float32
+    assert all((row == embedding).all(dim=1).any() for row in prompt)
+
+
+def test_prefix_tuning_does_not_recompute_activations(tiny_model: Path) -> None:
+    assert checkpoint_activations(load(tiny_model, PrefixTuning(method="prefix_tuning"))) is False
+    assert checkpoint_activations(load(tiny_model, PromptTuning(method="prompt_tuning"))) is True
+
+
+def test_llama_adapter_leaves_the_two_lowest_layers_alone(tiny_model: Path) -> None:
+    base = load_base(tiny_model, Quantization(type="none"), torch.float32, CPU)
+    asked = LlamaAdapter(method="llama_adapter")
+    base.config.num_hidden_layers = 7
+    assert peft_config(asked, base).adapter_layers == 5
+    base.config.num_hidden_layers = 2
+    assert peft_config(asked, base).adapter_layers == 1
+
+
+# --- other layers
+
+
+def test_a_convolution_gets_a_lora() -> None:
+    network = torch.nn.Sequential()
+    network.add_module("conv", torch.nn.Conv2d(3, 8, kernel_size=3))
+    image = torch.randn(1, 3, 6, 6)
+    expected = network(image)
+    adapted = inject_adapter_in_model(peft_config(Lora(r=2, target_modules=["conv"]), network), network)
+    assert torch.equal(adapted(image), expected)
+    assert adapted.conv.lora_A["default"].weight.shape == (2, 3, 3, 3)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    adapted(image).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(adapted(image), expected)
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "tiny-gpt2"
+    config = GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["nf4", "none"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        Lora(r=4),
+        Lora(r=4, target_modules=["c_attn", "c_proj", "c_fc"], init_lora_weights="olora"),
+        IA3(method="ia3", target_modules=["c_attn", "c_proj"], feedforward_modules=["c_proj"]),
+        AdaLora(method="adalora", init_r=4, target_r=2),
+        Vera(method="vera", r=8),
+        LlamaAdapter(method="llama_adapter", adapter_layers=2),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.method,
+)
+def test_gpt2s_transposed_layers_train_and_reload(adapter: Adapter, kind: str, tiny_gpt2: Path, tmp_path: Path) -> None:
+    model = load(tiny_gpt2, adapter, kind, torch.bfloat16, steps=2, total_steps=4)
+    assert not torch.equal(logits(model), logits(load(tiny_gpt2, Lora(r=4), kind, torch.bfloat16)))
+    save_adapter(model, tmp_path, "base", None)
+    base = load_base(tiny_gpt2, Quantization.model_validate({"type": kind}), torch.bfloat16, CPU)
+    assert torch.equal(logits(load_adapter(base, tmp_path)), logits(model))
+
+
+# --- embeddings
+
+
+def test_a_tied_embedding_and_head_share_one_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    model = load(tiny_model, Lora(r=4, target_modules=["embed_tokens"]), steps=2)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert torch.equal(embedding.get_delta_weight("default"), head.get_delta_weight("default"))
+    save_adapter(model, tmp_path, "base", None)
+    saved = load_file(tmp_path / WEIGHTS)
+    assert saved
+    assert all("lora" in name and 4 in tensor.shape for name, tensor in saved.items())
+
+
+def test_of_trained_tokens_only_their_rows_are_stored(tiny_model: Path, tmp_path: Path) -> None:
+    model = load(tiny_model, Lora(r=4, trainable_token_indices=[3, 7]), steps=2)
+    save_adapter(model, tmp_path, "base", None)
+    saved = load_file(tmp_path / WEIGHTS)
+    tokens = [tensor for name, tensor in saved.items() if "lora" not in name]
+    assert [tuple(tensor.shape) for tensor in tokens] == [(2, 64)]
+    reloaded = load_adapter(load_base(tiny_model, Quantization(), torch.float32, CPU), tmp_path)
+    own = load_base(tiny_model, Quantization(), torch.float32, CPU).get_input_embeddings().weight
+    with torch.no_grad():
+        embedded = reloaded.get_input_embeddings()(torch.tensor([3, 7, 8]))
+    assert torch.equal(embedded[:2], tokens[0])
+    assert not torch.equal(embedded[0], own[3])
+    assert torch.equal(embedded[2], own[8])
+
+
+# --- OLoRA
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
+def test_olora_starts_from_the_weights_decomposition_and_at_the_bases_outputs(kind: str, tiny_model: Path) -> None:
+    expected = logits(load(tiny_model, Lora(r=4), kind))
+    model = load(tiny_model, Lora(r=4, lora_alpha=6, init_lora_weights="olora"), kind)
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    q, r = torch.linalg.qr(dequantized_weight(layer.get_base_layer()))
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert torch.equal(a, torch.cat([r[:4], -r[:4]]))
+    assert torch.equal(b, torch.cat([q[:, :4], q[:, :4]], 1))
+    assert layer.scaling["default"] == 1.5
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+def test_olora_keeps_its_scale_with_rslora(tiny_model: Path) -> None:
+    model = load(tiny_model, Lora(r=16, lora_alpha=8, use_rslora=True, init_lora_weights="olora"))
+    scales = [layer.scaling["default"] for layer in model.modules() if isinstance(layer, LoraLayer)]
+    assert scales == pytest.approx([2.0] * 14)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "Lion8bit"])
+def test_the_constant_half_of_olora_stays_whatever_optimizes(optimizer: str, tiny_model: Path) -> None:
+    import bitsandbytes as bnb
+
+    model = load(tiny_model, OLORA)
+    optim: Any = getattr(bnb.optim, optimizer)(trainable(model), lr=0.01, weight_decay=0.0)
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    start = [(layer.lora_A["default"].weight.clone(), layer.lora_B["default"].weight.clone()) for layer in layers]
+    for _ in range(3):
+        model(IDS, labels=IDS).loss.backward()
+        optim.step()
+        optim.zero_grad()
+    for layer, (a, b) in zip(layers, start, strict=True):
+        new_a, new_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert torch.equal(new_a[4:], a[4:])
+        assert torch.equal(new_b[:, 4:], b[:, 4:])
+        assert not torch.equal(new_a[:4], a[:4])
+        assert not torch.equal(new_b[:, :4], b[:, :4])
+
+
+def test_olora_is_published_as_a_plain_lora(tiny_model: Path, tmp_path: Path) -> None:
+    model = load(tiny_model, OLORA, steps=2)
+    save_adapter(model, tmp_path, "base", None)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 64.0, True)
+
+
+def test_olora_beyond_a_weights_rank_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(InvalidSpec, match=r"k_proj.*\(32, 64\)"):
+        load(tiny_model, Lora(r=33, init_lora_weights="olora"))
+
+
+# --- AdaLoRA
+
+
+def test_regularization_is_what_peft_adds_to_the_loss(tiny_model: Path) -> None:
+    model = load(tiny_model, ADALORA, steps=2, total_steps=10)
+    with torch.no_grad():
+        with_penalty, penalty = model(IDS, labels=IDS).loss, regularization(model)
+        without = model.get_base_model()(IDS, labels=IDS).loss
+    assert penalty is not None
+    assert penalty > 0
+    assert with_penalty.item() == pytest.approx((without + penalty).item(), rel=1e-6)
+    assert regularization(load(tiny_model)) is None
+
+
+@pytest.mark.parametrize("total_steps", [2, 3, 10])
+def test_adalora_ends_at_its_mean_rank(total_steps: int, tiny_model: Path) -> None:
+    model = load(tiny_model, ADALORA, steps=total_steps, total_steps=total_steps)
+    layers = [module for module in model.modules() if isinstance(module, AdaLoraLayer)]
+    ranks = [int((layer.lora_E["default"] != 0).sum()) for layer in layers]
+    assert sum(ranks) == 2 * len(layers)
+    assert len(set(ranks)) > 1
+
+
+def test_adalora_prunes_nothing_in_its_first_steps(tiny_model: Path) -> None:
+    model = load(tiny_model, ADALORA, steps=4, total_steps=40)
+    assert all((layer.lora_E["default"] != 0).all() for layer in model.modules() if isinstance(layer, AdaLoraLayer))
+
+
+def test_adalora_runs_for_one_step(tiny_model: Path) -> None:
+    assert len(allocation_state(load(tiny_model, ADALORA, steps=1, total_steps=1))) > 0
+
+
+def test_adaloras_scale_is_not_trained(tiny_model: Path) -> None:
+    # PEFT does so on a bfloat16 base, and does not save it.
+    model = load(tiny_model, ADALORA, dtype=torch.bfloat16)
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "ranknum" in name)
+
+
+@pytest.mark.parametrize("at", [3, 7], ids=["while pruning", "after pruning"])
+def test_adalora_goes_on_from_a_checkpoint_as_if_nothing_had_happened(at: int, tiny_model: Path) -> None:
+    model = load(tiny_model, ADALORA, steps=at, total_steps=10)
+    weights, memory = [weight.detach().clone() for weight in trainable(model)], allocation_state(model)
+
+    train(model, range(at + 1, at + 3))
+    expected = [weight.detach().clone() for weight in trainable(model)]
+    resumed = load(tiny_model, ADALORA, total_steps=10)
+    with torch.no_grad():
+        for weight, saved in zip(trainable(resumed), weights, strict=True):
+            weight.copy_(saved)
+    restore_allocation(resumed, memory)
+    train(resumed, range(at + 1, at + 3))
+    assert all(torch.equal(one, other) for one, other in zip(expected, trainable(resumed), strict=True))
+
+
+def test_methods_without_memory_have_no_allocation_state(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    assert allocation_state(model) == {}
+    restore_allocation(model, {})
+    after_step(model, 1)
+
+
+# --- files
+
+
+@pytest.mark.parametrize("adapter", METHODS, ids=lambda adapter: adapter.method)
+def test_the_files_are_the_same_each_time_and_plain_peft_loads_them(
+    adapter: Adapter, tiny_model: Path, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        model = load(tiny_model, adapter, steps=3, total_steps=3)
+        save_adapter(model, tmp_path / name, "org/model", "abc123")
+    for file in (WEIGHTS, CONFIG):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    base = load_base(tiny_model, Quantization(), torch.float32, CPU)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, str(tmp_path / "one"))), logits(model))
+
+
+def test_the_files_name_the_base_and_no_local_path(tiny_model: Path, tmp_path: Path) -> None:
+    save_adapter(load(tiny_model), tmp_path, "org/model", "abc123")
+    text = (tmp_path / CONFIG).read_text()
+    config = json.loads(text)
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/model", "abc123")
+    assert str(tiny_model) not in text
     assert config["inference_mode"] is True
+    assert config["task_type"] == "CAUSAL_LM"
     assert len(config["target_modules"]) > 6
     assert config["target_modules"] == sorted(config["target_modules"])
+
+
+def test_saving_leaves_adalora_able_to_go_on(tiny_model: Path, tmp_path: Path) -> None:
+    model = load(tiny_model, ADALORA, steps=6, total_steps=10)
+    before = model.active_peft_config.rank_pattern
+    save_adapter(model, tmp_path, "base", None)
+    assert before is not None
+    assert model.active_peft_config.rank_pattern == before
+    train(model, range(7, 9))
+
+
+def test_vera_stores_the_projections_that_its_key_gives(tiny_model: Path, tmp_path: Path) -> None:
+    stored = []
+    for index, key in enumerate((5, 5, 6)):
+        model = load(tiny_model, Vera(method="vera", r=8, projection_prng_key=key))
+        save_adapter(model, tmp_path / str(index), "base", None)
+        stored.append(load_file(tmp_path / str(index) / WEIGHTS)["base_model.vera_A"])
+    assert torch.equal(stored[0], stored[1])
+    assert not torch.equal(stored[0], stored[2])
+
+
+def test_llama_adapter_reloads_in_full_precision_on_an_unquantized_base(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = LlamaAdapter(method="llama_adapter", adapter_layers=2)
+    model = load(tiny_model, adapter, "none", torch.bfloat16, steps=2)
+    save_adapter(model, tmp_path, "base", None)
+    base = load_base(tiny_model, Quantization(type="none"), torch.bfloat16, CPU)
+    reloaded = dict(load_adapter(base, tmp_path).named_parameters())
+    learned = {name: p for name, p in model.named_parameters() if "adaption" in name}
+    assert len(learned) == 4
+    assert all(torch.equal(reloaded[name], parameter) for name, parameter in learned.items())

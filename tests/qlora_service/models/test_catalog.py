@@ -229,8 +229,10 @@ def test_import_and_list_need_no_torch(tiny_model: Path, tmp_path: Path) -> None
     )
 
 
-def test_module_names_are_what_an_adapter_can_target(tmp_path: Path, tiny_model: Path) -> None:
+def test_module_shapes_are_what_an_adapter_can_target(tmp_path: Path, tiny_model: Path) -> None:
     catalog = Catalog(tmp_path)
-    names = catalog.module_names(catalog.import_model("tiny", tiny_model))
+    shapes = catalog.module_shapes(catalog.import_model("tiny", tiny_model))
+    assert shapes["down_proj"] == {(64, 128)}
+    names = set(shapes)
     assert names >= {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert not any("norm" in name for name in names)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora_service.specs import Adapter
+from qlora_service.specs import Lora
 from qlora_service.training.evaluation import mean_loss
 from tests.tiny_training import CPU, load, rows
 
@@ -28,6 +28,6 @@ def test_the_mean_is_per_learned_token_over_all_rows(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_left_as_it_was_and_dropout_is_off(tiny_model: Path, training: bool) -> None:
-    model = load(tiny_model, adapter=Adapter(r=4, lora_dropout=0.5), perturb_b=0.05).train(training)
+    model = load(tiny_model, adapter=Lora(r=4, lora_dropout=0.5), perturb_b=0.05).train(training)
     assert mean_loss(model, rows(3), CPU) == mean_loss(model, rows(3), CPU)
     assert model.training is training

@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from qlora_service.data.rendering import RenderedRow, UnusableRow
 from qlora_service.errors import Finding
-from qlora_service.training.rows import WRITE_ROWS, store_rendered
+from qlora_service.training.micro_batch import LabelledRow, PreferencePair, TokenRow
+from qlora_service.training.rows import WRITE_ROWS, RenderedRows, store_rendered
+
+
+def row(line: int, *ids: int) -> RenderedRow:
+    return RenderedRow(line, "text", ids, tuple(position > 0 for position in range(len(ids))))
 
 
 def test_rows_come_back_by_position_and_unusable_ones_are_counted(tmp_path: Path) -> None:
@@ -21,8 +29,39 @@ def test_rows_come_back_by_position_and_unusable_ones_are_counted(tmp_path: Path
     assert len(rows) == report.usable_rows == 1806
     assert report.too_long_rows == 201
     assert rows[3].line == 4
-    assert rows[1805].input_ids == [2006, 1, 2]
-    assert rows[1805].trained == [False, True, False]
+    assert rows[1805] == TokenRow(2006, [2006, 1, 2], [False, True, False])
+    assert [rows[position].line for position in (999, 1000, 1001)] == [1110, 1111, 1112]
+
+
+def test_pairs_and_labelled_answers_come_back_as_they_were(tmp_path: Path) -> None:
+    results = [
+        replace(row(1, 5, 6, 7), rejected=row(1, 5, 8)),
+        replace(row(2, 5, 9), desirable=False),
+        replace(row(3, 5, 9), desirable=True),
+        row(4, 7, 7),
+    ]
+    rows, report = store_rendered(results, tmp_path / "rows.arrow")
+    better, worse = TokenRow(1, [5, 6, 7], [False, True, True]), TokenRow(1, [5, 8], [False, True])
+    assert [rows[position] for position in range(4)] == [
+        PreferencePair(better, worse),
+        LabelledRow(TokenRow(2, [5, 9], [False, True]), desirable=False),
+        LabelledRow(TokenRow(3, [5, 9], [False, True]), desirable=True),
+        TokenRow(4, [7, 7], [False, True]),
+    ]
+    assert report.tokens == 11
+
+
+def test_rows_are_read_again_from_their_file(tmp_path: Path) -> None:
+    store_rendered([row(1, 5, 6), row(2, 7, 8)], tmp_path / "rows.arrow")
+    rows = RenderedRows(tmp_path / "rows.arrow")
+    assert [rows[position].line for position in range(len(rows))] == [1, 2]
+
+
+@pytest.mark.parametrize("position", [-1, 1])
+def test_there_is_no_row_outside(tmp_path: Path, position: int) -> None:
+    rows, _ = store_rendered([row(1, 5, 6)], tmp_path / "rows.arrow")
+    with pytest.raises(IndexError, match="of 1"):
+        rows[position]
 
 
 def test_no_usable_row_gives_an_empty_table(tmp_path: Path) -> None:

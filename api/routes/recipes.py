@@ -1,0 +1,22 @@
+"""Recipes."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from api.errors import error_responses
+from api.schemas import Listing, Recipe
+from qlora_service.specs import RECIPES
+
+router = APIRouter(prefix="/recipes", tags=["recipes"])
+
+
+@router.get("", summary="List recipes", responses=error_responses())
+async def list_recipes() -> Listing[Recipe]:
+    """The recipes that a spec's `recipe` can name. Whatever the spec says itself wins over its recipe."""
+    return Listing(
+        data=[
+            Recipe(name=name, title=recipe.title, source=recipe.source, values=recipe.values)
+            for name, recipe in RECIPES.items()
+        ]
+    )

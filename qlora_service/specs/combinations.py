@@ -1,0 +1,72 @@
+"""Parts of a spec that do not go together: what one asks for, the other would leave undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qlora_service.specs.adapter import Adapter, Lora, PrefixTuning, PromptMethod
+from qlora_service.specs.objective import Objective, Supervised
+from qlora_service.specs.training import Evaluation, Training
+
+Contradiction = tuple[tuple[str, str], str]
+"""The group and field to change, and why."""
+
+
+def contradictions(
+    *,
+    quantization: str,
+    adapter: Adapter,
+    objective: Objective,
+    training: Training,
+    evaluation: Evaluation,
+    held_out_fraction: float,
+) -> Iterator[Contradiction]:
+    """Every one there is. Defaults never contradict, so a stored spec, which spells them out, stays valid."""
+    yield from _of_adapter(adapter, training, quantization)
+    if not isinstance(objective, Supervised):
+        yield from _of_preferences(objective, training, evaluation)
+    if held_out_fraction == 0:
+        yield from _of_nothing_held_out(training, evaluation)
+
+
+def _of_adapter(adapter: Adapter, training: Training, quantization: str) -> Iterator[Contradiction]:
+    if training.loraplus_lr_ratio is not None and not isinstance(adapter, Lora):
+        yield (
+            ("training", "loraplus_lr_ratio"),
+            f"{adapter.method} has no B matrix: leave loraplus_lr_ratio out, or use the method lora",
+        )
+    if training.neftune_noise_alpha is not None and isinstance(adapter, PromptMethod):
+        yield (
+            ("training", "neftune_noise_alpha"),
+            f"NEFTune's noise does not reach the input that {adapter.method} builds: leave neftune_noise_alpha out",
+        )
+    if training.gradient_checkpointing is True and isinstance(adapter, PrefixTuning):
+        yield (
+            ("training", "gradient_checkpointing"),
+            "prefix_tuning passes its keys and values in a cache, which recomputation would lose: use false or auto",
+        )
+    if isinstance(adapter, Lora) and adapter.use_dora and quantization == "int8":
+        yield ("adapter", "use_dora"), "DoRA does not run on an int8 base: use nf4, fp4 or none"
+
+
+def _of_preferences(objective: Objective, training: Training, evaluation: Evaluation) -> Iterator[Contradiction]:
+    if training.train_on == "all":
+        yield (
+            ("training", "train_on"),
+            f'{objective.type} compares answers, not questions: leave train_on at "assistant"',
+        )
+    if evaluation.generate_rows:
+        yield (
+            ("evaluation", "generate_rows"),
+            f"{objective.type} rows have no one right answer to score against: ask evaluation.questions instead",
+        )
+
+
+def _of_nothing_held_out(training: Training, evaluation: Evaluation) -> Iterator[Contradiction]:
+    why = "no rows are held out: set validation.fraction above 0"
+    if training.early_stopping_patience is not None:
+        yield ("training", "early_stopping_patience"), why
+    if training.load_best_model_at_end:
+        yield ("training", "load_best_model_at_end"), why
+    if evaluation.generate_rows:
+        yield ("evaluation", "generate_rows"), why

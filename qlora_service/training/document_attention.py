@@ -1,0 +1,192 @@
+"""Causal attention of each document with itself alone, over several documents laid behind each other.
+
+What runs differs by device: on CUDA flash attention over variable lengths (torch's own), or torch's fused kernels
+document by document; on a CPU plain matrix products in blocks of queries. The CPU's flash backward is the slowest
+kernel of all: 1.3 times the whole step (SmolLM2-135M, 2 cores, AVX512-BF16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.varlen import varlen_attn
+
+from qlora_service.training.device import has_flash_attention
+
+BLOCK = 128
+"""Queries computed at a time; keys behind the block are never touched."""
+KEPT_TOKENS = 512
+"""Documents up to here keep their probabilities for the backward pass; longer ones compute them again, so that memory
+grows with the tokens and not with their square."""
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What does not change between two layers' calls."""
+
+    heads: int
+    kv_heads: int
+    scale: float
+    window: int | None = None
+    """A token sees itself and `window - 1` before it; None: all before it"""
+
+
+def document_attention(qkv: torch.Tensor, lengths: Sequence[int], shape: AttentionShape) -> torch.Tensor:
+    """(tokens, heads, head_dim) of (tokens, heads + 2 * kv_heads, head_dim), queries, keys and values side by side."""
+    if qkv.device.type == "cpu":
+        return BlockAttention.apply(qkv, tuple(lengths), shape)
+    q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
+    if has_flash_attention(qkv):
+        return _varlen(q, k, v, lengths, shape)
+    return _document_by_document(q, k, v, lengths, shape)
+
+
+def _varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], shape: AttentionShape
+) -> torch.Tensor:
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=q.device)
+    longest = max(lengths)
+    # A window of (w, 0) is the token itself and w before it; -1 is no bound.
+    left = -1 if shape.window is None else shape.window - 1
+    grouped = shape.heads != shape.kv_heads
+    output: torch.Tensor = varlen_attn(  # type: ignore[assignment]  # a tuple only where more is asked for
+        q, k, v, ends, ends, longest, longest, scale=shape.scale, window_size=(left, 0), enable_gqa=grouped
+    )
+    return output
+
+
+def _document_by_document(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], shape: AttentionShape
+) -> torch.Tensor:
+    outputs = []
+    # split, not slices: under autograd every slice makes a gradient of the full size.
+    for query, key, value in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        tokens = query.shape[0]
+        windowed = shape.window is not None and tokens > shape.window
+        mask = _visible(0, tokens, 0, shape.window, q.device) if windowed else None
+        output = F.scaled_dot_product_attention(
+            query.transpose(0, 1)[None],
+            key.transpose(0, 1)[None],
+            value.transpose(0, 1)[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=shape.scale,
+            enable_gqa=shape.heads != shape.kv_heads,
+        )
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Queries [start, end) of a document, the keys [first, end) that they see, those from `cut` on not all of them."""
+
+    start: int
+    end: int
+    first: int
+    cut: int
+
+
+def _blocks(tokens: int, window: int | None) -> Iterator[_Block]:
+    for start in range(0, tokens, BLOCK):
+        first = 0 if window is None else max(0, start - window + 1)
+        yield _Block(start, min(start + BLOCK, tokens), first, start if window is None else first)
+
+
+class BlockAttention(torch.autograd.Function):
+    """`document_attention` with matrix products; heads of a group are stacked over their shared key."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: torch.Tensor, lengths: tuple[int, ...], shape: AttentionShape) -> torch.Tensor:
+        output = qkv.new_empty(qkv.shape[0], shape.heads, qkv.shape[2])
+        kept: list[torch.Tensor] = []
+        for begin, stop in pairwise([0, *accumulate(lengths)]):
+            q, k, v = _by_head(qkv[begin:stop], shape)
+            for block in _blocks(stop - begin, shape.window):
+                probabilities = _probabilities(q, k, block, shape)
+                mixed = torch.bmm(probabilities, v[:, block.first : block.end])
+                output[begin + block.start : begin + block.end] = _ungroup(mixed, shape)
+                if stop - begin <= KEPT_TOKENS:
+                    kept.append(probabilities)
+        ctx.lengths, ctx.shape = lengths, shape
+        ctx.save_for_backward(qkv, *kept)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        qkv, *kept = ctx.saved_tensors
+        shape: AttentionShape = ctx.shape
+        of_qkv = torch.empty_like(qkv)
+        remaining = iter(kept)
+        for begin, stop in pairwise([0, *accumulate(ctx.lengths)]):
+            q, k, v = _by_head(qkv[begin:stop], shape)
+            of_k, of_v = torch.zeros_like(k), torch.zeros_like(v)
+            for block in _blocks(stop - begin, shape.window):
+                keys = slice(block.first, block.end)
+                is_kept = stop - begin <= KEPT_TOKENS
+                p = next(remaining) if is_kept else _probabilities(q, k, block, shape)
+                rows = slice(begin + block.start, begin + block.end)
+                g = _group(gradient[rows].transpose(0, 1), shape)
+                of_v[:, keys].baddbmm_(p.transpose(1, 2), g)
+                of_p = torch.bmm(g, v[:, keys].transpose(1, 2))
+                of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype)
+                of_qkv[rows, : shape.heads] = _ungroup(torch.bmm(of_scores, k[:, keys]), shape)
+                queries = _group(q[:, block.start : block.end], shape)
+                of_k[:, keys].baddbmm_(of_scores.transpose(1, 2), queries)  # queries are scaled already
+            of_qkv[begin:stop, shape.heads : shape.heads + shape.kv_heads] = of_k.transpose(0, 1)
+            of_qkv[begin:stop, shape.heads + shape.kv_heads :] = of_v.transpose(0, 1)
+        of_qkv[:, : shape.heads].mul_(shape.scale)
+        return of_qkv, None, None
+
+
+def _by_head(qkv: torch.Tensor, shape: AttentionShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scaled queries (heads, tokens, head_dim), keys and values (kv_heads, tokens, head_dim) of one document."""
+    q, k, v = qkv.transpose(0, 1).split([shape.heads, shape.kv_heads, shape.kv_heads])
+    # The queries, because there are fewer of them than scores.
+    return q * shape.scale, k.contiguous(), v.contiguous()
+
+
+def _group(x: torch.Tensor, shape: AttentionShape) -> torch.Tensor:
+    """(heads, tokens, head_dim) with the heads that share a key stacked: (kv_heads, heads / kv_heads * tokens, …)."""
+    return x.reshape(shape.kv_heads, -1, x.shape[-1])
+
+
+def _ungroup(x: torch.Tensor, shape: AttentionShape) -> torch.Tensor:
+    """Back to (tokens, heads, head_dim)."""
+    return x.view(shape.heads, -1, x.shape[-1]).transpose(0, 1)
+
+
+def _probabilities(q: torch.Tensor, k: torch.Tensor, block: _Block, shape: AttentionShape) -> torch.Tensor:
+    """(kv_heads, heads / kv_heads * queries, keys)"""
+    queries = _group(q[:, block.start : block.end], shape)
+    scores = torch.bmm(queries, k[:, block.first : block.end].transpose(1, 2))
+    by_query = scores.view(shape.heads, block.end - block.start, block.end - block.first)
+    by_query[:, :, block.cut - block.first :].add_(_bias(block, shape.window, q.dtype))
+    return torch.softmax(scores, -1)
+
+
+@lru_cache(maxsize=2 * BLOCK)
+def _triangle(tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((tokens, tokens), float("-inf"), dtype=dtype).triu_(1)
+
+
+def _bias(block: _Block, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """(queries, keys from `cut` on), 0 where a query sees the key and -inf where it does not."""
+    if window is None:
+        return _triangle(block.end - block.start, dtype)
+    visible = _visible(block.start, block.end, block.cut, window, torch.device("cpu"))
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+
+
+def _visible(start: int, end: int, first: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """(queries, keys), True where query start + i may look at key first + j."""
+    distance = torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

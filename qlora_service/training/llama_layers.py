@@ -1,0 +1,241 @@
+"""The fast path: decoder layers of Llama's shape (Llama, Mistral, Qwen 2 and 3, …) as a few functions each.
+
+Chosen by the layer's structure, and checked against the model's own forward (`network`). The general path stays the
+reference. What it saves: q, k and v in one product, gate and up in another; no normalized copy of the hidden states,
+no intermediate of RMSNorm, rotary embedding or SwiGLU is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from qlora_service.training.document_attention import AttentionShape, document_attention
+from qlora_service.training.elementwise import (
+    FrozenNorm,
+    Norm,
+    rms_norm,
+    rms_norm_again,
+    rms_norm_backward,
+    rotate_,
+    swiglu,
+    swiglu_backward,
+)
+from qlora_service.training.fused_modules import frozen_norm, is_silu
+from qlora_service.training.linear import (
+    FusedLinear,
+    Projection,
+    add_through_lora,
+    lora_weights,
+    project,
+    project_backward,
+    projection_of,
+)
+
+ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+HEAD_NORMS = ["q_norm", "k_norm"]
+MLP_PARTS = {"gate_proj", "up_proj", "down_proj"}
+LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+@dataclass(frozen=True, eq=False)
+class LlamaLayer:
+    """What a layer is made of."""
+
+    attention: AttentionShape
+    before_attention: Norm
+    qkv: tuple[Projection, ...]
+    head_norms: tuple[Norm, Norm] | None
+    """of queries and of keys, over head_dim"""
+    output: tuple[Projection, ...]
+    before_mlp: Norm
+    gate_up: tuple[Projection, ...]
+    down: tuple[Projection, ...]
+
+    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """(tokens, hidden) of (tokens, hidden); cos and sin are (tokens, 1, head_dim / 2)."""
+        qkv = NormedProjections.apply(x, self, cos, sin, *lora_weights(self.qkv))
+        mixed = document_attention(qkv, lengths, self.attention).flatten(1)
+        x = FusedLinear.apply(mixed, None, x, self.output, *lora_weights(self.output))
+        result: torch.Tensor = GatedMlp.apply(x, self, *lora_weights(self.gate_up), *lora_weights(self.down))
+        return result
+
+
+class NormedProjections(torch.autograd.Function):
+    """RMSNorm, then queries, keys and values, normed per head where the layer does, rotated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: LlamaLayer, cos: torch.Tensor, sin: torch.Tensor, *lora: torch.Tensor | None
+    ) -> torch.Tensor:
+        norm, shape = layer.before_attention, layer.attention
+        normed, scale = rms_norm(x, norm.weight, norm.eps)
+        flat, inner = project(normed, layer.qkv, lora)
+        qkv = flat.view(x.shape[0], shape.heads + 2 * shape.kv_heads, -1)  # (tokens, heads, head_dim)
+        raw: list[torch.Tensor] = []
+        if layer.head_norms is not None:
+            for heads, head_norm in zip(_queries_and_keys(qkv, shape), layer.head_norms, strict=True):
+                before = heads.clone()
+                after, head_scale = rms_norm(before, head_norm.weight, head_norm.eps)
+                heads.copy_(after)
+                raw += [before, head_scale]
+        rotate_(qkv[:, : shape.heads + shape.kv_heads], cos, sin)
+        ctx.layer, ctx.count = layer, len(lora)
+        ctx.save_for_backward(x, scale, inner, cos, sin, *lora, *raw)
+        return qkv
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        x, scale, inner, cos, sin, *rest = ctx.saved_tensors
+        lora, raw = rest[: ctx.count], rest[ctx.count :]
+        layer: LlamaLayer = ctx.layer
+        shape, norm = layer.attention, layer.before_attention
+        gradient = gradient.clone()
+        rotate_(gradient[:, : shape.heads + shape.kv_heads], cos, sin, backward=True)
+        if layer.head_norms is not None:
+            for index, heads in enumerate(_queries_and_keys(gradient, shape)):
+                before, head_scale = raw[2 * index : 2 * index + 2]
+                heads.copy_(rms_norm_backward(heads, before, layer.head_norms[index].weight, head_scale))
+        normed = rms_norm_again(x, norm.weight, scale)
+        of_normed, of_inner, of_lora = project_backward(
+            gradient.flatten(1), normed, inner, layer.qkv, lora, ctx.needs_input_grad[0]
+        )
+        of_normed = add_through_lora(of_normed, of_inner, lora)
+        of_x = None if of_normed is None else rms_norm_backward(of_normed, x, norm.weight, scale)
+        return of_x, None, None, None, *of_lora
+
+
+class GatedMlp(torch.autograd.Function):
+    """x + down(silu(gate(norm(x))) * up(norm(x)))"""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: LlamaLayer, *lora: torch.Tensor | None) -> torch.Tensor:
+        norm = layer.before_mlp
+        normed, scale = rms_norm(x, norm.weight, norm.eps)
+        gate_up, inner = project(normed, layer.gate_up, lora[:4])
+        y, inner_down = project(swiglu(gate_up), layer.down, lora[4:])
+        ctx.layer = layer
+        ctx.save_for_backward(x, scale, gate_up, inner, inner_down, *lora)
+        return y.add_(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        x, scale, gate_up, inner, inner_down, *lora = ctx.saved_tensors
+        layer: LlamaLayer = ctx.layer
+        norm = layer.before_mlp
+        of_activated, of_inner_down, of_down = project_backward(
+            gradient, swiglu(gate_up), inner_down, layer.down, lora[4:]
+        )
+        of_activated = add_through_lora(of_activated, of_inner_down, lora[4:])
+        assert of_activated is not None
+        of_gate_up = swiglu_backward(of_activated, gate_up)
+        normed = rms_norm_again(x, norm.weight, scale)
+        of_normed, of_inner, of_lora = project_backward(of_gate_up, normed, inner, layer.gate_up, lora[:4])
+        of_normed = add_through_lora(of_normed, of_inner, lora[:4])
+        assert of_normed is not None
+        of_x = rms_norm_backward(of_normed, x, norm.weight, scale).add_(gradient)
+        return of_x, None, *of_lora, *of_down
+
+
+def _queries_and_keys(qkv: torch.Tensor, shape: AttentionShape) -> tuple[torch.Tensor, torch.Tensor]:
+    return qkv[:, : shape.heads], qkv[:, shape.heads : shape.heads + shape.kv_heads]
+
+
+class LlamaDecoder:
+    """A decoder of such layers: token embeddings in, normed hidden states out."""
+
+    def __init__(self, layers: Sequence[LlamaLayer], rotary: Callable[..., Any], norm: Norm) -> None:
+        self._layers, self._rotary, self._norm = layers, rotary, norm
+
+    def __call__(
+        self,
+        embedded: torch.Tensor,
+        position_ids: torch.Tensor,
+        lengths: Sequence[int],
+        keep: torch.Tensor,
+        checkpointing: bool,
+    ) -> torch.Tensor:
+        """(N, hidden) at the positions `keep`, of embeddings (tokens, hidden) and positions (1, tokens)."""
+        cos, sin = self._rotary(embedded, position_ids)  # (1, tokens, head_dim), the halves alike
+        half = cos.shape[-1] // 2
+        cos, sin = cos[0, :, None, :half], sin[0, :, None, :half]
+        x = embedded
+        for layer in self._layers:
+            x = (
+                checkpoint(layer, x, cos, sin, lengths, use_reentrant=False)
+                if checkpointing
+                else layer(x, cos, sin, lengths)
+            )
+        normed: torch.Tensor = FrozenNorm.apply(x[keep], self._norm)
+        return normed
+
+
+def llama_decoder(base: PreTrainedModel) -> LlamaDecoder | None:
+    """The model's decoder on the fast path; None where its structure is another, or the adapter is not plain LoRA."""
+    decoder = base.get_decoder()
+    children = dict(decoder.named_children())
+    if children.keys() != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+        return None
+    layers = [_layer(module) for module in children["layers"]]
+    norm = frozen_norm(children["norm"])
+    if norm is None or not all(layers):
+        return None
+    return LlamaDecoder([layer for layer in layers if layer is not None], children["rotary_emb"], norm)
+
+
+def _layer(module: torch.nn.Module) -> LlamaLayer | None:
+    children = dict(module.named_children())
+    if children.keys() != LAYER_PARTS:
+        return None
+    own: Any = children["self_attn"]
+    attention, mlp = dict(own.named_children()), dict(children["mlp"].named_children())
+    head_norm_names = sorted(attention.keys() - ATTENTION_PARTS, reverse=True)  # q_norm, k_norm
+    has_parts = attention.keys() >= ATTENTION_PARTS and mlp.keys() - {"act_fn"} == MLP_PARTS
+    if (
+        not has_parts
+        or head_norm_names not in ([], HEAD_NORMS)
+        or not is_silu(getattr(children["mlp"], "act_fn", None))
+    ):
+        return None
+    parts = {name: _undropped(child) for name, child in (attention | mlp).items() if name.endswith("_proj")}
+    norms = {name: frozen_norm(child) for name, child in (children | attention).items() if name.endswith("norm")}
+    projections = {name: part for name, part in parts.items() if part is not None}
+    frozen_norms = {name: norm for name, norm in norms.items() if norm is not None}
+    head_norms = [frozen_norms[name] for name in head_norm_names if name in frozen_norms]
+    # Some models norm all heads together: those have wider weights.
+    per_head = all(norm.weight.numel() == own.head_dim for norm in head_norms)
+    if len(projections) < len(parts) or len(frozen_norms) < len(norms) or not per_head:
+        return None
+
+    def together(*names: str) -> tuple[Projection, ...]:
+        return tuple(projections[name] for name in names)
+
+    return LlamaLayer(
+        attention=AttentionShape(
+            heads=projections["q_proj"].base.out_features // own.head_dim,
+            kv_heads=projections["k_proj"].base.out_features // own.head_dim,
+            scale=own.scaling,
+            window=getattr(own, "sliding_window", None),
+        ),
+        before_attention=frozen_norms["input_layernorm"],
+        qkv=together("q_proj", "k_proj", "v_proj"),
+        head_norms=(head_norms[0], head_norms[1]) if head_norms else None,
+        output=together("o_proj"),
+        before_mlp=frozen_norms["post_attention_layernorm"],
+        gate_up=together("gate_proj", "up_proj"),
+        down=together("down_proj"),
+    )
+
+
+def _undropped(module: torch.nn.Module) -> Projection | None:
+    """The layer as a projection, unless it has dropout: these functions draw none."""
+    has_dropout = any(isinstance(child, torch.nn.Dropout) and child.p > 0 for child in module.modules())
+    return None if has_dropout else projection_of(module)

@@ -1,0 +1,123 @@
+"""Our side, in a process of its own: `python -m tests.benchmarks._ours LAYERS WORKLOAD` prints one `Run` as JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel
+
+from qlora_service.models.adapters import attach
+from qlora_service.models.nf4 import load_base
+from qlora_service.specs import Quantization, Supervised
+from qlora_service.training import network
+from qlora_service.training.attention import isolate_documents
+from qlora_service.training.loop import EvaluationMetrics, StepMetrics, train
+from qlora_service.training.objectives import make_objective
+from qlora_service.training.row_losses import RowLosses
+from tests.benchmarks._measurement import Run, StepClock, layer_shapes, parameters, peak_rss_bytes
+from tests.benchmarks._workload import ADAPTER, SEED, TRAINING, Workload
+
+Layers = Literal["fast", "general"]
+
+
+class StepRecorder:
+    """An observer that stops the time of every step, and how much of it is forward, backward and optimizer."""
+
+    def __init__(self, clock: StepClock) -> None:
+        self.clock = clock
+        self.steps: list[StepMetrics] = []
+        self.engine_seconds: list[float] = []
+        self._inside = self._since = 0.0
+        self._in_engine = False
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self.clock.lap()
+        self.steps.append(metrics)
+        self.engine_seconds.append(self._inside)
+        self._inside = 0.0
+
+    def on_evaluation(self, metrics: EvaluationMetrics) -> None:
+        if metrics.step == 0:
+            self.clock.start()
+            self._inside = 0.0
+
+    def count(self, owner: Any, name: str, *, as_engine: bool) -> None:
+        """From now on time in `owner.name` is forward, backward or optimizer, or it is not, whoever calls it."""
+        work: Callable[..., Any] = getattr(owner, name)
+
+        @functools.wraps(work)
+        def timed(*arguments: Any, **named: Any) -> Any:
+            before = self._switch(as_engine)
+            try:
+                return work(*arguments, **named)
+            finally:
+                self._switch(before)
+
+        setattr(owner, name, timed)
+
+    def _switch(self, in_engine: bool) -> bool:
+        """Where the time went until now."""
+        now = time.perf_counter()
+        if self._in_engine:
+            self._inside += now - self._since
+        self._since = now
+        before, self._in_engine = self._in_engine, in_engine
+        return before
+
+
+def measure(layers: Layers, work: Workload) -> Run:
+    """Train as an attempt at a job does, and what it took."""
+    model, recorder = _train_ours(layers, work)
+    return Run(
+        tokens=[step.tokens for step in recorder.steps],
+        trained_tokens=[step.trained_tokens for step in recorder.steps],
+        seconds=recorder.clock.seconds,
+        losses=[step.loss for step in recorder.steps],
+        matrix_rates=recorder.clock.matrix_rates,
+        layer_parameters=parameters(layer_shapes(model)),
+        head_parameters=model.get_output_embeddings().weight.numel(),
+        peak_rss_bytes=peak_rss_bytes(),
+        engine_seconds=recorder.engine_seconds,
+    )
+
+
+def _train_ours(layers: Layers, work: Workload) -> tuple[PeftModel, StepRecorder]:
+    """The trained model and the record; the only place that knows how the product trains."""
+    base = load_base(Path(work.model_dir), Quantization(), torch.bfloat16, torch.device("cpu"))
+    isolation = isolate_documents(base)
+    model = attach(base, ADAPTER, SEED, total_steps=work.total_steps)
+    net = network.Network(model, isolation, fast=layers == "fast")
+    if (net.layers == "general") is not (layers == "general"):
+        raise RuntimeError(f"asked for {layers} layers, the network chose {net.layers}: see Network._choose")
+    rows = work.rows()
+    recorder = StepRecorder(StepClock(layer_shapes(base), TRAINING.micro_batch_tokens))
+    recorder.count(network.Network, "losses", as_engine=True)
+    recorder.count(network, "collate", as_engine=False)
+    recorder.count(torch.Tensor, "backward", as_engine=True)
+    recorder.count(torch.nn.utils, "clip_grad_norm_", as_engine=True)
+    recorder.count(bnb.optim.AdamW, "step", as_engine=True)
+    train(
+        net,
+        make_objective(Supervised()),
+        lambda step: work.rows_of_step(rows, step),
+        work.rows_of_step(rows, 0)[:1],
+        total_steps=work.total_steps,
+        evaluate_every=work.total_steps,
+        training=TRAINING,
+        observer=recorder,
+        row_losses=RowLosses(),
+    )
+    return model, recorder
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(measure(sys.argv[1], Workload(**json.loads(sys.argv[2]))))))  # type: ignore[arg-type]

@@ -1,0 +1,111 @@
+"""What the engine is judged by: models built from a config, and a plain peft + transformers step on a padded batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from qlora_service.models.adapters import attach
+from qlora_service.specs import Adapter, Lora
+from qlora_service.training.attention import isolate_documents
+from qlora_service.training.micro_batch import TokenRow
+from qlora_service.training.network import Network
+from tests.tiny_training import gradients
+
+SMALL = {
+    "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+GAIN = 4.0
+"""Makes random weights loud: at transformers' own scale attention is nearly uniform, and a wrong mask or rotation
+hardly shows."""
+
+
+def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32, gain: float = GAIN) -> PreTrainedModel:
+    """The architecture with random weights, frozen; the same config gives the same weights."""
+    torch.manual_seed(0)
+    base: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in base.parameters():
+        parameter.data = parameter.data * gain if parameter.ndim > 1 else parameter.data
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn(parameter.shape)  # norms and biases that do something
+    base.tie_weights()
+    base.config.use_cache = False
+    return base.to(dtype).requires_grad_(False)
+
+
+def adapted(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
+    """The base with an adapter that does something, in training mode; in float64 where the base is."""
+    model = attach(base, adapter, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name:  # those that start at zero
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    if base.dtype is torch.float64:
+        model.double()
+    return model.train()
+
+
+def pair(
+    config: PretrainedConfig, adapter: Adapter | None = None, dtype: torch.dtype = torch.float32, fast: bool = True
+) -> tuple[Network, PeftModel]:
+    """A network, and the same model as transformers and PEFT leave it."""
+    base = build(config, dtype)
+    plain = adapted(copy.deepcopy(base), adapter or Lora(r=4))
+    network = Network(adapted(base, adapter or Lora(r=4)), isolate_documents(base), fast=fast)
+    if dtype is torch.float64:
+        make_norms_exact(plain)
+    return network, plain
+
+
+def make_norms_exact(model: torch.nn.Module) -> None:
+    """Give RMSNorms the plain formula: transformers' own round to float32, also in a float64 model."""
+
+    def forward(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = lambda x, norm=module: forward(norm, x)
+
+
+def plain_losses(model: torch.nn.Module, documents: Sequence[TokenRow]) -> torch.Tensor:
+    """The float64 cross-entropy of every learned token: padded batch, full logits, shifted labels of -100."""
+    width = max(len(document.input_ids) for document in documents)
+    ids, labels, mask = (torch.zeros(len(documents), width, dtype=torch.long) for _ in range(3))
+    labels.fill_(-100)
+    for index, document in enumerate(documents):
+        length = len(document.input_ids)
+        ids[index, :length] = torch.tensor(document.input_ids)
+        mask[index, :length] = 1
+        labels[index, :length] = torch.where(torch.tensor(document.trained), ids[index, :length], -100)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    shifted = labels[:, 1:].flatten()
+    losses = F.cross_entropy(logits[:, :-1].double().flatten(0, 1), shifted, reduction="none")
+    return losses[shifted != -100]
+
+
+def assert_same_step(
+    network: Network, plain: PeftModel, documents: Sequence[TokenRow], loss_bound: float, gradient_bound: float
+) -> None:
+    """Losses within `loss_bound` (relative), gradients within `gradient_bound` of each tensor's largest."""
+    expected = plain_losses(plain, documents)
+    expected.mean().backward()
+    losses = network.losses(documents).nll
+    losses.mean().backward()
+    assert ((losses - expected).abs() <= loss_bound * expected.abs()).all()
+    assert_close_gradients(gradients(network.model), gradients(plain), gradient_bound)
+
+
+def assert_close_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
+    """Each within `bound` of its tensor's largest."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.any(), name
+        difference = (found[name] - gradient).abs().max() / gradient.abs().max()
+        assert difference <= bound, f"{name} is off by {difference:.1e}"
