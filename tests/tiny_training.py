@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from qlora_service.training.row_losses import RowLosses
 
 from qlora_service.models.adapters import attach
 from qlora_service.models.nf4 import load_base
@@ -19,6 +18,7 @@ from qlora_service.training.loop import EvaluationMetrics, Outcome, StepMetrics,
 from qlora_service.training.micro_batch import TokenRow, TrainingExample
 from qlora_service.training.network import Network
 from qlora_service.training.objectives import make_objective
+from qlora_service.training.row_losses import RowLosses
 
 CPU = torch.device("cpu")
 FLOAT64 = Quantization(type="none", compute_dtype="float32")

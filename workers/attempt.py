@@ -30,7 +30,7 @@ from qlora_service.training.device import choose_device, device_name, has_bf16, 
 from qlora_service.training.generation import evaluate_generation
 from qlora_service.training.loop import LossNotFinite, Observer, Outcome, train
 from qlora_service.training.micro_batch import TrainingExample
-from qlora_service.training.network import Network
+from qlora_service.training.network import Network, Ways
 from qlora_service.training.objectives import Evaluation, evaluate, make_objective
 from qlora_service.training.row_losses import RowLosses
 from qlora_service.training.rows import RenderedRows, store_rendered
@@ -120,7 +120,9 @@ def run_attempt(
         "isolation": isolation,
         "base_fingerprint": fingerprint,
     }
-    manifest, outcome, scores = _train_and_publish(inputs, prepared, base, plan, observer, enter_phase, metrics_file)
+    manifest, outcome, scores, ways = _train_and_publish(
+        inputs, prepared, base, plan, observer, enter_phase, metrics_file
+    )
 
     enter_phase("certifying", prepared.total_steps)
     published = inputs.scratch / "published"
@@ -131,8 +133,8 @@ def run_attempt(
         del base
         release_memory(device)
         base = load_base(inputs.base.path, quantization, dtype, device)
-        isolation = isolate_documents(base)
-    network = Network(load_adapter(base, published), isolation)
+        isolate_documents(base)
+    network = Network(load_adapter(base, published), isolation, ways=ways)
     measured = evaluate(network, make_objective(inputs.job.spec.objective), prepared.judged)
     certificate = certify(measured.loss, outcome.after.loss) | {"base_reused": reused}
     return {
@@ -157,7 +159,7 @@ def _train_and_publish(
     observer: Observer,
     enter_phase: EnterPhase,
     metrics_file: Path,
-) -> tuple[Manifest, Outcome, dict[str, Any] | None]:
+) -> tuple[Manifest, Outcome, dict[str, Any] | None, Ways]:
     """What was published, and what was measured; `base` is without an adapter again. `plan` gains what is chosen.
 
     Raises:
@@ -165,10 +167,7 @@ def _train_and_publish(
     """
     spec = inputs.job.spec
     network = make_network(base, spec, plan["isolation"], prepared.total_steps)
-    plan |= {
-        "isolation": network.isolation,
-        "layers": network.layers,
-        "head": network.head,
+    plan |= asdict(network.ways) | {
         "gradient_checkpointing": network.checkpointing,
         "micro_batch_tokens": spec.training.micro_batch_tokens,
     }
@@ -232,7 +231,7 @@ def _train_and_publish(
         # What the last finite step left can be downloaded, though nobody certified it.
         failure.details |= {"kept_attempt": inputs.token, "kept_step": outcome.steps}
         raise failure
-    return manifest, outcome, scores
+    return manifest, outcome, scores, network.ways
 
 
 def make_network(base: PreTrainedModel, spec: JobSpec, isolation: Isolation, total_steps: int) -> Network:

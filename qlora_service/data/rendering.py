@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from itertools import accumulate, compress, islice
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from tokenizers import Encoding, Tokenizer
 
-from qlora_service.data.chat_template import Span
 from qlora_service.data.checks import MAX_FINDINGS
 from qlora_service.data.examples import (
     Chat,
@@ -27,10 +25,14 @@ from qlora_service.data.examples import (
 )
 from qlora_service.data.template_process import RenderedChat, TemplateProcess, characters
 from qlora_service.data.tokenizer_settings import read_tokenizer_settings
+from qlora_service.data.trained_tokens import trained_tokens
 from qlora_service.errors import Finding, InvalidModel
 from qlora_service.specs import Training
 
-BATCH_ROWS = 64
+TEMPLATE_ROWS = 64
+"""Rows the template's process has a time limit for."""
+TOKENIZER_ROWS = 256
+"""Texts tokenized at a time, on all cores."""
 # Tokenizing holds 100 to 600 bytes for each token, and a character may be three tokens: some 0.3 GB at the worst.
 BATCH_CHARS = 1 << 18
 
@@ -107,6 +109,7 @@ class Renderer:
             self._eos = min(settings.eos_token_ids)
             tokens["eos_token"] = self._tokenizer.id_to_token(self._eos) or ""
         self._stop_ids = settings.eos_token_ids | ({self._eos} if self._eos is not None else set())
+        self._in_order = self._tokenizer.normalizer is None
         self._special_ids = {
             token_id for token_id, added in self._tokenizer.get_added_tokens_decoder().items() if added.special
         }
@@ -137,7 +140,7 @@ class Renderer:
             InvalidModel: the chat template or the tokenizer cannot be used at all.
             InvalidDataset: the chat template fails on too many rows.
         """
-        batches = _batches(self._drafts(rows), lambda drafted: sum(len(draft.text) for draft in drafted[1]))
+        batches = _batches(self._drafts(rows), lambda row: sum(len(draft.text) for draft in row[1]), TOKENIZER_ROWS)
         for batch in batches:
             encoded = iter(self._encode([draft.text for _, drafts in batch for draft in drafts]))
             for row, drafts in batch:
@@ -151,7 +154,7 @@ class Renderer:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
     def _drafts(self, rows: Iterable[SourceRow]) -> Iterator[Drafted]:
-        batches = _batches(rows, lambda row: _characters(row.example))
+        batches = _batches(rows, lambda row: _characters(row.example), TEMPLATE_ROWS)
         for batch, rendered in self._templates.render_ahead((batch, _chats(batch)) for batch in batches):
             rendered_chats = iter(rendered)
             for row in batch:
@@ -191,7 +194,14 @@ class Renderer:
         if draft.error is not None:
             return _unusable(row, draft.error)
         ids: list[int] = encoding.ids
-        trained = self._trained_tokens(draft, ids, encoding.offsets)
+        trained = trained_tokens(
+            encoding,
+            draft.text,
+            draft.spans,
+            special_ids=self._special_ids,
+            stop_ids=self._stop_ids,
+            in_order=self._in_order,
+        )
         is_chat = isinstance(document, Chat)
         if not is_chat and self._bos is not None and ids[:1] != [self._bos]:
             ids, trained = [self._bos, *ids], [False, *trained]
@@ -214,26 +224,6 @@ class Renderer:
             after = f" after {cut} tokens were cut off" if cut else ""
             return _unusable(row, f"nothing to train: no token of an answer is left{after}")
         return result
-
-    def _trained_tokens(self, draft: RenderedChat, ids: list[int], offsets: list[Span]) -> list[bool]:
-        """Which tokens overlap a trained span; each span ends with its stop token, if it has one."""
-        trained = [False] * len(ids)
-        starts, ends = _ascending(offsets)
-        special = list(compress(range(len(ids)), map(self._special_ids.__contains__, ids)))
-        for start, end in draft.spans:
-            first, last = bisect_right(ends, start), bisect_left(starts, end) - 1
-            if first > last:
-                continue
-            place = bisect_right(special, last) - 1
-            ending = special[place] if place >= 0 and special[place] >= first else None
-            stop_follows = last + 1 < len(ids) and ids[last + 1] in self._stop_ids
-            if stop_follows and (ending is None or ids[ending] not in self._stop_ids):
-                last += 1
-            elif ending is not None and draft.text[offsets[ending][1] : end].isspace():
-                # Behind the stop token a template may put a line break that is never generated.
-                last = ending
-            trained[first : last + 1] = [True] * (last + 1 - first)
-        return trained
 
     def _token_id(self, token: str | None) -> int | None:
         token_id: int | None = None if token is None else self._tokenizer.token_to_id(token)
@@ -332,23 +322,13 @@ def _joined(
     return replace(first, rejected=second)
 
 
-def _ascending(offsets: list[Span]) -> tuple[Sequence[int], Sequence[int]]:
-    """Where tokens start and end, in order: offsets go forward, but for tokenizers that reorder characters."""
-    starts, ends = zip(*offsets, strict=True) if offsets else ((), ())
-    if list(ends) != sorted(ends):
-        ends = tuple(accumulate(ends, max))
-    if list(starts) != sorted(starts):
-        starts = tuple(accumulate(reversed(starts), min))[::-1]
-    return starts, ends
-
-
-def _batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """The items in order, at most `BATCH_ROWS` at a time and `BATCH_CHARS` in all; a larger one comes alone."""
+def _batches(items: Iterable[Item], size: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+    """The items in order, at most `most` at a time and `BATCH_CHARS` in all; a larger one comes alone."""
     batch: list[Item] = []
     total = 0
     for item in items:
         added = size(item)
-        if batch and (len(batch) == BATCH_ROWS or total + added > BATCH_CHARS):
+        if batch and (len(batch) == most or total + added > BATCH_CHARS):
             yield batch
             batch, total = [], 0
         batch.append(item)

@@ -270,13 +270,14 @@ def checkpoint_activations(model: PeftModel) -> bool:
     That is where the architecture has no support for it, and with prefix tuning, whose learned keys and values
     transformers takes for a cache and drops.
 
-    Non-reentrant, and switched on after the adapter is attached: gradients reach the adapters though the embeddings
-    below are frozen, and none are computed for the embeddings.
+    Non-reentrant: gradients reach the adapters though the embeddings below are frozen, so transformers' hooks, which
+    would make it compute some for the embeddings' output, are taken off again.
     """
     base: PreTrainedModel = model.get_base_model()
     if not base.supports_gradient_checkpointing or isinstance(model.active_peft_config, PrefixTuningConfig):
         return False
     base.activation_checkpointing_enable({"use_reentrant": False})
+    base.disable_input_require_grads()
     return True
 
 

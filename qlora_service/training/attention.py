@@ -16,11 +16,16 @@ from qlora_service.errors import InvalidModel
 from qlora_service.training.document_attention import AttentionShape, document_attention
 from qlora_service.training.micro_batch import DOCUMENT_LENGTHS, PER_DOCUMENT, TokenRow, collate, forward
 
+# Gemma 2's cap, gpt-oss's sinks, T5's bias: what transformers' attention functions take besides a mask.
+SCORE_CHANGES = ("softcap", "s_aux", "position_bias")
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""transformers' names of layers without a state that runs through the row"""
 Isolation = Literal["per_document", "mask", "alone"]
 PROBE_TOKENS = 12
-# float32 kernels of different shapes differ by about 1e-6 of the largest logit, bfloat16 ones by 1e-2;
-# a leak moves the probe's logits by about their own size.
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+# float32 kernels of different shapes differ by about 1e-6 of the largest logit, bfloat16 ones by 1e-2, and float64 ones
+# by 1e-6 too where transformers rounds to float32 on the way; a leak moves the probe's logits by about their own size.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-4}
 LOW_PRECISION_TOLERANCE = 0.1
 
 
@@ -38,18 +43,23 @@ def per_document_attention(
 
     query, key and value are (1, heads, tokens, head_dim). The documents' lengths come as the model's keyword
     argument DOCUMENT_LENGTHS; without it, as in generation, this is transformers' own attention.
+
+    Raises:
+        ValueError: the architecture does something else to its scores.
     """
     lengths: Sequence[int] | None = kwargs.pop(DOCUMENT_LENGTHS, None)
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if special := [name for name in SCORE_CHANGES if kwargs.get(name) is not None]:
+        raise ValueError(f"attention with {', '.join(special)} is not known here")
     shape = AttentionShape(
         heads=query.shape[1],
         kv_heads=key.shape[1],
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
     )
-    qkv = torch.cat([query[0], key[0], value[0]]).transpose(0, 1)  # (tokens, heads + 2 * kv_heads, head_dim)
-    return document_attention(qkv, lengths, shape)[None], None
+    q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))  # (tokens, heads, head_dim)
+    return document_attention(q, k, v, lengths, shape)[None], None
 
 
 AttentionInterface.register(PER_DOCUMENT, per_document_attention)
@@ -73,8 +83,12 @@ def isolate_documents(model: PreTrainedModel) -> Isolation:
         ) from error
     chosen: Isolation = "alone"
     own = model.config._attn_implementation
-    ways: tuple[tuple[Isolation, str], ...] = (("per_document", PER_DOCUMENT), ("mask", own))
-    for isolation, implementation in ways[0 if _causal_layers_only(model) else 1 :]:
+    ways: list[tuple[Isolation, str]] = [("per_document", PER_DOCUMENT), ("mask", own)]
+    if _sees_whole_row(model):
+        ways = []
+    elif not _causal_layers_only(model):
+        ways = ways[1:]
+    for isolation, implementation in ways:
         try:
             model.set_attn_implementation(implementation)
             packed = forward(model, collate([first, second], device))[-alone.shape[0] :]
@@ -107,7 +121,21 @@ def probe_documents(model: PreTrainedModel, tokens: int = PROBE_TOKENS) -> tuple
 
 def _causal_layers_only(model: PreTrainedModel) -> bool:
     """Whether every layer's mask is causal or a causal window: what `per_document_attention` knows to do."""
-    config = model.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    chunked = getattr(config, "attention_chunk_size", None) is not None
-    return layers <= {"full_attention", "sliding_attention"} and not chunked
+    chunked = getattr(model.config.get_text_config(), "attention_chunk_size", None) is not None
+    return _layer_types(model) <= {"full_attention", "sliding_attention"} and not chunked
+
+
+def _sees_whole_row(model: PreTrainedModel) -> bool:
+    """Whether something in it is known to look at the row as one, whatever masks say.
+
+    Recurrent layers do, and rotations that follow the row's largest position (dynamic NTK, LongRoPE): a short document
+    packed beside a long one would be rotated as the long one is.
+    """
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]  # by layer type, as in Gemma 3
+    kinds = {parameters.get("rope_type") for parameters in (nested or [rope])}
+    return bool(kinds & {"dynamic", "longrope"}) or not _layer_types(model) <= ATTENTION_LAYERS
+
+
+def _layer_types(model: PreTrainedModel) -> set[str]:
+    return set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])

@@ -38,12 +38,14 @@ class AttentionShape:
     """A token sees itself and `window - 1` before it; None: all before it"""
 
 
-def document_attention(qkv: torch.Tensor, lengths: Sequence[int], shape: AttentionShape) -> torch.Tensor:
-    """(tokens, heads, head_dim) of (tokens, heads + 2 * kv_heads, head_dim), queries, keys and values side by side."""
-    if qkv.device.type == "cpu":
-        return BlockAttention.apply(qkv, tuple(lengths), shape)
-    q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
-    if has_flash_attention(qkv):
+def document_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], shape: AttentionShape
+) -> torch.Tensor:
+    """(tokens, heads, head_dim) of queries (tokens, heads, head_dim), keys and values (tokens, kv_heads, head_dim)."""
+    if q.device.type == "cpu":
+        mixed: torch.Tensor = BlockAttention.apply(q, k, v, tuple(lengths), shape)
+        return mixed
+    if has_flash_attention(q):
         return _varlen(q, k, v, lengths, shape)
     return _document_by_document(q, k, v, lengths, shape)
 
@@ -104,54 +106,56 @@ class BlockAttention(torch.autograd.Function):
     """`document_attention` with matrix products; heads of a group are stacked over their shared key."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: torch.Tensor, lengths: tuple[int, ...], shape: AttentionShape) -> torch.Tensor:
-        output = qkv.new_empty(qkv.shape[0], shape.heads, qkv.shape[2])
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], shape: AttentionShape
+    ) -> torch.Tensor:
+        output = torch.empty_like(q, memory_format=torch.contiguous_format)
         kept: list[torch.Tensor] = []
         for begin, stop in pairwise([0, *accumulate(lengths)]):
-            q, k, v = _by_head(qkv[begin:stop], shape)
+            queries, keys, values = _by_head(q[begin:stop], k[begin:stop], v[begin:stop], shape)
             for block in _blocks(stop - begin, shape.window):
-                probabilities = _probabilities(q, k, block, shape)
-                mixed = torch.bmm(probabilities, v[:, block.first : block.end])
+                probabilities = _probabilities(queries, keys, block, shape)
+                mixed = torch.bmm(probabilities, values[:, block.first : block.end])
                 output[begin + block.start : begin + block.end] = _ungroup(mixed, shape)
                 if stop - begin <= KEPT_TOKENS:
                     kept.append(probabilities)
         ctx.lengths, ctx.shape = lengths, shape
-        ctx.save_for_backward(qkv, *kept)
+        ctx.save_for_backward(q, k, v, *kept)
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        qkv, *kept = ctx.saved_tensors
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        q, k, v, *kept = ctx.saved_tensors
         shape: AttentionShape = ctx.shape
-        of_qkv = torch.empty_like(qkv)
+        of_q, of_k, of_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         remaining = iter(kept)
         for begin, stop in pairwise([0, *accumulate(ctx.lengths)]):
-            q, k, v = _by_head(qkv[begin:stop], shape)
-            of_k, of_v = torch.zeros_like(k), torch.zeros_like(v)
+            queries, keys, values = _by_head(q[begin:stop], k[begin:stop], v[begin:stop], shape)
+            of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
             for block in _blocks(stop - begin, shape.window):
-                keys = slice(block.first, block.end)
+                seen = slice(block.first, block.end)
                 is_kept = stop - begin <= KEPT_TOKENS
-                p = next(remaining) if is_kept else _probabilities(q, k, block, shape)
+                p = next(remaining) if is_kept else _probabilities(queries, keys, block, shape)
                 rows = slice(begin + block.start, begin + block.end)
                 g = _group(gradient[rows].transpose(0, 1), shape)
-                of_v[:, keys].baddbmm_(p.transpose(1, 2), g)
-                of_p = torch.bmm(g, v[:, keys].transpose(1, 2))
+                of_values[:, seen].baddbmm_(p.transpose(1, 2), g)
+                of_p = torch.bmm(g, values[:, seen].transpose(1, 2))
                 of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype)
-                of_qkv[rows, : shape.heads] = _ungroup(torch.bmm(of_scores, k[:, keys]), shape)
-                queries = _group(q[:, block.start : block.end], shape)
-                of_k[:, keys].baddbmm_(of_scores.transpose(1, 2), queries)  # queries are scaled already
-            of_qkv[begin:stop, shape.heads : shape.heads + shape.kv_heads] = of_k.transpose(0, 1)
-            of_qkv[begin:stop, shape.heads + shape.kv_heads :] = of_v.transpose(0, 1)
-        of_qkv[:, : shape.heads].mul_(shape.scale)
-        return of_qkv, None, None
+                of_q[rows] = _ungroup(torch.bmm(of_scores, keys[:, seen]), shape)
+                scaled = _group(queries[:, block.start : block.end], shape)
+                of_keys[:, seen].baddbmm_(of_scores.transpose(1, 2), scaled)
+            of_k[begin:stop] = of_keys.transpose(0, 1)
+            of_v[begin:stop] = of_values.transpose(0, 1)
+        return of_q.mul_(shape.scale), of_k, of_v, None, None
 
 
-def _by_head(qkv: torch.Tensor, shape: AttentionShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scaled queries (heads, tokens, head_dim), keys and values (kv_heads, tokens, head_dim) of one document."""
-    q, k, v = qkv.transpose(0, 1).split([shape.heads, shape.kv_heads, shape.kv_heads])
-    # The queries, because there are fewer of them than scores.
-    return q * shape.scale, k.contiguous(), v.contiguous()
+def _by_head(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: AttentionShape
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One document's queries (heads, tokens, head_dim), scaled, and keys and values (kv_heads, tokens, head_dim)."""
+    # The queries are scaled, because there are fewer of them than scores.
+    return (q * shape.scale).transpose(0, 1), k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
 
 
 def _group(x: torch.Tensor, shape: AttentionShape) -> torch.Tensor:

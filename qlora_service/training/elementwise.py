@@ -48,20 +48,18 @@ def rms_norm_backward(
     return weighted.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype)
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, (tokens, width), of (tokens, 2 * width)."""
-    gate, up = gate_up.chunk(2, -1)
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up"""
     return F.silu(gate).mul_(up)
 
 
-def swiglu_backward(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    """The gradient (tokens, 2 * width) of gate and up."""
-    gate, up = gate_up.chunk(2, -1)
-    result = torch.empty_like(gate_up)
-    of_gate, of_up = result.chunk(2, -1)
-    torch.mul(gradient, F.silu(gate), out=of_up)
-    torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
-    return result
+def swiglu_backward(
+    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, silu: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and up; `gradient` and `silu`, which is silu(gate), are overwritten."""
+    of_up = silu.mul_(gradient)
+    of_gate: torch.Tensor = torch.ops.aten.silu_backward(gradient.mul_(up), gate)
+    return of_gate, of_up
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool = False) -> None:
@@ -99,11 +97,10 @@ class SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        of_gate: torch.Tensor = torch.ops.aten.silu_backward(gradient * up, gate)
-        return of_gate, F.silu(gate).mul_(gradient)
+        return swiglu_backward(gradient.clone(), gate, up, F.silu(gate))

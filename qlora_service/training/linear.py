@@ -2,7 +2,7 @@
 
 PEFT's own forward keeps the input in the compute dtype and again in float32, clones the base's output, and computes
 the LoRA product in float32. Here A and B are cast to the compute dtype (their master copies and gradients stay
-float32), and layers that read the same input, such as q, k and v, share one matrix product.
+float32), and layers that read the same input, such as q, k and v, share the product with their A.
 """
 
 from __future__ import annotations
@@ -67,24 +67,24 @@ def project(
     parts: Sequence[Projection],
     lora: Sequence[torch.Tensor | None],
     dropped: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The outputs of all parts side by side (tokens, sum of out), and x Aᵀ (tokens, sum of r) for the backward.
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """The output (tokens, out) of each part, and x Aᵀ (tokens, sum of r) for the backward.
 
     x is (tokens, in); `dropped` is x after dropout, which only A sees.
     """
-    y = F.linear(x, _weights(parts, x.dtype), _biases(parts, x.dtype))
+    outputs = [F.linear(x, part.weight(x.dtype), _bias(part, x.dtype)) for part in parts]
     if all(a is None for a in lora[::2]):
-        return y, None
+        return outputs, None
     inner = (x if dropped is None else dropped) @ _downs(lora, x.dtype).t()
-    for index, out, inside in _spans(parts, lora):
+    for index, inside in _spans(lora):
         up = lora[2 * index + 1]
         assert up is not None
-        y[:, out].addmm_(inner[:, inside], up.to(x.dtype).t(), alpha=parts[index].scaling)
-    return y, inner
+        outputs[index].addmm_(inner[:, inside], up.to(x.dtype).t(), alpha=parts[index].scaling)
+    return outputs, inner
 
 
 def project_backward(
-    gradient: torch.Tensor,
+    gradients: Sequence[torch.Tensor],
     x: torch.Tensor,
     inner: torch.Tensor | None,
     parts: Sequence[Projection],
@@ -95,18 +95,22 @@ def project_backward(
 
     The gradient of A's input is the second times A: the caller adds it to the first, or gives it to the dropout.
     """
-    of_x = gradient @ _weights(parts, gradient.dtype) if needs_input else None
+    of_x: torch.Tensor | None = None
+    if needs_input:
+        for gradient, part in zip(gradients, parts, strict=True):
+            weight = part.weight(gradient.dtype)
+            of_x = gradient @ weight if of_x is None else of_x.addmm_(gradient, weight)
     of_lora: list[torch.Tensor | None] = [None] * len(lora)
     if inner is None:
         return of_x, None, of_lora
     of_inner = torch.empty_like(inner)
-    for index, out, inside in _spans(parts, lora):
-        up, scaling = lora[2 * index + 1], parts[index].scaling
+    for index, inside in _spans(lora):
+        gradient, up, scaling = gradients[index], lora[2 * index + 1], parts[index].scaling
         assert up is not None
-        of_inner[:, inside] = (gradient[:, out] @ up.to(gradient.dtype)).mul_(scaling)
-        of_lora[2 * index + 1] = (gradient[:, out].t() @ inner[:, inside]).to(up.dtype).mul_(scaling)
+        of_inner[:, inside] = (gradient @ up.to(gradient.dtype)).mul_(scaling)
+        of_lora[2 * index + 1] = (gradient.t() @ inner[:, inside]).to(up.dtype).mul_(scaling)
     of_downs = of_inner.t() @ x  # (sum of r, in)
-    for index, _, inside in _spans(parts, lora):
+    for index, inside in _spans(lora):
         down = lora[2 * index]
         assert down is not None
         of_lora[2 * index] = of_downs[inside].to(down.dtype)
@@ -122,35 +126,20 @@ def add_through_lora(
     return of_x.addmm_(of_inner, _downs(lora, of_x.dtype))
 
 
-def _spans(parts: Sequence[Projection], lora: Sequence[torch.Tensor | None]) -> list[tuple[int, slice, slice]]:
-    """For each part with LoRA: its index, its columns of the output, and its columns of x Aᵀ."""
+def _spans(lora: Sequence[torch.Tensor | None]) -> list[tuple[int, slice]]:
+    """For each part with LoRA: its index and its columns of x Aᵀ."""
     spans = []
-    out = inside = 0
-    for index, part in enumerate(parts):
-        width, down = part.base.out_features, lora[2 * index]
+    start = 0
+    for index, down in enumerate(lora[::2]):
         if down is not None:
-            spans.append((index, slice(out, out + width), slice(inside, inside + down.shape[0])))
-            inside += down.shape[0]
-        out += width
+            spans.append((index, slice(start, start + down.shape[0])))
+            start += down.shape[0]
     return spans
 
 
-def _weights(parts: Sequence[Projection], dtype: torch.dtype) -> torch.Tensor:
-    weights = [part.weight(dtype) for part in parts]
-    return weights[0] if len(weights) == 1 else torch.cat(weights)
-
-
-def _biases(parts: Sequence[Projection], dtype: torch.dtype) -> torch.Tensor | None:
-    """The biases side by side, zeros for a part without one; None where no part has one."""
-    if all(part.base.bias is None for part in parts):
-        return None
-    zeros = parts[0].base.weight.new_zeros
-    return torch.cat(
-        [
-            zeros(part.base.out_features, dtype=dtype) if part.base.bias is None else part.base.bias.to(dtype)
-            for part in parts
-        ]
-    )
+def _bias(part: Projection, dtype: torch.dtype) -> torch.Tensor | None:
+    bias: torch.Tensor | None = part.base.bias
+    return None if bias is None else bias.to(dtype)
 
 
 def _downs(lora: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
@@ -160,7 +149,7 @@ def _downs(lora: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Ten
 
 
 class FusedLinear(torch.autograd.Function):
-    """y = W x + bias + scaling B A dropout(x), plus a residual; (tokens, in) to (tokens, sum of out)."""
+    """y = W x + bias + scaling B A dropout(x), plus a residual; (tokens, in) to (tokens, out)."""
 
     @staticmethod
     def forward(
@@ -168,11 +157,11 @@ class FusedLinear(torch.autograd.Function):
         x: torch.Tensor,
         dropped: torch.Tensor | None,
         residual: torch.Tensor | None,
-        parts: Sequence[Projection],
+        part: Projection,
         *lora: torch.Tensor | None,
     ) -> torch.Tensor:
-        y, inner = project(x, parts, lora, dropped)
-        ctx.parts, ctx.has_dropout = parts, dropped is not None
+        (y,), inner = project(x, (part,), lora, dropped)
+        ctx.part, ctx.has_dropout = part, dropped is not None
         ctx.save_for_backward(x if dropped is None else dropped, inner, *lora)
         return y if residual is None else y.add_(residual)
 
@@ -180,7 +169,7 @@ class FusedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         x, inner, *lora = ctx.saved_tensors
-        of_x, of_inner, of_lora = project_backward(gradient, x, inner, ctx.parts, lora, ctx.needs_input_grad[0])
+        of_x, of_inner, of_lora = project_backward((gradient,), x, inner, (ctx.part,), lora, ctx.needs_input_grad[0])
         of_residual = gradient if ctx.needs_input_grad[2] else None
         if ctx.has_dropout:
             assert of_inner is not None
@@ -203,10 +192,10 @@ def fused_forward(module: Any) -> Callable[..., torch.Tensor] | None:
     def forward(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         if module.disable_adapters:
-            y = FusedLinear.apply(flat, None, None, (frozen,), None, None)
+            y = FusedLinear.apply(flat, None, None, frozen, None, None)
         else:
             dropped = dropout(flat) if isinstance(dropout, torch.nn.Dropout) and module.training else None
-            y = FusedLinear.apply(flat, dropped, None, (part,), part.a, part.b)
+            y = FusedLinear.apply(flat, dropped, None, part, part.a, part.b)
         return y.view(*x.shape[:-1], -1)
 
     return forward

@@ -1,8 +1,8 @@
 """The fast path: decoder layers of Llama's shape (Llama, Mistral, Qwen 2 and 3, …) as a few functions each.
 
-Chosen by the layer's structure, and checked against the model's own forward (`network`). The general path stays the
-reference. What it saves: q, k and v in one product, gate and up in another; no normalized copy of the hidden states,
-no intermediate of RMSNorm, rotary embedding or SwiGLU is kept for the backward pass.
+Chosen by the layer's class and structure, and checked against the model's own forward (`network`). The general path
+stays the reference. What it saves: q, k and v, and gate and up, share the product with their A; no normalized copy of
+the hidden states and no intermediate of RMSNorm, rotary embedding or SwiGLU is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -38,6 +39,9 @@ from qlora_service.training.linear import (
     projection_of,
 )
 
+LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+"""Classes of transformers whose forward was read (5.23). Others look alike from outside: Granite scales its residuals,
+SmolLM3 leaves the rotation out of some layers, Ministral 3 scales queries by position."""
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 HEAD_NORMS = ["q_norm", "k_norm"]
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj"}
@@ -53,59 +57,63 @@ class LlamaLayer:
     qkv: tuple[Projection, ...]
     head_norms: tuple[Norm, Norm] | None
     """of queries and of keys, over head_dim"""
-    output: tuple[Projection, ...]
+    output: Projection
     before_mlp: Norm
     gate_up: tuple[Projection, ...]
-    down: tuple[Projection, ...]
+    down: Projection
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """(tokens, hidden) of (tokens, hidden); cos and sin are (tokens, 1, head_dim / 2)."""
-        qkv = NormedProjections.apply(x, self, cos, sin, *lora_weights(self.qkv))
-        mixed = document_attention(qkv, lengths, self.attention).flatten(1)
-        x = FusedLinear.apply(mixed, None, x, self.output, *lora_weights(self.output))
-        result: torch.Tensor = GatedMlp.apply(x, self, *lora_weights(self.gate_up), *lora_weights(self.down))
+        q, k, v = NormedProjections.apply(x, self, cos, sin, *lora_weights(self.qkv))
+        mixed = document_attention(q, k, v, lengths, self.attention).flatten(1)
+        x = FusedLinear.apply(mixed, None, x, self.output, *lora_weights((self.output,)))
+        result: torch.Tensor = GatedMlp.apply(x, self, *lora_weights(self.gate_up), *lora_weights((self.down,)))
         return result
 
 
 class NormedProjections(torch.autograd.Function):
-    """RMSNorm, then queries, keys and values, normed per head where the layer does, rotated."""
+    """RMSNorm, then rotated queries, keys and values (tokens, heads, head_dim), normed by head where the layer does."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, layer: LlamaLayer, cos: torch.Tensor, sin: torch.Tensor, *lora: torch.Tensor | None
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         norm, shape = layer.before_attention, layer.attention
         normed, scale = rms_norm(x, norm.weight, norm.eps)
-        flat, inner = project(normed, layer.qkv, lora)
-        qkv = flat.view(x.shape[0], shape.heads + 2 * shape.kv_heads, -1)  # (tokens, heads, head_dim)
+        outputs, inner = project(normed, layer.qkv, lora)
+        counts = (shape.heads, shape.kv_heads, shape.kv_heads)
+        q, k, v = (y.view(x.shape[0], heads, -1) for y, heads in zip(outputs, counts, strict=True))
         raw: list[torch.Tensor] = []
         if layer.head_norms is not None:
-            for heads, head_norm in zip(_queries_and_keys(qkv, shape), layer.head_norms, strict=True):
-                before = heads.clone()
-                after, head_scale = rms_norm(before, head_norm.weight, head_norm.eps)
-                heads.copy_(after)
-                raw += [before, head_scale]
-        rotate_(qkv[:, : shape.heads + shape.kv_heads], cos, sin)
+            raw += [q, k]
+            (q, q_scale), (k, k_scale) = (
+                rms_norm(heads, norm.weight, norm.eps) for heads, norm in zip((q, k), layer.head_norms, strict=True)
+            )
+            raw += [q_scale, k_scale]
+        rotate_(q, cos, sin)
+        rotate_(k, cos, sin)
         ctx.layer, ctx.count = layer, len(lora)
         ctx.save_for_backward(x, scale, inner, cos, sin, *lora, *raw)
-        return qkv
+        return q, k, v
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, of_q: torch.Tensor, of_k: torch.Tensor, of_v: torch.Tensor) -> tuple[Any, ...]:
         x, scale, inner, cos, sin, *rest = ctx.saved_tensors
         lora, raw = rest[: ctx.count], rest[ctx.count :]
         layer: LlamaLayer = ctx.layer
-        shape, norm = layer.attention, layer.before_attention
-        gradient = gradient.clone()
-        rotate_(gradient[:, : shape.heads + shape.kv_heads], cos, sin, backward=True)
+        norm = layer.before_attention
+        of_q, of_k = of_q.clone(), of_k.clone()
+        rotate_(of_q, cos, sin, backward=True)
+        rotate_(of_k, cos, sin, backward=True)
         if layer.head_norms is not None:
-            for index, heads in enumerate(_queries_and_keys(gradient, shape)):
-                before, head_scale = raw[2 * index : 2 * index + 2]
-                heads.copy_(rms_norm_backward(heads, before, layer.head_norms[index].weight, head_scale))
+            q, k, q_scale, k_scale = raw
+            of_q = rms_norm_backward(of_q, q, layer.head_norms[0].weight, q_scale)
+            of_k = rms_norm_backward(of_k, k, layer.head_norms[1].weight, k_scale)
+        gradients = [of_heads.flatten(1) for of_heads in (of_q, of_k, of_v)]
         normed = rms_norm_again(x, norm.weight, scale)
         of_normed, of_inner, of_lora = project_backward(
-            gradient.flatten(1), normed, inner, layer.qkv, lora, ctx.needs_input_grad[0]
+            gradients, normed, inner, layer.qkv, lora, ctx.needs_input_grad[0]
         )
         of_normed = add_through_lora(of_normed, of_inner, lora)
         of_x = None if of_normed is None else rms_norm_backward(of_normed, x, norm.weight, scale)
@@ -119,34 +127,31 @@ class GatedMlp(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, layer: LlamaLayer, *lora: torch.Tensor | None) -> torch.Tensor:
         norm = layer.before_mlp
         normed, scale = rms_norm(x, norm.weight, norm.eps)
-        gate_up, inner = project(normed, layer.gate_up, lora[:4])
-        y, inner_down = project(swiglu(gate_up), layer.down, lora[4:])
+        (gate, up), inner = project(normed, layer.gate_up, lora[:4])
+        (y,), inner_down = project(swiglu(gate, up), (layer.down,), lora[4:])
         ctx.layer = layer
-        ctx.save_for_backward(x, scale, gate_up, inner, inner_down, *lora)
+        ctx.save_for_backward(x, scale, gate, up, inner, inner_down, *lora)
         return y.add_(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        x, scale, gate_up, inner, inner_down, *lora = ctx.saved_tensors
+        x, scale, gate, up, inner, inner_down, *lora = ctx.saved_tensors
         layer: LlamaLayer = ctx.layer
         norm = layer.before_mlp
+        silu = F.silu(gate)
         of_activated, of_inner_down, of_down = project_backward(
-            gradient, swiglu(gate_up), inner_down, layer.down, lora[4:]
+            (gradient,), silu * up, inner_down, (layer.down,), lora[4:]
         )
         of_activated = add_through_lora(of_activated, of_inner_down, lora[4:])
         assert of_activated is not None
-        of_gate_up = swiglu_backward(of_activated, gate_up)
+        of_gate_up = swiglu_backward(of_activated, gate, up, silu)
         normed = rms_norm_again(x, norm.weight, scale)
         of_normed, of_inner, of_lora = project_backward(of_gate_up, normed, inner, layer.gate_up, lora[:4])
         of_normed = add_through_lora(of_normed, of_inner, lora[:4])
         assert of_normed is not None
         of_x = rms_norm_backward(of_normed, x, norm.weight, scale).add_(gradient)
         return of_x, None, *of_lora, *of_down
-
-
-def _queries_and_keys(qkv: torch.Tensor, shape: AttentionShape) -> tuple[torch.Tensor, torch.Tensor]:
-    return qkv[:, : shape.heads], qkv[:, shape.heads : shape.heads + shape.kv_heads]
 
 
 class LlamaDecoder:
@@ -193,7 +198,7 @@ def llama_decoder(base: PreTrainedModel) -> LlamaDecoder | None:
 
 def _layer(module: torch.nn.Module) -> LlamaLayer | None:
     children = dict(module.named_children())
-    if children.keys() != LAYER_PARTS:
+    if type(module).__name__ not in LAYERS or children.keys() != LAYER_PARTS:
         return None
     own: Any = children["self_attn"]
     attention, mlp = dict(own.named_children()), dict(children["mlp"].named_children())
@@ -223,16 +228,23 @@ def _layer(module: torch.nn.Module) -> LlamaLayer | None:
             heads=projections["q_proj"].base.out_features // own.head_dim,
             kv_heads=projections["k_proj"].base.out_features // own.head_dim,
             scale=own.scaling,
-            window=getattr(own, "sliding_window", None),
+            window=_window(own),
         ),
         before_attention=frozen_norms["input_layernorm"],
         qkv=together("q_proj", "k_proj", "v_proj"),
         head_norms=(head_norms[0], head_norms[1]) if head_norms else None,
-        output=together("o_proj"),
+        output=projections["o_proj"],
         before_mlp=frozen_norms["post_attention_layernorm"],
         gate_up=together("gate_proj", "up_proj"),
-        down=together("down_proj"),
+        down=projections["down_proj"],
     )
+
+
+def _window(attention: Any) -> int | None:
+    """Qwen keeps a window per layer; Mistral reads one for all layers from its configuration."""
+    if type(attention).__name__ == "MistralAttention":
+        return getattr(attention.config, "sliding_window", None)
+    return getattr(attention, "sliding_window", None)
 
 
 def _undropped(module: torch.nn.Module) -> Projection | None:

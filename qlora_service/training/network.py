@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -42,8 +43,19 @@ FREE_SHARE = 0.5
 """Share of the free memory that a micro-batch's activations may take; the rest is for everything else of a step."""
 
 
+@dataclass(frozen=True)
+class Ways:
+    """How a model's losses are computed: what was found to give its own logits."""
+
+    isolation: Isolation
+    fused: bool
+    """modules have a forward that keeps less (`fused_modules`)"""
+    layers: Layers
+    head: Head
+
+
 class Network:
-    """Computes losses; `layers`, `head` and `checkpointing` say how."""
+    """Computes losses, the ways `ways` says."""
 
     def __init__(
         self,
@@ -51,26 +63,53 @@ class Network:
         isolation: Isolation,
         *,
         fast: bool = True,
+        ways: Ways | None = None,
         checkpointing: bool = False,
         neftune_noise_alpha: float | None = None,
     ) -> None:
+        """`ways` are those of another network with the same base and kind of adapter; without them, they are found.
+
+        `isolation` is what `isolate_documents` chose for the base; `fast` allows the fast path.
+        """
         self.model = model
         self.device = next(model.parameters()).device
-        self.isolation: Isolation = "alone" if runs_alone(model) else isolation
-        self.layers: Layers = "general"
-        self.head: Head = "logits"
         self.checkpointing = False
         self._base = model.get_base_model()
         self._noise = neftune_noise_alpha
         self._decoder: LlamaDecoder | None = None
         self._base_decoder: LlamaDecoder | None = None
         self._adapter_is_on = True
+        config = self._base.config.get_text_config()
+        # Cohere's, Granite's and Gemma's names for what they do to logits.
+        self._logit_scale = getattr(config, "logit_scale", None) or 1.0 / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
         if runs_alone(model):
             use_own_attention(self._base)
+            self.ways = Ways("alone", fused=False, layers="general", head="logits")
+        elif ways is None:
+            self.ways = self._find_ways(isolation, fast)
         else:
-            self._choose(fast)
+            if ways.fused:
+                fuse(model)
+            if ways.layers == "llama":
+                self._build_decoders()
+            self.ways = ways
         if checkpointing:
             self.checkpoint()
+
+    @property
+    def isolation(self) -> Isolation:
+        return self.ways.isolation
+
+    @property
+    def layers(self) -> Layers:
+        return self.ways.layers
+
+    @property
+    def head(self) -> Head:
+        return self.ways.head
 
     def losses(self, documents: Sequence[TokenRow], *, adapter: bool = True) -> TokenLosses:
         """Of every learned token of the documents, in their order; of the base, and without gradients, if asked for."""
@@ -122,40 +161,45 @@ class Network:
         del losses
         return sum(kept.values())
 
-    def _choose(self, fast: bool) -> None:
-        """Take each shortcut that gives the model's own losses on a probe."""
-        # An adapter that starts at zero changes nothing, so the probe runs with whatever it has.
-        with torch.no_grad(), self._evaluating():
+    @torch.no_grad()
+    def _find_ways(self, isolation: Isolation, fast: bool) -> Ways:
+        """Each shortcut that gives the model's own logits on a probe, taken."""
+        with self._evaluating():
             batch = collate(probe_documents(self._base)[:1], self.device)
-            expected = logit_losses(forward(self._base, batch), batch.targets).nll
+            expected = forward(self._base, batch)
             fused = fuse(self.model)
-            if not _close(logit_losses(forward(self._base, batch), batch.targets).nll, expected, self._base.dtype):
+            if not self._close(forward(self._base, batch), expected):
                 unfuse(fused)
+                fused = []
             heads: tuple[Head, ...] = ("fused", "chunked")
-            for head in heads:
-                if self._agrees(expected, head, "general", batch):
-                    self.head = head
-                    break
-            if not fast or self.head == "logits" or self.isolation != "per_document":
-                return
-            self._decoder = llama_decoder(self._base)
-            if self._decoder is None or not self._agrees(expected, self.head, "llama", batch):
-                self._decoder = None
-                return
-            self.layers = "llama"
-            with self.model.disable_adapter():
-                self._base_decoder = llama_decoder(self._base)
+            head: Head = next((one for one in heads if self._agrees(expected, one, "general", batch)), "logits")
+            layers: Layers = "general"
+            if fast and head != "logits" and isolation == "per_document":
+                self._build_decoders()
+                if self._decoder is not None and self._agrees(expected, head, "llama", batch):
+                    layers = "llama"
+        return Ways(isolation, bool(fused), layers, head)
+
+    def _build_decoders(self) -> None:
+        self._decoder = llama_decoder(self._base)
+        with self.model.disable_adapter():
+            self._base_decoder = llama_decoder(self._base)
 
     def _agrees(self, expected: torch.Tensor, head: Head, layers: Layers, batch: MicroBatch) -> bool:
-        if head == "fused" and not _is_frozen_matrix(self._base.get_output_embeddings()):
+        """Whether these ways give the model's own logits: losses would hide what small logits do not show."""
+        if head == "fused" and not self._head_is_matrix():
             return False
         try:
-            losses = self._head_losses(head, self._hidden(batch, layers), batch.targets).nll
+            logits = self._head_logits(self._hidden(batch, layers))
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, TypeError, ValueError, KeyError, RuntimeError):
             return False  # the architecture has no such parts
-        return _close(losses, expected, self._base.dtype)
+        return self._close(logits, expected)
+
+    def _close(self, logits: torch.Tensor, expected: torch.Tensor) -> bool:
+        tolerance = TOLERANCE.get(self._base.dtype, LOW_PRECISION_TOLERANCE)
+        return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
 
     def _logits(self, batch: MicroBatch) -> torch.Tensor:
         """(N, vocabulary) by the model's own forward, behind the virtual tokens of a prompt method."""
@@ -200,18 +244,21 @@ class Network:
         return self._noise is not None and self.model.training and torch.is_grad_enabled()
 
     def _head_losses(self, head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> TokenLosses:
-        module: Any = self._base.get_output_embeddings()
         if head == "fused":
-            return fused_losses(hidden, module.weight, targets)
-        config = self._base.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
+            return fused_losses(hidden, self._base.get_output_embeddings().weight, targets)
+        return chunked_losses(hidden, self._head_logits, targets)
 
-        def logits(states: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = module(states) * scale
-            return result if cap is None else cap * torch.tanh(result / cap)
+    def _head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, vocabulary) of hidden states: the head, and what some architectures do to its output."""
+        logits: torch.Tensor = self._base.get_output_embeddings()(hidden) * self._logit_scale
+        return logits if self._logit_cap is None else self._logit_cap * torch.tanh(logits / self._logit_cap)
 
-        return chunked_losses(hidden, logits, targets)
+    def _head_is_matrix(self) -> bool:
+        """Whether the head is a frozen matrix and nothing more."""
+        head: Any = self._base.get_output_embeddings()
+        has_transform = self._logit_scale != 1.0 or self._logit_cap is not None
+        other = head.__class__ is not torch.nn.Linear
+        return not (other or has_transform or head.bias is not None or head.weight.requires_grad)
 
     @contextmanager
     def _without_adapter(self) -> Iterator[None]:
@@ -230,14 +277,3 @@ class Network:
             yield
         finally:
             self.model.train(was_training)
-
-
-def _is_frozen_matrix(head: Any) -> bool:
-    if type(head) is not torch.nn.Linear or head.weight.requires_grad:
-        return False
-    return getattr(head, "bias", None) is None
-
-
-def _close(losses: torch.Tensor, expected: torch.Tensor, compute_dtype: torch.dtype) -> bool:
-    tolerance = TOLERANCE.get(compute_dtype, LOW_PRECISION_TOLERANCE)
-    return bool((losses - expected).abs().max() <= tolerance * expected.abs().max())

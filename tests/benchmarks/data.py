@@ -12,9 +12,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
@@ -91,20 +90,21 @@ def _in_turn(*sides: Iterator[Work]) -> list[float]:
 def _ours(model: Path, values: Sequence[dict[str, Any]], scratch: Path) -> Iterator[Work]:
     """A round's work, again and again, each with a renderer of its own."""
     while True:
-        yield partial(_prepare, _renderer(model), values, scratch)
+        renderer = _renderer(model)
+        yield lambda renderer=renderer: sum(1 for _ in _prepare(renderer, values, scratch))
 
 
 def _renderer(model: Path) -> Renderer:
     return Renderer(model, RenderRules(MAX_TOKENS, too_long="truncate"), datetime.now(UTC))
 
 
-def _prepare(renderer: Renderer, values: Sequence[dict[str, Any]], scratch: Path) -> list[list[list[TokenRow]]]:
+def _prepare(renderer: Renderer, values: Sequence[dict[str, Any]], scratch: Path) -> Iterator[list[list[TokenRow]]]:
     """The micro-batches of every step of an epoch."""
     source = (SourceRow(to_example(value, "alpaca"), line, None) for line, value in enumerate(values, start=1))
     with renderer:
         rows, report = store_rendered(renderer.render(source), scratch / "rows.arrow")
     assert report.usable_rows == len(values)
-    return [_micro_batches(rows, step) for step in range(total_steps(len(rows), BATCH_SIZE, 1.0, None))]
+    return (_micro_batches(rows, step) for step in range(total_steps(len(rows), BATCH_SIZE, 1.0, None)))
 
 
 def _micro_batches(rows: RenderedRows, step: int) -> list[list[TokenRow]]:
@@ -142,7 +142,7 @@ def _conversation(value: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fullness(steps: Sequence[Sequence[Sequence[TokenRow]]]) -> Iterator[dict[str, Any]]:
+def _fullness(steps: Iterable[list[list[TokenRow]]]) -> Iterator[dict[str, Any]]:
     """How many of the computed token positions, and of the budget, hold tokens of examples."""
     micro_batches = [members for step in steps for members in step]
     tokens = sum(len(row.input_ids) for members in micro_batches for row in members)

@@ -476,7 +476,7 @@ def test_of_an_enormous_pair_only_the_beginnings_are_tokenized(tiny_model: Path)
 
 
 def test_a_renderer_goes_on_after_results_that_nobody_read(tiny_model: Path) -> None:
-    rows = [SourceRow(chat("q", f"answer {line}"), line, None) for line in range(200)]
+    rows = [SourceRow(chat("q", f"answer {line}"), line, None) for line in range(1000)]
     with Renderer(tiny_model, RULES, NOW) as renderer:
         unread = renderer.render(rows)
         next(unread)

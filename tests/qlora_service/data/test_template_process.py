@@ -155,7 +155,7 @@ def test_a_template_that_floods_is_stopped(bomb: str) -> None:
     # Jinja computes constants while it compiles: some bombs go off then, some when a row is rendered.
     with TemplateProcess(bomb + PLAIN, {}, NOW) as templates:
         try:
-            problem = next(templates.render([chat("one")])).error
+            problem = templates.render([chat("one")])[0].error
         except InvalidModel as refused:
             problem = refused.message
     assert problem
@@ -165,7 +165,7 @@ def test_a_template_that_floods_is_stopped(bomb: str) -> None:
 def test_a_template_sees_nothing_of_the_services_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_SECRET", "canary")
     with TemplateProcess(PLAIN, {}, NOW) as templates:
-        next(templates.render([chat("one")]))
+        templates.render([chat("one")])
         assert templates._process is not None
         environment = Path(f"/proc/{templates._process.pid}/environ").read_bytes()
     assert b"canary" not in environment
@@ -173,11 +173,43 @@ def test_a_template_sees_nothing_of_the_services_environment(monkeypatch: pytest
 
 def test_leaving_the_context_ends_the_child() -> None:
     with TemplateProcess(PLAIN, {}, NOW) as templates:
-        next(templates.render([chat("one")]))
+        templates.render([chat("one")])
         assert templates._process is not None
         pid = templates._process.pid
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_the_next_batch_is_rendered_before_it_is_asked_for() -> None:
+    batches = [("first", [chat("one")]), ("none", []), ("last", [chat("two"), chat("three")])]
+    asked: list[str] = []
+
+    def ask() -> Iterator[tuple[str, list[Chat]]]:
+        for name, chats in batches:
+            asked.append(name)
+            yield name, chats
+
+    with TemplateProcess(PLAIN, {}, NOW) as templates:
+        results = templates.render_ahead(ask())
+        name, (result,) = next(results)
+        assert (name, result.text) == ("first", "one|answer|")
+        assert asked == ["first", "none"]
+        assert [(name, [result.text for result in rendered]) for name, rendered in results] == [
+            ("none", []),
+            ("last", ["two|answer|", "three|answer|"]),
+        ]
+
+
+def test_a_child_that_dies_between_two_batches_costs_no_row() -> None:
+    with TemplateProcess(PLAIN, {}, NOW) as templates:
+        results = templates.render_ahead([(1, [chat("one")]), (2, [chat("two")]), (3, [chat("three")])])
+        next(results)
+        assert templates._process is not None
+        templates._process.kill()
+        assert [(item, [result.text for result in rendered]) for item, rendered in results] == [
+            (2, ["two|answer|"]),
+            (3, ["three|answer|"]),
+        ]
 
 
 def test_tool_call_arguments_reach_the_template_as_objects() -> None:

@@ -19,7 +19,7 @@ from qlora_service.training.attention import (
     use_own_attention,
 )
 from qlora_service.training.micro_batch import PER_DOCUMENT, collate, forward
-from tests.reference_loop import GAIN, SMALL, build
+from tests.judges import GAIN, SMALL, build
 from tests.tiny_training import CPU, rows
 
 MAMBA = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "use_mambapy": False}

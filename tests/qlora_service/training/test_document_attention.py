@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -37,6 +37,16 @@ def plain_attention(qkv: torch.Tensor, lengths: Sequence[int], shape: AttentionS
     return (scores.softmax(-1) @ v).transpose(0, 1)
 
 
+def attend(
+    qkv: torch.Tensor,
+    lengths: Sequence[int],
+    shape: AttentionShape,
+    attention: Callable[..., torch.Tensor] = document_attention,
+) -> torch.Tensor:
+    """Of queries, keys and values that lie side by side, as they leave a projection."""
+    return attention(*qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], 1), lengths, shape)
+
+
 def random_qkv(lengths: Sequence[int], shape: AttentionShape, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     heads = shape.heads + 2 * shape.kv_heads
@@ -54,26 +64,19 @@ def test_outputs_and_gradients_are_those_of_a_masked_softmax(
     expected = plain_attention(qkv, lengths, shape)
     upstream = torch.randn_like(expected)
     (expected_gradient,) = torch.autograd.grad(expected, qkv, upstream)
-    for attention in (document_attention, _document_by_document_side_by_side):
-        output = attention(qkv, lengths, shape)
+    # CUDA devices without flash attention run the second; nothing in it needs one.
+    for attention in (document_attention, _document_by_document):
+        output = attend(qkv, lengths, shape, attention)
         assert (output - expected).abs().max() < 1e-12
         (gradient,) = torch.autograd.grad(output, qkv, upstream)
         assert (gradient - expected_gradient).abs().max() < 1e-12
-
-
-def _document_by_document_side_by_side(
-    qkv: torch.Tensor, lengths: Sequence[int], shape: AttentionShape
-) -> torch.Tensor:
-    """What CUDA devices without flash attention run; nothing in it needs one."""
-    q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
-    return _document_by_document(q, k, v, lengths, shape)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_lower_precision_stays_close(dtype: torch.dtype, bound: float) -> None:
     lengths, shape = [200, 30], AttentionShape(4, 2, scale=8**-0.5)
     exact, rounded = random_qkv(lengths, shape), random_qkv(lengths, shape, dtype)
-    output = document_attention(rounded, lengths, shape)
+    output = attend(rounded, lengths, shape)
     assert output.dtype is dtype
     assert (output - plain_attention(exact, lengths, shape)).abs().max() < bound
     (gradient,) = torch.autograd.grad(output.sum(), rounded)
@@ -84,7 +87,7 @@ def test_lower_precision_stays_close(dtype: torch.dtype, bound: float) -> None:
 def test_large_scores_do_not_overflow() -> None:
     shape = AttentionShape(2, 1, scale=100.0)
     qkv = random_qkv([40], shape, torch.float32)
-    output = document_attention(qkv, [40], shape)
+    output = attend(qkv, [40], shape)
     assert output.isfinite().all()
     assert torch.autograd.grad(output.sum(), qkv)[0].isfinite().all()
 
@@ -97,7 +100,7 @@ def test_a_document_is_not_moved_by_its_neighbours() -> None:
     other[:40] += 3.0
     other[90:] -= 3.0
     other.requires_grad_()
-    outputs = [document_attention(x, [40, 50, 60], shape) for x in (qkv, other)]
+    outputs = [attend(x, [40, 50, 60], shape) for x in (qkv, other)]
     assert torch.equal(outputs[0][40:90], outputs[1][40:90])
     gradients = [torch.autograd.grad(o[40:90].sum(), x)[0] for o, x in zip(outputs, (qkv, other), strict=True)]
     assert torch.equal(gradients[0], gradients[1])
@@ -116,7 +119,7 @@ def test_what_is_kept_grows_with_the_tokens_of_a_long_document_not_with_their_sq
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            document_attention(random_qkv([tokens], shape), [tokens], shape)
+            attend(random_qkv([tokens], shape), [tokens], shape)
         return sum(saved)
 
     assert kept(4 * KEPT_TOKENS) == 2 * kept(2 * KEPT_TOKENS)

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qlora_service.training.head import CHUNK, TokenLosses, chunked_losses, fused_losses, logit_losses
+from tests.judges import LargestTensor
 
 VOCABULARY, HIDDEN = 300, 16
 COUNTS = [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 17]
-
-
-class LargestTensor(TorchDispatchMode):
-    """The most elements of any tensor made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *made])
-        return result
 
 
 def inputs(count: int, dtype: torch.dtype = torch.float64, vocabulary: int = VOCABULARY) -> tuple[torch.Tensor, ...]:

@@ -10,7 +10,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from qlora_service.models.nf4 import guard_linear4bit
-from qlora_service.training.linear import FusedLinear, Projection, fused_forward, lora_weights, projection_of
+from qlora_service.training.linear import (
+    FusedLinear,
+    Projection,
+    add_through_lora,
+    fused_forward,
+    lora_weights,
+    project,
+    project_backward,
+    projection_of,
+)
 
 IN, OUT = 64, 48
 
@@ -106,21 +115,38 @@ def side_by_side() -> list[Any]:
     return [lora_layer(bias=True), plain, lora_layer(r=5)]
 
 
-def test_layers_of_the_same_input_are_one_product() -> None:
-    """Outputs side by side, a residual on top, and every gradient."""
+def test_layers_of_the_same_input_are_projected_together() -> None:
     layers = side_by_side()
     found = [projection_of(layer) for layer in layers]
     parts = tuple(part for part in found if part is not None)
     assert len(parts) == 3
-    learned = [weight for weight in lora_weights(parts) if weight is not None]
+    lora = lora_weights(parts)
+    learned = [weight for weight in lora if weight is not None]
     assert len(learned) == 4
-    x, residual = (torch.randn(6, width, dtype=torch.float64, requires_grad=True) for width in (IN, 2 * OUT + 10))
-    expected = torch.cat([layer(x) for layer in layers], 1) + residual
-    y = FusedLinear.apply(x, None, residual, parts, *lora_weights(parts))
+    x = torch.randn(6, IN, dtype=torch.float64, requires_grad=True)
+    expected = [layer(x) for layer in layers]
+    upstream = [torch.randn_like(y) for y in expected]
+    of_x, *of_learned = torch.autograd.grad(expected, [x, *learned], upstream)
+    with torch.no_grad():
+        outputs, inner = project(x, parts, lora)
+        through_frozen, of_inner, of_lora = project_backward(upstream, x, inner, parts, lora)
+        gradient = add_through_lora(through_frozen, of_inner, lora)
+    assert_alike(tuple(outputs), tuple(expected), 1e-12)
+    assert gradient is not None
+    assert_alike((gradient, *(one for one in of_lora if one is not None)), (of_x, *of_learned), 1e-12)
+    assert [one is None for one in of_lora] == [False, False, True, True, False, False]
+
+
+def test_a_residual_is_added_and_gets_the_gradient() -> None:
+    layer = lora_layer()
+    part = projection_of(layer)
+    assert part is not None
+    x, residual = (torch.randn(6, width, dtype=torch.float64, requires_grad=True) for width in (IN, OUT))
+    y, expected = FusedLinear.apply(x, None, residual, part, part.a, part.b), layer(x) + residual
     upstream = torch.randn_like(y)
     assert (y - expected).abs().max() < 1e-12
-    gradients = [torch.autograd.grad(output, [x, residual, *learned], upstream) for output in (y, expected)]
-    assert_alike(gradients[0], gradients[1], 1e-12)
+    learned = (x, residual, part.a, part.b)
+    assert_alike(torch.autograd.grad(y, learned, upstream), torch.autograd.grad(expected, learned, upstream), 1e-12)
 
 
 def test_nothing_is_computed_for_an_input_without_a_gradient() -> None:
@@ -137,9 +163,9 @@ def test_nothing_is_computed_for_an_input_without_a_gradient() -> None:
 
     counting = Counting(part.base, part.a, part.b, part.scaling)
     x = torch.randn(4, IN, dtype=torch.float64)
-    FusedLinear.apply(x, None, None, (counting,), part.a, part.b).sum().backward()
+    FusedLinear.apply(x, None, None, counting, part.a, part.b).sum().backward()
     assert len(dequantized) == 1
-    FusedLinear.apply(x.requires_grad_(), None, None, (counting,), part.a, part.b).sum().backward()
+    FusedLinear.apply(x.requires_grad_(), None, None, counting, part.a, part.b).sum().backward()
     assert len(dequantized) == 3
 
 

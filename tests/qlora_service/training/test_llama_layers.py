@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from qlora_service.specs import Lora
 from qlora_service.training.llama_layers import llama_decoder
-from tests.reference_loop import SMALL, adapted, assert_same_step, build, pair
+from tests.judges import SMALL, adapted, assert_same_step, build, pair
 from tests.tiny_training import rows
 
 LLAMA3_ROPE = {
@@ -35,7 +35,6 @@ TAKEN = {
     "llama, yarn": (config_of("llama", rope_parameters=YARN_ROPE), Lora(r=4)),
     "llama, wide heads": (config_of("llama", head_dim=16), Lora(r=4)),
     "mistral, window shorter than documents": (config_of("mistral", sliding_window=14), Lora(r=4)),
-    "ministral, window shorter than documents": (config_of("ministral", head_dim=8, sliding_window=14), Lora(r=4)),
     "qwen2, q/k/v biases": (config_of("qwen2"), Lora(r=4)),
     "qwen2, window on the upper layers": (
         config_of("qwen2", use_sliding_window=True, sliding_window=14, max_window_layers=2),

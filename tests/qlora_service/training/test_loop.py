@@ -20,7 +20,7 @@ from qlora_service.training.loop import Outcome, StepMetrics
 from qlora_service.training.micro_batch import TokenRow
 from qlora_service.training.optimizer import make_optimizer, optimizer_state
 from qlora_service.training.row_losses import RowLosses
-from tests.reference_loop import assert_close_gradients, make_norms_exact, plain_losses
+from tests.judges import assert_close_gradients, make_norms_exact, plain_losses
 from tests.tiny_training import FLOAT64, NF4, Recorder, gradients, load, network, rows, run
 
 TRAINING = Training(batch_size=8, learning_rate=1e-2, warmup_ratio=0.0, optim="adamw_torch")
@@ -37,6 +37,10 @@ VARIANTS = {
     for fast in (True, False)
     for checkpointing in (False, True)
 }
+
+
+FEWER = [*[name for name in VARIANTS if not name.startswith("two or three")][::3], "two or three, llama, recomputed"]
+"""Of every cut and path some: where bounds are wide, the float64 test is the sharper one."""
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -103,7 +107,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(tiny_model: Path, variant: str,
     assert found.losses == pytest.approx(float64.losses, rel=1e-9)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FEWER)
 def test_on_nf4_every_steps_gradients_stay_close(tiny_model: Path, variant: str, nf4: Trained) -> None:
     training = TRAINING.model_copy(update={"learning_rate": 2e-4})
     found = Trained(load(tiny_model, NF4, perturb_b=0.05), training, **VARIANTS[variant])
@@ -112,7 +116,7 @@ def test_on_nf4_every_steps_gradients_stay_close(tiny_model: Path, variant: str,
         assert_close_gradients(mine, expected, 1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FEWER)
 def test_in_bfloat16_the_loss_curve_stays_close(tiny_model: Path, variant: str, bfloat16: Trained) -> None:
     found = Trained(load(tiny_model, NF4, torch.bfloat16, perturb_b=0.05), TRAINING, **VARIANTS[variant])
     assert found.losses == pytest.approx(bfloat16.losses, rel=1e-2)
@@ -395,23 +399,42 @@ def test_a_job_without_a_finite_step_has_nothing_to_keep(tiny_model: Path) -> No
 
 
 def test_a_learning_rate_that_blew_the_loss_up_is_named(tiny_model: Path) -> None:
-    """Steps of a rate of 1 drive the loss up; then it is not finite."""
-    training = TRAINING.model_copy(update={"learning_rate": 1.0, "max_grad_norm": 1000.0})
-    failure = failing(tiny_model, lambda model: poisoning(model, {5, 6, 7}), training)
-    assert "learning rate of 1 makes it blow up" in failure.message
-    assert "lower training.learning_rate" in failure.message.lower()
-    steady = failing(tiny_model, lambda model: poisoning(model, {5, 6, 7}))
+    """What a rate that overshoots does: what was learned is lost again, then the loss is not finite."""
+    training = TRAINING.model_copy(update={"learning_rate": 0.05})
+
+    def prepare(model: PeftModel, overshoots: bool) -> Recorder:
+        model.get_input_embeddings().weight.data *= 20  # tied to the head: losses start far above chance
+        recorder = poisoning(model, {6, 7, 8})
+        on_step = recorder.on_step
+
+        def overshooting(metrics: StepMetrics) -> None:
+            on_step(metrics)
+            if overshoots and metrics.step == 4:
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.data.zero_()
+
+        recorder.on_step = overshooting  # type: ignore[method-assign]
+        return recorder
+
+    failure = failing(tiny_model, lambda model: prepare(model, True), training)
+    assert "learning rate of 0.05 makes it blow up" in failure.message
+    assert "Lower training.learning_rate" in failure.message
+    steady = failing(tiny_model, lambda model: prepare(model, False), training)
     assert "blow up" not in steady.message
 
 
 def test_a_loss_that_is_not_finite_is_skipped_too(tiny_model: Path) -> None:
-    """The loss of one document is NaN although no weight is: its hidden states overflow."""
-    model = load(tiny_model)
-    broken = rows(24)[10].input_ids[0]
-    run_rows = [row if broken not in row.input_ids or row.line == 11 else rows(1, seed=row.line)[0] for row in rows(24)]
-    model.get_input_embeddings().weight.data[broken] = float("inf")
-    outcome, recorder = run(model, run_rows, TRAINING, steps=3, held_out=[run_rows[0]])
+    """One row of the second step overflows on its way in."""
+    model, overflowing = load(tiny_model), 501
+    train_rows = rows(24)
+    train_rows[10] = TokenRow(11, [overflowing, *train_rows[10].input_ids], [False, *train_rows[10].trained])
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: output * float("inf") if overflowing in inputs[0] else output
+    )
+    outcome, recorder = run(model, train_rows, TRAINING, steps=3)
     assert [step.skipped for step in recorder.steps] == [False, True, False]
+    assert recorder.steps[1].loss != recorder.steps[1].loss
     assert outcome.skipped_steps == 1
 
 
@@ -446,11 +469,11 @@ def test_training_stops_when_the_held_out_loss_falls_no_more(tiny_model: Path) -
 @pytest.mark.parametrize("patience", [None, 3])
 def test_the_best_adapter_is_kept_exactly(tiny_model: Path, patience: int | None) -> None:
     training = TRAINING.model_copy(
-        update={"learning_rate": 0.02, "load_best_model_at_end": True, "early_stopping_patience": patience}
+        update={"learning_rate": 0.05, "load_best_model_at_end": True, "early_stopping_patience": patience}
     )
     model = load(tiny_model)
     recorder: Any = poisoning(model, set())
-    outcome, _ = run(model, rows(8), training, steps=12, evaluate_every=1, recorder=recorder)
+    outcome, _ = run(model, rows(8), training, steps=20, evaluate_every=1, recorder=recorder)
     losses = [evaluation.eval_loss for evaluation in recorder.evaluations]
     best = losses.index(min(losses))
     assert 0 < best < len(losses) - 1

@@ -14,7 +14,6 @@ from qlora_service.models.adapters import (
     attach,
     checkpoint_activations,
     load_adapter,
-    runs_alone,
     save_adapter,
     trainable,
 )
@@ -36,7 +35,7 @@ from qlora_service.specs import (
     Vera,
     parse_spec,
 )
-from qlora_service.training.micro_batch import PER_DOCUMENT
+from qlora_service.training.attention import isolate_documents
 from tests.tiny_training import CPU, network, rows, run
 
 METHODS: dict[str, Adapter] = {
@@ -93,7 +92,7 @@ def refused(method: str, quantization: str, catalogued: tuple[BaseModel, Modules
 
 def attached(directory: Path, method: str, quantization: str) -> PeftModel:
     base = load_base(directory, QUANTIZATIONS[quantization], torch.bfloat16, CPU)
-    base.set_attn_implementation(PER_DOCUMENT)
+    isolate_documents(base)
     return attach(base, METHODS[method], seed=0, total_steps=STEPS)
 
 
@@ -107,25 +106,7 @@ def frozen_hash(model: PeftModel) -> str:
     return digest.hexdigest()
 
 
-def train(model: PeftModel, training: Training) -> None:
-    if not runs_alone(model):
-        run(model, rows(4), training, steps=STEPS)
-        return
-    optimizer = torch.optim.AdamW(trainable(model), lr=training.learning_rate)
-    for row in rows(STEPS):
-        ids = torch.tensor([row.input_ids])
-        model(ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def judged(model: PeftModel) -> torch.Tensor:
-    """What the model makes of rows it was not trained on: logits, or losses, per token."""
-    judged_rows = rows(3, seed=5)
-    if not runs_alone(model):
-        return network(model).evaluate(judged_rows).nll
-    with torch.no_grad():
-        return torch.cat([model.eval()(torch.tensor([row.input_ids])).logits[0] for row in judged_rows])
+JUDGED = rows(3, seed=5)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
@@ -141,18 +122,20 @@ def test_a_method_trains_and_reloads_on_a_quantization(
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     frozen = frozen_hash(model)
 
-    train(model, training(method))
+    run(model, rows(4), training(method), steps=STEPS)
 
     assert frozen_hash(model) == frozen
     after = dict(model.named_parameters())
     assert [name for name, start in before.items() if torch.equal(after[name], start)] == []
     assert {after[name].dtype for name in before} == {torch.float32}
 
-    expected = judged(model)
+    trained = network(model)
+    expected = trained.evaluate(JUDGED).nll
     save_adapter(model, tmp_path, "tiny", None)
     fresh = load_base(tiny_model, QUANTIZATIONS[quantization], torch.bfloat16, CPU)
-    fresh.set_attn_implementation(PER_DOCUMENT)
-    assert torch.equal(judged(load_adapter(fresh, tmp_path)), expected)
+    isolate_documents(fresh)
+    reloaded = network(load_adapter(fresh, tmp_path), ways=trained.ways)
+    assert torch.equal(reloaded.evaluate(JUDGED).nll, expected)
 
 
 def test_only_dora_on_int8_is_refused(catalogued: tuple[BaseModel, Modules]) -> None:

@@ -17,7 +17,7 @@ from qlora_service.specs import Lora, PromptTuning
 from qlora_service.training.attention import isolate_documents
 from qlora_service.training.micro_batch import TokenRow
 from qlora_service.training.network import Network
-from tests.reference_loop import (
+from tests.judges import (
     SMALL,
     assert_close_gradients,
     assert_same_step,
@@ -284,6 +284,18 @@ def test_noise_is_drawn_anew_and_only_while_training(tiny_model: Path, fast: boo
 
 
 # --- memory
+
+
+@BOTH_PATHS
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_gradient_is_computed_for_a_frozen_embedding(tiny_model: Path, fast: bool, checkpointing: bool) -> None:
+    """It would cost the first layer's products with its frozen weights, for nothing."""
+    model = load(tiny_model).train()
+    mine = network(model, fast=fast, checkpointing=checkpointing)
+    outputs: list[torch.Tensor] = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    mine.losses(DOCUMENTS).nll.sum().backward()
+    assert not outputs[0].requires_grad
 
 
 @BOTH_PATHS

@@ -34,7 +34,7 @@ from qlora_service.training.head import TokenLosses
 from qlora_service.training.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
 from qlora_service.training.network import Network
 from qlora_service.training.objectives import Share, _with_answer_of, evaluate, make_objective
-from tests.reference_loop import assert_close_gradients, make_norms_exact, plain_losses
+from tests.judges import assert_close_gradients, make_norms_exact, plain_losses
 from tests.tiny_training import FLOAT64, gradients, load, network, rows, run
 
 DEMO = Path(__file__).parents[4] / "shared" / "data" / "dpo_en_demo.json"
@@ -294,7 +294,6 @@ ADAPTERS: dict[str, Adapter] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_the_reference_is_the_base_of_the_same_model(tiny_model: Path, adapter: str) -> None:
     model = load(tiny_model, adapter=ADAPTERS[adapter], **PERTURBED).train()
@@ -435,13 +434,14 @@ def test_held_out_examples_are_judged_as_one_step(tiny_model: Path, case: str) -
 
 def test_accuracy_is_the_share_of_pairs_and_labels_told_right(tiny_model: Path) -> None:
     plain, mine = plain_model(tiny_model, **PERTURBED), network(load(tiny_model, **PERTURBED))
-    pair_ratio = log_ratios(plain, [document for pair in PAIRS for document in pair.documents])
+    pairs = [*PAIRS[:3], PreferencePair(PAIRS[3].rejected, PAIRS[3].chosen)]
+    pair_ratio = log_ratios(plain, [document for pair in pairs for document in pair.documents])
     ranked = (pair_ratio[::2] > pair_ratio[1::2]).tolist()
     baseline = log_ratios(plain, mismatched(LABELLED)).mean().clamp(min=0)
     gains = (log_ratios(plain, [one.answer for one in LABELLED]) - baseline).tolist()
     told = [(gain > 0) is one.desirable for gain, one in zip(gains, LABELLED, strict=True)]
-    for case, right in [("dpo", ranked), ("kto", told)]:
-        spec, examples = CASES[case]
+    cases: list[tuple[Objective, Sequence[TrainingExample], list[bool]]] = [(DPO, pairs, ranked), (KTO, LABELLED, told)]
+    for spec, examples, right in cases:
         assert whole_step(mine, spec, examples).hits.tolist() == right
         assert evaluate(mine, make_objective(spec), examples).accuracy == pytest.approx(sum(right) / len(right))
         assert 0 < sum(right) < len(right)

@@ -1,13 +1,16 @@
-"""What the engine is judged by: models built from a config, and a plain peft + transformers step on a padded batch."""
+"""What the engine is judged by: models from a config, a plain peft + transformers step, the largest tensor made."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qlora_service.models.adapters import attach
@@ -29,7 +32,7 @@ hardly shows."""
 def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32, gain: float = GAIN) -> PreTrainedModel:
     """The architecture with random weights, frozen; the same config gives the same weights."""
     torch.manual_seed(0)
-    base: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    base: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
     for parameter in base.parameters():
         parameter.data = parameter.data * gain if parameter.ndim > 1 else parameter.data
         if parameter.ndim == 1:
@@ -109,3 +112,17 @@ def assert_close_gradients(found: dict[str, torch.Tensor], expected: dict[str, t
         assert gradient.any(), name
         difference = (found[name] - gradient).abs().max() / gradient.abs().max()
         assert difference <= bound, f"{name} is off by {difference:.1e}"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Knows the most elements of any tensor made while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *made])
+        return result
