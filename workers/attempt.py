@@ -27,7 +27,7 @@ from qlora_service.specs import JobSpec, Training
 from qlora_service.store.datasets import Dataset
 from qlora_service.training.attention import Isolation, isolate_documents
 from qlora_service.training.device import choose_device, device_name, has_bf16, release_memory
-from qlora_service.training.generation import evaluate_generation
+from qlora_service.training.generation import evaluate_generation, question_ids
 from qlora_service.training.loop import LossNotFinite, Observer, Outcome, train
 from qlora_service.training.micro_batch import TrainingExample
 from qlora_service.training.network import Network, Ways
@@ -104,6 +104,10 @@ def run_attempt(
     quantization = inputs.job.spec.quantization
     enter_phase("rendering", None)
     prepared = prepare_rows(inputs)
+    if questions := inputs.job.spec.evaluation.questions:
+        tokenizer = load_tokenizer(inputs.base.path, prepared.chat_template)
+        for question in questions:
+            question_ids(tokenizer, question)  # a template that refuses one says so now, not after the training
 
     enter_phase("loading", prepared.total_steps)
     device = choose_device(inputs.needs_gpu)

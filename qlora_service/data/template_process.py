@@ -258,9 +258,9 @@ def characters(value: Any) -> int:
     """The characters of all strings in JSON's types, keys left out."""
     if isinstance(value, str):
         return len(value)
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    # Most parts are strings: to ask each of them here is twice as fast.
-    return sum(len(part) if type(part) is str else characters(part) for part in parts)
+    if isinstance(value, dict):
+        return sum(map(characters, value.values()))
+    return sum(map(characters, value)) if isinstance(value, list | tuple) else 0
 
 
 def _as_templates_expect(message: dict[str, Any]) -> dict[str, Any]:

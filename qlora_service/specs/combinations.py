@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qlora_service.specs.adapter import Adapter, Lora, PrefixTuning, PromptMethod
-from qlora_service.specs.objective import Objective, Supervised
+from qlora_service.specs.objective import Kto, Objective, Supervised
 from qlora_service.specs.training import Evaluation, Training
 
 Contradiction = tuple[tuple[str, str], str]
@@ -55,6 +55,8 @@ def _of_preferences(objective: Objective, training: Training, evaluation: Evalua
             ("training", "train_on"),
             f'{objective.type} compares answers, not questions: leave train_on at "assistant"',
         )
+    if isinstance(objective, Kto) and training.batch_size == 1:
+        yield ("training", "batch_size"), "kto's baseline comes from the step's other rows: use 2 or more"
     if evaluation.generate_rows:
         yield (
             ("evaluation", "generate_rows"),

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,13 @@ def _in_turn(*sides: Iterator[Work]) -> list[float]:
 
 def _ours(model: Path, values: Sequence[dict[str, Any]], scratch: Path) -> Iterator[Work]:
     """A round's work, again and again, each with a renderer of its own."""
+
+    def work(renderer: Renderer) -> None:
+        for _ in _prepare(renderer, values, scratch):
+            pass
+
     while True:
-        renderer = _renderer(model)
-        yield lambda renderer=renderer: sum(1 for _ in _prepare(renderer, values, scratch))
+        yield partial(work, _renderer(model))
 
 
 def _renderer(model: Path) -> Renderer:

@@ -68,7 +68,7 @@ def test_everything_is_published_and_the_certificate_holds(workspace: Workspace)
     manifest = Manifest.model_validate_json(published(inputs, "manifest.json"))
     assert {file.name for file in manifest.files} >= {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja", "metrics.jsonl",
-        "held_out.jsonl", "README.md",
+        "held_out.jsonl", "rows.jsonl", "README.md",
     }  # fmt: skip
     for file in manifest.files:
         content = published(inputs, file.name)
@@ -84,6 +84,64 @@ def test_everything_is_published_and_the_certificate_holds(workspace: Workspace)
     assert certificate["difference"] == 0.0
     assert certificate["base_reused"] is True
     assert certificate["held_out_loss"] == manifest.held_out["loss_after"]
+
+
+PAIRS = [
+    {"prompt": f"What is {n} plus one?", "chosen": f"It is {n + 1}.", "rejected": f"No idea, perhaps {n}."}
+    for n in range(24)
+]
+LABELLED = [
+    {"prompt": f"What is {n} plus one?", "completion": f"It is {n + n % 2}.", "label": n % 2 == 1} for n in range(24)
+]
+TEXTS = [{"text": f"The river has {n} bridges and the house has {n + 1} windows."} for n in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        (PAIRS, {"objective": {"type": "dpo"}}),
+        (PAIRS, {"objective": {"type": "orpo"}}),
+        (LABELLED, {"objective": {"type": "kto"}}),
+        (TEXTS, {"training": {"neftune_noise_alpha": 5, "optim": "paged_lion_8bit"}}),
+        (ROWS, {"adapter": {"method": "adalora", "target_r": 2, "init_r": 4}}),
+        (ROWS, {"adapter": {"method": "prompt_tuning", "num_virtual_tokens": 4}, "quantization": {"type": "int8"}}),
+        (ROWS, {"adapter": {"method": "prefix_tuning", "num_virtual_tokens": 4}}),
+        (ROWS, {"adapter": {"r": 4, "use_dora": True}, "quantization": {"type": "fp4"}}),
+        (ROWS, {"adapter": {"r": 4, "init_lora_weights": "olora"}}),
+        (ROWS, {"adapter": {"r": 4, "trainable_token_indices": [3, 4]}, "training": {"loraplus_lr_ratio": 16}}),
+        (ROWS, {"recipe": "lit-llama-alpaca", "training": {"max_steps": 3, "warmup_steps": 1, "batch_size": 8}}),
+        (ROWS, {"training": {"max_steps": 9, "learning_rate": 0.5, "load_best_model_at_end": True}}),
+    ],
+)
+def test_every_kind_of_job_ends_certified(
+    workspace: Workspace, rows: list[dict[str, Any]], parts: dict[str, Any]
+) -> None:
+    training = {"max_steps": 3, "batch_size": 4, "max_seq_len_tokens": 128} | parts.pop("training", {})
+    spec = {"base_model": "tiny", "dataset": {"rows": rows}, "training": training, **parts}
+    inputs = attempt(workspace, workspace.service.submit(parse_spec(spec)).job.id)
+    certificate = run(inputs)["certificate"]
+    assert isinstance(certificate, dict)
+    assert certificate["difference"] == 0.0
+    lines = [json.loads(line) for line in published(inputs, "rows.jsonl").splitlines()]
+    assert {row["line"] for row in lines} <= set(range(1, len(rows) + 1))
+    assert [row["last_loss"] for row in lines] == sorted((row["last_loss"] for row in lines), reverse=True)
+
+
+def test_answers_are_published_side_by_side(workspace: Workspace) -> None:
+    spec = {
+        "base_model": "tiny",
+        "dataset": {"rows": ROWS},
+        "training": {"max_steps": 2, "batch_size": 4, "max_seq_len_tokens": 128},
+        "evaluation": {"generate_rows": 2, "questions": ["How many days has a week?"], "max_new_tokens": 4},
+    }
+    inputs = attempt(workspace, workspace.service.submit(parse_spec(spec)).job.id)
+    scores = run(inputs)["generation"]
+    report = json.loads(published(inputs, "generation.json"))
+    assert report["scores"] == scores
+    assert isinstance(scores, dict)
+    assert scores["base"].keys() == scores["adapter"].keys() >= {"exact_match", "bleu", "rougeL"}
+    assert len(report["rows"]) == 2
+    assert report["questions"][0]["question"] == "How many days has a week?"
 
 
 def test_published_files_name_no_path_of_this_machine(workspace: Workspace) -> None:
