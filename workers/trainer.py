@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 # Before the libraries read them: no network, no progress bars, no forked tokenizer threads.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TOKENIZERS_PARALLELISM"] = "true"  # rendering comes before anything that could fork
 
 import structlog
 

@@ -54,9 +54,9 @@ RECIPES: dict[RecipeName, Recipe] = {
         },
     ),
     "fast": Recipe(
-        title="Quick steps, and fewer of them: nothing here leaves the fast path, and LoRA+ learns more in a step",
-        source="ours: `python -m tests.benchmarks engine` measures the steps; LoRA+ is arXiv:2402.12354, at a ratio "
-        "below its 16",
+        title="Plain LoRA without dropout, which the fast path takes, 8-bit optimizer state, and LoRA+",
+        source="ours: `python -m tests.benchmarks engine` measures steps of this kind; LoRA+ is arXiv:2402.12354, at a "
+        "ratio below its 16",
         values={
             "quantization": {"type": "nf4", "double_quant": True},
             "adapter": {

@@ -59,18 +59,20 @@ class Training(SpecPart):
         "row's end off, or leave the row out.",
     )
     train_on: Literal["assistant", "all"] = Field(
-        "assistant", description="Tokens that are learned: the answers only, or every token."
+        "assistant",
+        description="Tokens that are learned: the answers only, or every token; preferences have the answers only.",
     )
     micro_batch_tokens: StrictInt = Field(
         2048,
         ge=1,
         le=1_048_576,
-        description="Tokens computed at a time. Changes speed and memory, never the maths of a step.",
+        description="Tokens computed at a time; a longer row is computed by itself. Changes speed and memory, never "
+        "the maths of a step.",
     )
     gradient_checkpointing: StrictBool | Literal["auto"] = Field(
         "auto",
         description="Recompute activations instead of storing them: less memory, about a third more work. auto: only "
-        "when the memory that is free does not hold a micro-batch's activations.",
+        "when a micro-batch's activations would take more than half of the free memory.",
     )
     neftune_noise_alpha: float | None = Field(
         None,
@@ -97,7 +99,7 @@ class Training(SpecPart):
 
 
 class Evaluation(SpecPart):
-    """Held-out loss, perplexity and token accuracy are always measured before the first step and at the end."""
+    """Held-out loss and accuracy (if supervised, perplexity too) are always measured before the first step and last."""
 
     every_steps: StrictInt | None = Field(
         None, ge=1, description="Also every so many steps; default: about ten times a job."
@@ -106,9 +108,12 @@ class Evaluation(SpecPart):
         0,
         ge=0,
         le=256,
-        description="Held-out rows that base and adapter answer at the end, compared by exact match, BLEU and ROUGE.",
+        description="Held-out rows that base and adapter answer at the end, compared by exact match, BLEU and ROUGE in "
+        "generation.json.",
     )
     questions: list[Question] = Field(
-        [], max_length=16, description="Questions that base and adapter answer at the end, side by side."
+        [],
+        max_length=16,
+        description="Questions that base and adapter answer at the end, side by side in generation.json.",
     )
     max_new_tokens: StrictInt = Field(256, ge=1, le=4096, description="Longest answer.")

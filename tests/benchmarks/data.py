@@ -47,7 +47,7 @@ Work = Callable[[], Any]
 
 
 def figures() -> Iterator[dict[str, Any]]:
-    # As in the trainer. Read whenever rows are tokenized; TRL's come one by one, where it changes nothing.
+    # Tokenize on all cores, whatever the environment says; TRL's rows come one by one, where it changes nothing.
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     datasets.disable_caching()
     datasets.disable_progress_bars()

@@ -9,7 +9,6 @@ import torch
 
 from qlora_service.training.document_attention import (
     BLOCK,
-    KEPT_TOKENS,
     AttentionShape,
     _document_by_document,
     document_attention,
@@ -19,7 +18,7 @@ LENGTHS = {
     "one token": [1],
     "short ones": [7, 1, 30, 2],
     "around a block": [BLOCK - 1, BLOCK, BLOCK + 1],
-    "kept and computed again": [KEPT_TOKENS, 5, KEPT_TOKENS + 1],
+    "many blocks": [5 * BLOCK, 5, 4 * BLOCK + 1],
 }
 
 
@@ -108,7 +107,7 @@ def test_a_document_is_not_moved_by_its_neighbours() -> None:
     assert not gradients[0][90:].any()
 
 
-def test_what_is_kept_grows_with_the_tokens_of_a_long_document_not_with_their_square() -> None:
+def test_what_is_kept_grows_with_the_tokens_of_a_document_not_with_their_square() -> None:
     shape = AttentionShape(4, 2, scale=0.3)
 
     def kept(tokens: int) -> int:
@@ -122,4 +121,4 @@ def test_what_is_kept_grows_with_the_tokens_of_a_long_document_not_with_their_sq
             attend(random_qkv([tokens], shape), [tokens], shape)
         return sum(saved)
 
-    assert kept(4 * KEPT_TOKENS) == 2 * kept(2 * KEPT_TOKENS)
+    assert kept(4 * BLOCK) == 2 * kept(2 * BLOCK)

@@ -206,9 +206,9 @@ def test_the_loss_falls(tiny_model: Path, optim: str) -> None:
     training = Training(batch_size=8, learning_rate=1e-2, optim=optim)
     train_rows = rows(8)
     model = load(tiny_model, adapter=Lora(r=64))  # 64 x 64 elements: bitsandbytes keeps smaller states in 32 bits
-    outcome, recorder = run(model, train_rows, training, steps=40, held_out=train_rows, evaluate_every=8)
+    outcome, recorder = run(model, train_rows, training, steps=24, held_out=train_rows, evaluate_every=8)
     assert outcome.after.loss < 0.9 * outcome.before.loss
-    assert [evaluation.step for evaluation in recorder.evaluations] == [0, 8, 16, 24, 32, 40]
+    assert [evaluation.step for evaluation in recorder.evaluations] == [0, 8, 16, 24]
     assert outcome.after.loss == recorder.evaluations[-1].eval_loss
 
 

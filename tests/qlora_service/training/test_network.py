@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from qlora_service.training.micro_batch import TokenRow
 from qlora_service.training.network import Network
 from tests.judges import (
     SMALL,
+    adapted,
     assert_close_gradients,
     assert_same_step,
+    build,
     make_norms_exact,
     pair,
     plain_losses,
@@ -144,6 +147,20 @@ def test_bfloat16_chooses_as_float32_does(case: str) -> None:
     mine, _ = pair(config, adapter, torch.bfloat16)
     assert mine.isolation in isolations
     assert (mine.layers, mine.head) == (layers, head)
+
+
+@BOTH_PATHS
+def test_a_head_that_is_trained_itself_gets_its_gradient(fast: bool) -> None:
+    """The fused head makes no gradient of its weight."""
+    base = build(config_of("llama"))
+    plain = adapted(copy.deepcopy(base), Lora(r=4))
+    model = adapted(base, Lora(r=4))
+    for one in (plain, model):
+        one.get_base_model().lm_head.weight.requires_grad_(True)
+    mine = Network(model, isolate_documents(base), fast=fast)
+    assert mine.head == "chunked"
+    assert_same_step(mine, plain, LONGER, 1e-5, 1e-3)
+    assert "base_model.model.lm_head.weight" in gradients(model)
 
 
 def test_virtual_tokens_belong_to_one_document(tiny_model: Path) -> None:
