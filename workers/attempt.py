@@ -170,7 +170,7 @@ def _train_and_publish(
         LossNotFinite: the adapter of the last finite step is published.
     """
     spec = inputs.job.spec
-    network = make_network(base, spec, plan["isolation"], prepared.total_steps)
+    network = make_network(base, spec, plan["isolation"], prepared)
     plan |= asdict(network.ways) | {
         "gradient_checkpointing": network.checkpointing,
         "micro_batch_tokens": spec.training.micro_batch_tokens,
@@ -238,15 +238,21 @@ def _train_and_publish(
     return manifest, outcome, scores, network.ways
 
 
-def make_network(base: PreTrainedModel, spec: JobSpec, isolation: Isolation, total_steps: int) -> Network:
+def make_network(base: PreTrainedModel, spec: JobSpec, isolation: Isolation, prepared: PreparedRows) -> Network:
     """The base with a new adapter, ready to be trained."""
+    training = spec.training
     network = Network(
-        attach(base, spec.adapter, spec.training.seed, total_steps=total_steps),
+        attach(base, spec.adapter, training.seed, total_steps=prepared.total_steps),
         isolation,
-        neftune_noise_alpha=spec.training.neftune_noise_alpha,
+        neftune_noise_alpha=training.neftune_noise_alpha,
     )
-    asked = spec.training.gradient_checkpointing
-    if asked is True or (asked == "auto" and not network.fits(spec.training.micro_batch_tokens)):
+    # A row longer than a micro-batch is one of its own; of a pair, both sides are.
+    longest = min(prepared.report.longest_tokens, training.max_seq_len_tokens)
+    if spec.objective.type in {"dpo", "orpo"}:
+        longest *= 2
+    most_tokens = max(training.micro_batch_tokens, longest)
+    asked = training.gradient_checkpointing
+    if asked is True or (asked == "auto" and not network.fits(most_tokens)):
         network.checkpoint()
     return network
 

@@ -31,7 +31,7 @@ _ZIP_RESPONSE: dict[int | str, dict[str, Any]] = {
 
 @router.get("/{job_id}/artifacts", summary="List artifacts", responses=error_responses(404, 409, 422))
 def list_artifacts(job_id: JobId, service: ServiceOf) -> Listing[Artifact]:
-    """The files of a succeeded job with sizes and SHA-256, the manifest last."""
+    """The files of a succeeded job, or of the last finite step of one that failed, with sizes and SHA-256."""
     return Listing(data=[Artifact.of(job_id, artifact.file) for artifact in service.artifacts(job_id)])
 
 

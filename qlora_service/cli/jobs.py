@@ -57,6 +57,7 @@ def download(
 ) -> None:
     """Download a succeeded job's adapter and verify every file's SHA-256.
 
+    Of a job that ended because its loss was not finite, it is the adapter of the last finite step.
     A broken-off download goes on where it stopped; a directory that holds other files of these names is refused.
     Prints the directory.
     """
@@ -101,7 +102,9 @@ def cancel(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
 def _outcome(job: Job) -> str:
     if job.status == "failed":
         error = job.error or {}
-        return f"job {job.id} failed: {error.get('message', 'no reason was recorded')}"
+        kept = error.get("details", {}).get("kept_step")
+        left = "" if kept is None else f"\nThe adapter of step {kept} was kept: qlora download {job.id}"
+        return f"job {job.id} failed: {error.get('message', 'no reason was recorded')}{left}"
     after = f" Download its adapter: qlora download {job.id}" if job.status == "succeeded" else ""
     return f"job {job.id} {job.status} after {job.progress.step} steps.{after}"
 

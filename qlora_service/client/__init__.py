@@ -170,7 +170,7 @@ class Client:
     # --- artifacts
 
     def artifacts(self, job_id: str) -> list[ArtifactFile]:
-        """What a succeeded job published."""
+        """What a job published: a succeeded one, or one that failed after some finite steps."""
         data = self._transport.send("GET", f"{_job(job_id)}/artifacts")["data"]
         return [ArtifactFile.model_validate(value) for value in data]
 

@@ -2,8 +2,8 @@
 
 What runs differs by device: on CUDA flash attention over variable lengths (torch's own), or torch's fused kernels
 document by document; on a CPU torch's flash forward, and a backward of plain matrix products in blocks of queries.
-The CPU's flash backward is the slowest kernel of all: documents of 56 to 450 tokens, 2,016 in all, take 33 ms in it,
-12 in this one (SmolLM2's heads, bfloat16, 2 cores).
+The CPU's flash backward is the slowest kernel of all: documents of 56 to 450 tokens, 2,016 in all, take 32 ms in it,
+13 in this one (SmolLM2's heads, bfloat16, 2 cores).
 """
 
 from __future__ import annotations

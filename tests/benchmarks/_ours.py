@@ -98,7 +98,7 @@ def _train_ours(layers: Layers, work: Workload) -> tuple[PeftModel, StepRecorder
     model = attach(base, ADAPTER, SEED, total_steps=work.total_steps)
     net = network.Network(model, isolation, fast=layers == "fast")
     if (net.layers == "general") is not (layers == "general"):
-        raise RuntimeError(f"asked for {layers} layers, the network chose {net.layers}: see Network._choose")
+        raise RuntimeError(f"asked for {layers} layers, the network chose {net.layers}: see Network._find_ways")
     rows = work.rows()
     recorder = StepRecorder(StepClock(layer_shapes(base), TRAINING.micro_batch_tokens))
     recorder.count(network.Network, "losses", as_engine=True)
