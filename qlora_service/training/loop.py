@@ -7,6 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -174,10 +175,12 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
             row_losses.record(step + 1, [examples[index].line for index in order], of_example)
             if skipped_in_a_row == SKIPS_IN_A_ROW:
                 failure = _not_finite(loss, grad_norm, step, examples, recent, rate)
-                if recent:
-                    finite_step = step + 1 - SKIPS_IN_A_ROW
-                    after = held.measure(finite_step)
-                    failure.outcome = Outcome(before, after, finite_step, finite_step, skipped_steps)
+                # Where the held-out loss is not finite either, nothing is left to keep.
+                with suppress(JobFailed):
+                    if recent:
+                        finite_step = step + 1 - SKIPS_IN_A_ROW
+                        after = held.measure(finite_step)
+                        failure.outcome = Outcome(before, after, finite_step, finite_step, skipped_steps)
                 raise failure
             is_last = step + 1 == total_steps
             if is_last or (step + 1) % evaluate_every == 0:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel, PrefixTuningConfig
 
+from qlora_service.errors import InvalidSpec
 from qlora_service.models.adapters import checkpoint_activations, runs_alone
 from qlora_service.training.attention import (
     LOW_PRECISION_TOLERANCE,
@@ -70,6 +71,9 @@ class Network:
         """`ways` are those of another network with the same base and kind of adapter; without them, they are found.
 
         `isolation` is what `isolate_documents` chose for the base; `fast` allows the fast path.
+
+        Raises:
+            InvalidSpec: noise is asked for, and the architecture takes none.
         """
         self.model = model
         self.device = next(model.parameters()).device
@@ -96,6 +100,11 @@ class Network:
             if ways.layers == "llama":
                 self._build_decoders()
             self.ways = ways
+        if neftune_noise_alpha is not None and self.head == "logits":
+            raise InvalidSpec(
+                f"NEFTune's noise does not reach {type(self._base).__name__}: leave neftune_noise_alpha out",
+                location="/training/neftune_noise_alpha",
+            )
         if checkpointing:
             self.checkpoint()
 
@@ -226,7 +235,7 @@ class Network:
             **inputs, position_ids=batch.position_ids, attention_mask=None, use_cache=False, **lengths
         )
         hidden: torch.Tensor = output.last_hidden_state[0, batch.predictors]
-        return hidden
+        return hidden.to(self._base.dtype)  # Mamba keeps its residuals in float32
 
     def _embed(self, batch: MicroBatch) -> torch.Tensor:
         """(1, tokens, hidden), with NEFTune's noise while training: uniform, alpha / √(length · hidden) at most."""

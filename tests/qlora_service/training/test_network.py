@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from qlora_service.errors import InvalidSpec
 from qlora_service.models.adapters import attach, detach
 from qlora_service.models.nf4 import base_fingerprint, load_base
 from qlora_service.specs import Lora, PromptTuning
@@ -348,3 +349,9 @@ def test_the_probe_leaves_the_model_as_it_was(tiny_model: Path) -> None:
         assert gradients(model) == {}
         mine.fits(100)
         assert gradients(model) == {}
+
+
+def test_noise_that_would_not_reach_the_model_is_refused(tiny_model: Path) -> None:
+    model = load(tiny_model, adapter=PromptTuning(method="prompt_tuning", num_virtual_tokens=4))
+    with pytest.raises(InvalidSpec, match="leave neftune_noise_alpha out"):
+        network(model, neftune_noise_alpha=5.0)
