@@ -107,6 +107,38 @@ def test_inline_rows_become_a_dataset_and_a_queued_job(
     assert [event.data for event in job_events(database, job.id)] == [{"status": "queued"}]
 
 
+PAIRS = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea."} for n in range(20)]
+LABELLED = [{"prompt": f"What is {n}?", "completion": f"It is {n}.", "label": n % 2 == 0} for n in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "objective", "hint"),
+    [
+        (PAIRS, "supervised", '"dpo"'),
+        (LABELLED, "supervised", '"kto"'),
+        (ROWS, "dpo", "preference"),
+        (PAIRS, "kto", '"dpo"'),
+        (LABELLED, "orpo", '"kto"'),
+    ],
+)
+def test_an_objective_that_does_not_fit_the_rows_is_refused_and_nothing_is_kept(
+    service: Service, kept: Callable[[], Any], rows: list[dict[str, Any]], objective: str, hint: str
+) -> None:
+    before = kept()
+    with pytest.raises(InvalidSpec, match=hint) as caught:
+        submit(service, dataset={"rows": rows}, objective={"type": objective})
+    assert caught.value.location == "/objective/type"
+    assert kept() == before
+
+
+@pytest.mark.parametrize(("rows", "objective"), [(PAIRS, "dpo"), (PAIRS, "orpo"), (LABELLED, "kto")])
+def test_preference_rows_are_queued_under_their_objectives(
+    service: Service, rows: list[dict[str, Any]], objective: str
+) -> None:
+    job = submit(service, dataset={"rows": rows}, objective={"type": objective}).job
+    assert (job.status, job.spec.objective.type) == (JobStatus.QUEUED, objective)
+
+
 def test_rows_of_any_language_survive(service: Service, tmp_path: Path) -> None:
     rows = [{"prompt": "你好 🌊 ", "completion": "ça va\u2028?\\n"}, {"prompt": "ñ", "completion": "\U0001f600"}]
     dataset = service.get_dataset(submit(service, dataset={"rows": rows}).job.dataset_id)
