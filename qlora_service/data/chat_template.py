@@ -86,7 +86,7 @@ class ChatTemplate:
     def _span(self, text: str, messages: Sequence[Message], index: int, tools: Sequence[Any] | None) -> Span:
         try:
             before = self._plain(messages[:index], tools, add_generation_prompt=True)
-            upto = self._plain(messages[: index + 1], tools)
+            upto = text if index + 1 == len(messages) else self._plain(messages[: index + 1], tools)
         except TemplateError:
             before, upto = "", ""
         if upto and text.startswith(upto) and upto.startswith(before) and len(before) < len(upto):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel, PrefixTuningConfig
+from peft.tuners.lora import LoraLayer
 
 from qlora_service.errors import InvalidSpec
 from qlora_service.models.adapters import checkpoint_activations, runs_alone
@@ -83,6 +84,7 @@ class Network:
         self._decoder: LlamaDecoder | None = None
         self._base_decoder: LlamaDecoder | None = None
         self._adapter_is_on = True
+        self._fused: list[torch.nn.Module] = []
         config = self._base.config.get_text_config()
         # Cohere's, Granite's and Gemma's names for what they do to logits.
         self._logit_scale = getattr(config, "logit_scale", None) or 1.0 / (
@@ -96,7 +98,7 @@ class Network:
             self.ways = self._find_ways(isolation, fast)
         else:
             if ways.fused:
-                fuse(model)
+                self._fused = fuse(model)
             if ways.layers == "llama":
                 self._build_decoders()
             self.ways = ways
@@ -134,13 +136,13 @@ class Network:
 
     @torch.no_grad()
     def evaluate(self, documents: Sequence[TokenRow], *, adapter: bool = True) -> TokenLosses:
-        """The same without dropout, noise or gradients, one document at a time.
+        """The same without dropout, noise or gradients, one document at a time, by PEFT's own layers.
 
-        In bfloat16 a document's logits depend a little on the shape of the matrix products they come from: packed, the
-        mean loss of 158 tokens moved by 3e-3 (SmolLM2-135M, AVX512-BF16). Alone, it is what anyone gets who loads the
-        published adapter and feeds it the same rows.
+        In bfloat16 a document's logits depend a little on the shape of the matrix products they come from, and on
+        whether LoRA's are made in float32, as PEFT does: packed, the mean loss of 158 tokens moved by 3e-3, fused by
+        5e-3 (SmolLM2-135M). This is what anyone gets who loads the published adapter and feeds it the same rows.
         """
-        with self._evaluating():
+        with self._evaluating(), self._unfused():
             return TokenLosses.joined([self.losses([document], adapter=adapter) for document in documents])
 
     def checkpoint(self) -> bool:
@@ -176,10 +178,10 @@ class Network:
         with self._evaluating():
             batch = collate(probe_documents(self._base)[:1], self.device)
             expected = forward(self._base, batch)
-            fused = fuse(self.model)
+            self._fused = fuse(self.model)
             if not self._close(forward(self._base, batch), expected):
-                unfuse(fused)
-                fused = []
+                unfuse(self._fused)
+                self._fused = []
             heads: tuple[Head, ...] = ("fused", "chunked")
             head: Head = next((one for one in heads if self._agrees(expected, one, "general", batch)), "logits")
             layers: Layers = "general"
@@ -187,7 +189,7 @@ class Network:
                 self._build_decoders()
                 if self._decoder is not None and self._agrees(expected, head, "llama", batch):
                     layers = "llama"
-        return Ways(isolation, bool(fused), layers, head)
+        return Ways(isolation, bool(self._fused), layers, head)
 
     def _build_decoders(self) -> None:
         self._decoder = llama_decoder(self._base)
@@ -277,6 +279,19 @@ class Network:
                 yield
         finally:
             self._decoder, self._adapter_is_on = trained, True
+
+    @contextmanager
+    def _unfused(self) -> Iterator[None]:
+        """The general path with PEFT's own LoRA layers; the other fused modules round as their own forward does."""
+        ways, self.ways = self.ways, replace(self.ways, layers="general")
+        layers = [module for module in self._fused if isinstance(module, LoraLayer)]
+        forwards = [layer.__dict__.pop("forward") for layer in layers]
+        try:
+            yield
+        finally:
+            self.ways = ways
+            for layer, fused in zip(layers, forwards, strict=True):
+                layer.__dict__["forward"] = fused
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
