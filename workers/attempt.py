@@ -143,7 +143,6 @@ def run_attempt(
     certificate = certify(measured.loss, outcome.after.loss) | {"base_reused": reused}
     return {
         "attempt": inputs.token,
-        "losses": {"before": outcome.before.loss, "after": outcome.after.loss},
         "held_out": {"before": asdict(outcome.before), "after": asdict(outcome.after)},
         "generation": scores,
         "warnings": outcome_warnings(outcome, prepared.total_steps),

@@ -36,7 +36,6 @@ from qlora_service.settings import Settings
 from qlora_service.store.database import Database, persist
 from qlora_service.store.datasets import get_dataset
 from qlora_service.store.jobs import get_job
-from workers.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from qlora_service.training.loop import EvaluationMetrics, StepMetrics
@@ -159,8 +158,6 @@ def main(job_id: str, token: int, device: str, settings: Settings) -> None:
         with database.read() as connection:
             job = get_job(connection, job_id)
             dataset = get_dataset(connection, job.dataset_id)
-        if device == "cpu":
-            keep_freed_memory()
         from workers.attempt import AttemptInputs, run_attempt
 
         inputs = AttemptInputs(

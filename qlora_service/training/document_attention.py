@@ -69,8 +69,9 @@ def _document_by_document(
     # split, not slices: under autograd every slice makes a gradient of the full size.
     for query, key, value in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         tokens = query.shape[0]
-        windowed = shape.window is not None and tokens > shape.window
-        mask = _visible(0, tokens, 0, shape.window, q.device) if windowed else None
+        mask = None
+        if shape.window is not None and tokens > shape.window:
+            mask = _in_window(0, tokens, 0, shape.window, q.device)
         output = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],
             key.transpose(0, 1)[None],
@@ -174,11 +175,11 @@ def _bias(block: _Block, window: int | None, dtype: torch.dtype) -> torch.Tensor
     """(queries, keys from `cut` on), 0 where a query sees the key and -inf where it does not."""
     if window is None:
         return _triangle(block.end - block.start, dtype)
-    visible = _visible(block.start, block.end, block.cut, window, torch.device("cpu"))
+    visible = _in_window(block.start, block.end, block.cut, window, torch.device("cpu"))
     return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
 
 
-def _visible(start: int, end: int, first: int, window: int | None, device: torch.device) -> torch.Tensor:
+def _in_window(start: int, end: int, first: int, window: int, device: torch.device) -> torch.Tensor:
     """(queries, keys), True where query start + i may look at key first + j."""
     distance = torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    return (distance >= 0) & (distance < window)

@@ -54,7 +54,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class EvaluationMetrics:
-    """The held-out examples after `step` steps; step 0 is the untouched base."""
+    """The held-out examples after `step` steps; step 0 is the adapter as it starts."""
 
     step: int
     eval_loss: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -105,22 +106,21 @@ def collate(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
     )
 
 
-def forward(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Logits (N, vocabulary) at the positions whose next token is learned.
+def isolating_arguments(model: torch.nn.Module, batch: MicroBatch) -> dict[str, Any]:
+    """What a forward pass of the model, or of its decoder, has to be given so that documents never see each other.
 
-    Documents are kept apart as `attention.isolate_documents` chose for this model: by their lengths, or by
-    transformers' own block mask. That one exists only without an attention mask and without a cache
-    (`find_packed_sequence_indices` in its masking_utils, 5.23): either of them lets documents leak into each other.
+    They are kept apart as `attention.isolate_documents` chose for this model: by their lengths, or by transformers'
+    own block mask. That one exists only without an attention mask and without a cache (`find_packed_sequence_indices`
+    in its masking_utils, 5.23): either of them lets documents leak into each other.
     """
-    implementation = getattr(model.config, "_attn_implementation", None)
-    lengths = {DOCUMENT_LENGTHS: batch.lengths} if implementation == PER_DOCUMENT else {}
-    output = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=None,
-        use_cache=False,
-        logits_to_keep=batch.predictors,
-        **lengths,
-    )
+    arguments: dict[str, Any] = {"position_ids": batch.position_ids, "attention_mask": None, "use_cache": False}
+    if getattr(model.config, "_attn_implementation", None) == PER_DOCUMENT:
+        arguments[DOCUMENT_LENGTHS] = batch.lengths
+    return arguments
+
+
+def forward(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Logits (N, vocabulary) at the positions whose next token is learned."""
+    output = model(input_ids=batch.input_ids, logits_to_keep=batch.predictors, **isolating_arguments(model, batch))
     logits: torch.Tensor = output.logits
     return logits[0]

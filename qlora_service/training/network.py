@@ -1,7 +1,7 @@
 """A model with its adapter as training sees it: documents in, the loss of each learned token out.
 
 How that is computed depends on the model, and is measured on it rather than believed: each shortcut is taken only if
-it gives the losses that the model's own forward pass gives.
+it gives the logits that the model's own forward pass gives.
 """
 
 from __future__ import annotations
@@ -17,25 +17,12 @@ from peft.tuners.lora import LoraLayer
 
 from qlora_service.errors import InvalidSpec
 from qlora_service.models.adapters import checkpoint_activations, runs_alone
-from qlora_service.training.attention import (
-    LOW_PRECISION_TOLERANCE,
-    TOLERANCE,
-    Isolation,
-    probe_documents,
-    use_own_attention,
-)
+from qlora_service.training.attention import Isolation, are_same, probe_documents, use_own_attention
 from qlora_service.training.device import free_memory_bytes
 from qlora_service.training.fused_modules import fuse, unfuse
 from qlora_service.training.head import TokenLosses, chunked_losses, fused_losses, logit_losses
 from qlora_service.training.llama_layers import LlamaDecoder, llama_decoder
-from qlora_service.training.micro_batch import (
-    DOCUMENT_LENGTHS,
-    PER_DOCUMENT,
-    MicroBatch,
-    TokenRow,
-    collate,
-    forward,
-)
+from qlora_service.training.micro_batch import MicroBatch, TokenRow, collate, forward, isolating_arguments
 
 Layers = Literal["llama", "general"]
 Head = Literal["fused", "chunked", "logits"]
@@ -179,7 +166,7 @@ class Network:
             batch = collate(probe_documents(self._base)[:1], self.device)
             expected = forward(self._base, batch)
             self._fused = fuse(self.model)
-            if not self._close(forward(self._base, batch), expected):
+            if not are_same(forward(self._base, batch), expected, self._base.dtype):
                 unfuse(self._fused)
                 self._fused = []
             heads: tuple[Head, ...] = ("fused", "chunked")
@@ -206,11 +193,7 @@ class Network:
             raise
         except (AttributeError, TypeError, ValueError, KeyError, RuntimeError):
             return False  # the architecture has no such parts
-        return self._close(logits, expected)
-
-    def _close(self, logits: torch.Tensor, expected: torch.Tensor) -> bool:
-        tolerance = TOLERANCE.get(self._base.dtype, LOW_PRECISION_TOLERANCE)
-        return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
+        return are_same(logits, expected, self._base.dtype)
 
     def _logits(self, batch: MicroBatch) -> torch.Tensor:
         """(N, vocabulary) by the model's own forward, behind the virtual tokens of a prompt method."""
@@ -231,11 +214,7 @@ class Network:
             checkpointing = self.checkpointing and torch.is_grad_enabled()
             return self._decoder(embedded, batch.position_ids, batch.lengths, batch.predictors, checkpointing)
         inputs = {"inputs_embeds": self._embed(batch)} if self._adds_noise() else {"input_ids": batch.input_ids}
-        per_document = self._base.config._attn_implementation == PER_DOCUMENT
-        lengths = {DOCUMENT_LENGTHS: batch.lengths} if per_document else {}
-        output = self._base.get_decoder()(
-            **inputs, position_ids=batch.position_ids, attention_mask=None, use_cache=False, **lengths
-        )
+        output = self._base.get_decoder()(**inputs, **isolating_arguments(self._base, batch))
         hidden: torch.Tensor = output.last_hidden_state[0, batch.predictors]
         return hidden.to(self._base.dtype)  # Mamba keeps its residuals in float32
 

@@ -25,7 +25,6 @@ from qlora_service.training.objectives import make_objective
 from qlora_service.training.row_losses import RowLosses
 from tests.benchmarks._measurement import Run, StepClock, layer_shapes, parameters, peak_rss_bytes
 from tests.benchmarks._workload import ADAPTER, SEED, TRAINING, Workload
-from workers.host_memory import keep_freed_memory
 
 Layers = Literal["fast", "general"]
 
@@ -121,5 +120,4 @@ def _train_ours(layers: Layers, work: Workload) -> tuple[PeftModel, StepRecorder
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # as a trainer on a CPU does
     print(json.dumps(asdict(measure(sys.argv[1], Workload(**json.loads(sys.argv[2]))))))  # type: ignore[arg-type]

@@ -12,7 +12,6 @@ from typing import Any
 
 from tests.benchmarks._measurement import Run
 from tests.benchmarks._workload import ROOT, Workload
-from workers.host_memory import HUGE_PAGES
 
 THREADS = 2
 ROUNDS = int(os.environ.get("QLORA_BENCH_ROUNDS", "3"))
@@ -40,8 +39,6 @@ def _run(contestant: Contestant, work: Workload, round_: int) -> Run:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    if module == "_ours":
-        environment |= HUGE_PAGES  # a trainer sets it before it imports torch, which reads it once
     # Through the lifeline: no run outlives the benchmark.
     command = [sys.executable, "-m", "qlora_service.lifeline", str(os.getpid())]
     command += ["-m", f"tests.benchmarks.{module}", setting, json.dumps(asdict(work))]

@@ -84,7 +84,7 @@ def test_the_loss_falls_and_the_certificate_holds(service: Client, trained: tupl
     job_id, _ = trained
     job = service.get(job_id)
     assert job.result is not None
-    assert job.result["losses"]["after"] < 0.5 * job.result["losses"]["before"]
+    assert job.result["held_out"]["after"]["loss"] < 0.5 * job.result["held_out"]["before"]["loss"]
     assert job.result["certificate"]["difference"] <= 1e-4
     steps = [record["step"] for record in service.metrics(job_id) if "loss" in record]
     assert steps == list(range(1, 9))
