@@ -1,11 +1,13 @@
 """What a job is and which way it may go. Pure: no clock, no storage.
 
-   ┌──────── lost, preempted ────────┐
-   ▼                                 │
-queued ──── claim ────▶ running ─────┤
-   │                       │         ├──▶ succeeded
-   │                       │         ├──▶ failed
-   └───── cancel ──────────┴─────────┴──▶ cancelled
+   ┌───── resume ────── paused ◀─── pause, disk full ───┐
+   ▼                      ▲                             │
+queued ────── pause ──────┘                             │
+   │ ▲                                                  │
+   │ └───── worker lost or stopped, preempted ──────┐   │
+   ├──────────────────── claim ─────────────────▶ running ──▶ succeeded | failed
+   │                                                │
+   └──── cancel (also of a paused job) ─────────────┴───────▶ cancelled
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from qlora_service.specs import JobSpec
 class JobStatus(StrEnum):
     QUEUED = "queued"
     RUNNING = "running"
+    PAUSED = "paused"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -31,23 +34,42 @@ class JobStatus(StrEnum):
 
 
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
-    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.CANCELLED}),
-    JobStatus.RUNNING: frozenset({JobStatus.QUEUED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}),
+    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.CANCELLED}),
+    JobStatus.RUNNING: frozenset(
+        {JobStatus.QUEUED, JobStatus.PAUSED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}
+    ),
+    JobStatus.PAUSED: frozenset({JobStatus.QUEUED, JobStatus.CANCELLED}),
     JobStatus.SUCCEEDED: frozenset(),
     JobStatus.FAILED: frozenset(),
     JobStatus.CANCELLED: frozenset(),
 }
 
 
+class StopRequest(StrEnum):
+    """What a running attempt is asked to do at its next step boundary."""
+
+    CANCEL = "cancel"
+    PAUSE = "pause"
+    PREEMPT = "preempt"  # a more urgent job waits: back to the queue
+
+
+class HoldReason(StrEnum):
+    """Why a paused job waits; `hold.reason`."""
+
+    USER = "user"  # until somebody resumes it
+    DISK_FULL = "disk_full"  # until there is room: it is resumed by itself
+
+
 class FailureReason(StrEnum):
     """Why a job failed; `error.details.reason` of a failed job."""
 
     INVALID_INPUT = "invalid_input"  # the rows or the model turned out unusable
-    OUT_OF_MEMORY = "out_of_memory"  # the device's memory, or the host's
+    OUT_OF_MEMORY = "out_of_memory"  # the device's memory, with the smallest micro-batch there is
+    HOST_OUT_OF_MEMORY = "host_out_of_memory"  # the kernel killed the trainer, because the host's memory ran out
     DEVICE_UNAVAILABLE = "device_unavailable"  # the slot's GPU is there, but torch cannot use it
     NOT_FINITE = "not_finite"  # the loss or a gradient became NaN or infinite
     CERTIFICATE = "certificate"  # the published adapter did not give the trained one's loss
-    TRAINER_DIED = "trainer_died"  # the process ended by a signal or an exit code of its own
+    TRAINER_DIED = "trainer_died"  # attempts kept ending without an outcome, and without getting further
     INTERNAL = "internal"  # a defect in the service
 
 
@@ -57,6 +79,8 @@ class Job:
 
     id: str
     status: JobStatus
+    owner: str
+    """Whose quota it counts for."""
     spec: JobSpec
     dataset_id: str
     base_weights_sha256: str
@@ -66,8 +90,16 @@ class Job:
     finished_at: datetime | None
     attempt: int
     """Claims so far; the number of the running claim is its fencing token."""
-    cancel_requested: bool
+    stop_request: StopRequest | None
+    hold: dict[str, Any] | None
+    """Why a paused job waits: `reason`, `message`, and of a full disk `needs_bytes`."""
+    plan: dict[str, Any] | None
+    """What the first attempt chose for this machine; later attempts take it over."""
     step: int
+    checkpoint_step: int
+    """Steps that a lost attempt would not have to do again."""
+    deaths: list[dict[str, Any]]
+    """How attempts ended without an outcome since the job last got further."""
     total_steps: int | None
     eta_s: float | None
     """Seconds until the end, from the speed so far."""

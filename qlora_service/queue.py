@@ -6,22 +6,27 @@ The token is the attempt's number: each claim adds one, so an older claim's writ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 from pydantic import ValidationError
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Row
 
 from qlora_service.errors import ClaimLost, Conflict, JobFailed
-from qlora_service.jobs import FailureReason, Job, JobStatus
+from qlora_service.jobs import FailureReason, HoldReason, Job, JobStatus, StopRequest
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import append_event, get_job, job_from_row
+from qlora_service.store.lease_clock import LeaseClock, lease_clock
 from qlora_service.store.tables import jobs
 
 Clock = Callable[[], datetime]
+
+MAX_DEATHS = 3
+"""Attempts that may end without an outcome before a job that gets no further is failed."""
+CLAIM_LOCK = 0x716C6F7261  # "qlora", for pg_advisory_xact_lock
 
 
 def utc_now() -> datetime:
@@ -50,43 +55,54 @@ class Progress:
     total_steps: int | None = None
     eta_s: float | None = None
     metrics: dict[str, Any] | None = None
+    plan: dict[str, Any] | None = None
+    checkpoint_step: int | None = None
+    """Steps that are now durable: the job got further, so earlier deaths no longer count."""
 
 
 class Queue:
-    def __init__(self, database: Database, *, lease_s: float, clock: Clock = utc_now) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        lease_s: float,
+        clock: Clock = utc_now,
+        leases: LeaseClock = lease_clock,
+        max_running: int | None = None,
+        max_deaths: int = MAX_DEATHS,
+    ) -> None:
+        """`max_running` is how many jobs of one owner may run at a time."""
         self._database = database
-        self._lease = timedelta(seconds=lease_s)
+        self._lease_s = lease_s
         self._clock = clock
+        self._leases = leases
+        self._max_running = max_running
+        self._max_deaths = max_deaths
+
+    # --- by workers
 
     def claim(self, worker: str) -> tuple[Claim, Job] | None:
         """The most urgent queued job, now running under a new token; None when nothing is queued."""
         now = self._clock()
-        head = (
-            sa.select(jobs.c.id)
-            .where(jobs.c.status == JobStatus.QUEUED)
-            .order_by(jobs.c.priority.desc(), jobs.c.id)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-            .scalar_subquery()
-        )
-        statement = (
-            sa.update(jobs)
-            .where(jobs.c.id == head, jobs.c.status == JobStatus.QUEUED)
-            .values(
-                status=JobStatus.RUNNING,
-                attempt=jobs.c.attempt + 1,
-                worker=worker,
-                lease_expires_at=now + self._lease,
-                started_at=sa.func.coalesce(jobs.c.started_at, sa.bindparam("now", now, jobs.c.started_at.type)),
-                step=0,
-                total_steps=None,
-                eta_s=None,
-                phase="starting",
-                metrics={},
-            )
-            .returning(jobs)
-        )
         with self._database.write() as connection:
+            head = self._head(connection).with_for_update(skip_locked=True).scalar_subquery()
+            statement = (
+                sa.update(jobs)
+                .where(jobs.c.id == head, jobs.c.status == JobStatus.QUEUED)
+                .values(
+                    status=JobStatus.RUNNING,
+                    attempt=jobs.c.attempt + 1,
+                    worker=worker,
+                    started_at=sa.func.coalesce(jobs.c.started_at, sa.bindparam("now", now, jobs.c.started_at.type)),
+                    step=jobs.c.checkpoint_step,
+                    total_steps=None,
+                    eta_s=None,
+                    phase="starting",
+                    metrics={},
+                    **self._renewed(connection),
+                )
+                .returning(jobs)
+            )
             row = connection.execute(statement).one_or_none()
             if row is None:
                 return None
@@ -94,85 +110,183 @@ class Queue:
                 job = job_from_row(row)
             except ValidationError as error:
                 # Left in the queue, it would be claimed and dropped for ever.
-                self._fail_unreadable(connection, row.id, now, error)
+                self._end(connection, row.id, JobStatus.FAILED, error=_unreadable(row.id, error))
                 return None
             data = {"status": JobStatus.RUNNING, "attempt": job.attempt, "worker": worker}
             append_event(connection, job.id, now, "status", data)
             return Claim(job.id, job.attempt), job
 
-    def renew(self, claim: Claim) -> bool:
-        """Extend the lease; True when the attempt should stop because a cancel was requested.
+    def renew(self, claim: Claim) -> StopRequest | None:
+        """Extend the lease; what the attempt is asked to do at its next step boundary.
 
         Raises:
             ClaimLost: a newer claim owns the job, or it is no longer running.
         """
         with self._database.write() as connection:
-            return self._fenced(connection, claim, {})
+            return _stop_request(self._fenced(connection, claim, self._renewed(connection)))
 
-    def report(self, claim: Claim, progress: Progress, event: tuple[str, dict[str, Any]] | None = None) -> bool:
+    def report(
+        self, claim: Claim, progress: Progress, event: tuple[str, dict[str, Any]] | None = None
+    ) -> StopRequest | None:
         """Store progress and, with it, an event; renews the lease. Answers and raises as `renew` does."""
         values = {key: value for key, value in vars(progress).items() if value is not None}
+        if progress.checkpoint_step is not None:
+            values["deaths"] = []
         with self._database.write() as connection:
-            cancel = self._fenced(connection, claim, values)
+            row = self._fenced(connection, claim, values | self._renewed(connection))
             if event is not None:
                 append_event(connection, claim.job_id, self._clock(), *event)
-            return cancel
+            return _stop_request(row)
 
     def succeed(self, claim: Claim, result: dict[str, Any]) -> None:
-        self._finish(claim, JobStatus.SUCCEEDED, {"result": result, "eta_s": 0.0})
+        with self._database.write() as connection:
+            self._fenced(connection, claim, {"result": result})
+            self._end(connection, claim.job_id, JobStatus.SUCCEEDED, eta_s=0.0)
 
     def fail(self, claim: Claim, error: dict[str, Any]) -> None:
-        self._finish(claim, JobStatus.FAILED, {"error": error, "eta_s": None})
+        with self._database.write() as connection:
+            self._fenced(connection, claim, {})
+            self._end(connection, claim.job_id, JobStatus.FAILED, error=error)
 
     def cancelled(self, claim: Claim) -> None:
-        self._finish(claim, JobStatus.CANCELLED, {"eta_s": None})
+        with self._database.write() as connection:
+            self._fenced(connection, claim, {})
+            self._end(connection, claim.job_id, JobStatus.CANCELLED)
+
+    def pause(self, claim: Claim, hold: dict[str, Any]) -> None:
+        """Take a running job off its worker until it is resumed; `hold` says why, with a `reason` of `HoldReason`."""
+        with self._database.write() as connection:
+            row = self._fenced(connection, claim, {})
+            if _stop_request(row) is StopRequest.CANCEL:
+                self._end(connection, claim.job_id, JobStatus.CANCELLED)
+            else:
+                self._hold(connection, claim.job_id, hold)
 
     def release(self, claim: Claim, why: str) -> None:
-        """Give a running job back to the queue, to be claimed again from the start."""
+        """Give a running job back to the queue, to be claimed again."""
         with self._database.write() as connection:
-            cancel = self._fenced(connection, claim, _REQUEUED)
-            self._after_requeue(connection, claim.job_id, cancel, why)
+            self._requeue(connection, self._fenced(connection, claim, {}), why)
+
+    def died(self, claim: Claim, cause: dict[str, Any]) -> JobStatus:
+        """Note that the attempt ended without an outcome, by `cause` (with a `message`); the job's status from now on.
+
+        It goes back to the queue, unless too many attempts in a row died without getting further.
+        """
+        with self._database.write() as connection:
+            return self._bury(connection, self._fenced(connection, claim, {}), cause)
 
     def requeue_lost(self) -> list[str]:
         """Return jobs whose lease has expired to the queue; their ids."""
-        now = self._clock()
-        lost = (
-            sa.update(jobs)
-            .where(jobs.c.status == JobStatus.RUNNING, jobs.c.lease_expires_at < now)
-            .values(_REQUEUED)
-            .returning(jobs.c.id, jobs.c.cancel_requested)
-        )
         with self._database.write() as connection:
-            rows = connection.execute(lost).all()
-            for job_id, cancel in rows:
-                self._after_requeue(connection, job_id, cancel, "its worker did not renew the claim")
-            return [job_id for job_id, _ in rows]
+            name, now = self._leases(connection)
+            expired = sa.or_(jobs.c.lease_clock.is_distinct_from(name), jobs.c.lease_until < now)
+            return self._bury_all(connection, expired, "its worker did not renew the claim")
 
-    def request_cancel(self, job_id: str) -> Job:
-        """Cancel at once if queued, at the next step boundary if running; the job as it is then.
+    def requeue_of(self, worker: str) -> list[str]:
+        """Return the jobs of a worker that is known to be gone to the queue; their ids."""
+        with self._database.write() as connection:
+            return self._bury_all(connection, jobs.c.worker == worker, "its worker was killed")
+
+    def preempt(self, workers: Collection[str]) -> str | None:
+        """Ask the least urgent job of `workers` to make room, if a more urgent one is queued; its id.
+
+        One at a time: while one of theirs is stopping, for whatever reason, a slot will be free.
+        """
+        mine = (jobs.c.status == JobStatus.RUNNING, jobs.c.worker.in_(workers))
+        with self._database.write() as connection:
+            running = connection.execute(
+                sa.select(jobs.c.id, jobs.c.priority, jobs.c.stop_request)
+                .where(*mine)
+                .order_by(jobs.c.priority, jobs.c.id.desc())
+            ).all()
+            urgent = connection.execute(
+                sa.select(jobs.c.priority).where(jobs.c.id == self._head(connection).scalar_subquery())
+            ).scalar_one_or_none()
+            if not running or urgent is None or any(row.stop_request for row in running):
+                return None
+            if running[0].priority >= urgent:
+                return None
+            victim: str = running[0].id
+            job = get_job(connection, victim, lock=True)
+            if job.status is not JobStatus.RUNNING or job.stop_request is not None:
+                return None
+            self._ask(connection, victim, StopRequest.PREEMPT, "a more urgent job waits: it will make room")
+            return victim
+
+    def resume_held(self, free_bytes: int) -> list[str]:
+        """Queue the jobs again that waited for room on the disk, as far as there is room now; their ids."""
+        query = sa.select(jobs.c.id, jobs.c.hold).where(jobs.c.status == JobStatus.PAUSED).with_for_update()
+        with self._database.write() as connection:
+            held = [row for row in connection.execute(query) if row.hold["reason"] == HoldReason.DISK_FULL]
+            ready = [row.id for row in held if row.hold.get("needs_bytes", 0) <= free_bytes]
+            for job_id in ready:
+                self._enqueue(connection, job_id, "there is room on the disk again")
+            return ready
+
+    # --- by users
+
+    def request_cancel(self, connection: Connection, job_id: str) -> Job:
+        """Cancel at once, or a running job at its next step boundary; the job as it is then.
 
         Raises:
             NotFound: no such job.
             Conflict: it has ended otherwise.
         """
-        now = self._clock()
-        with self._database.write() as connection:
-            job = get_job(connection, job_id)
-            if job.status is JobStatus.QUEUED:
-                self._cancel_queued(connection, job_id, now)
-            elif job.status is JobStatus.RUNNING:
-                if not job.cancel_requested:
-                    connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(cancel_requested=True))
-                    append_event(connection, job_id, now, "log", {"message": "cancel requested"})
-            elif job.status is not JobStatus.CANCELLED:
-                raise Conflict(f"job {job_id} has {job.status} already: there is nothing left to cancel")
-            return get_job(connection, job_id)
+        job = get_job(connection, job_id, lock=True)
+        if job.status is JobStatus.RUNNING:
+            if job.stop_request is not StopRequest.CANCEL:
+                self._ask(connection, job_id, StopRequest.CANCEL, "cancel requested")
+        elif not job.status.terminal:
+            self._end(connection, job_id, JobStatus.CANCELLED)
+        elif job.status is not JobStatus.CANCELLED:
+            raise Conflict(f"job {job_id} has {job.status} already: there is nothing left to cancel")
+        return get_job(connection, job_id)
 
-    def cancel_requested(self, claim: Claim) -> bool:
-        """Whether the claimed job is to be cancelled."""
-        query = sa.select(jobs.c.cancel_requested).where(jobs.c.id == claim.job_id, jobs.c.attempt == claim.token)
+    def request_pause(self, connection: Connection, job_id: str) -> Job:
+        """Pause at once if queued, at the next step boundary if running; the job as it is then.
+
+        Raises:
+            NotFound: no such job.
+            Conflict: it has ended, or is being cancelled.
+        """
+        job = get_job(connection, job_id, lock=True)
+        if job.status.terminal or job.stop_request is StopRequest.CANCEL:
+            state = "is being cancelled" if job.stop_request else f"is {job.status} already"
+            raise Conflict(f"job {job_id} {state}: there is nothing left to pause")
+        if job.status is JobStatus.RUNNING:
+            if job.stop_request is not StopRequest.PAUSE:
+                self._ask(connection, job_id, StopRequest.PAUSE, "pause requested")
+        elif job.hold is None or job.hold["reason"] != HoldReason.USER:
+            self._hold(connection, job_id, USER_HOLD)
+        return get_job(connection, job_id)
+
+    def resume(self, connection: Connection, job_id: str) -> Job:
+        """Put a paused job back into the queue, or take back a pause that was asked for; the job as it is then.
+
+        Raises:
+            NotFound: no such job.
+            Conflict: it has ended, or is being cancelled.
+        """
+        job = get_job(connection, job_id, lock=True)
+        if job.status.terminal or job.stop_request is StopRequest.CANCEL:
+            state = "is being cancelled" if job.stop_request else f"is {job.status} already"
+            raise Conflict(f"job {job_id} {state}: there is nothing left to resume")
+        if job.status is JobStatus.PAUSED:
+            self._enqueue(connection, job_id, "resumed")
+        elif job.stop_request is StopRequest.PAUSE:
+            self._ask(connection, job_id, None, "pause taken back")
+        return get_job(connection, job_id)
+
+    # --- looking
+
+    def stop_request(self, claim: Claim) -> StopRequest | None:
+        """What the claimed job was asked to do. Raises: ClaimLost."""
+        query = sa.select(jobs.c.stop_request).where(*_owned(claim))
         with self._database.read() as connection:
-            return bool(connection.execute(query).scalar_one_or_none())
+            row = connection.execute(query).one_or_none()
+        if row is None:
+            raise _lost(claim)
+        return _stop_request(row)
 
     def is_running(self, claim: Claim) -> bool:
         """Whether the claim still owns its job."""
@@ -180,56 +294,93 @@ class Queue:
         with self._database.read() as connection:
             return connection.execute(query).one_or_none() is not None
 
-    def _fail_unreadable(self, connection: Connection, job_id: str, now: datetime, error: ValidationError) -> None:
-        failure = JobFailed(
-            f"the stored configuration of job {job_id} is not one that this version understands: post it again "
-            f"({error.error_count()} faults)",
-            reason=FailureReason.INVALID_INPUT,
-        ).as_dict()
-        values = {"status": JobStatus.FAILED, "finished_at": now, "phase": None, "lease_expires_at": None}
-        connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(error=failure, **values))
-        append_event(connection, job_id, now, "status", {"status": JobStatus.FAILED, "error": failure})
+    # --- inside
 
-    def _finish(self, claim: Claim, status: JobStatus, values: dict[str, Any]) -> None:
-        now = self._clock()
-        with self._database.write() as connection:
-            ended = {"status": status, "finished_at": now, "phase": None, "lease_expires_at": None}
-            self._fenced(connection, claim, {**values, **ended})
-            append_event(connection, claim.job_id, now, "status", {"status": status, **_public(values)})
+    def _head(self, connection: Connection) -> sa.Select[tuple[str]]:
+        """The id of the queued job that is next: the most urgent, then the oldest, whose owner may run one more."""
+        query = sa.select(jobs.c.id).where(jobs.c.status == JobStatus.QUEUED)
+        if self._max_running is not None:
+            if connection.dialect.name == "postgresql":
+                # Two claims at once would count the same running jobs.
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(CLAIM_LOCK)))
+            other = jobs.alias()
+            running = sa.select(sa.func.count()).where(
+                other.c.status == JobStatus.RUNNING, other.c.owner == jobs.c.owner
+            )
+            query = query.where(running.scalar_subquery() < self._max_running)
+        return query.order_by(jobs.c.priority.desc(), jobs.c.id).limit(1)
 
-    def _fenced(self, connection: Connection, claim: Claim, values: dict[str, Any]) -> bool:
-        """Update the claimed row; returns its cancel flag. Raises: ClaimLost."""
-        statement = (
-            sa.update(jobs)
-            .where(*_owned(claim))
-            .values({"lease_expires_at": self._clock() + self._lease, **values})
-            .returning(jobs.c.cancel_requested)
-        )
+    def _renewed(self, connection: Connection) -> dict[str, Any]:
+        name, now = self._leases(connection)
+        return {"lease_clock": name, "lease_until": now + self._lease_s}
+
+    def _fenced(self, connection: Connection, claim: Claim, values: dict[str, Any]) -> Row[Any]:
+        """The claimed row after updating it; other writers wait for this transaction. Raises: ClaimLost."""
+        statement = sa.update(jobs).where(*_owned(claim)).values({"attempt": claim.token, **values}).returning(jobs)
         row = connection.execute(statement).one_or_none()
         if row is None:
-            raise ClaimLost(f"attempt {claim.token} of job {claim.job_id} no longer owns it: nothing was written")
-        return bool(row.cancel_requested)
+            raise _lost(claim)
+        return row
 
-    def _after_requeue(self, connection: Connection, job_id: str, cancel: bool, why: str) -> None:
-        now = self._clock()
-        append_event(connection, job_id, now, "status", {"status": JobStatus.QUEUED, "reason": why})
-        if cancel:
-            self._cancel_queued(connection, job_id, now)
+    def _bury_all(self, connection: Connection, condition: sa.ColumnElement[bool], why: str) -> list[str]:
+        query = sa.select(jobs).where(jobs.c.status == JobStatus.RUNNING, condition).with_for_update(skip_locked=True)
+        rows = connection.execute(query).all()
+        for row in rows:
+            self._bury(connection, row, {"message": why})
+        return [row.id for row in rows]
 
-    def _cancel_queued(self, connection: Connection, job_id: str, now: datetime) -> None:
-        values = {"status": JobStatus.CANCELLED, "finished_at": now}
+    def _bury(self, connection: Connection, row: Row[Any], cause: dict[str, Any]) -> JobStatus:
+        deaths = [*row.deaths, {"attempt": row.attempt, "step": row.step, "phase": row.phase, **cause}]
+        if len(deaths) < self._max_deaths or row.stop_request in (StopRequest.CANCEL, StopRequest.PAUSE):
+            return self._requeue(connection, row, cause["message"], deaths=deaths)
+        self._end(connection, row.id, JobStatus.FAILED, error=_poisoned(deaths), deaths=deaths)
+        return JobStatus.FAILED
+
+    def _requeue(self, connection: Connection, row: Row[Any], why: str, **values: Any) -> JobStatus:
+        """Into the queue, or where its user wants the job instead; which it was."""
+        if row.stop_request == StopRequest.CANCEL:
+            self._end(connection, row.id, JobStatus.CANCELLED, **values)
+            return JobStatus.CANCELLED
+        if row.stop_request == StopRequest.PAUSE:
+            self._hold(connection, row.id, USER_HOLD, **values)
+            return JobStatus.PAUSED
+        self._enqueue(connection, row.id, why, **values)
+        return JobStatus.QUEUED
+
+    def _enqueue(self, connection: Connection, job_id: str, why: str, **values: Any) -> None:
+        self._move(connection, job_id, JobStatus.QUEUED, {"reason": why}, step=jobs.c.checkpoint_step, **values)
+
+    def _hold(self, connection: Connection, job_id: str, hold: dict[str, Any], **values: Any) -> None:
+        step = jobs.c.checkpoint_step
+        self._move(connection, job_id, JobStatus.PAUSED, {"hold": hold}, step=step, hold=hold, **values)
+
+    def _end(self, connection: Connection, job_id: str, status: JobStatus, **values: Any) -> None:
+        told = {"error": values["error"]} if "error" in values else {}
+        self._move(connection, job_id, status, told, finished_at=self._clock(), **values)
+
+    def _move(
+        self, connection: Connection, job_id: str, status: JobStatus, told: dict[str, Any], **values: Any
+    ) -> None:
+        """Give a job that nobody runs any more its new status, and tell it as an event with `told`."""
+        values = {**_NOT_RUNNING, "status": status, **values}
         connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(values))
-        append_event(connection, job_id, now, "status", {"status": JobStatus.CANCELLED})
+        append_event(connection, job_id, self._clock(), "status", {"status": status, **told})
+
+    def _ask(self, connection: Connection, job_id: str, what: StopRequest | None, message: str) -> None:
+        connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(stop_request=what))
+        append_event(connection, job_id, self._clock(), "log", {"message": message})
 
 
-_REQUEUED: dict[str, Any] = {
-    "status": JobStatus.QUEUED,
+USER_HOLD = {"reason": HoldReason.USER, "message": "paused until it is resumed"}
+
+_NOT_RUNNING: dict[str, Any] = {
     "worker": None,
-    "lease_expires_at": None,
+    "lease_until": None,
+    "lease_clock": None,
+    "stop_request": None,
+    "hold": None,
     "phase": None,
-    "step": 0,
     "eta_s": None,
-    "metrics": {},
 }
 
 
@@ -237,5 +388,26 @@ def _owned(claim: Claim) -> tuple[sa.ColumnElement[bool], ...]:
     return jobs.c.id == claim.job_id, jobs.c.attempt == claim.token, jobs.c.status == JobStatus.RUNNING
 
 
-def _public(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key == "error"}
+def _lost(claim: Claim) -> ClaimLost:
+    return ClaimLost(f"attempt {claim.token} of job {claim.job_id} no longer owns it: nothing was written")
+
+
+def _stop_request(row: Row[Any]) -> StopRequest | None:
+    return None if row.stop_request is None else StopRequest(row.stop_request)
+
+
+def _unreadable(job_id: str, error: ValidationError) -> dict[str, Any]:
+    return JobFailed(
+        f"the stored configuration of job {job_id} is not one that this version understands: post it again "
+        f"({error.error_count()} faults)",
+        reason=FailureReason.INVALID_INPUT,
+    ).as_dict()
+
+
+def _poisoned(deaths: list[dict[str, Any]]) -> dict[str, Any]:
+    """The failure of a job whose attempts kept dying, by their common reason if they have one."""
+    causes = "; ".join(f"attempt {death['attempt']}: {death['message']}" for death in deaths)
+    reasons = {death.get("reason", FailureReason.TRAINER_DIED) for death in deaths}
+    reason = reasons.pop() if len(reasons) == 1 else FailureReason.TRAINER_DIED
+    message = f"{len(deaths)} attempts in a row died without getting further. {causes}"
+    return JobFailed(message, reason=reason, deaths=deaths).as_dict()

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from qlora_service.errors import NotFound
-from qlora_service.jobs import Job, JobEvent, JobStatus
+from qlora_service.jobs import Job, JobEvent, JobStatus, StopRequest
 from qlora_service.specs import JobSpec
 from qlora_service.store.tables import events, jobs
 
@@ -34,9 +34,10 @@ def insert_job(
     append_event(connection, job_id, now, "status", {"status": JobStatus.QUEUED})
 
 
-def get_job(connection: Connection, job_id: str) -> Job:
-    """Raises: NotFound."""
-    row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one_or_none()
+def get_job(connection: Connection, job_id: str, *, lock: bool = False) -> Job:
+    """The job; with `lock`, nobody else changes it before the transaction ends. Raises: NotFound."""
+    query = sa.select(jobs).where(jobs.c.id == job_id)
+    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
     if row is None:
         raise NotFound(f"there is no job {job_id!r}; GET /jobs lists them", location="job_id")
     return job_from_row(row)
@@ -72,6 +73,10 @@ def count_ahead(connection: Connection, job: Job) -> int:
 
 
 def append_event(connection: Connection, job_id: str, now: datetime, type_: str, data: dict[str, Any]) -> None:
+    """Add an event to a job whose row this transaction has written or locked.
+
+    So a job's events are numbered in the order of their commits, and a reader that has seen one missed none before it.
+    """
     connection.execute(events.insert().values(job_id=job_id, at=now, type=type_, data=data))
 
 
@@ -94,6 +99,7 @@ def job_from_row(row: Row[Any]) -> Job:
     return Job(
         id=row.id,
         status=JobStatus(row.status),
+        owner=row.owner,
         # A spec that was stored by an older version may have fields that are gone.
         spec=JobSpec.model_validate(row.spec, extra="ignore"),
         base_weights_sha256=row.base_weights_sha256,
@@ -102,7 +108,11 @@ def job_from_row(row: Row[Any]) -> Job:
         started_at=row.started_at,
         finished_at=row.finished_at,
         attempt=row.attempt,
-        cancel_requested=row.cancel_requested,
+        stop_request=None if row.stop_request is None else StopRequest(row.stop_request),
+        hold=row.hold,
+        plan=row.plan,
+        checkpoint_step=row.checkpoint_step,
+        deaths=row.deaths,
         step=row.step,
         total_steps=row.total_steps,
         eta_s=row.eta_s,

@@ -8,7 +8,6 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     BigInteger,
-    Boolean,
     Column,
     DateTime,
     Float,
@@ -81,6 +80,7 @@ jobs = Table(
     metadata,
     Column("id", String(40), primary_key=True),
     Column("status", String(16), nullable=False),
+    Column("owner", String(40), nullable=False, server_default="local"),
     Column("spec", JSON, nullable=False),
     Column("base_model", String(200), nullable=False),
     Column("base_weights_sha256", String(64), nullable=False),
@@ -91,8 +91,14 @@ jobs = Table(
     Column("finished_at", UtcDateTime),
     Column("attempt", Integer, nullable=False, default=0),
     Column("worker", String(200)),
-    Column("lease_expires_at", UtcDateTime),
-    Column("cancel_requested", Boolean, nullable=False, default=False),
+    # Seconds of the clock that `lease_clock` names; see store/lease_clock.py.
+    Column("lease_until", Float),
+    Column("lease_clock", String(64)),
+    Column("stop_request", String(16)),
+    Column("hold", JSON(none_as_null=True)),
+    Column("deaths", JSON, nullable=False, server_default="[]"),
+    Column("plan", JSON(none_as_null=True)),
+    Column("checkpoint_step", Integer, nullable=False, server_default="0"),
     Column("phase", String(32)),
     Column("step", Integer, nullable=False, default=0),
     Column("total_steps", Integer),
@@ -113,4 +119,16 @@ events = Table(
     Column("data", JSON, nullable=False),
     Index(None, "job_id", "seq"),
     sqlite_autoincrement=True,
+)
+
+# Answers to requests that carried an Idempotency-Key, each written with what the request wrote.
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("owner", String(40), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("fingerprint", String(64), nullable=False),
+    Column("answer", JSON, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Index(None, "created_at"),
 )

@@ -1,15 +1,19 @@
 import itertools
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
 from qlora_service.errors import ClaimLost, Conflict, NotFound
-from qlora_service.jobs import TRANSITIONS, Job, JobStatus
+from qlora_service.jobs import TRANSITIONS, FailureReason, HoldReason, Job, JobStatus, StopRequest
 from qlora_service.queue import Claim, Progress, Queue
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import get_job
+from qlora_service.store.tables import jobs
 from tests.control_plane import (
     LEASE_S,
     START,
@@ -21,6 +25,7 @@ from tests.control_plane import (
     stored_rows,
 )
 
+DISK_FULL = {"reason": HoldReason.DISK_FULL, "message": "no space left", "needs_bytes": 1000}
 ERROR = {"code": "job_failed", "message": "it died"}
 
 # Every write of a running attempt.
@@ -31,6 +36,8 @@ VERBS: dict[str, Callable[[Queue, Claim], object]] = {
     "fail": lambda queue, claim: queue.fail(claim, ERROR),
     "cancelled": lambda queue, claim: queue.cancelled(claim),
     "release": lambda queue, claim: queue.release(claim, "the worker was stopped"),
+    "pause": lambda queue, claim: queue.pause(claim, DISK_FULL),
+    "died": lambda queue, claim: queue.died(claim, {"message": "it was killed"}),
 }
 
 OUTCOMES = {
@@ -38,6 +45,8 @@ OUTCOMES = {
     "fail": JobStatus.FAILED,
     "cancelled": JobStatus.CANCELLED,
     "release": JobStatus.QUEUED,
+    "pause": JobStatus.PAUSED,
+    "died": JobStatus.QUEUED,
 }
 
 CLAIM_ALL = """
@@ -54,6 +63,15 @@ def work(url):
         done.append(claim.job_id)
     return done
 """
+
+
+Ask = Callable[[Connection, str], Job]
+
+
+def ask(database: Database, verb: Ask, job_id: str) -> Job:
+    """What a user wants, in a transaction of its own."""
+    with database.write() as connection:
+        return verb(connection, job_id)
 
 
 def claim_next(queue: Queue) -> Claim:
@@ -249,10 +267,10 @@ def test_ended_job_is_never_claimed_requeued_or_cancelled(
     assert queue.claim("host:1:0") is None
     assert queue.requeue_lost() == []
     if verb == "cancelled":
-        assert queue.request_cancel(job_id).status is JobStatus.CANCELLED
+        assert ask(database, queue.request_cancel, job_id).status is JobStatus.CANCELLED
     else:
         with pytest.raises(Conflict, match="nothing left to cancel"):
-            queue.request_cancel(job_id)
+            ask(database, queue.request_cancel, job_id)
     assert stored_rows(database) == before
 
 
@@ -280,7 +298,7 @@ def test_sign_of_life_extends_the_lease(queue: Queue, database: Database, clock:
     claim = claim_next(queue)
     for _ in range(4):
         clock.advance(LEASE_S - 1)
-        assert VERBS[verb](queue, claim) is False
+        assert VERBS[verb](queue, claim) is None
         assert queue.requeue_lost() == []
 
 
@@ -311,7 +329,7 @@ def test_cancelled_queued_job_ends_at_once_and_is_never_claimed(
 ) -> None:
     job_id = add_job(database)
     clock.advance(1)
-    job = queue.request_cancel(job_id)
+    job = ask(database, queue.request_cancel, job_id)
     assert (job.status, job.finished_at) == (JobStatus.CANCELLED, clock.now)
     assert queue.claim("host:1:0") is None
     assert status_history(database, job_id) == ["queued", "cancelled"]
@@ -320,10 +338,10 @@ def test_cancelled_queued_job_ends_at_once_and_is_never_claimed(
 def test_running_job_hears_of_the_cancel_at_its_next_sign_of_life(queue: Queue, database: Database) -> None:
     job_id = add_job(database)
     claim = claim_next(queue)
-    job = queue.request_cancel(job_id)
-    assert (job.status, job.cancel_requested) == (JobStatus.RUNNING, True)
-    assert queue.renew(claim) is True
-    assert queue.report(claim, Progress(step=1)) is True
+    job = ask(database, queue.request_cancel, job_id)
+    assert (job.status, job.stop_request) == (JobStatus.RUNNING, StopRequest.CANCEL)
+    assert queue.renew(claim) is StopRequest.CANCEL
+    assert queue.report(claim, Progress(step=1)) is StopRequest.CANCEL
     queue.cancelled(claim)
     assert status_history(database, job_id) == ["queued", "running", "cancelled"]
 
@@ -331,9 +349,9 @@ def test_running_job_hears_of_the_cancel_at_its_next_sign_of_life(queue: Queue, 
 def test_cancel_asked_twice_is_told_once(queue: Queue, database: Database) -> None:
     job_id = add_job(database)
     claim_next(queue)
-    queue.request_cancel(job_id)
+    ask(database, queue.request_cancel, job_id)
     before = stored_rows(database)
-    assert queue.request_cancel(job_id).cancel_requested
+    assert ask(database, queue.request_cancel, job_id).stop_request is StopRequest.CANCEL
     assert stored_rows(database) == before
     assert [event.data for event in job_events(database, job_id) if event.type == "log"] == [
         {"message": "cancel requested"}
@@ -343,7 +361,7 @@ def test_cancel_asked_twice_is_told_once(queue: Queue, database: Database) -> No
 def test_job_that_finishes_before_it_hears_of_the_cancel_has_succeeded(queue: Queue, database: Database) -> None:
     job_id = add_job(database)
     claim = claim_next(queue)
-    queue.request_cancel(job_id)
+    ask(database, queue.request_cancel, job_id)
     queue.succeed(claim, {"attempt": 1})
     assert job_of(database, job_id).status is JobStatus.SUCCEEDED
 
@@ -354,7 +372,7 @@ def test_job_to_be_cancelled_does_not_go_back_to_the_queue(
 ) -> None:
     job_id = add_job(database)
     claim = claim_next(queue)
-    queue.request_cancel(job_id)
+    ask(database, queue.request_cancel, job_id)
     if how == "lost":
         clock.advance(LEASE_S + 1)
         queue.requeue_lost()
@@ -362,12 +380,12 @@ def test_job_to_be_cancelled_does_not_go_back_to_the_queue(
         queue.release(claim, "the worker was stopped")
     assert job_of(database, job_id).finished_at == clock.now
     assert queue.claim("host:1:0") is None
-    assert status_history(database, job_id) == ["queued", "running", "queued", "cancelled"]
+    assert status_history(database, job_id) == ["queued", "running", "cancelled"]
 
 
-def test_cancel_of_no_job_is_not_found(queue: Queue) -> None:
+def test_cancel_of_no_job_is_not_found(queue: Queue, database: Database) -> None:
     with pytest.raises(NotFound, match="job_none"):
-        queue.request_cancel("job_none")
+        ask(database, queue.request_cancel, "job_none")
 
 
 def test_race_of_cancels_and_claims_leaves_every_job_with_one_story(database: Database) -> None:
@@ -375,21 +393,21 @@ def test_race_of_cancels_and_claims_leaves_every_job_with_one_story(database: Da
     start = threading.Barrier(3)
     claimed: list[Claim] = []
 
-    def with_own_connections(work: Callable[[Queue], Any]) -> threading.Thread:
+    def with_own_connections(work: Callable[[Queue, Database], Any]) -> threading.Thread:
         def run() -> None:
             own = Database(database.url)
             start.wait()
-            work(Queue(own, lease_s=LEASE_S))
+            work(Queue(own, lease_s=LEASE_S), own)
             own.close()
 
         return threading.Thread(target=run)
 
-    def claim_all(queue: Queue) -> None:
+    def claim_all(queue: Queue, _own: Database) -> None:
         while (found := queue.claim("host:1:0")) is not None:
             claimed.append(found[0])
 
-    def cancel_all(order: list[str]) -> Callable[[Queue], Any]:
-        return lambda queue: [queue.request_cancel(job_id) for job_id in order]
+    def cancel_all(order: list[str]) -> Callable[[Queue, Database], Any]:
+        return lambda queue, own: [ask(own, queue.request_cancel, job_id) for job_id in order]
 
     threads = [with_own_connections(work) for work in (claim_all, cancel_all(ids), cancel_all(ids[::-1]))]
     for thread in threads:
@@ -398,8 +416,248 @@ def test_race_of_cancels_and_claims_leaves_every_job_with_one_story(database: Da
         thread.join()
     queue = Queue(database, lease_s=LEASE_S)
     for claim in claimed:
-        assert queue.renew(claim) is True
+        assert queue.renew(claim) is StopRequest.CANCEL
         queue.cancelled(claim)
     for job_id in ids:
         was_claimed = Claim(job_id, 1) in claimed
         assert status_history(database, job_id) == ["queued", *(["running"] if was_claimed else []), "cancelled"]
+
+
+# --- pausing
+
+
+def test_paused_queued_job_waits_until_it_is_resumed(queue: Queue, database: Database) -> None:
+    job_id = add_job(database)
+    job = ask(database, queue.request_pause, job_id)
+    assert job.status is JobStatus.PAUSED
+    assert job.hold is not None
+    assert job.hold["reason"] == HoldReason.USER
+    assert queue.claim("host:1:0") is None
+    assert ask(database, queue.resume, job_id).status is JobStatus.QUEUED
+    assert claim_next(queue).job_id == job_id
+    assert status_history(database, job_id) == ["queued", "paused", "queued", "running"]
+
+
+def test_running_job_is_paused_at_its_step_boundary_and_goes_on_from_its_checkpoint(
+    queue: Queue, database: Database
+) -> None:
+    job_id = add_job(database)
+    claim = claim_next(queue)
+    queue.report(claim, Progress(step=9, checkpoint_step=9, plan={"threads": 1}))
+    job = ask(database, queue.request_pause, job_id)
+    assert (job.status, job.stop_request) == (JobStatus.RUNNING, StopRequest.PAUSE)
+    assert queue.renew(claim) is StopRequest.PAUSE
+    queue.pause(claim, {"reason": HoldReason.USER, "message": "paused"})
+    job = ask(database, queue.resume, job_id)
+    assert (job.status, job.hold, job.stop_request) == (JobStatus.QUEUED, None, None)
+    claim_next(queue)
+    job = job_of(database, job_id)
+    assert (job.step, job.checkpoint_step, job.plan) == (9, 9, {"threads": 1})
+
+
+def test_pause_can_be_taken_back_before_the_attempt_hears_of_it(queue: Queue, database: Database) -> None:
+    job_id = add_job(database)
+    claim = claim_next(queue)
+    ask(database, queue.request_pause, job_id)
+    assert ask(database, queue.resume, job_id).stop_request is None
+    assert queue.renew(claim) is None
+
+
+def test_cancel_wins_over_pause_and_ends_a_paused_job(queue: Queue, database: Database) -> None:
+    running, paused = add_job(database, priority=1), add_job(database)
+    claim = claim_next(queue)
+    ask(database, queue.request_pause, running)
+    assert ask(database, queue.request_cancel, running).stop_request is StopRequest.CANCEL
+    with pytest.raises(Conflict, match="being cancelled"):
+        ask(database, queue.request_pause, running)
+    with pytest.raises(Conflict, match="being cancelled"):
+        ask(database, queue.resume, running)
+    queue.pause(claim, DISK_FULL)
+    assert job_of(database, running).status is JobStatus.CANCELLED
+    ask(database, queue.request_pause, paused)
+    assert ask(database, queue.request_cancel, paused).status is JobStatus.CANCELLED
+
+
+@pytest.mark.parametrize("how", ["lost", "released", "died"])
+def test_job_to_be_paused_does_not_go_back_to_the_queue(
+    queue: Queue, database: Database, clock: SteppedClock, how: str
+) -> None:
+    job_id = add_job(database)
+    claim = claim_next(queue)
+    ask(database, queue.request_pause, job_id)
+    if how == "lost":
+        clock.advance(LEASE_S + 1)
+        queue.requeue_lost()
+    else:
+        VERBS[{"released": "release", "died": "died"}[how]](queue, claim)
+    assert job_of(database, job_id).status is JobStatus.PAUSED
+    assert_history_is_legal(database, job_id)
+
+
+@pytest.mark.parametrize("verb", ["succeed", "fail", "cancelled"])
+def test_ended_job_is_neither_paused_nor_resumed(queue: Queue, database: Database, verb: str) -> None:
+    job_id = add_job(database)
+    VERBS[verb](queue, claim_next(queue))
+    before = stored_rows(database)
+    for request in (queue.request_pause, queue.resume):
+        with pytest.raises(Conflict, match="nothing left to"):
+            ask(database, request, job_id)
+    assert stored_rows(database) == before
+
+
+def test_requests_for_no_job_are_not_found(queue: Queue, database: Database) -> None:
+    for request in (queue.request_pause, queue.resume):
+        with pytest.raises(NotFound, match="job_none"):
+            ask(database, request, "job_none")
+
+
+def test_job_that_waits_for_room_is_resumed_when_there_is_enough(queue: Queue, database: Database) -> None:
+    job_id, by_user = add_job(database, priority=1), add_job(database)
+    queue.pause(claim_next(queue), DISK_FULL)
+    ask(database, queue.request_pause, by_user)
+    assert job_of(database, job_id).hold == DISK_FULL
+    assert queue.resume_held(999) == []
+    assert queue.resume_held(1000) == [job_id]
+    assert job_of(database, job_id).status is JobStatus.QUEUED
+    assert job_of(database, by_user).status is JobStatus.PAUSED
+
+
+def test_user_who_pauses_a_job_without_room_keeps_it_paused(queue: Queue, database: Database) -> None:
+    job_id = add_job(database)
+    queue.pause(claim_next(queue), DISK_FULL)
+    ask(database, queue.request_pause, job_id)
+    assert queue.resume_held(10**12) == []
+
+
+# --- deaths
+
+
+def test_death_is_followed_by_another_attempt_until_the_third_without_progress(
+    queue: Queue, database: Database
+) -> None:
+    job_id = add_job(database)
+    for attempt in (1, 2):
+        claim = claim_next(queue)
+        assert queue.died(claim, {"message": f"cause {attempt}"}) is JobStatus.QUEUED
+    claim = claim_next(queue)
+    assert queue.died(claim, {"message": "cause 3"}) is JobStatus.FAILED
+    job = job_of(database, job_id)
+    assert job.error is not None
+    assert job.error["details"]["reason"] == FailureReason.TRAINER_DIED
+    assert [death["message"] for death in job.error["details"]["deaths"]] == ["cause 1", "cause 2", "cause 3"]
+    for attempt in (1, 2, 3):
+        assert f"attempt {attempt}: cause {attempt}" in job.error["message"]
+    assert_history_is_legal(database, job_id)
+
+
+def test_progress_between_deaths_starts_the_count_anew(queue: Queue, database: Database) -> None:
+    job_id = add_job(database)
+    for step in range(1, 8):
+        claim = claim_next(queue)
+        queue.report(claim, Progress(step=step, checkpoint_step=step))
+        queue.died(claim, {"message": "killed"})
+    job = job_of(database, job_id)
+    assert (job.status, job.attempt, len(job.deaths)) == (JobStatus.QUEUED, 7, 1)
+
+
+def test_deaths_of_one_kind_fail_the_job_with_that_reason(queue: Queue, database: Database) -> None:
+    job_id = add_job(database)
+    for _ in range(3):
+        queue.died(claim_next(queue), {"message": "host", "reason": FailureReason.HOST_OUT_OF_MEMORY})
+    error = job_of(database, job_id).error
+    assert error is not None
+    assert error["details"]["reason"] == FailureReason.HOST_OUT_OF_MEMORY
+
+
+def test_lost_leases_count_as_deaths(queue: Queue, database: Database, clock: SteppedClock) -> None:
+    job_id = add_job(database)
+    for _ in range(3):
+        claim_next(queue)
+        clock.advance(LEASE_S + 1)
+        assert queue.requeue_lost() == [job_id]
+    assert job_of(database, job_id).status is JobStatus.FAILED
+
+
+def test_a_stopped_worker_is_no_death(queue: Queue, database: Database) -> None:
+    job_id = add_job(database)
+    for _ in range(5):
+        queue.release(claim_next(queue), "the worker was stopped")
+    assert job_of(database, job_id).status is JobStatus.QUEUED
+
+
+def test_jobs_of_a_worker_that_is_gone_are_requeued_at_once(queue: Queue, database: Database) -> None:
+    add_job(database)
+    mine = claim_next(queue)
+    assert queue.requeue_of("another") == []
+    assert queue.requeue_of("host:1:0") == [mine.job_id]
+
+
+def test_claims_of_another_boot_are_lost_whatever_their_time(
+    queue: Queue, database: Database, clock: SteppedClock
+) -> None:
+    job_id = add_job(database)
+    claim_next(queue)
+    rebooted = Queue(database, lease_s=LEASE_S, clock=clock, leases=lambda _: ("rebooted", 0.0))
+    assert rebooted.requeue_lost() == [job_id]
+
+
+def test_a_wall_clock_that_jumps_loses_no_claim(queue: Queue, database: Database, clock: SteppedClock) -> None:
+    add_job(database)
+    jumping = Queue(database, lease_s=LEASE_S, clock=lambda: clock.now + timedelta(days=400), leases=clock.lease_clock)
+    claim_next(queue)
+    assert jumping.requeue_lost() == []
+
+
+# --- making room
+
+
+def claim_by(queue: Queue, worker: str) -> Claim:
+    claimed = queue.claim(worker)
+    assert claimed is not None
+    return claimed[0]
+
+
+def test_more_urgent_job_makes_the_least_urgent_running_one_stop(queue: Queue, database: Database) -> None:
+    add_job(database, priority=2)
+    add_job(database, priority=1)
+    first, second = claim_by(queue, "a"), claim_by(queue, "b")
+    assert queue.preempt(["a", "b"]) is None
+    add_job(database, priority=1)
+    assert queue.preempt(["a", "b"]) is None
+    urgent = add_job(database, priority=9)
+    assert queue.preempt(["c"]) is None
+    assert queue.preempt(["a", "b"]) == second.job_id
+    assert queue.preempt(["a", "b"]) is None  # one at a time
+    assert (queue.renew(first), queue.renew(second)) == (None, StopRequest.PREEMPT)
+    queue.release(second, "made room")
+    assert claim_by(queue, "b").job_id == urgent
+    job = job_of(database, second.job_id)
+    assert (job.status, job.stop_request) == (JobStatus.QUEUED, None)
+
+
+def test_preempted_job_is_next_among_its_equals(queue: Queue, database: Database, clock: SteppedClock) -> None:
+    first = add_job(database)
+    claim = claim_by(queue, "a")
+    add_job(database)
+    add_job(database, priority=1)
+    queue.preempt(["a"])
+    queue.release(claim, "made room")
+    queue.succeed(claim_by(queue, "a"), {})
+    assert claim_by(queue, "a").job_id == first
+
+
+# --- quotas
+
+
+def test_owner_runs_no_more_jobs_at_a_time_than_allowed(database: Database, clock: SteppedClock) -> None:
+    queue = Queue(database, lease_s=LEASE_S, clock=clock, leases=clock.lease_clock, max_running=2)
+    for _ in range(3):
+        add_job(database)
+    other = add_job(database, priority=-1)
+    with database.write() as connection:
+        connection.execute(sa.update(jobs).where(jobs.c.id == other).values(owner="other"))
+    claims = [claim_next(queue) for _ in range(3)]
+    assert claims[2].job_id == other
+    assert queue.claim("host:1:0") is None
+    queue.succeed(claims[0], {})
+    assert claim_next(queue).job_id not in {claim.job_id for claim in claims}

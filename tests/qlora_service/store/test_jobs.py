@@ -26,7 +26,8 @@ def test_new_job_comes_back_as_it_was_put(database: Database) -> None:
     assert job.spec == parse_spec(SPEC)
     assert (job.id, job.status, job.created_at) == (job_id, JobStatus.QUEUED, START)
     assert (job.started_at, job.finished_at, job.error, job.result, job.phase) == (None, None, None, None, None)
-    assert (job.attempt, job.step, job.metrics, job.cancel_requested) == (0, 0, {}, False)
+    assert (job.attempt, job.step, job.metrics, job.stop_request) == (0, 0, {}, None)
+    assert (job.owner, job.hold, job.plan, job.deaths, job.checkpoint_step) == ("local", None, None, [], 0)
 
 
 def test_unknown_job_is_not_found(database: Database) -> None:
