@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from obstore.exceptions import GenericError
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnection
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -23,6 +24,7 @@ from qlora_service.errors import (
     InvalidRequest,
     NotFound,
     QLoRAError,
+    QuotaExceeded,
     TooLarge,
     Unavailable,
 )
@@ -63,6 +65,7 @@ STATUS: dict[type[QLoRAError], int] = {
     UnsupportedMediaType: 415,
     RangeNotSatisfiable: 416,
     InvalidRequest: 422,
+    QuotaExceeded: 429,
     QLoRAError: 500,
     Unavailable: 503,
 }
@@ -76,6 +79,7 @@ _EXAMPLES: dict[int, tuple[str, str, str | None]] = {
     415: ("unsupported_media_type", "send application/json or multipart/form-data", "content-type"),
     416: ("range_not_satisfiable", "the file has 10 bytes, the Range header asks for none of them", "range"),
     422: ("invalid_spec", "/training/lr: unknown field 'lr': did you mean 'learning_rate'?", "/training/lr"),
+    429: ("quota_exceeded", "8 jobs are in the queue, which is as many as may wait: cancel one", None),
     500: ("internal_error", "the service failed; its log says more under request req_1", None),
     503: ("unavailable", "the database does not answer; try again later", None),
 }
@@ -88,6 +92,7 @@ _MEANING = {
     415: "Neither JSON nor multipart",
     416: "The range lies outside the file",
     422: "The request cannot work as it is; every fault is listed with its place",
+    429: "As many as are allowed at a time: try again after Retry-After seconds",
     500: "A defect of the service",
     503: "Not now: try again after Retry-After seconds",
 }
@@ -157,7 +162,9 @@ def outage(error: Exception) -> Unavailable | None:
             "request again"
         )
     # SQLITE_ERROR is wrong SQL, which no later try sets right.
-    if isinstance(error, OperationalError) and _sqlite_error(error) != "SQLITE_ERROR":
+    locked = isinstance(error, OperationalError) and _sqlite_error(error) != "SQLITE_ERROR"
+    # Requests that wait for the database hold all its connections.
+    if locked or isinstance(error, NoConnection):
         return Unavailable(
             "the database does not answer, or another process has locked it for too long: send the request again; "
             "if that does not help, see to the disk of QLORA_DATA_DIR"
@@ -183,7 +190,7 @@ def _sqlite_error(error: OperationalError) -> str | None:
 def refusal(error: QLoRAError) -> JSONResponse:
     """The answer that says what `error` says."""
     headers = {}
-    if isinstance(error, Unavailable):
+    if isinstance(error, Unavailable | QuotaExceeded):
         headers["Retry-After"] = str(RETRY_AFTER_S)
     if isinstance(error, RangeNotSatisfiable):
         headers["Content-Range"] = f"bytes */{error.details['size']}"

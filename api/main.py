@@ -9,6 +9,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from api.errors import install_handlers
+from api.idempotency import answer_again
 from api.origins import OriginGuard
 from api.request_log import RequestLog
 from api.routes import artifacts, datasets, docs, events, health, jobs, models, recipes
@@ -16,6 +17,7 @@ from api.uploads import Uploads
 from qlora_service.models.staging import reap_stale, staging_directory
 from qlora_service.service import open_service
 from qlora_service.settings import Settings
+from qlora_service.store.idempotency import Replay
 
 DESCRIPTION = """
 POST a dataset and a config to `/jobs`; one GPU trains a LoRA adapter over a 4-bit base model; download adapter
@@ -24,9 +26,12 @@ files you can trust.
 Every error, of every route, is one JSON shape: `error.code` for programs, `error.message` for people,
 `error.location` and `error.findings` for the places. Every answer carries `X-Request-Id`, the request's own if it
 sent one.
+
+Every POST takes an `Idempotency-Key`: sent again after a lost connection or a 503 under the same key, it takes effect
+once and is answered the same.
 """
 TAGS = [
-    {"name": "jobs", "description": "Submit a fine-tuning job, follow it, cancel it."},
+    {"name": "jobs", "description": "Submit a fine-tuning job, follow it, pause, resume or cancel it."},
     {"name": "artifacts", "description": "What a succeeded job published."},
     {"name": "datasets", "description": "Upload rows, see what is wrong with them and how they will be trained."},
     {"name": "models", "description": "The base models that jobs can name."},
@@ -52,6 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(OriginGuard, listening=settings.host, allowed=settings.allowed_host_names)
     app.add_middleware(RequestLog)  # the last one added is the outermost
     install_handlers(app)
+    app.add_exception_handler(Replay, answer_again)
     for routes in (jobs, events, artifacts, datasets, models, recipes, health, docs):
         app.include_router(routes.router)
     return app
@@ -69,6 +75,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             models_dir=settings.models_dir,
             tmp_dir=scratch.path,
             lease_s=settings.lease_s,
+            max_queued_jobs=settings.max_queued_jobs,
         )
         app.state.service = service
         app.state.uploads = Uploads(scratch.path, settings.max_upload_bytes)

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from qlora_service.artifacts.manifest import ManifestFile
 from qlora_service.data.examples import Container, Shape
 from qlora_service.data.rendering import RenderReport
+from qlora_service.jobs import HoldReason, JobStatus, StopRequest
 from qlora_service.jobs import Job as DomainJob
-from qlora_service.jobs import JobStatus
 from qlora_service.models.catalog import BaseModel as DomainModel
 from qlora_service.specs import JobSpec
 from qlora_service.store.datasets import Dataset as DomainDataset
@@ -192,6 +192,14 @@ class Progress(BaseModel):
     eta_s: float | None = Field(description="Seconds until the end, from the speed so far.")
 
 
+class Hold(BaseModel):
+    """Why a paused job waits."""
+
+    reason: HoldReason = Field(description="`user`: until it is resumed; `disk_full`: until there is room, by itself.")
+    message: str = Field(examples=["paused until it is resumed"])
+    needs_bytes: int | None = Field(None, description="Free space on the data disk with which it goes on.")
+
+
 class Job(BaseModel):
     """A fine-tuning job."""
 
@@ -206,7 +214,12 @@ class Job(BaseModel):
     started_at: datetime | None
     finished_at: datetime | None
     attempt: int = Field(description="How often it was claimed.")
-    cancel_requested: bool
+    stop_request: StopRequest | None = Field(
+        description="What a running job will do at its next step: end (`cancel`), wait until it is resumed (`pause`), "
+        "or make way for a more urgent job (`preempt`)."
+    )
+    hold: Hold | None = Field(description="Of a paused job: why it waits.")
+    checkpoint_step: int = Field(description="Steps that are saved: where the job goes on, whatever happens.")
     base_model: str
     dataset_id: str
     metrics: dict[str, Any] = Field(description="The latest, by name.", examples=[{"step": 7, "loss": 1.25}])
@@ -234,8 +247,11 @@ def job_fields(job: DomainJob, queue_position: int | None) -> dict[str, Any]:
         fraction=job.step / job.total_steps if job.total_steps else None,
         eta_s=job.eta_s,
     )
-    shared = ("id", "status", "phase", "created_at", "started_at", "finished_at", "attempt", "cancel_requested")
-    return {name: getattr(job, name) for name in (*shared, "dataset_id", "metrics", "error", "result", "spec")} | {
+    shared = (
+        "id", "status", "phase", "created_at", "started_at", "finished_at", "attempt", "stop_request", "hold",
+        "checkpoint_step", "dataset_id", "metrics", "error", "result", "spec",
+    )  # fmt: skip
+    return {name: getattr(job, name) for name in shared} | {
         "name": job.spec.name,
         "base_model": job.spec.base_model,
         "metadata": job.spec.metadata,

@@ -8,9 +8,11 @@
     ├── NotFound              no such job, dataset, model or artifact
     ├── Conflict              it exists, but its state forbids the action
     ├── TooLarge              over a configured limit
+    ├── QuotaExceeded         the owner has as much of it as is allowed at a time
     ├── Unavailable           try again later
     ├── ClaimLost             a newer claim owns the job; stop and write nothing
-    ├── JobCancelled          the trainer was asked to stop
+    ├── JobCancelled          the trainer was asked to stop, and never to go on
+    ├── Interrupted           the training stops here, to go on later from what was completed
     └── JobFailed             a job ended without an adapter
 
 The domain knows no HTTP: `api.errors` holds the one table from these to status codes.
@@ -113,6 +115,10 @@ class TooLarge(QLoRAError):
     code = "too_large"
 
 
+class QuotaExceeded(QLoRAError):
+    code = "quota_exceeded"
+
+
 class Unavailable(QLoRAError):
     code = "unavailable"
 
@@ -123,6 +129,12 @@ class ClaimLost(QLoRAError):
 
 class JobCancelled(QLoRAError):
     code = "job_cancelled"
+
+
+class Interrupted(QLoRAError):
+    """`details["pause"]` is true when it goes on only after somebody resumed the job."""
+
+    code = "interrupted"
 
 
 class JobFailed(QLoRAError):

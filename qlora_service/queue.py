@@ -57,7 +57,7 @@ class Progress:
     metrics: dict[str, Any] | None = None
     plan: dict[str, Any] | None = None
     checkpoint_step: int | None = None
-    """Steps that are now durable: the job got further, so earlier deaths no longer count."""
+    """Steps that are durable; when they become more, the job got further, and earlier deaths no longer count."""
 
 
 class Queue:
@@ -130,9 +130,11 @@ class Queue:
     ) -> StopRequest | None:
         """Store progress and, with it, an event; renews the lease. Answers and raises as `renew` does."""
         values = {key: value for key, value in vars(progress).items() if value is not None}
-        if progress.checkpoint_step is not None:
-            values["deaths"] = []
         with self._database.write() as connection:
+            if progress.checkpoint_step is not None:
+                before = self._fenced(connection, claim, {}).checkpoint_step
+                if progress.checkpoint_step > before:
+                    values["deaths"] = []
             row = self._fenced(connection, claim, values | self._renewed(connection))
             if event is not None:
                 append_event(connection, claim.job_id, self._clock(), *event)

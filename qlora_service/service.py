@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_service.artifacts.manifest import NAME as MANIFEST
@@ -29,7 +30,15 @@ from qlora_service.data.rendering import (
     render_report,
 )
 from qlora_service.data.shapes import objective_misfit
-from qlora_service.errors import Conflict, Finding, InvalidDataset, InvalidSpec, NotFound, Unavailable
+from qlora_service.errors import (
+    Conflict,
+    Finding,
+    InvalidDataset,
+    InvalidSpec,
+    NotFound,
+    QuotaExceeded,
+    Unavailable,
+)
 from qlora_service.ids import new_id
 from qlora_service.jobs import Job, JobEvent, JobStatus
 from qlora_service.models.catalog import BaseModel, Catalog
@@ -37,9 +46,11 @@ from qlora_service.models.compatibility import Modules, misfits, positions_taken
 from qlora_service.queue import Queue, utc_now
 from qlora_service.specs import DatasetRef, JobSpec, Training
 from qlora_service.store import datasets as dataset_rows
+from qlora_service.store import idempotency
 from qlora_service.store import jobs as job_rows
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import Dataset
+from qlora_service.store.idempotency import Once
 
 CHECKED_ROWS = 50_000
 """Rows rendered while a job is posted; the trainer checks the rest before it starts."""
@@ -48,13 +59,20 @@ CHECKED_ROWS = 50_000
 WARNED_FINDINGS = 5
 """Bad rows that a warning names."""
 
+METRICS = ("metrics", "evaluation")
+"""Types of the events that hold a job's metrics."""
+
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class Submission:
-    """A queued job and what its submitter should know."""
+    """A job that was put into the queue, how many run before it, and what its submitter should know."""
 
     job: Job
-    warnings: tuple[str, ...]
+    queue_position: int | None
+    """None when it runs already."""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,11 @@ class Artifact:
 
 
 class Service:
-    """All actions over one data directory's state; safe to share between threads."""
+    """All actions over one data directory's state; safe to share between threads.
+
+    What changes something takes a `once`: under its idempotency key the action happens one time, and a request that
+    was answered before raises `store.idempotency.Replay`, or Conflict when it was another request.
+    """
 
     def __init__(
         self,
@@ -77,13 +99,16 @@ class Service:
         queue: Queue,
         tmp_dir: Path,
         clock: Callable[[], datetime] = utc_now,
+        max_queued_jobs: int | None = None,
     ) -> None:
+        """`max_queued_jobs` is how many jobs of one owner may wait at a time."""
         self._database = database
         self._artifacts = artifacts
         self._catalog = catalog
         self._queue = queue
         self._tmp_dir = tmp_dir
         self._clock = clock
+        self._max_queued_jobs = max_queued_jobs
         tmp_dir.mkdir(parents=True, exist_ok=True)
 
     def check_ready(self) -> None:
@@ -116,13 +141,17 @@ class Service:
         filename: str | None,
         container: Container | None = None,
         shape: Shape | None = None,
+        once: Once[Dataset] | None = None,
     ) -> Dataset:
         """The stored dataset made of the file at `path`; nothing is stored when no row of it is usable.
 
         Raises:
             InvalidDataset: the container cannot be told or read, or no row is usable.
         """
-        return self._store_dataset(self._checked(path, filename, container, shape), path)
+        self._recall(once)
+        dataset = self._checked(path, filename, container, shape)
+        self._store_bytes(dataset, path)
+        return self._write(once, lambda connection: dataset_rows.insert_dataset(connection, dataset))
 
     def get_dataset(self, dataset_id: str) -> Dataset:
         """Raises: NotFound."""
@@ -164,14 +193,23 @@ class Service:
 
     # --- jobs
 
-    def submit(self, spec: JobSpec, upload: Path | None = None, filename: str | None = None) -> Submission:
+    def submit(
+        self,
+        spec: JobSpec,
+        upload: Path | None = None,
+        filename: str | None = None,
+        *,
+        once: Once[Submission] | None = None,
+    ) -> Submission:
         """A queued job on a stored dataset, on the spec's inline rows, or on the file at `upload`.
 
         What can be known to fail is refused here, and then nothing is stored.
 
         Raises:
             InvalidSpec, InvalidModel, InvalidDataset, NotFound: with the place and what to do.
+            QuotaExceeded: the owner has as many jobs in the queue as may wait.
         """
+        self._recall(once)
         model = self._catalog.get(spec.base_model)
         spec = _fit_default_length(spec, model)
         limit = spec.training.max_seq_len_tokens
@@ -189,13 +227,13 @@ class Service:
             _check_trainable(report, spec, model)
             if is_new:
                 self._store_bytes(dataset, path)
-        job_id = new_id("job")
-        with self._database.write() as connection:
-            if is_new:
-                dataset = dataset_rows.insert_dataset(connection, dataset)
-            stored = spec.model_copy(update={"dataset": DatasetRef(id=dataset.id)})
-            job_rows.insert_job(connection, job_id, stored, dataset.id, model.weights_sha256, self._clock())
-            return Submission(job_rows.get_job(connection, job_id), _warnings(report, dataset, spec))
+
+        def insert(connection: Connection) -> Submission:
+            stored = dataset_rows.insert_dataset(connection, dataset) if is_new else dataset
+            job = self._insert_job(connection, spec, stored, model)
+            return Submission(job, job_rows.count_ahead(connection, job), _warnings(report, stored, spec))
+
+        return self._write(once, insert)
 
     def get_job(self, job_id: str) -> Job:
         """Raises: NotFound."""
@@ -221,9 +259,23 @@ class Service:
         with self._database.read() as connection:
             return job_rows.list_jobs(connection, status=status, base_model=base_model, before=before, limit=limit)
 
-    def cancel(self, job_id: str) -> Job:
-        """Raises: NotFound, Conflict."""
-        return self._queue.request_cancel(job_id)
+    def cancel(self, job_id: str, *, once: Once[Job] | None = None) -> Job:
+        """The job as it is now: cancelled, or asked to stop at its next step. Raises: NotFound, Conflict."""
+        return self._write(once, lambda connection: self._queue.request_cancel(connection, job_id))
+
+    def pause(self, job_id: str, *, once: Once[Job] | None = None) -> Job:
+        """The job as it is now: paused, or asked to stop at its next step. Raises: NotFound, Conflict."""
+        return self._write(once, lambda connection: self._queue.request_pause(connection, job_id))
+
+    def resume(self, job_id: str, *, once: Once[Submission] | None = None) -> Submission:
+        """The job, queued again, or running on if its pause had not come about yet. Raises: NotFound, Conflict."""
+
+        def enqueue(connection: Connection) -> Submission:
+            job = self._queue.resume(connection, job_id)
+            queued = job.status is JobStatus.QUEUED
+            return Submission(job, job_rows.count_ahead(connection, job) if queued else None)
+
+        return self._write(once, enqueue)
 
     def job_events(self, job_id: str, after: int = 0, limit: int | None = None) -> list[JobEvent]:
         """Events after sequence number `after`, oldest first. Raises: NotFound."""
@@ -232,11 +284,11 @@ class Service:
             return job_rows.events_after(connection, job_id, after, limit=limit)
 
     def job_metrics(self, job_id: str) -> list[dict[str, Any]]:
-        """Metrics of the latest attempt, one record per step or evaluation, oldest first. Raises: NotFound."""
+        """One record per step and evaluation that the job has done, over all attempts, by step. Raises: NotFound."""
         with self._database.read() as connection:
-            attempt = job_rows.get_job(connection, job_id).attempt
-            events = job_rows.events_after(connection, job_id, types=("metrics", "evaluation"))
-        return [event.data for event in events if event.data.get("attempt") == attempt]
+            job_rows.get_job(connection, job_id)
+            events = job_rows.events_after(connection, job_id, types=("log", *METRICS))
+        return _standing_metrics(events)
 
     # --- artifacts
 
@@ -270,6 +322,36 @@ class Service:
         return self._artifacts.read(artifact.key, start, end)
 
     # --- inside
+
+    def _write(self, once: Once[Result] | None, action: Callable[[Connection], Result]) -> Result:
+        """What `action` returns; its writes and the key's answer are one transaction. Raises: Replay, Conflict."""
+        with self._database.write() as connection:
+            if once is not None:
+                idempotency.reserve(connection, once, self._clock())
+            result = action(connection)
+            if once is not None:
+                idempotency.keep(connection, once, result)
+            return result
+
+    def _recall(self, once: Once[Any] | None) -> None:
+        """Spares a request that was answered before the work ahead of its `_write`. Raises: Replay, Conflict."""
+        if once is not None:
+            with self._database.read() as connection:
+                idempotency.recall(connection, once)
+
+    def _insert_job(self, connection: Connection, spec: JobSpec, dataset: Dataset, model: BaseModel) -> Job:
+        """The queued job. Raises: QuotaExceeded."""
+        job_id = new_id("job")
+        stored = spec.model_copy(update={"dataset": DatasetRef(id=dataset.id)})
+        job_rows.insert_job(connection, job_id, stored, dataset.id, model.weights_sha256, self._clock())
+        job = job_rows.get_job(connection, job_id)
+        if self._max_queued_jobs is not None and job_rows.count_queued(connection, job.owner) > self._max_queued_jobs:
+            raise QuotaExceeded(
+                f"{self._max_queued_jobs} jobs are in the queue, which is as many as may wait: send the request again "
+                "when one has started, cancel one, or have QLORA_MAX_QUEUED_JOBS raised",
+                max_queued_jobs=self._max_queued_jobs,
+            )
+        return job
 
     def _manifest_key(self, job_id: str) -> str:
         job = self.get_job(job_id)
@@ -314,11 +396,6 @@ class Service:
         # Also when the key is there: after a power cut a file that was never flushed may be there, but torn.
         self._artifacts.put_file(dataset_key(dataset.sha256), path)
 
-    def _store_dataset(self, dataset: Dataset, path: Path) -> Dataset:
-        self._store_bytes(dataset, path)
-        with self._database.write() as connection:
-            return dataset_rows.insert_dataset(connection, dataset)
-
     def _local(self, dataset: Dataset, scratch: Path) -> Path:
         return self._artifacts.local_copy(dataset_key(dataset.sha256), scratch)
 
@@ -346,7 +423,15 @@ class Service:
         return report
 
 
-def open_service(*, database_url: str, artifact_url: str, models_dir: Path, tmp_dir: Path, lease_s: float) -> Service:
+def open_service(
+    *,
+    database_url: str,
+    artifact_url: str,
+    models_dir: Path,
+    tmp_dir: Path,
+    lease_s: float,
+    max_queued_jobs: int | None = None,
+) -> Service:
     """The service over its stores, with the database's schema brought up to date."""
     database = Database(database_url)
     database.migrate()
@@ -356,7 +441,24 @@ def open_service(*, database_url: str, artifact_url: str, models_dir: Path, tmp_
         catalog=Catalog(models_dir),
         queue=Queue(database, lease_s=lease_s),
         tmp_dir=tmp_dir,
+        max_queued_jobs=max_queued_jobs,
     )
+
+
+def _standing_metrics(events: Iterable[JobEvent]) -> list[dict[str, Any]]:
+    """The records of the steps that the job has done, by step.
+
+    An attempt that resumes from a checkpoint takes back the steps after it, until it has done them again.
+    """
+    records: dict[tuple[str, int], dict[str, Any]] = {}
+    for event in events:
+        if event.type in METRICS:
+            key = (event.type, event.data["step"])
+            records.pop(key, None)  # so that the newest is the last of its step
+            records[key] = event.data
+        elif (resumed := event.data.get("resumed_from_step")) is not None:
+            records = {key: record for key, record in records.items() if key[1] <= resumed}
+    return sorted(records.values(), key=lambda record: int(record["step"]))
 
 
 def _examples(dataset: Dataset, path: Path) -> Iterator[SourceRow]:

@@ -22,7 +22,8 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(
         Path("data"),
-        description="Everything the service owns: state.db, artifacts/, models/, logs/, tmp/. Local disk only.",
+        description="Everything the service owns: state.db, artifacts/, models/, checkpoints/, logs/, locks/, tmp/. "
+        "Local disk only.",
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the data directory.")
     artifact_url: str | None = Field(None, description="obstore URL; default: artifacts/ in the data directory.")
@@ -35,10 +36,31 @@ class Settings(BaseSettings):
     )
     url: str | None = Field(None, description="Service address the command line talks to.")
     max_upload_bytes: int = Field(20 * GIB, gt=0, description="Largest request body.")
+    max_queued_jobs: int | None = Field(None, ge=1, description="Most queued jobs; default: no limit.")
     slots: int | None = Field(None, ge=1, description="Most trainers at a time; default: one per GPU, one on a CPU.")
     lease_s: float = Field(30.0, gt=1.0, description="A claim not renewed for this long is lost.")
     heartbeat_s: float = Field(2.0, gt=0.0, description="How often a trainer renews its claim.")
-    cancel_grace_s: float = Field(30.0, gt=0.0, description="A trainer that ignores a cancel this long is killed.")
+    cancel_grace_s: float = Field(
+        30.0, gt=0.0, description="A trainer that ignores a cancel or a pause this long is killed."
+    )
+    checkpoint_s: float = Field(
+        60.0, ge=0.0, description="How often a running job is made durable: the most work that a power cut costs."
+    )
+    hang_s: float = Field(
+        300.0,
+        gt=0.0,
+        description="A trainer without a sign of progress for this long, and for 20 times what one took so far, is "
+        "ended with its stacks in its log.",
+    )
+    max_running_jobs: int | None = Field(None, ge=1, description="Most jobs of one owner that run at a time.")
+    max_deaths: int = Field(
+        3, ge=1, description="A job whose trainers died so often without getting further is failed."
+    )
+    lock_dir: Path | None = Field(
+        None,
+        description="Where slots are locked; default: locks/ in the data directory. Several services that share a "
+        "GPU have to name the same one.",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @field_validator("allowed_hosts")
@@ -65,6 +87,14 @@ class Settings(BaseSettings):
     @property
     def models_dir(self) -> Path:
         return self.resolved_data_dir / "models"
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.resolved_data_dir / "checkpoints"
+
+    @property
+    def resolved_lock_dir(self) -> Path:
+        return self.lock_dir or self.resolved_data_dir / "locks"
 
     @property
     def tmp_dir(self) -> Path:

@@ -39,6 +39,10 @@ class SteppedClock:
     def advance(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
 
+    def lease_clock(self, _connection: object) -> tuple[str, float]:
+        """The same time as leases are measured by."""
+        return "stepped", (self.now - START).total_seconds()
+
 
 @pytest.fixture
 def clock() -> SteppedClock:
@@ -56,7 +60,7 @@ def database(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def queue(database: Database, clock: SteppedClock) -> Queue:
-    return Queue(database, lease_s=LEASE_S, clock=clock)
+    return Queue(database, lease_s=LEASE_S, clock=clock, leases=clock.lease_clock)
 
 
 def dataset_row(sha256: str = "0" * 64, shape: Any = "text") -> Dataset:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,10 +26,16 @@ ROWS = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}."} for n in rang
 
 
 class RunningApi:
-    """The process; a restart keeps the address. `log` is what it printed."""
+    """The process; a restart keeps the address. `log` is what it printed.
 
-    def __init__(self, data_dir: Path) -> None:
+    To meet a fault at a certain place, `prelude` is Python that the process runs before anything of the service, and
+    `within` is a command that turns into the one behind it.
+    """
+
+    def __init__(self, data_dir: Path, prelude: str = "", within: Sequence[str] = ()) -> None:
         self.data_dir = data_dir
+        code = f"{prelude}\nfrom api.__main__ import main\nraise SystemExit(main())"
+        self._command = [*within, sys.executable, "-c", code]
         self.port = pick_port("127.0.0.1")
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = data_dir / "api.log"
@@ -45,6 +52,16 @@ class RunningApi:
 
     def start(self) -> None:
         """Returns once it answers."""
+        process = self.launch()
+        with Client(self.url) as client:
+            deadline = time.monotonic() + 30
+            while not client.healthy():
+                assert process.poll() is None, self.log.read_text()
+                assert time.monotonic() < deadline, self.log.read_text()
+                time.sleep(0.05)
+
+    def launch(self) -> subprocess.Popen[bytes]:
+        """The process, which does not answer yet."""
         environment = {
             **os.environ,
             "QLORA_DATA_DIR": str(self.data_dir),
@@ -53,14 +70,21 @@ class RunningApi:
         }
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "api"], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                self._command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
+        return self._process
+
+    def answers(self) -> bool:
         with Client(self.url) as client:
-            deadline = time.monotonic() + 30
-            while not client.healthy():
-                assert self._process.poll() is None, self.log.read_text()
-                assert time.monotonic() < deadline, self.log.read_text()
-                time.sleep(0.05)
+            return client.healthy()
+
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def ended(self) -> bool:
+        """Whether it has died by itself."""
+        return self._process is not None and self._process.poll() is not None
 
     def stop(self, sent: signal.Signals = signal.SIGTERM) -> None:
         if self._process is not None:

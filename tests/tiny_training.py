@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
+from qlora_service.errors import Interrupted
 from qlora_service.models.adapters import attach
 from qlora_service.models.nf4 import load_base
 from qlora_service.specs import Adapter, Lora, Objective, Quantization, Supervised, Training
 from qlora_service.training.attention import Isolation, isolate_documents
-from qlora_service.training.loop import EvaluationMetrics, Outcome, StepMetrics, train
+from qlora_service.training.checkpoints import Checkpoints
+from qlora_service.training.held_out import EvaluationMetrics
+from qlora_service.training.loop import Control, Outcome, StepMetrics, Unattended, train
 from qlora_service.training.micro_batch import TokenRow, TrainingExample
 from qlora_service.training.network import Network
 from qlora_service.training.objectives import make_objective
 from qlora_service.training.row_losses import RowLosses
+from qlora_service.training.state import TrainingState
 
 CPU = torch.device("cpu")
 FLOAT64 = Quantization(type="none", compute_dtype="float32")
 NF4 = Quantization()
+UNREPEATABLE = {"tokens_per_second", "peak_memory_bytes"}
 
 
 def rows(count: int, seed: int = 0, low: int = 8, high: int = 60) -> list[TokenRow]:
@@ -43,11 +50,15 @@ def load(
     dtype: torch.dtype = torch.float32,
     adapter: Adapter | None = None,
     perturb_b: float = 0.0,
+    total_steps: int = 1000,
 ) -> PeftModel:
-    """The tiny model with an adapter; `perturb_b` moves B off zero, where A would have no gradient."""
+    """The tiny model with an adapter; `perturb_b` moves B off zero, where A would have no gradient.
+
+    `total_steps` shapes AdaLoRA's schedule.
+    """
     base = load_base(model_dir, quantization, torch.float32 if dtype is torch.float64 else dtype, CPU)
     isolate_documents(base)
-    model = attach(base, adapter or Lora(r=4), seed=0)
+    model = attach(base, adapter or Lora(r=4), seed=0, total_steps=total_steps)
     if dtype is torch.float64:
         model.double()
     generator = torch.Generator().manual_seed(1)
@@ -73,12 +84,49 @@ class Recorder:
     def __init__(self) -> None:
         self.steps: list[StepMetrics] = []
         self.evaluations: list[EvaluationMetrics] = []
+        self.earlier = b""
+        """What an earlier attempt recorded"""
+
+    def lines(self) -> bytes:
+        """What was recorded, but for times and memory."""
+        records = [*map(asdict, self.steps), *map(asdict, self.evaluations)]
+        text = [
+            json.dumps({name: value for name, value in record.items() if name not in UNREPEATABLE})
+            for record in records
+        ]
+        return b"\n".join(sorted([*self.earlier.splitlines(), *(line.encode() for line in text)]))
 
     def on_step(self, metrics: StepMetrics) -> None:
         self.steps.append(metrics)
 
     def on_evaluation(self, metrics: EvaluationMetrics) -> None:
         self.evaluations.append(metrics)
+
+
+class Keeper(Unattended):
+    """A control that keeps states in real checkpoints, when they are due and when it interrupts at its n-th check."""
+
+    def __init__(self, checkpoints: Checkpoints, recorder: Recorder, at_check: int | None = None) -> None:
+        self.checks = self.saves = 0
+        self.is_due = False
+        self.changes: list[dict[str, Any]] = []
+        self._checkpoints, self._recorder, self._at_check = checkpoints, recorder, at_check
+
+    def check(self) -> None:
+        self.checks += 1
+        if self.checks == self._at_check:
+            raise Interrupted("enough")
+
+    def checkpoint_is_due(self) -> bool:
+        return self.is_due
+
+    def save(self, state: TrainingState) -> None:
+        self.saves += 1
+        self._checkpoints.save(state, self._recorder.lines(), {"threads": torch.get_num_threads()})
+        self._checkpoints.flush()
+
+    def plan_changed(self, change: dict[str, Any]) -> None:
+        self.changes.append(change)
 
 
 def run(
@@ -93,6 +141,8 @@ def run(
     recorder: Recorder | None = None,
     row_losses: RowLosses | None = None,
     objective: Objective | None = None,
+    start: TrainingState | None = None,
+    control: Control | None = None,
     **options: Any,
 ) -> tuple[Outcome, Recorder]:
     """Train for real on consecutive batches of the rows; the options are `Network`'s."""
@@ -109,6 +159,8 @@ def run(
         evaluate_every=evaluate_every,
         training=training,
         observer=recorder,
-        row_losses=row_losses or RowLosses(),
+        row_losses=RowLosses() if row_losses is None else row_losses,
+        start=start,
+        control=control,
     )
     return outcome, recorder

@@ -8,15 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from qlora_service.jobs import Job
 from qlora_service.models.catalog import Catalog
+from qlora_service.queue import Claim
 from qlora_service.service import Service, open_service
 from qlora_service.settings import Settings
 from qlora_service.specs import parse_spec
+from workers.supervisor import claim_of_trainer
 
 ROOT = Path(__file__).parent.parent
 ROWS = [{"instruction": f"Say {index}", "output": f"The number is {index}."} for index in range(40)]
@@ -37,20 +39,16 @@ class Workspace:
             lease_s=self.settings.lease_s,
         )
 
-    def submit(self, **training: Any) -> str:
+    def submit(self, *, priority: int = 0, **training: Any) -> str:
         """A queued job on forty short rows; its id."""
-        settings = {"max_steps": 3, "batch_size": 4, "max_seq_len_tokens": 128, "learning_rate": 1e-2} | training
-        spec = {
-            "base_model": "tiny",
-            "dataset": {"rows": ROWS},
-            "adapter": {"r": 4, "lora_dropout": 0.1},
-            "training": settings,
-        }
+        return self.submit_spec(job_spec(**training) | {"priority": priority})
+
+    def submit_spec(self, spec: dict[str, Any]) -> str:
+        """A queued job; its id."""
         return self.service.submit(parse_spec(spec)).job.id
 
-    @contextmanager
-    def worker(self, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
-        """`python -m workers` with further environment variables, stopped at the end."""
+    def start_worker(self, **settings: str) -> subprocess.Popen[bytes]:
+        """`python -m workers` with further environment variables; whoever starts it ends it."""
         environment = os.environ | {
             "QLORA_DATA_DIR": str(self.settings.data_dir),
             "QLORA_LEASE_S": str(self.settings.lease_s),
@@ -58,9 +56,12 @@ class Workspace:
             "OMP_NUM_THREADS": "1",
             **settings,
         }
-        process = subprocess.Popen(
-            [sys.executable, "-m", "workers"], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
-        )
+        return subprocess.Popen([sys.executable, "-m", "workers"], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+
+    @contextmanager
+    def worker(self, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A worker as of `start_worker`, stopped at the end."""
+        process = self.start_worker(**settings)
         try:
             yield process
         finally:
@@ -82,6 +83,43 @@ class Workspace:
     def artifact(self, job_id: str, name: str) -> bytes:
         return b"".join(self.service.read_artifact(self.service.artifact(job_id, name)))
 
+    def adapter_sha256(self, job_id: str) -> str:
+        return self.service.artifact(job_id, "adapter_model.safetensors").file.sha256
+
+
+def job_spec(**training: Any) -> dict[str, Any]:
+    """What is posted for a small job on forty short rows, with dropout, on NF4."""
+    settings = {"max_steps": 3, "batch_size": 4, "max_seq_len_tokens": 128, "learning_rate": 1e-2} | training
+    return {
+        "base_model": "tiny",
+        "dataset": {"rows": ROWS},
+        "adapter": {"r": 4, "lora_dropout": 0.1},
+        "training": settings,
+    }
+
+
+def trainers_of(worker: int) -> dict[int, Claim]:
+    """The trainer processes that the worker with this pid has, and what each of them claims to own."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (claim := claim_of_trainer(int(entry.name))) is not None:
+            with suppress(OSError):
+                if parent_of(int(entry.name)) == worker:
+                    found[int(entry.name)] = claim
+    return found
+
+
+def processes_on(data_dir: Path) -> dict[int, str]:
+    """The processes whose environment or command line names the data directory, but for this one; their commands."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with suppress(OSError):
+                command = (entry / "cmdline").read_bytes()
+                if str(data_dir).encode() in command + (entry / "environ").read_bytes():
+                    found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")
+    return found
+
 
 def trainer_pids(job_id: str) -> list[int]:
     """Trainer processes of a job on this machine."""
@@ -95,6 +133,11 @@ def trainer_pids(job_id: str) -> list[int]:
             if b"workers.trainer" in arguments and job_id.encode() in arguments:
                 found.append(int(entry.name))
     return found
+
+
+def parent_of(pid: int) -> int:
+    """The process that started `pid`."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def no_trainer_within(job_id: str, limit_s: float) -> bool:

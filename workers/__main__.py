@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 
+from qlora_service.artifacts.store import ArtifactStore
 from qlora_service.logs import configure_logging
 from qlora_service.queue import Queue
 from qlora_service.settings import read_settings
 from qlora_service.store.database import Database
 from workers.gpu import gpu_uuids
+from workers.housekeeping import Housekeeping
 from workers.supervisor import Slot, Supervisor
 
 
@@ -25,11 +27,20 @@ def main() -> None:
     configure_logging(settings.log_level)
     database = Database(settings.resolved_database_url)
     database.migrate()
+    queue = Queue(
+        database, lease_s=settings.lease_s, max_running=settings.max_running_jobs, max_deaths=settings.max_deaths
+    )
     supervisor = Supervisor(
-        database=database,
-        queue=Queue(database, lease_s=settings.lease_s),
+        queue=queue,
         slots=make_slots(settings.slots, gpu_uuids(os.environ.get("CUDA_VISIBLE_DEVICES"))),
-        tmp_dir=settings.tmp_dir,
+        housekeeping=Housekeeping(
+            database=database,
+            queue=queue,
+            artifacts=ArtifactStore(settings.resolved_artifact_url),
+            tmp_dir=settings.tmp_dir,
+            checkpoint_dir=settings.checkpoint_dir,
+        ),
+        lock_dir=settings.resolved_lock_dir,
         log_dir=settings.resolved_data_dir / "logs",
         cancel_grace_s=settings.cancel_grace_s,
         lease_s=settings.lease_s,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,17 +26,21 @@ from qlora_service.models.nf4 import base_fingerprint, load_base
 from qlora_service.specs import JobSpec, Training
 from qlora_service.store.datasets import Dataset
 from qlora_service.training.attention import Isolation, isolate_documents
-from qlora_service.training.device import choose_device, device_name, has_bf16, release_memory
+from qlora_service.training.checkpoint_space import Ballast
+from qlora_service.training.checkpoints import KEPT, Checkpoints, expected_bytes
+from qlora_service.training.device import choose_device, has_bf16, release_memory
 from qlora_service.training.generation import evaluate_generation, question_ids
-from qlora_service.training.loop import LossNotFinite, Observer, Outcome, train
+from qlora_service.training.loop import LossNotFinite, Outcome, checking, train
 from qlora_service.training.micro_batch import TrainingExample
 from qlora_service.training.network import Network, Ways
 from qlora_service.training.objectives import Evaluation, evaluate, make_objective
 from qlora_service.training.row_losses import RowLosses
 from qlora_service.training.rows import RenderedRows, store_rendered
+from workers.checkpointing import Checkpointing, Reporter
+from workers.environment import change_note, describe_environment, environment_changes, take_over
 from workers.publishing import fetch_published, publish, write_adapter
 
-EnterPhase = Callable[[str, int | None], None]
+Rendered = TypeVar("Rendered")
 EVALUATIONS = 10
 """Held-out evaluations over a job, where the spec names no interval."""
 CERTIFICATE_TOLERANCE = 1e-4
@@ -55,6 +59,9 @@ class AttemptInputs:
     base: BaseModel
     artifacts: ArtifactStore
     scratch: Path
+    checkpoint_dir: Path
+    checkpoint_s: float
+    """How often a checkpoint is made"""
     needs_gpu: bool
     """The slot is a GPU: never train on the CPU instead, for weeks."""
 
@@ -90,62 +97,66 @@ class PreparedRows:
 
 
 def run_attempt(
-    inputs: AttemptInputs, observer: Observer, enter_phase: EnterPhase, metrics_file: Path
+    inputs: AttemptInputs, reporter: Reporter, check: Callable[[], None], ballast: Ballast, metrics_file: Path
 ) -> dict[str, Any]:
-    """Train, publish and certify; the job's result.
+    """Train, publish and certify; the job's result. Goes on from the job's last whole checkpoint, if it has one.
 
-    `enter_phase(name, total_steps)` is told where the attempt stands, and may raise to stop it.
+    `check()` is asked often, and raises what ends the attempt; `ballast` holds disk space that nothing else may take.
 
     Raises:
+        Interrupted: what was completed is in a checkpoint.
         JobFailed: with the reason.
         QLoRAError: the dataset or the model turned out unusable.
+        OSError: the disk is full (ENOSPC); the last checkpoint is unharmed.
     """
     disable_progress_bar()  # a log is no terminal
     quantization = inputs.job.spec.quantization
-    enter_phase("rendering", None)
-    prepared = prepare_rows(inputs)
+    reporter.enter_phase("rendering", None)
+    prepared = prepare_rows(inputs, check)
     if questions := inputs.job.spec.evaluation.questions:
         tokenizer = load_tokenizer(inputs.base.path, prepared.chat_template)
         for question in questions:
             question_ids(tokenizer, question)  # a template that refuses one says so now, not after the training
 
-    enter_phase("loading", prepared.total_steps)
+    reporter.enter_phase("loading", prepared.total_steps)
     device = choose_device(inputs.needs_gpu)
-    dtype = compute_dtype(quantization.compute_dtype, device)
+    environment = describe_environment(device)
+    plan = take_over(inputs.job.plan, environment)
+    dtype = compute_dtype(plan.get("compute_dtype", quantization.compute_dtype), device)
     base = load_base(inputs.base.path, quantization, dtype, device)
     isolation = isolate_documents(base)
     fingerprint = base_fingerprint(base)
-
-    plan = {
-        "device": device_name(device),
+    plan |= {
+        **environment,
         "compute_dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
         "total_steps": prepared.total_steps,
-        "isolation": isolation,
         "base_fingerprint": fingerprint,
     }
-    manifest, outcome, scores, ways = _train_and_publish(
-        inputs, prepared, base, plan, observer, enter_phase, metrics_file
+    network = make_network(base, inputs.job.spec, isolation, prepared, plan)
+    manifest, outcome, scores = _train_and_publish(
+        inputs, prepared, network, plan, environment, reporter, check, ballast, metrics_file
     )
 
-    enter_phase("certifying", prepared.total_steps)
+    reporter.enter_phase("certifying", prepared.total_steps)
     published = inputs.scratch / "published"
     fetch_published(manifest, inputs.artifacts, published)
+    ways = network.ways
     reused = base_fingerprint(base) == fingerprint
     if not reused:
-        # This frame holds the only reference: the changed base goes before the new one comes.
-        del base
+        # These are the only references: the changed base goes before the new one comes.
+        del base, network
         release_memory(device)
         base = load_base(inputs.base.path, quantization, dtype, device)
         isolate_documents(base)
-    network = Network(load_adapter(base, published), isolation, ways=ways)
-    measured = evaluate(network, make_objective(inputs.job.spec.objective), prepared.judged)
+    reloaded = Network(load_adapter(base, published), isolation, ways=ways)
+    with checking(reloaded, check):
+        measured = evaluate(reloaded, make_objective(inputs.job.spec.objective), prepared.judged)
     certificate = certify(measured.loss, outcome.after.loss) | {"base_reused": reused}
     return {
         "attempt": inputs.token,
         "held_out": {"before": asdict(outcome.before), "after": asdict(outcome.after)},
         "generation": scores,
-        "warnings": outcome_warnings(outcome, prepared.total_steps),
+        "warnings": [*outcome_warnings(outcome, prepared.total_steps), *map(change_note, plan["changes"])],
         "certificate": certificate,
         "held_out_rows": len(prepared.split.held_out),
         "steps": outcome.steps,
@@ -157,25 +168,46 @@ def run_attempt(
 def _train_and_publish(
     inputs: AttemptInputs,
     prepared: PreparedRows,
-    base: PreTrainedModel,
+    network: Network,
     plan: dict[str, Any],
-    observer: Observer,
-    enter_phase: EnterPhase,
+    environment: dict[str, Any],
+    reporter: Reporter,
+    check: Callable[[], None],
+    ballast: Ballast,
     metrics_file: Path,
-) -> tuple[Manifest, Outcome, dict[str, Any] | None, Ways]:
-    """What was published, and what was measured; `base` is without an adapter again. `plan` gains what is chosen.
+) -> tuple[Manifest, Outcome, dict[str, Any] | None]:
+    """What was published, and what was measured; the base is without an adapter again.
 
     Raises:
         LossNotFinite: the adapter of the last finite step is published.
     """
     spec = inputs.job.spec
-    network = make_network(base, spec, plan["isolation"], prepared)
-    plan |= asdict(network.ways) | {
-        "gradient_checkpointing": network.checkpointing,
-        "micro_batch_tokens": spec.training.micro_batch_tokens,
-    }
+    training = spec.training.model_copy(update={"micro_batch_tokens": plan["micro_batch_tokens"]})
+    checkpoints = Checkpoints(inputs.checkpoint_dir, inputs.token)
+    start, metrics = None, b""
+    if found := checkpoints.latest():
+        start, metrics, then = found
+        plan["changes"] += environment_changes(then, environment, start.step)
+    rows, steps = len(prepared.split.train), prepared.total_steps
+    checkpoint_bytes = expected_bytes(network, training, rows=rows, total_steps=steps)
+    # Those that are kept, one in the making, and as much again for what is published.
+    ballast.reserve((KEPT + 2) * checkpoint_bytes - checkpoints.bytes_on_disk())
+    reporter.choose_plan(plan)
+    if inputs.token > 1:
+        reporter.resumed(start.step if start else 0, metrics, [change_note(change) for change in plan["changes"]])
+    control = Checkpointing(
+        checkpoints,
+        reporter,
+        check,
+        ballast,
+        every_s=inputs.checkpoint_s,
+        checkpoint_bytes=checkpoint_bytes,
+        metrics_file=metrics_file,
+        environment=environment,
+        plan=plan,
+    )
     row_losses = RowLosses()
-    enter_phase("training", prepared.total_steps)
+    reporter.enter_phase("training", steps)
     failure: LossNotFinite | None = None
     try:
         outcome = train(
@@ -183,33 +215,38 @@ def _train_and_publish(
             make_objective(spec.objective),
             prepared.examples_of_step,
             prepared.judged,
-            total_steps=prepared.total_steps,
-            evaluate_every=spec.evaluation.every_steps or max(1, prepared.total_steps // EVALUATIONS),
-            training=spec.training,
-            observer=observer,
+            total_steps=steps,
+            evaluate_every=spec.evaluation.every_steps or max(1, steps // EVALUATIONS),
+            training=training,
+            observer=reporter,
             row_losses=row_losses,
+            start=start,
+            control=control,
         )
     except LossNotFinite as error:
         if error.outcome is None:
             raise
         failure, outcome = error, error.outcome
+    finally:
+        control.flush()
 
     directory = inputs.scratch / "adapter"
     directory.mkdir()
     scores = None
     if failure is None and (spec.evaluation.generate_rows or spec.evaluation.questions):
-        enter_phase("generating", prepared.total_steps)
+        reporter.enter_phase("generating", steps)
         report = evaluate_generation(
             network,
             load_tokenizer(inputs.base.path, prepared.chat_template),
             prepared.judged,
             spec.evaluation,
-            on_answer=lambda: enter_phase("generating", prepared.total_steps),
+            on_answer=check,
         )
         scores = report["scores"]
         (directory / "generation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
 
-    enter_phase("publishing", prepared.total_steps)
+    reporter.enter_phase("publishing", steps)
+    ballast.release()
     row_losses.write(directory / "rows.jsonl")
     write_adapter(network.model, inputs.base, prepared.judged, prepared.chat_template, metrics_file, directory)
     detach(network.model)
@@ -234,25 +271,33 @@ def _train_and_publish(
         # What the last finite step left can be downloaded, though nobody certified it.
         failure.details |= {"kept_attempt": inputs.token, "kept_step": outcome.steps}
         raise failure
-    return manifest, outcome, scores, network.ways
+    return manifest, outcome, scores
 
 
-def make_network(base: PreTrainedModel, spec: JobSpec, isolation: Isolation, prepared: PreparedRows) -> Network:
-    """The base with a new adapter, ready to be trained."""
+def make_network(
+    base: PreTrainedModel, spec: JobSpec, isolation: Isolation, prepared: PreparedRows, plan: dict[str, Any]
+) -> Network:
+    """The base with a new adapter, ready to be trained: as `plan` says, or, where it does not say, as fits best.
+
+    What is chosen is put into the plan.
+    """
     training = spec.training
+    known = {field.name: plan[field.name] for field in fields(Ways) if field.name in plan}
     network = Network(
         attach(base, spec.adapter, training.seed, total_steps=prepared.total_steps),
         isolation,
+        ways=Ways(**known) if known else None,
         neftune_noise_alpha=training.neftune_noise_alpha,
     )
+    tokens = plan.setdefault("micro_batch_tokens", training.micro_batch_tokens)
     # A row longer than a micro-batch is one of its own; of a pair, both sides are.
     longest = min(prepared.report.longest_tokens, training.max_seq_len_tokens)
     if spec.objective.type in {"dpo", "orpo"}:
         longest *= 2
-    most_tokens = max(training.micro_batch_tokens, longest)
-    asked = training.gradient_checkpointing
-    if asked is True or (asked == "auto" and not network.fits(most_tokens)):
+    wanted = plan.get("gradient_checkpointing", training.gradient_checkpointing)
+    if wanted is True or (wanted == "auto" and not network.fits(max(tokens, longest))):
         network.checkpoint()
+    plan |= asdict(network.ways) | {"gradient_checkpointing": network.checkpointing}
     return network
 
 
@@ -325,8 +370,8 @@ def load_tokenizer(model_dir: Path, chat_template: str) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def prepare_rows(inputs: AttemptInputs) -> PreparedRows:
-    """Render every row and split them.
+def prepare_rows(inputs: AttemptInputs, check: Callable[[], None]) -> PreparedRows:
+    """Render every row and split them; `check()` is asked before each.
 
     Raises:
         JobFailed: rows too long, none usable, or too few to hold any out.
@@ -336,7 +381,7 @@ def prepare_rows(inputs: AttemptInputs) -> PreparedRows:
     path = inputs.artifacts.local_copy(dataset_key(inputs.dataset.sha256), inputs.scratch)
     # The job's own time, not the clock's: every attempt renders the same text.
     with Renderer(inputs.base.path, RenderRules.of(training), inputs.job.created_at) as renderer:
-        results = renderer.render(read_examples(path, report.container, report.shape))
+        results = _checked(renderer.render(read_examples(path, report.container, report.shape)), check)
         rows, rendered = store_rendered(results, inputs.scratch / "rows.arrow")
         chat_template = renderer.chat_template
     findings = [Finding(**finding) for finding in rendered.findings]
@@ -352,3 +397,9 @@ def prepare_rows(inputs: AttemptInputs) -> PreparedRows:
     except ValueError as error:
         raise JobFailed(str(error), reason=FailureReason.INVALID_INPUT, findings=findings) from None
     return PreparedRows(rows, split, rendered, training, chat_template)
+
+
+def _checked(results: Iterable[Rendered], check: Callable[[], None]) -> Iterator[Rendered]:
+    for result in results:
+        check()
+        yield result

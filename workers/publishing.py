@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,9 @@ from qlora_service.jobs import FailureReason
 from qlora_service.models.adapters import save_adapter
 from qlora_service.models.catalog import BaseModel
 from qlora_service.training.micro_batch import LabelledRow, PreferencePair, TrainingExample
+from workers.environment import package_versions
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-PACKAGES = ("qlora-service", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets", "safetensors")
 
 
 def write_adapter(
@@ -79,7 +77,7 @@ def publish(
         "revision": base.revision,
         "weights_sha256": base.weights_sha256,
     }
-    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    versions = package_versions()
     card = model_card(job_id, base_record, dataset, spec, plan["compute_dtype"], held_out, versions)
     (directory / "README.md").write_text(card, encoding="utf-8")
     files = sorted(directory.iterdir())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,26 +13,34 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import structlog
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
-from qlora_service.errors import ClaimLost, JobFailed
-from qlora_service.jobs import FailureReason, Job
+from qlora_service.errors import ClaimLost
+from qlora_service.jobs import FailureReason, StopRequest
 from qlora_service.lifeline import kill_group
 from qlora_service.queue import Claim, Queue
-from qlora_service.store.database import Database, persist
-from qlora_service.store.jobs import get_job
+from qlora_service.store.database import persist
+from workers.exit_codes import CAUSES
+from workers.host_memory import oom_kills
+from workers.housekeeping import Housekeeping
+from workers.slot_lock import SlotLock
 
 log = structlog.get_logger()
 
 IDLE_POLL_S = 0.5
 ERROR_PAUSE_S = 5.0
 CHILD_POLL_S = 0.1
-CANCEL_POLL_S = 2.0
-STOP_GRACE_S = 8.0
-"""A trainer that has not stopped so long after SIGTERM is killed; its job goes back to the queue."""
+REQUEST_POLL_S = 2.0
+STOP_GRACE_S = 7.0
+"""A trainer that has not stopped so long after SIGTERM is killed; its job goes back to the queue. A worker is gone
+within 8 s, and the second that is left is for the database."""
+
+End = Literal["ended", "stopped", "overdue", "lost"]
+"""Why nobody waits for a trainer any more: it ended by itself, the worker stops, it did not do what was asked of it in
+time, or its claim is another's."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,11 @@ class Slot:
 
     index: int
     gpu: str | None
+
+    @property
+    def name(self) -> str:
+        """What its lock file is called."""
+        return self.gpu or f"cpu-{self.index}"
 
     @property
     def device(self) -> str:
@@ -58,22 +70,22 @@ class Supervisor:
     def __init__(
         self,
         *,
-        database: Database,
         queue: Queue,
         slots: list[Slot],
-        tmp_dir: Path,
+        housekeeping: Housekeeping,
+        lock_dir: Path,
         log_dir: Path,
         cancel_grace_s: float,
         lease_s: float,
     ) -> None:
-        self._database = database
         self._queue = queue
         self._slots = slots
-        self._tmp_dir = tmp_dir
+        self._housekeeping = housekeeping
+        self._lock_dir = lock_dir
         self._log_dir = log_dir
         self._cancel_grace_s = cancel_grace_s
         self._lease_s = lease_s
-        self._requeue_every_s = lease_s / 3
+        self._busy: set[str] = set()
         self._stop = threading.Event()
         log_dir.mkdir(parents=True, exist_ok=True)
 
@@ -83,17 +95,13 @@ class Supervisor:
 
     def run(self) -> None:
         """Work until `stop`; leaves no trainer behind."""
-        self._reap_scratch()
         threads = [
-            threading.Thread(
-                target=self._forever, args=(lambda slot=slot: self._serve(slot),), name=f"slot-{slot.index}"
-            )
-            for slot in self._slots
+            threading.Thread(target=self._keep_slot, args=(slot,), name=f"slot-{slot.index}") for slot in self._slots
         ]
-        threads.append(threading.Thread(target=self._forever, args=(self._requeue_lost,), name="requeue"))
+        threads.append(threading.Thread(target=self._forever, args=(self._look_after_queue,), name="queue"))
         for thread in threads:
             thread.start()
-        log.info("supervisor_ready", slots=[slot.gpu or "cpu" for slot in self._slots])
+        log.info("supervisor_ready", slots=[slot.name for slot in self._slots])
         for thread in threads:
             thread.join()
         log.info("supervisor_stopped")
@@ -102,7 +110,7 @@ class Supervisor:
         while not self._stop.is_set():
             try:
                 work()
-            except OperationalError as error:
+            except DBAPIError as error:
                 log.warning("database_unavailable", error=str(error.orig))
                 self._stop.wait(IDLE_POLL_S)
             except Exception:
@@ -110,31 +118,57 @@ class Supervisor:
                 log.exception("supervisor_error", thread=threading.current_thread().name)
                 self._stop.wait(ERROR_PAUSE_S)
 
-    def _requeue_lost(self) -> None:
-        for job_id in self._queue.requeue_lost():
-            log.warning("job_requeued", job=job_id, reason="its lease expired")
-        self._stop.wait(self._requeue_every_s)
+    def _look_after_queue(self) -> None:
+        all_busy = len(self._busy) == len(self._slots)
+        self._housekeeping.tick(preemptible=frozenset(self._busy) if all_busy else frozenset())
+        self._stop.wait(IDLE_POLL_S)
 
-    def _serve(self, slot: Slot) -> None:
+    def _keep_slot(self, slot: Slot) -> None:
+        lock = SlotLock(self._lock_dir, slot.name)
+        self._forever(lambda: self._serve(slot, lock))
+        lock.close()
+
+    def _serve(self, slot: Slot, lock: SlotLock) -> None:
         """Claim one job and see it through, or wait a moment."""
-        claimed = self._queue.claim(f"{socket.gethostname()}:{os.getpid()}:{slot.index}")
+        if not lock.acquire():
+            # Another worker has the slot, or what is left of one.
+            self._end_zombies(lock)
+            self._stop.wait(IDLE_POLL_S)
+            return
+        worker = f"{socket.gethostname()}:{slot.name}:{lock.identity[:8]}"
+        # Whoever had the slot before is gone, trainers included: what it ran need not wait for the lease's end.
+        for job_id in self._queue.requeue_of(worker):
+            log.warning("job_requeued", job=job_id, reason="its worker was killed")
+        claimed = self._queue.claim(worker)
         if claimed is None:
             self._stop.wait(IDLE_POLL_S)
             return
         claim, _ = claimed
-        log.info("job_claimed", job=claim.job_id, token=claim.token, slot=slot.index)
+        log.info("job_claimed", job=claim.job_id, token=claim.token, slot=slot.name)
+        self._busy.add(worker)
         try:
-            self._run_trainer(claim, slot)
+            self._run_trainer(claim, slot, lock)
         except OSError as error:
-            # No room for the log, no process to be had: this attempt cannot be made here.
-            failure = JobFailed(f"the trainer could not be started: {error}", reason=FailureReason.INTERNAL)
-            persist(lambda: self._queue.fail(claim, failure.as_dict()), self._lease_s)
+            # No room for the log, no process to be had.
+            cause = {"message": f"the trainer could not be started: {error}", "reason": FailureReason.INTERNAL}
+            persist(lambda: self._queue.died(claim, cause), self._lease_s)
             raise
         finally:
-            shutil.rmtree(self._tmp_dir / claim.name, ignore_errors=True)
+            self._busy.discard(worker)
+            self._housekeeping.after_attempt(claim)
 
-    def _run_trainer(self, claim: Claim, slot: Slot) -> None:
+    def _end_zombies(self, lock: SlotLock) -> None:
+        """Kill trainers in our slot that have no claim any more: one that stands still cannot do so by itself."""
+        for pid in lock.other_holders():
+            claim = claim_of_trainer(pid)
+            if claim is not None and not self._queue.is_running(claim):
+                log.warning("zombie_killed", job=claim.job_id, token=claim.token, pid=pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _run_trainer(self, claim: Claim, slot: Slot, lock: SlotLock) -> None:
         log_path = self._log_dir / f"{claim.name}.log"
+        oom_kills_before = oom_kills()
         with log_path.open("wb") as output:
             child = subprocess.Popen(
                 [sys.executable, "-m", "workers.trainer", claim.job_id, str(claim.token), slot.device],
@@ -142,6 +176,7 @@ class Supervisor:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=slot.environment(),
+                pass_fds=[lock.descriptor],
                 start_new_session=True,
             )
         try:
@@ -152,72 +187,86 @@ class Supervisor:
             assert child.stdin is not None
             child.stdin.close()
         if child.returncode != 0 or self._queue.is_running(claim):
-            persist(lambda: self._record_end(claim, child.returncode, how, log_path), self._lease_s)
+            host_oom = oom_kills() > oom_kills_before
+            cause = death(child.returncode, how, log_path.name, host_oom=host_oom)
+            persist(lambda: self._record_end(claim, how, cause), self._lease_s)
 
-    def _wait(self, child: subprocess.Popen[bytes], claim: Claim) -> str:
-        """Wait for the trainer's end; how it came about: "ended", "stopped" or "cancelled"."""
-        cancel_deadline: float | None = None
-        next_look = time.monotonic() + CANCEL_POLL_S
+    def _wait(self, child: subprocess.Popen[bytes], claim: Claim) -> End:
+        """Wait for the trainer's end, or for a reason to end it."""
+        deadline: float | None = None
+        how: End = "ended"
+        next_look = time.monotonic() + REQUEST_POLL_S
         while not self._stop.is_set():
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(CHILD_POLL_S)
                 return "ended"
-            except subprocess.TimeoutExpired:
-                now = time.monotonic()
-            if cancel_deadline is not None and now > cancel_deadline:
-                return "cancelled"
-            if cancel_deadline is None and now > next_look:
-                next_look = now + CANCEL_POLL_S
-                if self._cancel_requested(claim):
-                    cancel_deadline = now + self._cancel_grace_s
+            now = time.monotonic()
+            if deadline is not None and now > deadline:
+                log.warning("trainer_overdue", job=claim.job_id, token=claim.token, why=how)
+                dump_stacks(child)
+                return how
+            if deadline is None and now > next_look:
+                next_look = now + REQUEST_POLL_S
+                try:
+                    if self._queue.stop_request(claim) is not None:
+                        how, deadline = "overdue", now + self._cancel_grace_s
+                except ClaimLost:  # its outcome is written and it is about to end, or the claim is another's
+                    how, deadline = "lost", now + STOP_GRACE_S
+                except DBAPIError as error:  # no reason to end a trainer; it is asked again
+                    log.warning("database_unavailable", error=str(error.orig))
         child.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(STOP_GRACE_S)
         return "stopped"
 
-    def _cancel_requested(self, claim: Claim) -> bool:
-        try:
-            return self._queue.cancel_requested(claim)
-        except OperationalError as error:  # no reason to end a trainer; it is asked again
-            log.warning("database_unavailable", error=str(error.orig))
-            return False
-
-    def _record_end(self, claim: Claim, returncode: int, how: str, log_path: Path) -> None:
+    def _record_end(self, claim: Claim, how: End, cause: dict[str, Any]) -> None:
         """Write the outcome that the trainer did not live to write; nothing when it did."""
         try:
             if how == "stopped":
                 self._queue.release(claim, "the worker was stopped")
-            elif how == "cancelled" or self._queue.cancel_requested(claim):
+            elif self._queue.stop_request(claim) is StopRequest.CANCEL:
                 self._queue.cancelled(claim)
             else:
-                failure = trainer_death(self._job(claim), returncode, log_path.name)
-                self._queue.fail(claim, failure.as_dict())
-                log.error("trainer_died", job=claim.job_id, token=claim.token, log=str(log_path), **failure.details)
+                status = self._queue.died(claim, cause)
+                log.error("trainer_died", job=claim.job_id, token=claim.token, status=status, **cause)
         except ClaimLost:
             # The trainer wrote its outcome and was stopped on its way out, or a newer claim owns the job.
             log.info("outcome_recorded_elsewhere", job=claim.job_id, token=claim.token)
 
-    def _reap_scratch(self) -> None:
-        """Remove what attempts left behind whose supervisor was killed."""
-        for path in self._tmp_dir.glob("job_*-*"):
-            job_id, _, token = path.name.rpartition("-")
-            if token.isdigit() and not self._queue.is_running(Claim(job_id, int(token))):
-                shutil.rmtree(path, ignore_errors=True)
 
-    def _job(self, claim: Claim) -> Job:
-        with self._database.read() as connection:
-            return get_job(connection, claim.job_id)
+def dump_stacks(trainer: subprocess.Popen[bytes]) -> None:
+    """Have the trainer write where its threads are into its log, before it is killed."""
+    trainer.send_signal(signal.SIGUSR1)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        trainer.wait(CHILD_POLL_S)
 
 
-def trainer_death(job: Job, returncode: int, log_name: str) -> JobFailed:
-    """How a trainer died, as the job's failure: signal or exit code, and the last step it finished."""
-    total = f" of {job.total_steps}" if job.total_steps else ""
-    where = f"in phase {job.phase}" if job.step == 0 else f"after step {job.step}{total}"
-    details: dict[str, Any] = {"reason": FailureReason.TRAINER_DIED, "last_step": job.step, "phase": job.phase}
+def claim_of_trainer(pid: int) -> Claim | None:
+    """The claim of a trainer process, by its command line; None of any other process."""
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return None
+    if "workers.trainer" not in arguments[:-2]:
+        return None
+    job_id, token = arguments[arguments.index("workers.trainer") + 1 :][:2]
+    return Claim(job_id, int(token)) if token.isdigit() else None
+
+
+def death(returncode: int, how: End, log_name: str, *, host_oom: bool) -> dict[str, Any]:
+    """How an attempt ended without an outcome: `message`, `reason`, and the signal or exit code."""
     see = f"the worker's logs/{log_name} has what it printed"
-    if returncode < 0:
+    cause: dict[str, Any] = {"reason": FailureReason.TRAINER_DIED}
+    if how == "overdue":
+        message = "the trainer did not stop when it was asked to, and was killed; the log has where it stood"
+    elif returncode < 0:
         known = {entry.value: entry.name for entry in signal.Signals}
-        name = known.get(-returncode, f"signal {-returncode}")
-        hint = "; the kernel kills so when the host runs out of memory" if name == "SIGKILL" else ""
-        return JobFailed(f"the trainer was killed by {name} {where}{hint}; {see}", **details, signal=name)
-    return JobFailed(f"the trainer ended with exit code {returncode} {where}; {see}", **details, exit_code=returncode)
+        cause["signal"] = known.get(-returncode, f"signal {-returncode}")
+        message = f"the trainer was killed by {cause['signal']}"
+        if cause["signal"] == "SIGKILL" and host_oom:
+            cause["reason"] = FailureReason.HOST_OUT_OF_MEMORY
+            message = "the kernel killed the trainer, because the host's memory (or the container's limit) ran out"
+    else:
+        cause["exit_code"] = returncode
+        message = CAUSES.get(returncode, f"the trainer ended with exit code {returncode}")
+    return {"message": f"{message}; {see}", **cause}

@@ -7,17 +7,14 @@ alone may take longer than a lease.
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import shutil
 import signal
 import sys
-import threading
-import time
-from collections import deque
-from dataclasses import asdict, replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # Before the libraries read them: no network, no progress bars, no forked tokenizer threads.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,118 +24,25 @@ os.environ["TOKENIZERS_PARALLELISM"] = "true"  # rendering comes before anything
 import structlog
 
 from qlora_service.artifacts.store import ArtifactStore
-from qlora_service.errors import ClaimLost, JobCancelled, JobFailed, QLoRAError
-from qlora_service.jobs import FailureReason
+from qlora_service.errors import ClaimLost, Interrupted, JobCancelled, JobFailed, QLoRAError
+from qlora_service.jobs import FailureReason, HoldReason
 from qlora_service.logs import configure_logging
 from qlora_service.models.catalog import Catalog
-from qlora_service.queue import Claim, Progress, Queue
+from qlora_service.queue import Claim, Queue
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database, persist
 from qlora_service.store.datasets import get_dataset
 from qlora_service.store.jobs import get_job
+from qlora_service.training.checkpoint_space import Ballast
+from workers import exit_codes
+from workers.claim_keeper import ClaimKeeper
+from workers.reporter import JobReporter
 
-if TYPE_CHECKING:
-    from qlora_service.training.loop import EvaluationMetrics, StepMetrics
-
-EXIT_CLAIM_LOST = 75
-EXIT_SUPERVISOR_GONE = 76
-ETA_STEPS = 20
-"""The ETA follows the mean of so many steps."""
-OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "alloc_failed")
+DISK_FULL_SIGNS = ("no space left", "disk is full", "disk quota exceeded")
+LEAST_ROOM = 64 * 2**20
+"""Bytes that have to be free, beside those the job will take, before one that found the disk full goes on."""
 
 log = structlog.get_logger()
-
-
-class StopRequested(Exception):
-    """The worker is shutting down; the job goes back to the queue."""
-
-
-class ClaimKeeper:
-    """Renews the claim in the background and knows whether the attempt should stop."""
-
-    def __init__(self, queue: Queue, claim: Claim, interval_s: float) -> None:
-        self._queue, self._claim, self._interval_s = queue, claim, interval_s
-        self._cancelled = threading.Event()
-        self._stopping = threading.Event()
-        self._ended = threading.Event()
-
-    def start(self) -> None:
-        threading.Thread(target=self._renew, name="claim", daemon=True).start()
-        threading.Thread(target=self._watch_supervisor, name="supervisor", daemon=True).start()
-
-    def stop(self) -> None:
-        """Ask for a stop at the next step boundary; safe in a signal handler."""
-        self._stopping.set()
-
-    def end(self) -> None:
-        """The attempt's outcome is about to be written: renew no more."""
-        self._ended.set()
-
-    def check(self, cancel: bool = False) -> None:
-        """Raises: JobCancelled, StopRequested."""
-        if cancel or self._cancelled.is_set():
-            raise JobCancelled("the job was cancelled")
-        if self._stopping.is_set():
-            raise StopRequested
-
-    def _renew(self) -> None:
-        while not self._ended.wait(self._interval_s):
-            try:
-                if self._queue.renew(self._claim):
-                    self._cancelled.set()
-            except ClaimLost:
-                if not self._ended.is_set():
-                    log.error("claim_lost", job=self._claim.job_id, token=self._claim.token)
-                    os._exit(EXIT_CLAIM_LOST)
-            except Exception as error:  # noqa: BLE001 - a locked database passes; a lost claim is told above
-                log.warning("renew_failed", job=self._claim.job_id, error=str(error))
-
-    def _watch_supervisor(self) -> None:
-        # The supervisor holds the other end and never writes: reading ends when it is gone, however it went.
-        while os.read(0, 1):
-            pass
-        if not self._ended.is_set():
-            os._exit(EXIT_SUPERVISOR_GONE)
-
-
-class AttemptReporter:
-    """Writes progress and metrics under the claim, and to the metrics file that is published."""
-
-    def __init__(self, queue: Queue, claim: Claim, keeper: ClaimKeeper, metrics_file: Path, patience_s: float) -> None:
-        self._patience_s = patience_s
-        self._queue, self._claim, self._keeper = queue, claim, keeper
-        self._file = metrics_file.open("w", encoding="utf-8")
-        self._total_steps = 0
-        self._ends: deque[float] = deque(maxlen=ETA_STEPS + 1)
-        self._latest: dict[str, Any] = {}
-
-    def enter_phase(self, phase: str, total_steps: int | None) -> None:
-        self._total_steps = total_steps or 0
-        progress = Progress(phase=phase, total_steps=total_steps)
-        self._tell(progress, ("log", {"message": phase, "attempt": self._claim.token}))
-        self._ends.append(time.monotonic())
-
-    def on_step(self, metrics: StepMetrics) -> None:
-        self._ends.append(time.monotonic())
-        per_step = (self._ends[-1] - self._ends[0]) / max(1, len(self._ends) - 1)
-        eta = per_step * (self._total_steps - metrics.step)
-        self._record("metrics", asdict(metrics), Progress(step=metrics.step, eta_s=round(eta, 1)))
-
-    def on_evaluation(self, metrics: EvaluationMetrics) -> None:
-        self._record("evaluation", asdict(metrics), Progress())
-        if metrics.step == 0:
-            self._ends.clear()
-            self._ends.append(time.monotonic())
-
-    def _record(self, kind: str, values: dict[str, Any], progress: Progress) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-        self._latest |= values
-        self._tell(replace(progress, metrics=dict(self._latest)), (kind, {**values, "attempt": self._claim.token}))
-
-    def _tell(self, progress: Progress, event: tuple[str, dict[str, Any]]) -> None:
-        cancel = persist(lambda: self._queue.report(self._claim, progress, event), self._patience_s)
-        self._keeper.check(cancel)
 
 
 def main(job_id: str, token: int, device: str, settings: Settings) -> None:
@@ -146,55 +50,116 @@ def main(job_id: str, token: int, device: str, settings: Settings) -> None:
     claim = Claim(job_id, token)
     database = Database(settings.resolved_database_url)
     queue = Queue(database, lease_s=settings.lease_s)
-    keeper = ClaimKeeper(queue, claim, settings.heartbeat_s)
-    signal.signal(signal.SIGTERM, lambda *_: keeper.stop())
+    keeper = ClaimKeeper(
+        queue, claim, interval_s=settings.heartbeat_s, lease_s=settings.lease_s, hang_s=settings.hang_s
+    )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     keeper.start()
     scratch = settings.tmp_dir / claim.name
-    # A database that is locked or away is waited for, as long as the claim may last.
-    patience_s = settings.lease_s
-    scratch.mkdir(parents=True, exist_ok=True)
+    ballast = Ballast(settings.checkpoint_dir / job_id / "ballast")
     try:
-        with database.read() as connection:
-            job = get_job(connection, job_id)
-            dataset = get_dataset(connection, job.dataset_id)
-        from workers.attempt import AttemptInputs, run_attempt
-
-        inputs = AttemptInputs(
-            job=job,
-            token=token,
-            dataset=dataset,
-            base=Catalog(settings.models_dir).get(job.spec.base_model),
-            artifacts=ArtifactStore(settings.resolved_artifact_url),
-            scratch=scratch,
-            needs_gpu=device == "cuda",
+        write_outcome = _outcome(
+            queue, claim, ballast, lambda: _run(database, queue, claim, keeper, ballast, device, scratch, settings)
         )
-        if inputs.base.weights_sha256 != job.base_weights_sha256:
-            raise JobFailed(
-                f"base model {inputs.base.name} has other weights than when the job was posted: post the job again",
-                reason=FailureReason.INVALID_INPUT,
-            )
-        metrics_file = scratch / "metrics.jsonl"
-        reporter = AttemptReporter(queue, claim, keeper, metrics_file, patience_s)
-        result = run_attempt(inputs, reporter, reporter.enter_phase, metrics_file)
         keeper.end()
-        persist(lambda: queue.succeed(claim, result), patience_s)
-    except JobCancelled:
-        keeper.end()
-        persist(lambda: queue.cancelled(claim), patience_s)
-    except StopRequested:
-        keeper.end()
-        persist(lambda: queue.release(claim, "the worker was stopped"), patience_s)
+        shutil.rmtree(scratch, ignore_errors=True)
+        # A database that is locked or away is waited for, as long as the claim may last.
+        persist(write_outcome, settings.lease_s)
     except ClaimLost:
         log.error("claim_lost", job=job_id, token=token)
-        sys.exit(EXIT_CLAIM_LOST)
-    except Exception as error:
-        keeper.end()
-        failure = as_failure(error, f"logs/{claim.name}.log")
-        log.error("attempt_failed", job=job_id, token=token, reason=failure.details["reason"], exc_info=error)
-        persist(lambda: queue.fail(claim, failure.as_dict()), patience_s)
+        sys.exit(exit_codes.CLAIM_LOST)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        ballast.release()
+        keeper.close()
+
+
+def _run(
+    database: Database,
+    queue: Queue,
+    claim: Claim,
+    keeper: ClaimKeeper,
+    ballast: Ballast,
+    device: str,
+    scratch: Path,
+    settings: Settings,
+) -> dict[str, Any]:
+    """The job's result. Raises what `run_attempt` does."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    with database.read() as connection:
+        job = get_job(connection, claim.job_id)
+        dataset = get_dataset(connection, job.dataset_id)
+    from workers.attempt import AttemptInputs, run_attempt
+
+    # Until here nothing would be lost, and a library that is being imported does not listen: SIGTERM ends the process.
+    signal.signal(signal.SIGTERM, lambda *_: keeper.stop())
+    inputs = AttemptInputs(
+        job=job,
+        token=claim.token,
+        dataset=dataset,
+        base=Catalog(settings.models_dir).get(job.spec.base_model),
+        artifacts=ArtifactStore(settings.resolved_artifact_url),
+        scratch=scratch,
+        checkpoint_dir=settings.checkpoint_dir / claim.job_id,
+        checkpoint_s=settings.checkpoint_s,
+        needs_gpu=device == "cuda",
+    )
+    if inputs.base.weights_sha256 != job.base_weights_sha256:
+        raise JobFailed(
+            f"base model {inputs.base.name} has other weights than when the job was posted: post the job again",
+            reason=FailureReason.INVALID_INPUT,
+        )
+    metrics_file = scratch / "metrics.jsonl"
+    reporter = JobReporter(queue, claim, keeper, metrics_file, settings.lease_s)
+    return run_attempt(inputs, reporter, keeper.check, ballast, metrics_file)
+
+
+def _outcome(
+    queue: Queue, claim: Claim, ballast: Ballast, attempt: Callable[[], dict[str, Any]]
+) -> Callable[[], object]:
+    """What writes the attempt's outcome, whichever it is. Raises: ClaimLost."""
+    try:
+        result = attempt()
+        return lambda: queue.succeed(claim, result)
+    except JobCancelled:
+        return lambda: queue.cancelled(claim)
+    except Interrupted as interruption:
+        why = interruption.message
+        if interruption.details.get("pause"):
+            return lambda: queue.pause(claim, {"reason": HoldReason.USER, "message": why})
+        return lambda: queue.release(claim, why)
+    except ClaimLost:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            ballast.release()  # the database may be on the same disk
+            log.error("disk_full", job=claim.job_id, token=claim.token, exc_info=error)
+            hold = disk_full_hold(ballast.wanted_bytes)
+            return lambda: queue.pause(claim, hold)
+        failure = as_failure(error, f"logs/{claim.name}.log")
+        reason = failure.details["reason"]
+        log.error("attempt_failed", job=claim.job_id, token=claim.token, reason=reason, exc_info=error)
+        return lambda: queue.fail(claim, failure.as_dict())
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, came of a disk without room, whichever library met it first."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(sign in str(error).lower() for sign in DISK_FULL_SIGNS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def disk_full_hold(wanted_bytes: int) -> dict[str, Any]:
+    """Why the job waits, and how many bytes have to be free before it goes on."""
+    needed = wanted_bytes + LEAST_ROOM
+    return {
+        "reason": HoldReason.DISK_FULL,
+        "message": f"the data disk is full: free {needed / 2**20:.0f} MiB on it, and the job goes on by itself",
+        "needs_bytes": needed,
+    }
 
 
 def as_failure(error: Exception, log_name: str) -> JobFailed:
@@ -208,8 +173,9 @@ def as_failure(error: Exception, log_name: str) -> JobFailed:
             findings=error.findings,
             **{**error.details, "reason": FailureReason.INVALID_INPUT},
         )
-    # torch.OutOfMemoryError, cuBLAS, bitsandbytes' managed memory, and torch's allocator on a CPU, by what they say.
-    if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY_SIGNS):
+    from qlora_service.training.device import is_out_of_memory
+
+    if is_out_of_memory(error):
         return JobFailed(
             "the device ran out of memory: lower training.micro_batch_tokens or training.max_seq_len_tokens, or set "
             "training.gradient_checkpointing to true",

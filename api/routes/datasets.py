@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from fastapi import APIRouter, Query
@@ -11,6 +12,7 @@ from starlette.requests import Request
 
 from api.dependencies import After, DatasetId, Limit, ServiceOf, UploadsOf
 from api.errors import error_responses, located
+from api.idempotency import Idempotency, IdempotencyOf
 from api.multipart import MEDIA_TYPE as MULTIPART
 from api.multipart import Form, is_multipart
 from api.schemas import Dataset, Listing, Page, PreviewProblem, PreviewRow
@@ -18,7 +20,7 @@ from api.uploads import display_name
 from qlora_service.data.examples import Container, Shape
 from qlora_service.data.rendering import RenderRules
 from qlora_service.errors import InvalidModel, InvalidRequest, NotFound, QLoRAError
-from qlora_service.service import default_length
+from qlora_service.service import Service, default_length
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 
@@ -63,13 +65,14 @@ MaxSeqLen = Annotated[
     "",
     status_code=201,
     summary="Upload a dataset",
-    responses=error_responses(413, 422),
+    responses=error_responses(409, 413, 422, 503),
     openapi_extra=_FILE_BODY,
 )
 async def create_dataset(
     request: Request,
     service: ServiceOf,
     uploads: UploadsOf,
+    idempotency: IdempotencyOf,
     filename: Annotated[str | None, Query(description="What the file is called.", examples=["train.jsonl"])] = None,
     container: Annotated[Container | None, Query(description="File format; detected if absent.")] = None,
     shape: Annotated[Shape | None, Query(description="Row shape; detected if absent.")] = None,
@@ -82,22 +85,9 @@ async def create_dataset(
     """
     if not is_multipart(request.headers.get("content-type", "")):
         async with uploads.receive_file(request) as path:
-            dataset = await run_in_threadpool(
-                service.add_dataset, path, filename=display_name(filename), container=container, shape=shape
-            )
-            return Dataset.of(dataset)
+            return await run_in_threadpool(_add, service, idempotency, path, filename, container, shape)
     async with uploads.receive_form(request, files=["file"], fields=["container", "shape"]) as form:
-        file = form.files.get("file")
-        if file is None:
-            raise InvalidRequest("the form has no part `file`: send the dataset in it", location="file")
-        dataset = await run_in_threadpool(
-            service.add_dataset,
-            file.path,
-            filename=display_name(filename or file.filename),
-            container=container or _choice(form, "container", _CONTAINER),
-            shape=shape or _choice(form, "shape", _SHAPE),
-        )
-        return Dataset.of(dataset)
+        return await run_in_threadpool(_add_form, service, idempotency, form, filename, container, shape)
 
 
 @router.get("", summary="List datasets", responses=error_responses(422))
@@ -145,6 +135,42 @@ def preview_dataset(
         rules = RenderRules(max_tokens, too_long, train_on)
         rows = service.preview(dataset_id, base_model, rules, skip=skip, limit=limit)
     return Listing.model_validate({"data": rows})
+
+
+def _add(
+    service: Service,
+    idempotency: Idempotency,
+    path: Path,
+    filename: str | None,
+    container: Container | None,
+    shape: Shape | None,
+) -> Dataset:
+    once = idempotency.once(Dataset.of, status=201, content=idempotency.file_content(path))
+    name = display_name(filename)
+    return Dataset.of(service.add_dataset(path, filename=name, container=container, shape=shape, once=once))
+
+
+def _add_form(
+    service: Service,
+    idempotency: Idempotency,
+    form: Form,
+    filename: str | None,
+    container: Container | None,
+    shape: Shape | None,
+) -> Dataset:
+    file = form.files.get("file")
+    if file is None:
+        raise InvalidRequest("the form has no part `file`: send the dataset in it", location="file")
+    fields = {name: value.decode(errors="replace") for name, value in form.fields.items()}
+    once = idempotency.once(Dataset.of, status=201, content=idempotency.form_content(form, fields))
+    dataset = service.add_dataset(
+        file.path,
+        filename=display_name(filename or file.filename),
+        container=container or _choice(form, "container", _CONTAINER),
+        shape=shape or _choice(form, "shape", _SHAPE),
+        once=once,
+    )
+    return Dataset.of(dataset)
 
 
 def _choice(form: Form, name: str, choices: TypeAdapter[Choice]) -> Choice | None:

@@ -1,9 +1,10 @@
-"""Jobs: submit, follow, cancel."""
+"""Jobs: submit, follow, pause, resume, cancel."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
@@ -12,21 +13,24 @@ from starlette.requests import Request
 
 from api.dependencies import After, JobId, Limit, ServiceOf, UploadsOf
 from api.errors import UnsupportedMediaType, error_responses, located
+from api.idempotency import Idempotency, IdempotencyOf
 from api.json_body import parse_body
 from api.multipart import MEDIA_TYPE as MULTIPART
-from api.multipart import FilePart, is_multipart
+from api.multipart import Form, is_multipart
 from api.schemas import Job, Listing, Page, SubmittedJob, job_fields
 from api.uploads import display_name, receive_bytes
 from qlora_service.errors import Finding, InvalidDataset, InvalidModel, InvalidRequest, QLoRAError
 from qlora_service.jobs import Job as DomainJob
 from qlora_service.jobs import JobStatus
-from qlora_service.service import Service
+from qlora_service.service import Service, Submission
 from qlora_service.specs import parse_spec
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 # Where in the spec the errors belong that do not say so themselves.
 _PLACES: dict[type[QLoRAError], str] = {InvalidModel: "/base_model", InvalidDataset: "/dataset"}
+
+_CHANGE_ERRORS = error_responses(404, 409, 422, 503)
 
 _SPEC_SCHEMA = {"$ref": "#/components/schemas/JobSpec"}
 _JOB_BODY: dict[str, Any] = {
@@ -76,10 +80,12 @@ _JOB_BODY: dict[str, Any] = {
     "",
     status_code=201,
     summary="Submit a job",
-    responses=error_responses(400, 404, 413, 415, 422),
+    responses=error_responses(400, 404, 409, 413, 415, 422, 429, 503),
     openapi_extra=_JOB_BODY,
 )
-async def create_job(request: Request, response: Response, service: ServiceOf, uploads: UploadsOf) -> SubmittedJob:
+async def create_job(
+    request: Request, response: Response, service: ServiceOf, uploads: UploadsOf, idempotency: IdempotencyOf
+) -> SubmittedJob:
     """Queue a fine-tuning job on a stored dataset, on rows sent inline, or on a file sent along.
 
     As JSON (`dataset` holds `id` or `rows`), or as a form with the parts `dataset` (a file) and `config` (JSON).
@@ -88,20 +94,17 @@ async def create_job(request: Request, response: Response, service: ServiceOf, u
     content_type = request.headers.get("content-type", "")
     if is_multipart(content_type):
         async with uploads.receive_form(request, files=["dataset"], fields=["config"]) as form:
-            config = form.fields.get("config")
-            if config is None:
-                raise InvalidRequest("the form has no part `config`: send the job's JSON in it", location="config")
-            job = await run_in_threadpool(_submit, service, config, form.files.get("dataset"))
+            submission = await run_in_threadpool(_submit_form, service, idempotency, form)
     elif content_type.partition(";")[0].strip().lower() == "application/json":
-        job = await run_in_threadpool(_submit, service, await receive_bytes(request))
+        submission = await run_in_threadpool(_submit_json, service, idempotency, await receive_bytes(request))
     else:
         raise UnsupportedMediaType(
             f"Content-Type is {content_type[:100]!r}: send application/json, or {MULTIPART} with the parts "
             "`dataset` and `config`",
             location="content-type",
         )
-    response.headers["Location"] = f"/jobs/{job.id}"
-    return job
+    response.headers["Location"] = _location(submission)
+    return _submitted(submission)
 
 
 @router.get("", summary="List jobs", responses=error_responses(422))
@@ -124,27 +127,67 @@ def get_job(job_id: JobId, service: ServiceOf) -> Job:
     return _view(service, service.get_job(job_id))
 
 
-@router.post("/{job_id}/cancel", summary="Cancel a job", responses=error_responses(404, 409, 422))
-def cancel_job(job_id: JobId, service: ServiceOf) -> Job:
-    """A queued job ends at once, a running one at its next step (`cancel_requested`). Asking twice does no harm."""
-    return _view(service, service.cancel(job_id))
+@router.post("/{job_id}/cancel", summary="Cancel a job", responses=_CHANGE_ERRORS)
+def cancel_job(job_id: JobId, service: ServiceOf, idempotency: IdempotencyOf) -> Job:
+    """A job ends at once, a running one at its next step (`stop_request`). Asking twice does no harm."""
+    return _not_queued(service.cancel(job_id, once=idempotency.once(_not_queued)))
+
+
+@router.post("/{job_id}/pause", summary="Pause a job", responses=_CHANGE_ERRORS)
+def pause_job(job_id: JobId, service: ServiceOf, idempotency: IdempotencyOf) -> Job:
+    """A queued job waits from now on, a running one from its next step (`stop_request`), with that step saved.
+
+    The GPU is free for other jobs until `resume`. Asking twice does no harm.
+    """
+    return _not_queued(service.pause(job_id, once=idempotency.once(_not_queued)))
+
+
+@router.post("/{job_id}/resume", summary="Resume a job", responses=_CHANGE_ERRORS)
+def resume_job(job_id: JobId, service: ServiceOf, idempotency: IdempotencyOf) -> Job:
+    """A paused job goes back into the queue, and on from its last saved step (`checkpoint_step`).
+
+    A pause that has not come about yet is taken back. Asking twice does no harm.
+    """
+    return _resumed(service.resume(job_id, once=idempotency.once(_resumed)))
 
 
 @router.get("/{job_id}/metrics", summary="All metrics of a job", responses=error_responses(404, 422))
 def get_metrics(job_id: JobId, service: ServiceOf) -> Listing[dict[str, Any]]:
-    """One record per step and per evaluation of the latest attempt, oldest first."""
+    """One record per step and per evaluation that the job has done, by step.
+
+    A job that was interrupted goes on from its last saved step: `attempt` says which attempt did a step.
+    """
     return Listing(data=service.job_metrics(job_id))
 
 
-def _submit(service: Service, config: bytes | bytearray, file: FilePart | None = None) -> SubmittedJob:
-    spec = parse_spec(parse_body(config))
+def _submit_json(service: Service, idempotency: Idempotency, body: bytes) -> Submission:
+    document = parse_body(body)
+    return _submit(service, idempotency, document, {"json": document})
+
+
+def _submit_form(service: Service, idempotency: Idempotency, form: Form) -> Submission:
+    config = form.fields.get("config")
+    if config is None:
+        raise InvalidRequest("the form has no part `config`: send the job's JSON in it", location="config")
+    document, file = parse_body(config), form.files.get("dataset")
+    content = idempotency.form_content(form, {"config": document})
+    if file is None:
+        return _submit(service, idempotency, document, content)
+    return _submit(service, idempotency, document, content, file.path, display_name(file.filename))
+
+
+def _submit(
+    service: Service,
+    idempotency: Idempotency,
+    document: Any,
+    content: object,
+    path: Path | None = None,
+    filename: str | None = None,
+) -> Submission:
+    spec = parse_spec(document)
+    once = idempotency.once(_submitted, status=201, content=content, location=_location)
     with located(_PLACES), _rows_located(inline=spec.dataset.rows is not None):
-        if file is None:
-            submission = service.submit(spec)
-        else:
-            submission = service.submit(spec, file.path, display_name(file.filename))
-    fields = job_fields(submission.job, service.queue_position(submission.job))
-    return SubmittedJob.model_validate(fields | {"warnings": list(submission.warnings)})
+        return service.submit(spec, path, filename, once=once)
 
 
 @contextmanager
@@ -167,3 +210,23 @@ def _in_body(finding: Finding) -> Finding:
 
 def _view(service: Service, job: DomainJob) -> Job:
     return Job.of(job, service.queue_position(job))
+
+
+# What the POSTs answer is made of what their transaction returned, and of nothing that may change after it.
+
+
+def _submitted(submission: Submission) -> SubmittedJob:
+    fields = job_fields(submission.job, submission.queue_position)
+    return SubmittedJob.model_validate(fields | {"warnings": list(submission.warnings)})
+
+
+def _location(submission: Submission) -> str:
+    return f"/jobs/{submission.job.id}"
+
+
+def _resumed(submission: Submission) -> Job:
+    return Job.of(submission.job, submission.queue_position)
+
+
+def _not_queued(job: DomainJob) -> Job:
+    return Job.of(job, queue_position=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -77,6 +78,19 @@ class ArtifactStore:
         path = scratch / key.rsplit("/", 1)[-1]
         self.fetch(key, path)
         return path
+
+    def remove_attempts(self, job_id: str, keep: int | None) -> None:
+        """Remove what attempts at the job stored, but for the attempt `keep`. An attempt's artifacts are a unit."""
+        prefix = f"jobs/{job_id}/"
+        keys = [entry["path"] for page in obstore.list(self._store, prefix) for entry in page]
+        obstore.delete(self._store, [key for key in keys if not key.startswith(f"{prefix}{keep}/")])
+        if self._root is not None:
+            # The local store lists neither directories nor the files ("<name>#<number>") that it did not finish.
+            for directory in (self._root / prefix).glob("*"):
+                if directory.name != str(keep):
+                    shutil.rmtree(directory, ignore_errors=True)
+                for unfinished in directory.glob("*#*"):
+                    unfinished.unlink(missing_ok=True)
 
     def _read(self, key: str, start: int, end: int) -> Iterator[bytes]:
         while start < end:

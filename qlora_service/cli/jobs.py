@@ -1,4 +1,4 @@
-"""Commands about jobs that exist: watch, download, jobs, cancel."""
+"""Commands about jobs that exist: watch, download, jobs, pause, resume, cancel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def watch(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Follow a job until it ends.
 
     Shows phase, step, loss, held-out loss, tokens/s and the time left, also across a restart of the service. Ctrl-C
-    stops watching, not the job. The exit code is 0 when the job succeeded, 1 when it failed, 2 when it was cancelled.
+    stops watching, not the job; a paused one is waited for. The exit code is 0 when the job succeeded, 1 when it
+    failed, 2 when it was cancelled.
     """
     with connect(url) as client:
         watch_to_end(client, job, as_json)
@@ -89,8 +90,31 @@ def list_jobs(
         print_note("no jobs")
 
 
+def pause(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Pause a job: at once while it is queued, at its next step while it runs. Its steps are saved."""
+    with connect(url) as client:
+        paused = client.pause(job)
+    if as_json:
+        print_json(paused.model_dump(mode="json"))
+    else:
+        when = "" if paused.status == "paused" else " and pauses at its next step"
+        print_note(f"job {job} is {paused.status}{when}. Go on: qlora resume {job}")
+
+
+def resume(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Put a paused job back into the queue; it goes on from its last saved step."""
+    with connect(url) as client:
+        resumed = client.resume(job)
+    if as_json:
+        print_json(resumed.model_dump(mode="json"))
+    else:
+        step = resumed.checkpoint_step
+        where = f" and goes on after step {step}" if resumed.status == "queued" and step else ""
+        print_note(f"job {job} is {resumed.status}{where}")
+
+
 def cancel(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
-    """Cancel a job: at once while it is queued, at its next step while it runs."""
+    """Cancel a job: at once, or at its next step while it runs."""
     with connect(url) as client:
         cancelled = client.cancel(job)
     if as_json:

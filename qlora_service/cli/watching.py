@@ -77,14 +77,26 @@ def _figures(job: Job, held_out: float | None) -> str:
     return " · ".join(parts)
 
 
+_STOPPING = {"cancel": "cancelling", "pause": "pausing", "preempt": "making room for a more urgent job"}
+
+
 def _phase(job: Job) -> str:
-    if job.cancel_requested:
-        return "cancelling"
+    if job.stop_request is not None:
+        return _STOPPING.get(job.stop_request, job.stop_request)
+    if job.status == "paused":
+        return _why_paused(job)
     if job.status == "queued":
-        ahead = job.queue_position
-        return "queued" if not ahead else f"queued, {ahead} ahead"
+        ahead = f", {job.queue_position} ahead" if job.queue_position else ""
+        return "queued" + (f" to go on after step {job.checkpoint_step}" if job.checkpoint_step else "") + ahead
     attempt = f" (attempt {job.attempt})" if job.attempt > 1 else ""
     return (job.phase or job.status) + attempt
+
+
+def _why_paused(job: Job) -> str:
+    hold = job.hold or {}
+    if hold.get("reason") == "user":
+        return f"paused: qlora resume {job.id} puts it back into the queue"
+    return f"paused: {hold.get('message', 'no reason was recorded')}"
 
 
 @contextmanager

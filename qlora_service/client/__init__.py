@@ -42,6 +42,7 @@ class Client:
     """A connection to one service; a context manager.
 
     `patience_s` is how long `events`, `wait` and `download` go on trying to reconnect to a service that went away.
+    What changes something is sent again for a minute at most, and takes effect once.
     """
 
     def __init__(self, base_url: str = EXAMPLE_URL, *, patience_s: float = PATIENCE_S) -> None:
@@ -75,7 +76,7 @@ class Client:
         params = _given(filename=Path(path).name, container=container, shape=shape)
         with _readable(path) as file:
             return Dataset.model_validate(
-                self._transport.send("POST", "/datasets", params=params, content=file, patient=True)
+                self._transport.post("/datasets", params=params, content=file, file=file, patient=True)
             )
 
     def datasets(self) -> Iterator[Dataset]:
@@ -84,11 +85,11 @@ class Client:
 
     def models(self) -> list[Model]:
         """The base models a job may name."""
-        return [Model.model_validate(value) for value in self._transport.send("GET", "/models")["data"]]
+        return [Model.model_validate(value) for value in self._transport.get("/models")["data"]]
 
     def recipes(self) -> list[Recipe]:
         """The recipes a job may name."""
-        return [Recipe.model_validate(value) for value in self._transport.send("GET", "/recipes")["data"]]
+        return [Recipe.model_validate(value) for value in self._transport.get("/recipes")["data"]]
 
     # --- jobs
 
@@ -96,14 +97,15 @@ class Client:
         """The queued job, with the service's `warnings`; the rows come from `dataset_file` or from `spec`'s dataset."""
         document = spec.model_dump(mode="json", exclude_unset=True) if isinstance(spec, JobSpec) else dict(spec)
         if dataset_file is None:
-            return Job.model_validate(self._transport.send("POST", "/jobs", json=document, patient=True))
+            return Job.model_validate(self._transport.post("/jobs", json=document, patient=True))
         with _readable(dataset_file) as file:
             parts = {"dataset": (Path(dataset_file).name, file, "application/octet-stream")}
             form = {"config": json.dumps(document)}
-            return Job.model_validate(self._transport.send("POST", "/jobs", data=form, files=parts, patient=True))
+            answer = self._transport.post("/jobs", data=form, files=parts, file=file, patient=True)
+            return Job.model_validate(answer)
 
     def get(self, job_id: str) -> Job:
-        return Job.model_validate(self._transport.send("GET", _job(job_id)))
+        return Job.model_validate(self._transport.get(_job(job_id)))
 
     def jobs(self, *, status: str | None = None, base_model: str | None = None) -> Iterator[Job]:
         """All jobs that match, newest first."""
@@ -111,12 +113,20 @@ class Client:
         return (Job.model_validate(value) for value in self._transport.pages("/jobs", params))
 
     def cancel(self, job_id: str) -> Job:
-        """The job as it is now: a queued one is cancelled, a running one stops at its next step."""
-        return Job.model_validate(self._transport.send("POST", f"{_job(job_id)}/cancel"))
+        """The job as it is now: cancelled, or running up to its next step."""
+        return Job.model_validate(self._transport.post(f"{_job(job_id)}/cancel"))
+
+    def pause(self, job_id: str) -> Job:
+        """The job as it is now: paused, or running up to its next step."""
+        return Job.model_validate(self._transport.post(f"{_job(job_id)}/pause"))
+
+    def resume(self, job_id: str) -> Job:
+        """The job as it is now: queued, to go on from its last saved step."""
+        return Job.model_validate(self._transport.post(f"{_job(job_id)}/resume"))
 
     def metrics(self, job_id: str) -> list[dict[str, Any]]:
-        """One record per step or evaluation of the latest attempt, oldest first."""
-        data: list[dict[str, Any]] = self._transport.send("GET", f"{_job(job_id)}/metrics")["data"]
+        """One record per step and evaluation that the job has done, by step."""
+        data: list[dict[str, Any]] = self._transport.get(f"{_job(job_id)}/metrics")["data"]
         return data
 
     def events(self, job_id: str, after: int = 0, *, on_drop: Drop | None = None) -> Iterator[Event]:
@@ -171,7 +181,7 @@ class Client:
 
     def artifacts(self, job_id: str) -> list[ArtifactFile]:
         """What a job published: a succeeded one, or one that failed after some finite steps."""
-        data = self._transport.send("GET", f"{_job(job_id)}/artifacts")["data"]
+        data = self._transport.get(f"{_job(job_id)}/artifacts")["data"]
         return [ArtifactFile.model_validate(value) for value in data]
 
     def download(self, job_id: str, directory: str | Path) -> list[Path]:

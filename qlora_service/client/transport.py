@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import httpx2
 
@@ -17,6 +18,10 @@ EXAMPLE_URL = "http://127.0.0.1:8080"
 ANSWER_S = 60.0
 """Longest silence of an answer; an event stream's keep-alive comes far more often."""
 CONNECT_S = 10.0
+POST_PATIENCE_S = 60.0
+"""Longest time that a POST is sent again: somebody waits for its answer."""
+TRY_AGAIN = frozenset({502, 503, 504})
+"""Answers of a service, or of a proxy before it, that cannot take a request just now."""
 
 Drop = Callable[[Exception], None]
 """Told of each error that is waited out."""
@@ -24,11 +29,12 @@ Result = TypeVar("Result")
 
 
 class Transport:
-    """Requests to one service. `patience_s` is how long `persist` goes on when the service went away."""
+    """Requests to one service. `patience_s` is how long they are sent again when the service went away."""
 
     def __init__(self, base_url: str, patience_s: float) -> None:
         self.base_url = base_url.rstrip("/")
         self.patience_s = patience_s
+        self._reached = False
         self._http = httpx2.Client(
             base_url=self.base_url,
             timeout=httpx2.Timeout(ANSWER_S, connect=CONNECT_S),
@@ -46,11 +52,39 @@ class Transport:
         except httpx2.TransportError:
             return False
 
-    def send(self, method: str, path: str, *, patient: bool = False, **request: Any) -> Any:
-        """The answer's JSON; `patient` waits for it without limit."""
-        timeout = httpx2.Timeout(ANSWER_S, connect=CONNECT_S, read=None if patient else ANSWER_S)
+    def get(self, path: str, params: Mapping[str, str] | None = None) -> Any:
+        """The answer's JSON."""
+        return self._send("GET", path, params=params)
+
+    def post(self, path: str, *, patient: bool = False, file: BinaryIO | None = None, **request: Any) -> Any:
+        """The answer's JSON; `patient` waits for it without limit.
+
+        When the connection breaks or the service is not available, the request is sent again under the same
+        idempotency key, with `file` from its start: it takes effect once. Only a service that never answered before
+        is given up at once.
+        """
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        read_s = None if patient else ANSWER_S
+        backoff = Backoff(min(self.patience_s, POST_PATIENCE_S))
+        while True:
+            try:
+                if file is not None:
+                    file.seek(0)
+                return self._send("POST", path, headers=headers, read_s=read_s, **request)
+            except Unavailable as error:
+                if not self._reached:
+                    raise
+                backoff.pause(error)
+            except ServiceError as error:
+                if error.status not in TRY_AGAIN:
+                    raise
+                backoff.pause(error)
+
+    def _send(self, method: str, path: str, *, read_s: float | None = ANSWER_S, **request: Any) -> Any:
+        timeout = httpx2.Timeout(ANSWER_S, connect=CONNECT_S, read=read_s)
         with self._translated():
             response = self._http.request(method, path, timeout=timeout, **request)
+        self._reached = True
         _raise_for_error(response)
         try:
             return response.json()
@@ -58,10 +92,10 @@ class Transport:
             raise _stranger(response) from None
 
     def pages(self, path: str, params: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
-        page = self.send("GET", path, params=params)
+        page = self.get(path, params)
         yield from page["data"]
         while page.get("next"):
-            page = self.send("GET", path, params={**(params or {}), "after": page["next"]})
+            page = self.get(path, {**(params or {}), "after": page["next"]})
             yield from page["data"]
 
     @contextmanager
@@ -96,6 +130,7 @@ class Transport:
                 "of a running one with --url or QLORA_URL"
             ) from error
         except httpx2.TransportError as error:
+            self._reached = True
             raise Unavailable(
                 f"the connection to {self.base_url} broke ({error or type(error).__name__}): try again"
             ) from error

@@ -71,7 +71,11 @@ class Job(Answer):
     started_at: datetime | None
     finished_at: datetime | None
     attempt: int
-    cancel_requested: bool
+    stop_request: str | None
+    """What a running job will do at its next step: cancel, pause or preempt."""
+    hold: dict[str, Any] | None
+    """Why a paused job waits: `reason` and `message`."""
+    checkpoint_step: int
     base_model: str
     dataset_id: str
     metrics: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The database: SQLite in WAL mode by default. One transaction per request or claim, committed at the edge."""
+"""The database: SQLite in WAL mode, or PostgreSQL. One transaction per request or claim, committed at the edge."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
-from sqlalchemy.engine import Connection, Engine, make_url
+from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 BUSY_TIMEOUT_MS = 10_000
+"""How long a write waits for another's lock; then it is an error."""
+STATEMENT_TIMEOUT_MS = 30_000
+"""PostgreSQL's bound for a whole statement, which may wait for several locks."""
+IDLE_TIMEOUT_MS = 20_000
+"""When PostgreSQL ends the transaction of a process that stands still, and with it its locks."""
+MIGRATION_LOCK = 0x716C6F72616D  # "qloram", for pg_advisory_xact_lock
 Result = TypeVar("Result")
 
 
@@ -22,14 +28,19 @@ class Database:
     """Transactions on the service's state; safe to share between threads."""
 
     def __init__(self, url: str) -> None:
+        """`url` as SQLAlchemy writes it: `sqlite:///path` or `postgresql://user@host/name`."""
         self.url = url
         parsed = make_url(url)
-        if parsed.get_backend_name() == "sqlite" and parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        self._engine: Engine = sa.create_engine(url)
-        if self._engine.dialect.name == "sqlite":
-            sa.event.listen(self._engine, "connect", _configure_sqlite)
-            sa.event.listen(self._engine, "begin", _begin_sqlite)
+        backend = parsed.get_backend_name()
+        if backend == "sqlite":
+            self._engine = _sqlite_engine(parsed)
+        elif backend in ("postgresql", "postgres"):
+            self._engine = _postgresql_engine(parsed)
+        else:
+            raise ValueError(f"the database URL names {backend!r}: use sqlite:///path or postgresql://user@host/name")
+        # REPEATABLE READ: PostgreSQL's default shows each statement another moment. SQLite has one kind of snapshot.
+        snapshot = {} if backend == "sqlite" else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+        self._read_options = {"qlora_read": True, **snapshot}
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -40,7 +51,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A consistent snapshot; never waits for a writer."""
-        with self._engine.connect().execution_options(qlora_read=True) as connection:
+        with self._engine.connect().execution_options(**self._read_options) as connection:
             yield connection
 
     def migrate(self) -> None:
@@ -49,6 +60,8 @@ class Database:
         config.set_main_option("script_location", "qlora_service.store:migrations")
         config.set_main_option("path_separator", "os")
         with self.write() as connection:
+            if connection.dialect.name == "postgresql":
+                _wait_for_other_migrations(connection)
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
@@ -56,20 +69,101 @@ class Database:
         self._engine.dispose()
 
 
+def is_outage(error: BaseException) -> bool:
+    """Whether the database is locked, full, away or restarting, so that a later try may succeed; False of a defect."""
+    if isinstance(error, sa.exc.TimeoutError):  # every connection of the pool is in use
+        return True
+    if not isinstance(error, sa.exc.DBAPIError):
+        return False
+    if error.connection_invalidated or _sqlstate(error) in _AWAY:
+        return True
+    # Wrong SQL, which no later try sets right, is an OperationalError too on SQLite.
+    return isinstance(error, sa.exc.OperationalError) and _sqlite_name(error) != "SQLITE_ERROR"
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the database has no room left on its disk."""
+    full = isinstance(error, sa.exc.DBAPIError)
+    return full and (_sqlite_name(error) == "SQLITE_FULL" or _sqlstate(error) == "53100")
+
+
+# https://www.postgresql.org/docs/current/errcodes-appendix.html; psycopg has these as its InternalError.
+_AWAY = {
+    "25006",  # read only: a standby that took over's place, or will
+    "25P03",  # it ended our transaction because we stood still
+}
+
+
+def _sqlite_name(error: BaseException) -> str | None:
+    name: str | None = getattr(getattr(error, "orig", None), "sqlite_errorname", None)
+    return name
+
+
+def _sqlstate(error: BaseException) -> str | None:
+    state: str | None = getattr(getattr(error, "orig", None), "sqlstate", None)
+    return state
+
+
 def persist(action: Callable[[], Result], patience_s: float, pause_s: float = 0.5) -> Result:
     """What `action` returns, tried again while the database is locked or away, for up to `patience_s` seconds.
 
     Raises:
-        OperationalError: the last one, when patience has run out.
+        SQLAlchemyError: the last outage, when patience has run out; anything else at once.
     """
     deadline = time.monotonic() + patience_s
     while True:
         try:
             return action()
-        except sa.exc.OperationalError:
-            if time.monotonic() + pause_s > deadline:
+        except sa.exc.SQLAlchemyError as error:
+            if not is_outage(error) or time.monotonic() + pause_s > deadline:
                 raise
             time.sleep(pause_s)
+
+
+def _sqlite_engine(url: URL) -> Engine:
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(url)
+    sa.event.listen(engine, "connect", _configure_sqlite)
+    sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _postgresql_engine(url: URL) -> Engine:
+    # A host that vanished is noticed in seconds instead of TCP's quarter of an hour
+    # (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-KEEPALIVES); the URL may say otherwise.
+    patience = {
+        "connect_timeout": 10,
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 20_000,
+    }
+    engine = sa.create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        isolation_level="READ COMMITTED",
+        pool_pre_ping=True,
+        pool_timeout=BUSY_TIMEOUT_MS / 1000,
+        connect_args={name: value for name, value in patience.items() if name not in url.query},
+    )
+    sa.event.listen(engine, "connect", _configure_postgresql)
+    return engine
+
+
+def _configure_postgresql(connection: Any, _record: Any) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET lock_timeout = {BUSY_TIMEOUT_MS}")
+        cursor.execute(f"SET statement_timeout = {STATEMENT_TIMEOUT_MS}")
+        cursor.execute(f"SET idle_in_transaction_session_timeout = {IDLE_TIMEOUT_MS}")
+    connection.commit()
+
+
+def _wait_for_other_migrations(connection: Connection) -> None:
+    # The other process may need longer than any lock is waited for otherwise; so may our own statements.
+    connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
+    connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
+    connection.exec_driver_sql(f"SET LOCAL lock_timeout = {BUSY_TIMEOUT_MS}")
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

@@ -11,6 +11,7 @@ from sqlalchemy.engine import Connection
 
 from qlora_service.data.checks import DatasetReport
 from qlora_service.errors import NotFound
+from qlora_service.store.conflicts import insert
 from qlora_service.store.tables import datasets, render_reports
 
 
@@ -27,16 +28,9 @@ class Dataset:
 
 def insert_dataset(connection: Connection, dataset: Dataset) -> Dataset:
     """The stored dataset: `dataset` itself, or the one that was there with the same bytes and reading."""
-    same = sa.select(datasets).where(
-        datasets.c.sha256 == dataset.sha256,
-        datasets.c.container == dataset.report.container,
-        datasets.c.shape == dataset.report.shape,
-    )
-    row = connection.execute(same).one_or_none()
-    if row is not None:
-        return _from_row(row)
-    connection.execute(
-        datasets.insert().values(
+    inserted = connection.execute(
+        insert(connection, datasets)
+        .values(
             id=dataset.id,
             sha256=dataset.sha256,
             filename=dataset.filename,
@@ -46,8 +40,17 @@ def insert_dataset(connection: Connection, dataset: Dataset) -> Dataset:
             report=dataset.report.as_dict(),
             created_at=dataset.created_at,
         )
+        .on_conflict_do_nothing()
+        .returning(datasets.c.id)
+    ).one_or_none()
+    if inserted is not None:
+        return dataset
+    same = sa.select(datasets).where(
+        datasets.c.sha256 == dataset.sha256,
+        datasets.c.container == dataset.report.container,
+        datasets.c.shape == dataset.report.shape,
     )
-    return dataset
+    return _from_row(connection.execute(same).one())
 
 
 def get_dataset(connection: Connection, dataset_id: str) -> Dataset:
@@ -67,14 +70,17 @@ def list_datasets(connection: Connection, *, before: str | None, limit: int) -> 
 
 
 def get_render_report(connection: Connection, dataset_id: str, key: str) -> dict[str, Any] | None:
-    where = (render_reports.c.dataset_id == dataset_id) & (render_reports.c.key == key)
-    return connection.execute(sa.select(render_reports.c.report).where(where)).scalar_one_or_none()
+    query = sa.select(render_reports.c.report).where(
+        render_reports.c.dataset_id == dataset_id, render_reports.c.key == key
+    )
+    return connection.execute(query).scalar_one_or_none()
 
 
 def put_render_report(connection: Connection, dataset_id: str, key: str, report: dict[str, Any]) -> None:
-    where = (render_reports.c.dataset_id == dataset_id) & (render_reports.c.key == key)
-    connection.execute(render_reports.delete().where(where))
-    connection.execute(render_reports.insert().values(dataset_id=dataset_id, key=key, report=report))
+    new = insert(connection, render_reports).values(dataset_id=dataset_id, key=key, report=report)
+    connection.execute(
+        new.on_conflict_do_update(index_elements=["dataset_id", "key"], set_={"report": new.excluded.report})
+    )
 
 
 def _from_row(row: Any) -> Dataset:

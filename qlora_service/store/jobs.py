@@ -72,6 +72,15 @@ def count_ahead(connection: Connection, job: Job) -> int:
     return connection.execute(query).scalar_one()
 
 
+def count_queued(connection: Connection, owner: str) -> int:
+    """How many jobs of the owner wait; nobody else adds one before the transaction ends."""
+    if connection.dialect.name == "postgresql":
+        # Two submissions at once would count the same jobs. On SQLite writers take turns anyway.
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"queued {owner}"))))
+    where = (jobs.c.status == JobStatus.QUEUED, jobs.c.owner == owner)
+    return connection.execute(sa.select(sa.func.count()).where(*where)).scalar_one()
+
+
 def append_event(connection: Connection, job_id: str, now: datetime, type_: str, data: dict[str, Any]) -> None:
     """Add an event to a job whose row this transaction has written or locked.
 

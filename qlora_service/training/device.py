@@ -14,6 +14,9 @@ import torch
 from qlora_service.errors import JobFailed
 from qlora_service.jobs import FailureReason
 
+OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "alloc_failed")
+"""What cuBLAS, bitsandbytes' managed memory and torch's allocator on a CPU say, in errors of no type of their own."""
+
 
 def choose_device(needs_gpu: bool = False) -> torch.device:
     """The GPU this process was given (CUDA_VISIBLE_DEVICES), else the CPU.
@@ -74,6 +77,13 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device had no memory left for what was asked of it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in OUT_OF_MEMORY_SIGNS)
 
 
 def has_flash_attention(x: torch.Tensor) -> bool:

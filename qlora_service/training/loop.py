@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from qlora_service.data.batching import pack
-from qlora_service.errors import JobFailed
+from qlora_service.errors import Interrupted, JobFailed
 from qlora_service.jobs import FailureReason
-from qlora_service.models.adapters import after_step, regularization, trainable
+from qlora_service.models.adapters import after_step, allocation_state, restore_allocation, trainable
 from qlora_service.specs import Training
 from qlora_service.training.device import peak_memory_bytes, synchronize
+from qlora_service.training.held_out import EvaluationMetrics, HeldOut, restore_trainable, trainable_copies
 from qlora_service.training.micro_batch import TrainingExample
 from qlora_service.training.network import Network
-from qlora_service.training.objectives import Evaluation, TrainingObjective, evaluate
-from qlora_service.training.optimizer import learning_rate, optimizing, set_learning_rate
+from qlora_service.training.objectives import Evaluation, TrainingObjective
+from qlora_service.training.optimizer import (
+    learning_rate,
+    optimizer_state,
+    optimizing,
+    restore_optimizer,
+    set_learning_rate,
+)
 from qlora_service.training.row_losses import RowLosses
+from qlora_service.training.state import StepHistory, TrainingState, random_state, restore_random_state
+from qlora_service.training.step_gradients import StepGradients, example_tokens
 
 ROWS_NAMED = 20
 """Most lines a failure names."""
 SKIPS_IN_A_ROW = 3
 """Steps that may fail one after the other; the last of so many ends the job."""
-REMEMBERED_LOSSES = 20
 BLOWN_UP = 1.5
 """A loss so many times the lowest of the last ones was on its way up, not struck by one row."""
 
@@ -52,24 +57,53 @@ class StepMetrics:
     peak_memory_bytes: int
 
 
-@dataclass(frozen=True)
-class EvaluationMetrics:
-    """The held-out examples after `step` steps; step 0 is the adapter as it starts."""
-
-    step: int
-    eval_loss: float
-    eval_accuracy: float
-    """See `objectives.Evaluation`"""
-    eval_perplexity: float | None
-    peak_memory_bytes: int
-
-
 class Observer(Protocol):
     """Who is told about every step and evaluation; may raise to stop the training."""
 
     def on_step(self, metrics: StepMetrics) -> None: ...
 
     def on_evaluation(self, metrics: EvaluationMetrics) -> None: ...
+
+
+class Control(Protocol):
+    """Who decides whether the training goes on, and keeps its states."""
+
+    def check(self) -> None:
+        """Raises what ends the training.
+
+        Asked before every turn of the loop and every forward pass, so that one micro-batch or one held-out document
+        at most runs in between. After an `Interrupted`, the state of the last completed step is saved; after any other
+        exception nothing is.
+        """
+        ...
+
+    def checkpoint_is_due(self) -> bool:
+        """Asked after every step and every evaluation."""
+        ...
+
+    def save(self, state: TrainingState) -> None: ...
+
+    def plan_changed(self, change: dict[str, Any]) -> None:
+        """Told that memory ran out: `step` (from 1), `what` ("micro_batch_tokens" or "gradient_checkpointing"), `from`,
+        `to`, and `why`.
+        """
+        ...
+
+
+class Unattended:
+    """A control that never stops the training and keeps nothing."""
+
+    def check(self) -> None:
+        pass
+
+    def checkpoint_is_due(self) -> bool:
+        return False
+
+    def save(self, state: TrainingState) -> None:
+        pass
+
+    def plan_changed(self, change: dict[str, Any]) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -102,159 +136,139 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
     training: Training,
     observer: Observer,
     row_losses: RowLosses,
+    start: TrainingState | None = None,
+    control: Control | None = None,
 ) -> Outcome:
     """Train the adapter in place; `examples_of_step(i)` are the examples of step i (from 0).
 
     A step is a set of examples. However they are cut into micro-batches, its loss is the sum over its learned tokens
     (or pairs, or examples) divided by their number in the whole step.
 
+    From `start`, a state that `control` was given, training goes on as if it had never stopped: on one machine to the
+    same bytes. `network` has to hold the adapter as it was first attached; `row_losses` become those of the state.
+
     Raises:
+        Interrupted: `control` or `observer` asked for it; the state of the last completed step was saved.
         LossNotFinite: a step's loss or gradient was not finite three times in a row; the adapter is as the last
             finite step left it.
-        JobFailed: the held-out loss is not finite, or no gradient reaches the adapter.
+        JobFailed: the held-out loss is not finite, no gradient reaches the adapter, or memory does not hold the step's
+            longest example.
     """
     model, device = network.model, network.device
     parameters = trainable(model)
-    held = HeldOut(network, objective, held_out, training, observer)
-    recent: deque[float] = deque(maxlen=REMEMBERED_LOSSES)
-    skipped_steps = skipped_in_a_row = 0
+    control = control or Unattended()
+    held = HeldOut(network, objective, held_out, training, observer.on_evaluation)
+    gradients = StepGradients(network, objective, training, control.plan_changed)
+    history, chance = StepHistory(), random_state(device)
     model.train()
 
-    with optimizing(model, training, device) as optimizer:
-        before = held.measure(0)
-        for step in range(total_steps):
-            started = time.perf_counter()
-            examples = examples_of_step(step)
-            # Dropout masks follow (seed, step), so an attempt that starts in the middle draws the same ones.
-            torch.manual_seed(step_seed(training.seed, step))
+    with optimizing(model, training, device) as optimizer, checking(network, control.check):
+        if start is not None:
+            restore_trainable(model, start.parameters)
+            restore_optimizer(optimizer, start.optimizer)
+            restore_allocation(model, start.allocation)
+            restore_random_state(start.random_state, device)
+            row_losses.restore(start.row_losses)
+            held.state, history, chance = start.held_out, start.history, start.random_state
+            gradients.micro_batch_tokens = start.micro_batch_tokens
+            if start.gradient_checkpointing and not network.checkpointing:
+                network.checkpoint()
 
-            share_of = objective.of_step(network, examples, network.losses)
-            shares, order = [], []
-            lengths = [sum(len(document.input_ids) for document in example.documents) for example in examples]
-            for members in pack(lengths, training.micro_batch_tokens):
-                share = share_of([examples[index] for index in members])
-                share.total.backward()
-                shares.append((share.total.detach(), share.each))
-                order += members
-            if (penalty := regularization(model)) is not None:
-                penalty.backward()
+        def position() -> tuple[object, ...]:
+            """What tells two states of this training apart."""
+            return history.step, held.state.measured_step, gradients.micro_batch_tokens, network.checkpointing
 
-            if step == 0:
-                _check_every_parameter_learns(model)
-            loss = math.fsum(float(total) for total, _ in shares)
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm))
-            rate = learning_rate(step, total_steps, training)
-            set_learning_rate(optimizer, rate)
-            is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-            if is_finite:
-                optimizer.step()
-                after_step(model, step + 1)
-                recent.append(loss)
-                skipped_in_a_row = 0
-            else:
-                skipped_steps += 1
-                skipped_in_a_row += 1
-            optimizer.zero_grad(set_to_none=True)
+        saved = None if start is None else position()
 
-            synchronize(device)
-            documents = [document for example in examples for document in example.documents]
-            observer.on_step(
-                StepMetrics(
-                    step=step + 1,
-                    loss=loss,
-                    learning_rate=rate,
-                    grad_norm=grad_norm,
-                    skipped=not is_finite,
-                    trained_tokens=sum(document.trained_tokens for document in documents),
-                    tokens=sum(lengths),
-                    tokens_per_second=sum(lengths) / (time.perf_counter() - started),
-                    peak_memory_bytes=peak_memory_bytes(device),
+        def save() -> None:
+            """Hand over the state after the last completed step, unless it is the one that was handed over last."""
+            nonlocal saved
+            if saved != position():
+                control.save(
+                    TrainingState(
+                        history=history,
+                        parameters=trainable_copies(model),
+                        optimizer=optimizer_state(optimizer),
+                        allocation={
+                            name: value.to("cpu", copy=True) for name, value in allocation_state(model).items()
+                        },
+                        held_out=held.state,
+                        row_losses=row_losses.state(),
+                        random_state=chance,
+                        micro_batch_tokens=gradients.micro_batch_tokens,
+                        gradient_checkpointing=network.checkpointing,
+                    )
                 )
-            )
-            of_example = torch.cat([each for _, each in shares]).tolist()
-            row_losses.record(step + 1, [examples[index].line for index in order], of_example)
-            if skipped_in_a_row == SKIPS_IN_A_ROW:
-                failure = _not_finite(loss, grad_norm, step, examples, recent, rate)
-                # Where the held-out loss is not finite either, nothing is left to keep.
-                with suppress(JobFailed):
-                    if recent:
-                        finite_step = step + 1 - SKIPS_IN_A_ROW
-                        after = held.measure(finite_step)
-                        failure.outcome = Outcome(before, after, finite_step, finite_step, skipped_steps)
-                raise failure
-            is_last = step + 1 == total_steps
-            if is_last or (step + 1) % evaluate_every == 0:
-                held.measure(step + 1)
-                if held.is_enough:
+                saved = position()
+
+        try:
+            # A turn is an evaluation or a step. A training that goes on begins with the turn it was interrupted in.
+            while True:
+                control.check()
+                if control.checkpoint_is_due():
+                    save()
+                step = history.step
+                if history.skipped_in_a_row == SKIPS_IN_A_ROW:
+                    raise _not_finite(
+                        history, examples_of_step(step - 1), learning_rate(step - 1, total_steps, training), held
+                    )
+                if held.state.measured_step != step and (step % evaluate_every == 0 or step == total_steps):
+                    held.measure(step)
+                    continue
+                if held.is_enough or step == total_steps:
                     break
-        return Outcome(before, held.choose(), step + 1, held.chosen_step, skipped_steps)
+
+                started = time.perf_counter()
+                examples = examples_of_step(step)
+                loss = gradients.compute(step, examples)
+                if step == 0:
+                    _check_every_parameter_learns(model)
+                grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm))
+                rate = learning_rate(step, total_steps, training)
+                set_learning_rate(optimizer, rate)
+                is_finite = math.isfinite(loss.total) and math.isfinite(grad_norm)
+                # From here to the observer nothing asks whether to stop: a step is completed whole, or not at all.
+                if is_finite:
+                    optimizer.step()
+                    after_step(model, step + 1)
+                optimizer.zero_grad(set_to_none=True)
+                row_losses.record(step + 1, loss.lines, loss.of_example)
+                history = history.after(loss.total, grad_norm, skipped=not is_finite)
+                chance = random_state(device)
+
+                synchronize(device)
+                tokens = sum(example_tokens(examples))
+                documents = [document for example in examples for document in example.documents]
+                observer.on_step(
+                    StepMetrics(
+                        step=step + 1,
+                        loss=loss.total,
+                        learning_rate=rate,
+                        grad_norm=grad_norm,
+                        skipped=not is_finite,
+                        trained_tokens=sum(document.trained_tokens for document in documents),
+                        tokens=tokens,
+                        tokens_per_second=tokens / (time.perf_counter() - started),
+                        peak_memory_bytes=peak_memory_bytes(device),
+                    )
+                )
+            save()
+        except Interrupted:
+            optimizer.zero_grad(set_to_none=True)
+            save()
+            raise
+        after = held.choose()
+        return Outcome(held.before, after, history.step, held.state.chosen_step, history.skipped_steps)
 
 
-class HeldOut:
-    """Measures the held-out examples, and remembers which adapter was the best."""
-
-    def __init__(
-        self,
-        network: Network,
-        objective: TrainingObjective,
-        examples: Sequence[TrainingExample],
-        training: Training,
-        observer: Observer,
-    ) -> None:
-        self._network, self._objective, self._examples = network, objective, examples
-        self._observer = observer
-        self._patience = training.early_stopping_patience
-        self._keeps_best = training.load_best_model_at_end
-        self._best: Evaluation | None = None
-        self._best_weights: list[torch.Tensor] = []
-        self._without_gain = 0
-        self.chosen_step = 0
-
-    def measure(self, step: int) -> Evaluation:
-        """The evaluation after `step` steps.
-
-        Raises:
-            JobFailed: its loss is not finite.
-        """
-        result = evaluate(self._network, self._objective, self._examples)
-        if not math.isfinite(result.loss):
-            cause = "lower training.learning_rate" if step else "the base model itself gives it: try float32"
-            raise JobFailed(
-                f"the held-out loss after step {step} is {result.loss}: {cause}",
-                reason=FailureReason.NOT_FINITE,
-                step=step,
-            )
-        self._observer.on_evaluation(
-            EvaluationMetrics(
-                step, result.loss, result.accuracy, result.perplexity, peak_memory_bytes(self._network.device)
-            )
-        )
-        is_better = self._best is None or result.loss < self._best.loss
-        self._without_gain = 0 if is_better else self._without_gain + 1
-        if is_better or not self._keeps_best:
-            self._chosen, self.chosen_step = result, step
-        if is_better:
-            self._best = result
-            if self._keeps_best:
-                self._best_weights = [weight.detach().cpu().clone() for weight in trainable(self._network.model)]
-        return result
-
-    @property
-    def is_enough(self) -> bool:
-        """Whether the loss has not fallen for as many evaluations as the patience allows."""
-        return self._patience is not None and self._without_gain >= self._patience
-
-    @torch.no_grad()
-    def choose(self) -> Evaluation:
-        """The evaluation of the adapter to publish, which the model holds from now on."""
-        for weight, best in zip(trainable(self._network.model), self._best_weights, strict=False):
-            weight.copy_(best)
-        return self._chosen
-
-
-def step_seed(seed: int, step: int) -> int:
-    """The random generator's seed for one step."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:8], "big") >> 1
+@contextmanager
+def checking(network: Network, check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` before every forward pass, whoever makes it: all of them begin with the embeddings."""
+    hook = network.model.get_input_embeddings().register_forward_pre_hook(lambda *_: check())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _check_every_parameter_learns(model: torch.nn.Module) -> None:
@@ -272,17 +286,13 @@ def _check_every_parameter_learns(model: torch.nn.Module) -> None:
         )
 
 
-def _not_finite(
-    loss: float,
-    grad_norm: float,
-    step: int,
-    examples: Sequence[TrainingExample],
-    recent: Sequence[float],
-    rate: float,
-) -> LossNotFinite:
-    """Why training ends: a learning rate that drove the loss up, or else this step's rows."""
+def _not_finite(history: StepHistory, examples: Sequence[TrainingExample], rate: float, held: HeldOut) -> LossNotFinite:
+    """Why training ends: a learning rate that drove the loss up, or else the last step's rows."""
+    step, recent = history.step, history.recent_losses
     lines = [example.line for example in examples[:ROWS_NAMED]]
-    what = f"step {step + 1}, and the {SKIPS_IN_A_ROW - 1} before it: loss {loss}, gradient norm {grad_norm}."
+    what = (
+        f"step {step}, and the {SKIPS_IN_A_ROW - 1} before it: loss {history.loss}, gradient norm {history.grad_norm}."
+    )
     if recent and recent[-1] > BLOWN_UP * min(recent):
         why = (
             f"The loss had risen from {min(recent):.3f} to {recent[-1]:.3f}: the learning rate of {rate:.2g} makes it "
@@ -291,4 +301,11 @@ def _not_finite(
     else:
         named = ", ".join(map(str, lines))
         why = f"Lower training.learning_rate, or look at this step's rows: lines {named}"
-    return LossNotFinite(f"{what} {why}", reason=FailureReason.NOT_FINITE, step=step + 1, lines=lines)
+    failure = LossNotFinite(f"{what} {why}", reason=FailureReason.NOT_FINITE, step=step, lines=lines)
+    # Where the held-out loss is not finite either, nothing is left to keep.
+    with suppress(JobFailed):
+        if recent:
+            finite_step = step - SKIPS_IN_A_ROW
+            after = held.measure(finite_step)
+            failure.outcome = Outcome(held.before, after, finite_step, finite_step, history.skipped_steps)
+    return failure

@@ -21,6 +21,8 @@ OptimizerState = dict[str, dict[str, torch.Tensor]]
 """By the parameter's name in the model: its moments, their constants, and the number of steps it took."""
 
 _B_MATRICES = {"lora_B", "lora_embedding_B"}
+FEWEST_8BIT_ELEMENTS, EIGHT_BIT_BLOCK = 4096, 256
+"""bitsandbytes 0.50, optim/optimizer.py: smaller parameters keep 32-bit state; the block of its constants."""
 _CODE_TABLES = ("qmap1", "qmap2")
 """The values that 8-bit codes stand for: bitsandbytes' own, the same for every parameter, so never stored."""
 
@@ -93,6 +95,23 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
                     if key not in _CODE_TABLES
                 }
     return saved
+
+
+def optimizer_state_bytes(model: torch.nn.Module, training: Training) -> int:
+    """What `optimizer_state` will come to after the first step."""
+    moments = 1 if "lion" in training.optim else 2
+    total = 0
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        elements = parameter.numel()
+        if training.optim.endswith("8bit") and elements >= FEWEST_8BIT_ELEMENTS:
+            # A byte a value, and a float32 constant for each block of 256.
+            total += moments * (elements + 4 * math.ceil(elements / EIGHT_BIT_BLOCK))
+        else:
+            total += moments * elements * (parameter.element_size() if training.optim == "adamw_torch" else 4)
+        total += 8  # the step
+    return total
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: OptimizerState) -> None:

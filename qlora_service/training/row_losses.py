@@ -65,12 +65,15 @@ class RowLosses:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Become what `state` describes: its arrays, or lists of the same numbers."""
-        columns = {name: np.asarray(state[name], RECORD[name]) for name in RECORD.names or ()}
+        pages, places = np.divmod(np.asarray(state["line"], np.int64), PAGE_LINES)
+        table = np.zeros(len(pages), RECORD)
+        for name in RECORD.names or ():
+            table[name] = state[name]
         self._pages = _pages()
-        for index, line in enumerate(np.asarray(state["line"], np.int64).tolist()):
-            page, place = divmod(line, PAGE_LINES)
-            for name, column in columns.items():
-                self._pages[page][place][name] = column[index]
+        # Lines ascend, so that those of a page stand together.
+        starts = np.flatnonzero(np.diff(pages, prepend=-1))
+        for first, last in zip(starts, np.append(starts, len(pages))[1:], strict=True):
+            self._pages[int(pages[first])][places[first:last]] = table[first:last]
 
 
 def _pages() -> defaultdict[int, np.ndarray[Any, Any]]:

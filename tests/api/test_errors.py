@@ -34,6 +34,7 @@ SHAPE = {"code", "message", "location", "findings", "details"}
         (errors.NotFound, 404),
         (errors.Conflict, 409),
         (errors.TooLarge, 413),
+        (errors.QuotaExceeded, 429),
         (errors.Unavailable, 503),
         (errors.JobFailed, 500),
     ],
@@ -146,6 +147,15 @@ def test_locked_database_is_a_reason_to_try_again(settings: Settings, monkeypatc
     assert response.status_code == 503
     assert response.headers["Retry-After"] == "5"
     assert "locked" in response.json()["error"]["message"]
+
+
+def test_waiting_in_vain_for_a_connection_is_a_reason_to_try_again() -> None:
+    engine = sa.create_engine("sqlite://", poolclass=sa.QueuePool, pool_size=1, max_overflow=0, pool_timeout=0.01)
+    with engine.connect(), pytest.raises(sa.exc.TimeoutError) as caught:
+        engine.connect()
+    engine.dispose()
+    response = failing_client(caught.value).get("/")
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "5")
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,18 @@ from qlora_service.settings import Settings
 from tests.api.conftest import ROOT, URL, scratch_files
 
 CONTRACT = {
-    ("post", "/datasets"): {413, 422},
+    ("post", "/datasets"): {409, 413, 422, 503},
     ("get", "/datasets"): {422},
     ("get", "/datasets/{dataset_id}"): {404, 422},
     ("get", "/datasets/{dataset_id}/preview"): {404, 422},
     ("get", "/models"): set(),
     ("get", "/recipes"): set(),
-    ("post", "/jobs"): {400, 404, 413, 415, 422},
+    ("post", "/jobs"): {400, 404, 409, 413, 415, 422, 429, 503},
     ("get", "/jobs"): {422},
     ("get", "/jobs/{job_id}"): {404, 422},
-    ("post", "/jobs/{job_id}/cancel"): {404, 409, 422},
+    ("post", "/jobs/{job_id}/cancel"): {404, 409, 422, 503},
+    ("post", "/jobs/{job_id}/pause"): {404, 409, 422, 503},
+    ("post", "/jobs/{job_id}/resume"): {404, 409, 422, 503},
     ("get", "/jobs/{job_id}/metrics"): {404, 422},
     ("get", "/jobs/{job_id}/events"): {404, 422},
     ("get", "/jobs/{job_id}/artifacts"): {404, 409, 422},
@@ -61,6 +63,14 @@ def test_every_route_and_its_errors_are_documented(openapi: dict[str, Any]) -> N
             (content,) = operation["responses"][str(status)]["content"].values()
             assert content["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}, route
             assert content["example"]["error"]["message"], route
+
+
+def test_every_post_takes_an_idempotency_key(openapi: dict[str, Any]) -> None:
+    posts = {path: methods["post"] for path, methods in openapi["paths"].items() if "post" in methods}
+    assert posts
+    for path, operation in posts.items():
+        headers = {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "header"}
+        assert headers == {"Idempotency-Key"}, path
 
 
 def test_only_the_one_error_schema_exists(openapi: dict[str, Any]) -> None:

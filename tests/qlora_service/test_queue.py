@@ -560,6 +560,18 @@ def test_progress_between_deaths_starts_the_count_anew(queue: Queue, database: D
     assert (job.status, job.attempt, len(job.deaths)) == (JobStatus.QUEUED, 7, 1)
 
 
+def test_going_on_from_the_same_checkpoint_is_no_progress(queue: Queue, database: Database) -> None:
+    job_id = add_job(database)
+    claim = claim_next(queue)
+    queue.report(claim, Progress(checkpoint_step=5))
+    queue.died(claim, {"message": "killed"})
+    for _ in range(2):
+        claim = claim_next(queue)
+        queue.report(claim, Progress(step=5, checkpoint_step=5))
+        queue.died(claim, {"message": "killed"})
+    assert job_of(database, job_id).status is JobStatus.FAILED
+
+
 def test_deaths_of_one_kind_fail_the_job_with_that_reason(queue: Queue, database: Database) -> None:
     job_id = add_job(database)
     for _ in range(3):

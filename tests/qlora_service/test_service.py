@@ -19,14 +19,16 @@ from qlora_service.errors import (
     InvalidSpec,
     NotFound,
     QLoRAError,
+    QuotaExceeded,
     Unavailable,
 )
-from qlora_service.jobs import Job, JobStatus
+from qlora_service.jobs import Job, JobStatus, StopRequest
 from qlora_service.models.catalog import Catalog
 from qlora_service.queue import Claim, Progress, Queue
 from qlora_service.service import Service, Submission, open_service
 from qlora_service.specs import parse_spec
 from qlora_service.store.database import Database
+from qlora_service.store.idempotency import Once, Replay
 from qlora_service.store.tables import render_reports
 from tests.control_plane import LEASE_S, SteppedClock, job_events, stored_rows
 from tests.tiny_model import MAX_POSITIONS
@@ -433,27 +435,103 @@ def test_events_are_read_on_from_a_number(service: Service, running: Claim) -> N
         service.job_events("job_none")
 
 
-def test_metrics_are_those_of_the_latest_attempt(service: Service, queue: Queue, running: Claim) -> None:
-    def report(claim: Claim, kind: str, step: int) -> dict[str, Any]:
-        data = {"step": step, "attempt": claim.token}
-        queue.report(claim, Progress(step=step), (kind, data))
-        return data
+def record(queue: Queue, claim: Claim, step: int, kind: str = "metrics") -> dict[str, Any]:
+    data = {"step": step, "attempt": claim.token}
+    queue.report(claim, Progress(step=step), (kind, data))
+    return data
 
-    report(running, "metrics", 1)
+
+def test_metrics_of_a_resumed_job_are_those_of_all_attempts(service: Service, queue: Queue, running: Claim) -> None:
+    first = [record(queue, running, 0, "evaluation"), *(record(queue, running, step) for step in (1, 2, 3, 4))]
+    first.append(record(queue, running, 4, "evaluation"))
     queue.report(running, Progress(), ("log", {"message": "training", "attempt": running.token}))
+    assert service.job_metrics(running.job_id) == first
     queue.release(running, "the worker was stopped")
     second = claim_next(queue)
-    assert service.job_metrics(running.job_id) == []
-    records = [report(second, kind, step) for kind, step in [("evaluation", 0), ("metrics", 1), ("metrics", 2)]]
-    assert service.job_metrics(running.job_id) == records
+    # Until it is known where the second attempt begins, what the first did is the best that is known.
+    assert service.job_metrics(running.job_id) == first
+    resumed = {"message": "resumed after step 2", "attempt": second.token, "resumed_from_step": 2}
+    queue.report(second, Progress(), ("log", resumed))
+    assert service.job_metrics(running.job_id) == first[:3]
+    again = record(queue, second, 3)
+    assert service.job_metrics(running.job_id) == [*first[:3], again]
     with pytest.raises(NotFound):
         service.job_metrics("job_none")
+
+
+def test_of_a_step_done_twice_the_latest_metrics_count(service: Service, queue: Queue, running: Claim) -> None:
+    record(queue, running, 0, "evaluation")
+    record(queue, running, 1)
+    queue.release(running, "the worker was stopped")
+    second = claim_next(queue)
+    records = [record(queue, second, 0, "evaluation"), record(queue, second, 1), record(queue, second, 1, "evaluation")]
+    assert service.job_metrics(running.job_id) == records
 
 
 def test_cancel_ends_a_queued_job_and_asks_a_running_one(service: Service, running: Claim) -> None:
     queued = submit(service, dataset={"rows": ROWS}).job
     assert service.cancel(queued.id).status is JobStatus.CANCELLED
-    assert service.cancel(running.job_id).cancel_requested
+    assert service.cancel(running.job_id).stop_request is StopRequest.CANCEL
+
+
+def test_queued_job_waits_while_it_is_paused(service: Service, queue: Queue) -> None:
+    job_id = submit(service, dataset={"rows": ROWS}).job.id
+    assert service.pause(job_id).status is JobStatus.PAUSED
+    assert queue.claim("worker") is None
+    resumed = service.resume(job_id)
+    assert (resumed.job.status, resumed.queue_position, resumed.warnings) == (JobStatus.QUEUED, 0, ())
+    assert claim_next(queue).job_id == job_id
+
+
+@pytest.mark.parametrize("action", ["cancel", "pause", "resume"])
+def test_unknown_job_cannot_be_changed(service: Service, action: str) -> None:
+    with pytest.raises(NotFound, match="job_none"):
+        getattr(service, action)("job_none")
+
+
+def test_only_so_many_jobs_may_wait(
+    service: Service, database: Database, queue: Queue, catalog: Catalog, tmp_path: Path, kept: Callable[[], Any]
+) -> None:
+    artifacts = ArtifactStore((tmp_path / "artifacts").as_uri())
+    limited = Service(
+        database=database, artifacts=artifacts, catalog=catalog, queue=queue, tmp_dir=tmp_path / "tmp",
+        max_queued_jobs=1,
+    )  # fmt: skip
+    submit(limited, dataset={"rows": ROWS})
+    before = kept()
+    with pytest.raises(QuotaExceeded, match=r"1 jobs are in the queue.*cancel one"):
+        submit(limited, dataset={"rows": ROWS})
+    assert kept() == before
+    claim_next(queue)
+    submit(limited, dataset={"rows": ROWS})
+
+
+def test_submission_answered_before_is_not_checked_again(
+    service: Service, database: Database, tmp_path: Path, upload: Callable[..., Path]
+) -> None:
+    def answer(submission: Submission) -> dict[str, Any]:
+        return {"id": submission.job.id}
+
+    once = Once("k", "local", "f", answer)
+    path = upload(ROWS)
+    job = service.submit(parse_spec(document()), path, once=once).job
+    before = stored_rows(database)
+    path.unlink()  # reading it again would fail
+    with pytest.raises(Replay) as caught:
+        service.submit(parse_spec(document()), path, once=once)
+    assert caught.value.answer == {"id": job.id}
+    assert stored_rows(database) == before
+
+
+def test_key_is_stored_with_the_work_or_not_at_all(service: Service, kept: Callable[[], Any]) -> None:
+    def fail(_: Job) -> dict[str, Any]:
+        raise ZeroDivisionError
+
+    job_id = submit(service, dataset={"rows": ROWS}).job.id
+    before = kept()
+    with pytest.raises(ZeroDivisionError):
+        service.cancel(job_id, once=Once("k", "local", "f", fail))
+    assert kept() == before
 
 
 # --- artifacts

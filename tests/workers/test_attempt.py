@@ -6,7 +6,7 @@ import gc
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from qlora_service.jobs import FailureReason
 from qlora_service.models.adapters import load_adapter
 from qlora_service.models.nf4 import load_base
 from qlora_service.specs import parse_spec
+from qlora_service.training.checkpoint_space import Ballast
 from qlora_service.training.loop import EvaluationMetrics, Outcome, StepMetrics
 from qlora_service.training.network import Network
 from qlora_service.training.objectives import Evaluation
@@ -48,14 +49,49 @@ def attempt(workspace: Workspace, job_id: str, token: int = 1) -> AttemptInputs:
         base=workspace.catalog.get("tiny"),
         artifacts=ArtifactStore(workspace.settings.resolved_artifact_url),
         scratch=scratch,
+        checkpoint_dir=workspace.settings.checkpoint_dir / job_id,
+        checkpoint_s=60.0,
         needs_gpu=False,
     )
 
 
-def run(inputs: AttemptInputs, enter_phase: Callable[[str, int | None], None] = lambda *_: None) -> dict[str, object]:
+class AttemptRecorder(Recorder):
+    """A reporter that keeps what it is told; `on_phase` is called with every phase."""
+
+    def __init__(self, on_phase: Callable[[str], object] = lambda phase: None) -> None:
+        super().__init__()
+        self._on_phase = on_phase
+        self.plan: dict[str, Any] = {}
+        self.messages: list[str | None] = []
+        self.resumed_at: int | None = None
+        self.saved_steps: list[int] = []
+
+    def enter_phase(self, phase: str, total_steps: int | None) -> None:
+        self._on_phase(phase)
+
+    def choose_plan(self, plan: dict[str, Any], message: str | None = None) -> None:
+        self.plan = dict(plan)
+        self.messages.append(message)
+
+    def resumed(self, step: int, metrics: bytes, notes: Sequence[str]) -> None:
+        self.resumed_at = step
+        self.messages += notes
+
+    def saved(self, step: int) -> None:
+        self.saved_steps.append(step)
+
+
+def run(
+    inputs: AttemptInputs,
+    on_phase: Callable[[str], object] = lambda phase: None,
+    *,
+    reporter: AttemptRecorder | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     metrics_file = inputs.scratch / "metrics.jsonl"
     metrics_file.write_text('{"step": 0}\n')
-    return run_attempt(inputs, Recorder(), enter_phase, metrics_file)
+    ballast = Ballast(inputs.checkpoint_dir / "ballast")
+    return run_attempt(inputs, reporter or AttemptRecorder(on_phase), check, ballast, metrics_file)
 
 
 def published(inputs: AttemptInputs, name: str) -> bytes:
@@ -168,7 +204,7 @@ def test_two_attempts_at_a_job_publish_the_same_adapter_beside_each_other(worksp
 def test_a_published_file_that_changed_is_no_success(workspace: Workspace) -> None:
     inputs = attempt(workspace, workspace.submit())
 
-    def flip_a_bit(phase: str, _: int | None) -> None:
+    def flip_a_bit(phase: str) -> None:
         if phase == "certifying":
             key = job_key(inputs.job.id, inputs.token, "adapter_model.safetensors")
             path = inputs.artifacts.local_copy(key, inputs.scratch)
@@ -189,7 +225,7 @@ def test_rows_over_the_limit_stop_the_attempt_before_the_model_is_loaded(workspa
     with pytest.raises(JobFailed, match="40 rows are longer") as failure:
         run(
             AttemptInputs(**{**vars(inputs), "job": job}),
-            lambda phase, _: phases.append(phase),
+            phases.append,
         )
     assert failure.value.details["reason"] == FailureReason.INVALID_INPUT
     assert failure.value.findings[0].line == 1
@@ -206,7 +242,7 @@ def test_a_changed_base_is_loaded_anew(workspace: Workspace, monkeypatch: pytest
 
     monkeypatch.setattr("workers.attempt.load_base", keep)
 
-    def change(phase: str, _: int | None) -> None:
+    def change(phase: str) -> None:
         if phase == "certifying":
             bases[0].get_input_embeddings().weight.data[7] += 1.0  # type: ignore[operator]
 
@@ -250,17 +286,15 @@ def test_the_certified_loss_is_that_of_the_published_adapter(workspace: Workspac
     """Weights that are lost between training and publishing fail the job."""
     inputs = attempt(workspace, workspace.submit())
 
-    class Forgetful(Recorder):
+    class Forgetful(AttemptRecorder):
         def on_evaluation(self, metrics: EvaluationMetrics) -> None:
             if metrics.step == 3:
                 for value in gc.get_objects():
                     if type(value) is torch.nn.Parameter and value.requires_grad:
                         value.data.zero_()
 
-    metrics_file = inputs.scratch / "metrics.jsonl"
-    metrics_file.touch()
     with pytest.raises(JobFailed, match="not what was trained"):
-        run_attempt(inputs, Forgetful(), lambda *_: None, metrics_file)
+        run(inputs, reporter=Forgetful())
 
 
 @pytest.mark.parametrize(
@@ -296,12 +330,12 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(workspace:
 def test_an_observer_may_stop_the_attempt(workspace: Workspace) -> None:
     inputs = attempt(workspace, workspace.submit())
 
-    class Stopper(Recorder):
+    class Stopper(AttemptRecorder):
         def on_step(self, metrics: StepMetrics) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_attempt(inputs, Stopper(), lambda *_: None, inputs.scratch / "metrics.jsonl")
+        run(inputs, reporter=Stopper())
     with pytest.raises(NotFound):
         published(inputs, "manifest.json")
 
@@ -420,7 +454,7 @@ def test_an_adapter_that_reloads_differently_is_no_success(
 def test_the_certificate_is_of_the_published_bytes_alone(workspace: Workspace) -> None:
     inputs = attempt(workspace, workspace.submit())
 
-    def forget_local_files(phase: str, _: int | None) -> None:
+    def forget_local_files(phase: str) -> None:
         if phase == "certifying":
             shutil.rmtree(inputs.scratch / "adapter")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,9 +14,10 @@ import pytest
 
 from qlora_service.jobs import FailureReason, JobStatus
 from tests.tiny_model import build_tiny_model
-from tests.workspace import ROOT, Workspace, no_trainer_within, trainer_pids
+from tests.workspace import ROOT, Workspace, no_trainer_within, parent_of, trainer_pids
+from workers import exit_codes
 from workers.__main__ import make_slots
-from workers.supervisor import Slot, trainer_death
+from workers.supervisor import Slot, death
 
 ENDLESS = {"max_steps": 100_000}
 
@@ -35,23 +37,50 @@ def test_the_supervisor_imports_no_torch(module: str) -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_a_killed_trainer_fails_its_job_with_the_signal_and_the_next_job_runs(workspace: Workspace) -> None:
-    first, second = workspace.submit(**ENDLESS), workspace.submit()
-    with workspace.worker():
-        job = workspace.wait(first, lambda job: job.step >= 2)
-        (pid,) = trainer_pids(first)
+def adapter_sha256(workspace: Workspace, job_id: str) -> str:
+    return workspace.service.artifact(job_id, "adapter_model.safetensors").file.sha256
+
+
+def test_a_killed_trainer_is_followed_at_once_by_one_that_goes_on_to_the_same_adapter(workspace: Workspace) -> None:
+    undisturbed, killed = workspace.submit(max_steps=12), workspace.submit(max_steps=12)
+    with workspace.worker(QLORA_CHECKPOINT_S="0"):
+        workspace.wait_for_end(undisturbed)
+        workspace.wait(killed, lambda job: job.checkpoint_step >= 3)
+        (pid,) = trainer_pids(killed)
         os.kill(pid, signal.SIGKILL)
         killed_at = time.monotonic()
-        failed = workspace.wait_for_end(first)
-        assert time.monotonic() - killed_at < 2
-        assert failed.status is JobStatus.FAILED
-        assert failed.error is not None
-        assert failed.error["details"]["reason"] == FailureReason.TRAINER_DIED
-        assert failed.error["details"]["signal"] == "SIGKILL"
-        assert failed.error["details"]["last_step"] >= job.step
-        assert "SIGKILL" in failed.error["message"]
-        assert workspace.wait_for_end(second).status is JobStatus.SUCCEEDED
+        while not (set(trainer_pids(killed)) - {pid}):
+            assert time.monotonic() - killed_at < 3
+            time.sleep(0.02)
+        job = workspace.wait_for_end(killed)
+    assert (job.status, job.attempt) == (JobStatus.SUCCEEDED, 2)
+    assert adapter_sha256(workspace, killed) == adapter_sha256(workspace, undisturbed)
+    resumed = [event.data for event in workspace.service.job_events(killed) if "resumed_from_step" in event.data]
+    assert resumed[0]["resumed_from_step"] >= 3
+    # The published metrics are whole: every step once.
+    published = [json.loads(line) for line in workspace.artifact(killed, "metrics.jsonl").splitlines()]
+    assert [record["step"] for record in published if "loss" in record] == list(range(1, 13))
+    # Nothing is left of what the job needed while it ran.
     assert list(workspace.settings.tmp_dir.iterdir()) == []
+    assert list(workspace.settings.checkpoint_dir.iterdir()) == []
+
+
+def test_a_job_whose_trainers_keep_dying_is_failed_with_every_cause_and_the_next_one_runs(workspace: Workspace) -> None:
+    poison, next_job = workspace.submit(**ENDLESS), workspace.submit()
+    seen: set[int] = set()
+    with workspace.worker():
+        while not (job := workspace.service.get_job(poison)).status.terminal:
+            for pid in set(trainer_pids(poison)) - seen:
+                seen.add(pid)
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        assert job.status is JobStatus.FAILED
+        assert job.error is not None
+        assert job.error["details"]["reason"] == FailureReason.TRAINER_DIED
+        assert [death["signal"] for death in job.error["details"]["deaths"]] == ["SIGKILL"] * 3
+        assert job.error["message"].count("killed by SIGKILL") == 3
+        assert len(seen) == 3
+        assert workspace.wait_for_end(next_job).status is JobStatus.SUCCEEDED
 
 
 def test_the_same_job_in_two_trainers_gives_the_same_adapter_sha256(workspace: Workspace) -> None:
@@ -75,69 +104,128 @@ def test_cancel_stops_a_running_job_at_the_next_step(workspace: Workspace) -> No
         assert no_trainer_within(job_id, 5)
 
 
-def test_a_stopped_worker_gives_its_job_back(workspace: Workspace) -> None:
-    job_id = workspace.submit(**ENDLESS)
+def test_a_stopped_worker_loses_no_completed_step(workspace: Workspace) -> None:
+    undisturbed, stopped = workspace.submit(max_steps=60), workspace.submit(max_steps=60)
     with workspace.worker() as worker:
-        workspace.wait(job_id, lambda job: job.step >= 1)
+        workspace.wait_for_end(undisturbed)
+        workspace.wait(stopped, lambda job: job.step >= 5)
         worker.send_signal(signal.SIGTERM)
         stopped_at = time.monotonic()
         assert worker.wait(15) == 0
-        assert time.monotonic() - stopped_at < 9
-        assert not trainer_pids(job_id)
-        job = workspace.service.get_job(job_id)
-        assert job.status is JobStatus.QUEUED
-        assert job.attempt == 1
+        assert time.monotonic() - stopped_at < 8
+        assert not trainer_pids(stopped)
+    job = workspace.service.get_job(stopped)
+    steps = [record["step"] for record in workspace.service.job_metrics(stopped) if "loss" in record]
+    assert (job.status, job.attempt, job.deaths) == (JobStatus.QUEUED, 1, [])
+    assert job.checkpoint_step == steps[-1] >= 5
+    with workspace.worker():
+        workspace.wait_for_end(stopped)
+    assert adapter_sha256(workspace, stopped) == adapter_sha256(workspace, undisturbed)
+    metrics = [record["step"] for record in workspace.service.job_metrics(stopped) if "loss" in record]
+    assert metrics == list(range(1, 61))
 
 
-def test_a_killed_worker_takes_its_trainer_along_and_the_next_worker_runs_the_job(workspace: Workspace) -> None:
-    job_id = workspace.submit(max_steps=150)
-    with workspace.worker() as worker:
-        workspace.wait(job_id, lambda job: job.step >= 1)
+def test_a_paused_job_waits_and_goes_on_where_it_was(workspace: Workspace) -> None:
+    job_id = workspace.submit(max_steps=200)
+    with workspace.worker():
+        workspace.wait(job_id, lambda job: job.step >= 2)
+        workspace.service.pause(job_id)
+        job = workspace.wait(job_id, lambda job: job.status is JobStatus.PAUSED, limit_s=15)
+        assert job.checkpoint_step >= 2
+        assert no_trainer_within(job_id, 5)
+        other = workspace.submit()
+        assert workspace.wait_for_end(other).status is JobStatus.SUCCEEDED
+        workspace.service.resume(job_id)
+        resumed = workspace.wait(job_id, lambda later: later.step > job.checkpoint_step)
+        assert resumed.attempt == 2
+        workspace.service.cancel(job_id)
+        workspace.wait_for_end(job_id)
+
+
+def test_a_more_urgent_job_takes_the_slot_and_the_other_goes_on_afterwards(workspace: Workspace) -> None:
+    patient = workspace.submit(max_steps=60)
+    with workspace.worker():
+        workspace.wait(patient, lambda job: job.step >= 2)
+        urgent = workspace.submit(priority=5)
+        assert workspace.wait_for_end(urgent).status is JobStatus.SUCCEEDED
+        job = workspace.service.get_job(patient)
+        assert not job.status.terminal
+        assert job.checkpoint_step >= 2
+        job = workspace.wait_for_end(patient)
+    assert (job.status, job.attempt, job.deaths) == (JobStatus.SUCCEEDED, 2, [])
+
+
+def test_a_killed_worker_takes_its_trainer_along_and_the_next_worker_goes_on_at_once(workspace: Workspace) -> None:
+    job_id = workspace.submit(max_steps=40)
+    with workspace.worker(QLORA_CHECKPOINT_S="0", QLORA_LEASE_S="600") as worker:
+        workspace.wait(job_id, lambda job: job.checkpoint_step >= 3)
         worker.kill()
         worker.wait()
         assert no_trainer_within(job_id, 5)
+    started_at = time.monotonic()
     with workspace.worker():
+        workspace.wait(job_id, lambda job: job.attempt == 2, limit_s=10)  # long before the lease's end
+        assert time.monotonic() - started_at < 8
         job = workspace.wait_for_end(job_id)
-    assert job.status is JobStatus.SUCCEEDED
-    assert job.attempt == 2
-    assert job.result is not None
-    assert job.result["attempt"] == 2
+    assert (job.status, job.attempt) == (JobStatus.SUCCEEDED, 2)
     steps = [record["step"] for record in workspace.service.job_metrics(job_id) if "loss" in record]
-    assert steps == list(range(1, 151))
+    assert steps == list(range(1, 41))
 
 
-def test_a_trainer_whose_claim_is_lost_ends_and_writes_nothing(workspace: Workspace) -> None:
-    job_id = workspace.submit(**ENDLESS)
-    with workspace.worker():
+def test_a_second_worker_waits_for_the_slot(workspace: Workspace) -> None:
+    first_job, second_job = workspace.submit(**ENDLESS), workspace.submit(**ENDLESS)
+    with workspace.worker() as first:
+        workspace.wait(first_job, lambda job: job.step >= 1)
+        with workspace.worker():
+            time.sleep(3)
+            assert workspace.service.get_job(second_job).status is JobStatus.QUEUED
+            first.kill()
+            first.wait()
+            # Whichever is first in the queue: somebody runs again, on a slot that is free.
+            workspace.wait(first_job, lambda job: job.attempt == 2)
+            assert len(trainer_pids(first_job) + trainer_pids(second_job)) == 1
+
+
+def test_a_zombie_writes_nothing_and_gives_up_its_slot(workspace: Workspace) -> None:
+    job_id = workspace.submit(max_steps=400)
+    with workspace.worker() as first, workspace.worker(QLORA_SLOTS="2"):
         workspace.wait(job_id, lambda job: job.step >= 1)
         (zombie,) = trainer_pids(job_id)
-        os.kill(zombie, signal.SIGSTOP)
-        try:
-            # The lease runs out while the process stands still, and a second worker takes the job.
-            with workspace.worker():
-                workspace.wait(job_id, lambda job: job.attempt == 2 and job.step >= 1)
-                os.kill(zombie, signal.SIGCONT)
-                deadline = time.monotonic() + 10
-                while zombie in trainer_pids(job_id):
-                    assert time.monotonic() < deadline, "the zombie lives on"
-                    time.sleep(0.05)
-                workspace.service.cancel(job_id)
-                assert workspace.wait_for_end(job_id).status is JobStatus.CANCELLED
-        finally:
-            if zombie in trainer_pids(job_id):
-                os.kill(zombie, signal.SIGKILL)
+        owner = first if parent_of(zombie) == first.pid else None
+        # Supervisor and trainer stand still past the lease; the other worker takes the job.
+        stopped = [zombie, parent_of(zombie)]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        workspace.wait(job_id, lambda job: job.attempt == 2 and job.step >= 1)
+        before = workspace.service.job_events(job_id)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        deadline = time.monotonic() + 10
+        while zombie in trainer_pids(job_id):
+            assert time.monotonic() < deadline, "the zombie lives on"
+            time.sleep(0.05)
+        later = workspace.service.job_events(job_id, before[-1].seq)
+        assert all(event.data.get("attempt", 2) == 2 for event in later)
+        workspace.service.cancel(job_id)
+        assert workspace.wait_for_end(job_id).status is JobStatus.CANCELLED
+        assert owner is None or owner.poll() is None
 
 
-def test_death_says_where_and_how(workspace: Workspace) -> None:
-    job = workspace.service.get_job(workspace.submit())
-    assert "exit code 3" in trainer_death(job, 3, "x.log").message
-    assert trainer_death(job, 3, "x.log").details["exit_code"] == 3
-    assert trainer_death(job, -signal.SIGSEGV, "x.log").details["signal"] == "SIGSEGV"
+def test_death_says_how() -> None:
+    assert "exit code 3" in death(3, "ended", "x.log", host_oom=False)["message"]
+    assert death(3, "ended", "x.log", host_oom=False)["exit_code"] == 3
+    assert death(-signal.SIGSEGV, "ended", "x.log", host_oom=True)["signal"] == "SIGSEGV"
+    assert death(-40, "ended", "x.log", host_oom=False)["signal"] == "signal 40"
+    assert "made no progress" in death(exit_codes.HUNG, "ended", "x.log", host_oom=False)["message"]
+    assert "x.log" in death(3, "ended", "x.log", host_oom=False)["message"]
 
 
-def test_death_by_a_signal_without_a_name_is_told(workspace: Workspace) -> None:
-    job = workspace.service.get_job(workspace.submit())
-    assert trainer_death(job, -40, "x.log").details["signal"] == "signal 40"
+def test_a_kill_for_want_of_the_hosts_memory_is_named_so() -> None:
+    cause = death(-signal.SIGKILL, "ended", "x.log", host_oom=True)
+    assert cause["reason"] == FailureReason.HOST_OUT_OF_MEMORY
+    assert "memory" in cause["message"]
+    cause = death(-signal.SIGKILL, "ended", "x.log", host_oom=False)
+    assert cause["reason"] == FailureReason.TRAINER_DIED
 
 
 def test_a_job_whose_base_changed_since_it_was_posted_is_failed(workspace: Workspace, tmp_path: Path) -> None:
@@ -171,10 +259,15 @@ def test_scratch_of_a_killed_supervisor_is_reaped(workspace: Workspace) -> None:
     left = workspace.settings.tmp_dir / "job_0000-1"
     left.mkdir()
     (left / "rows.arrow").write_text("left behind")
+    ended = workspace.submit()
+    workspace.service.cancel(ended)
+    checkpoint = workspace.settings.checkpoint_dir / ended / "step-00000001.a1"
+    checkpoint.mkdir(parents=True)
     job_id = workspace.submit()
     with workspace.worker():
         assert workspace.wait_for_end(job_id).status is JobStatus.SUCCEEDED
     assert not left.exists()
+    assert not checkpoint.parent.exists()
 
 
 def test_one_slot_per_gpu_and_at_least_one() -> None:

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from api.main import create_app
+from qlora_service.jobs import StopRequest
 from qlora_service.queue import Progress, Queue
-from tests.api.conftest import chat_rows, spec_of
+from qlora_service.settings import Settings
+from tests.api.conftest import URL, chat_rows, spec_of
 
 ROWS = [json.loads(line) for line in chat_rows(4).splitlines()]
 JSON = {"Content-Type": "application/json"}
@@ -239,19 +242,78 @@ def test_cancel_ends_a_queued_job_and_asks_a_running_one(
     assert client.post(f"/jobs/{queued}/cancel").json()["status"] == "cancelled"
     assert client.post(f"/jobs/{queued}/cancel").json()["status"] == "cancelled"
     asked = client.post(f"/jobs/{running}/cancel").json()
-    assert (asked["status"], asked["cancel_requested"]) == ("running", True)
+    assert (asked["status"], asked["stop_request"]) == ("running", "cancel")
 
 
-def test_cancel_of_a_finished_job_is_a_conflict(client: TestClient, finished_job: str) -> None:
-    response = client.post(f"/jobs/{finished_job}/cancel")
+def test_queued_job_is_paused_and_resumed(client: TestClient, submit: Callable[..., str], queue: Queue) -> None:
+    job_id = submit()
+    for _ in range(2):
+        paused = client.post(f"/jobs/{job_id}/pause").json()
+        assert (paused["status"], paused["stop_request"], paused["queue_position"]) == ("paused", None, None)
+        assert paused["hold"] == {"reason": "user", "message": "paused until it is resumed", "needs_bytes": None}
+    assert [job["id"] for job in client.get("/jobs?status=paused").json()["data"]] == [job_id]
+    assert queue.claim("worker") is None
+    first = submit()
+    for _ in range(2):
+        resumed = client.post(f"/jobs/{job_id}/resume").json()
+        assert (resumed["status"], resumed["hold"], resumed["queue_position"]) == ("queued", None, 0)
+    assert client.get(f"/jobs/{first}").json()["queue_position"] == 1
+
+
+def test_running_job_is_paused_at_its_next_step_with_that_step_saved(
+    client: TestClient, submit: Callable[..., str], queue: Queue
+) -> None:
+    job_id = submit()
+    claimed = queue.claim("worker")
+    assert claimed is not None
+    asked = client.post(f"/jobs/{job_id}/pause").json()
+    assert (asked["status"], asked["stop_request"], asked["hold"]) == ("running", "pause", None)
+    taken_back = client.post(f"/jobs/{job_id}/resume").json()
+    assert (taken_back["status"], taken_back["stop_request"], taken_back["queue_position"]) == ("running", None, None)
+    client.post(f"/jobs/{job_id}/pause")
+    assert queue.report(claimed[0], Progress(step=3, checkpoint_step=3)) is StopRequest.PAUSE
+    queue.release(claimed[0], "it was asked to pause")
+    paused = client.get(f"/jobs/{job_id}").json()
+    assert (paused["status"], paused["checkpoint_step"], paused["stop_request"]) == ("paused", 3, None)
+
+
+def test_full_disk_is_shown_with_what_it_needs(client: TestClient, submit: Callable[..., str], queue: Queue) -> None:
+    job_id = submit()
+    claimed = queue.claim("worker")
+    assert claimed is not None
+    hold = {"reason": "disk_full", "message": "the checkpoint needs 5 GiB: free some", "needs_bytes": 5 * 2**30}
+    queue.pause(claimed[0], hold)
+    assert client.get(f"/jobs/{job_id}").json()["hold"] == hold
+
+
+def test_queue_takes_as_many_jobs_as_may_wait(settings: Settings) -> None:
+    limited = settings.model_copy(update={"max_queued_jobs": 2})
+    with TestClient(create_app(limited), URL) as client:
+        spec, key = spec_of(dataset={"rows": ROWS}), {"Idempotency-Key": "third"}
+        first, _ = (client.post("/jobs", json=spec).json() for _ in range(2))
+        refused = client.post("/jobs", json=spec, headers=key)
+        assert refused.status_code == 429
+        assert refused.headers["Retry-After"] == "5"
+        assert refused.json()["error"]["code"] == "quota_exceeded"
+        assert refused.json()["error"]["details"] == {"max_queued_jobs": 2}
+        assert len(client.get("/jobs").json()["data"]) == 2
+        client.post(f"/jobs/{first['id']}/pause")
+        assert client.post("/jobs", json=spec, headers=key).status_code == 201
+
+
+@pytest.mark.parametrize("action", ["cancel", "pause", "resume"])
+def test_what_has_ended_cannot_be_changed(client: TestClient, finished_job: str, action: str) -> None:
+    response = client.post(f"/jobs/{finished_job}/{action}")
     assert response.status_code == 409
     assert response.json()["error"]["code"] == "conflict"
 
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", ""), ("POST", "/cancel"), ("GET", "/metrics"), ("GET", "/events"), ("GET", "/artifacts"),
-     ("GET", "/artifacts/manifest.json"), ("GET", "/adapter.zip")],
+    [
+        ("GET", ""), ("POST", "/cancel"), ("POST", "/pause"), ("POST", "/resume"), ("GET", "/metrics"),
+        ("GET", "/events"), ("GET", "/artifacts"), ("GET", "/artifacts/manifest.json"), ("GET", "/adapter.zip"),
+    ],
 )  # fmt: skip
 def test_unknown_job_is_not_found(bare_client: TestClient, method: str, path: str) -> None:
     response = bare_client.request(method, f"/jobs/job_none{path}")

@@ -78,6 +78,63 @@ def test_watch_shows_progress_and_survives_a_restart(run: Any, api: RunningApi, 
     assert json.loads(outcome.stdout)["status"] == "succeeded"
 
 
+def test_watch_says_why_a_job_waits_and_goes_on_with_it(
+    run: Any, api: RunningApi, client: Client, queue: Queue, claim: Claim
+) -> None:
+    def pause_and_go_on() -> None:
+        time.sleep(1.0)
+        client.pause(claim.job_id)
+        time.sleep(1.0)
+        queue.report(claim, Progress(step=20, checkpoint_step=20))
+        queue.release(claim, "it was asked to pause")
+        time.sleep(1.0)
+        client.resume(claim.job_id)
+        time.sleep(1.0)
+        claimed = queue.claim("test")
+        assert claimed is not None
+        queue.pause(claimed[0], {"reason": "disk_full", "message": "the checkpoint needs 5 GiB: free some"})
+        time.sleep(1.0)
+        client.cancel(claim.job_id)
+
+    report(queue, claim, step=12)
+    acting = threading.Thread(target=pause_and_go_on)
+    acting.start()
+    outcome = run("watch", claim.job_id)
+    acting.join()
+    assert outcome.code == 2
+    phases = [line.partition(" · ")[0] for line in outcome.stderr.splitlines()]
+    expected = [
+        "training",
+        "pausing",
+        f"paused: qlora resume {claim.job_id} puts it back into the queue",
+        "queued to go on after step 20",
+        "paused: the checkpoint needs 5 GiB: free some",
+        "cancelled",
+    ]
+    assert [phase for phase in expected if phase in phases] == expected
+
+
+def test_job_is_paused_and_resumed(run: Any, client: Client, rows: Path) -> None:
+    job = client.submit(SPEC, rows)
+    paused = run("pause", job.id)
+    assert paused.code == 0
+    assert paused.stderr.strip() == f"job {job.id} is paused. Go on: qlora resume {job.id}"
+    assert json.loads(run("pause", job.id, "--json").stdout)["status"] == "paused"
+    assert job.id in run("jobs", "--status", "paused").stdout
+    resumed = run("resume", job.id)
+    assert resumed.stderr.strip() == f"job {job.id} is queued"
+    client.cancel(job.id)
+
+
+def test_running_job_pauses_at_its_next_step(run: Any, queue: Queue, claim: Claim) -> None:
+    said = run("pause", claim.job_id).stderr
+    assert "is running and pauses at its next step" in said
+    queue.report(claim, Progress(step=7, checkpoint_step=7))
+    queue.release(claim, "it was asked to pause")
+    assert "is queued and goes on after step 7" in run("resume", claim.job_id).stderr
+    run("cancel", claim.job_id)
+
+
 def test_interrupted_watch_leaves_the_job_running(api: RunningApi, client: Client, queue: Queue, claim: Claim) -> None:
     report(queue, claim, step=1)
     command = [sys.executable, "-m", "qlora_service.cli", "watch", claim.job_id, "--url", api.url]
@@ -90,7 +147,7 @@ def test_interrupted_watch_leaves_the_job_running(api: RunningApi, client: Clien
     assert f"qlora cancel {claim.job_id}" in said
     assert "Traceback" not in said
     job = client.get(claim.job_id)
-    assert (job.status, job.cancel_requested) == ("running", False)
+    assert (job.status, job.stop_request) == ("running", None)
     end(api.data_dir, queue, claim, "cancelled")
 
 

@@ -131,6 +131,22 @@ def test_cancelled_job_has_ended(client: Client, rows: Path) -> None:
     assert client.wait(job.id).status == JobStatus.CANCELLED
 
 
+def test_queued_job_is_paused_and_resumed(client: Client, queue: Queue, rows: Path) -> None:
+    job = client.pause(client.submit({**SPEC, "priority": 100}, rows).id)
+    assert (job.status, job.terminal) == (JobStatus.PAUSED, False)
+    assert job.hold is not None
+    assert job.hold["reason"] == "user"
+    resumed = client.resume(job.id)
+    assert (resumed.status, resumed.hold, resumed.queue_position) == (JobStatus.QUEUED, None, 0)
+    client.cancel(job.id)
+
+
+def test_running_job_shows_what_it_was_asked(client: Client, queue: Queue, claim: Claim) -> None:
+    assert client.pause(claim.job_id).stop_request == "pause"
+    assert client.cancel(claim.job_id).stop_request == "cancel"
+    queue.cancelled(claim)
+
+
 def test_unknown_job_is_not_found(client: Client) -> None:
     with pytest.raises(ServiceError, match="job_none") as caught:
         client.get("job_none")
@@ -237,6 +253,8 @@ def test_refused_connection_says_how_to_start_a_service() -> None:
         client.get("job_1")
     with Client("http://127.0.0.1:9") as client, pytest.raises(Unavailable):
         next(client.events("job_1"))
+    with Client("http://127.0.0.1:9") as client, pytest.raises(Unavailable):
+        client.cancel("job_1")
 
 
 @pytest.mark.parametrize("address", ["localhost:8080", "ftp://host", "nonsense", "http://[::1"])

@@ -16,10 +16,11 @@ from qlora_service.errors import JobFailed
 from qlora_service.jobs import FailureReason
 from qlora_service.models.adapters import trainable
 from qlora_service.specs import Lora, Training
-from qlora_service.training.loop import Outcome, StepMetrics
+from qlora_service.training.loop import Outcome, StepMetrics, Unattended
 from qlora_service.training.micro_batch import TokenRow
 from qlora_service.training.optimizer import make_optimizer, optimizer_state
 from qlora_service.training.row_losses import RowLosses
+from qlora_service.training.state import TrainingState
 from tests.judges import assert_close_gradients, make_norms_exact, plain_losses
 from tests.tiny_training import FLOAT64, NF4, Recorder, gradients, load, network, rows, run
 
@@ -297,6 +298,53 @@ def test_the_last_step_is_evaluated_whatever_the_interval(tiny_model: Path) -> N
     assert (outcome.before.loss, outcome.after.loss) == (losses[0], losses[-1])
     assert (outcome.steps, outcome.best_step, outcome.skipped_steps) == (5, 5, 0)
     assert outcome.before.loss != outcome.after.loss
+
+
+# --- who decides whether it goes on
+
+
+class Scripted(Unattended):
+    """A control that writes down what it is asked and given; checkpoints are due after the given steps."""
+
+    def __init__(self, recorder: Recorder, due: set[int]) -> None:
+        self.script: list[str] = []
+        self._recorder, self._due = recorder, due
+
+    def check(self) -> None:
+        self.script.append("check")
+
+    def checkpoint_is_due(self) -> bool:
+        self.script.append("due?")
+        return len(self._recorder.steps) in self._due
+
+    def save(self, state: TrainingState) -> None:
+        self.script.append(f"save {state.step}, measured {state.held_out.measured_step}")
+
+
+def test_it_asks_before_every_micro_batch_and_every_held_out_document(tiny_model: Path) -> None:
+    recorder = Recorder()
+    control = Scripted(recorder, set())
+    run(load(tiny_model), rows(8), TRAINING, steps=1, micro_batch_tokens=1, recorder=recorder, control=control)
+    turn = ["check", "due?"]
+    evaluation, step = turn + ["check"] * 4, turn + ["check"] * 8
+    assert control.script == [*evaluation, *step, *evaluation, *turn, "save 1, measured 1"]
+    model = load(tiny_model)
+    run(model, rows(8), TRAINING, steps=1, control=control)
+    asked = len(control.script)
+    network(model).losses(rows(1))
+    assert len(control.script) == asked  # no one is asked after the training
+
+
+def test_states_are_saved_when_due_and_at_the_end_but_none_twice(tiny_model: Path) -> None:
+    def saves(due: set[int]) -> list[str]:
+        recorder = Recorder()
+        control = Scripted(recorder, due)
+        run(load(tiny_model), rows(8), TRAINING, steps=3, evaluate_every=2, recorder=recorder, control=control)
+        return [line for line in control.script if line.startswith("save")]
+
+    assert saves(set()) == ["save 3, measured 3"]
+    assert saves({1, 3}) == ["save 1, measured 0", "save 3, measured 2", "save 3, measured 3"]
+    assert saves({2}) == ["save 2, measured 0", "save 2, measured 2", "save 3, measured 3"]
 
 
 # --- numbers that are not finite

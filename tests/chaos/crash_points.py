@@ -1,0 +1,182 @@
+"""Every system call that writes, flushes, renames, links or unlinks in submit, checkpoint, publish and finish is made
+the process's last, and is made to fail: what is left must never be half of something.
+
+python -m tests.chaos.crash_points [SAMPLE [SEED]]
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+# Read when the libraries are first imported: one thread, for a process with more cannot be forked.
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+from tests.chaos._crash_scenarios import SCENARIOS, DataDirectory, Scenario, prepare
+from tests.chaos._syscalls import ANSWERED, Call, Fault, Run, in_fork, watch, why_not
+
+SCRATCH = ("tmp/", "state.db-shm")
+"""What need not survive a power cut."""
+ASIDE = ("removed-", "bad-")
+
+
+def run(sample: float | None = None, seed: int = 0) -> dict[str, Any]:
+    """What came of all points, or of a share of them and all renames:
+
+    `points` by scenario and fault, `calls` by scenario and name in an undisturbed run, `violations` in words,
+    `unflushed` for what was answered before it was on the disk, and `seconds`.
+
+    Raises:
+        OSError: the kernel does not let processes be watched.
+    """
+    started, chance = time.monotonic(), random.Random(seed)
+    points: dict[str, dict[str, int]] = {}
+    calls: dict[str, dict[str, int]] = {}
+    violations: list[list[str]] = []
+    unflushed: list[str] = []
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory).resolve()
+        in_fork(lambda: prepare(root))
+        for scenario in SCENARIOS:
+            undisturbed, wrong = _try(scenario, root)
+            assert undisturbed.answer is not None, undisturbed.error
+            assert not wrong, f"{scenario.name} is wrong without any fault: {wrong}"
+            unflushed += [f"{scenario.name}: {text}" for text in unflushed_at_answer(undisturbed.calls)]
+            calls[scenario.name] = _counted(call.name for call in undisturbed.calls)
+            points[scenario.name] = {
+                fault: _try_all(scenario, root, fault, _places(undisturbed.calls, sample, chance), violations)
+                for fault in scenario.faults
+            }
+    return {
+        "points": points,
+        "calls": calls,
+        "violations": [text for texts in violations for text in texts],
+        "half_visible_states": len(violations),
+        "unflushed": unflushed,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def unflushed_at_answer(calls: Sequence[Call]) -> list[str]:
+    """What a power cut right after the answer could take away, and checkpoints that had their name too early.
+
+    A file has to be flushed after its last write, and a directory after a name in it was changed.
+    """
+    dirty_files: set[str] = set()
+    dirty_directories: set[str] = set()
+    early = []
+    for call in calls[: calls.index(ANSWERED)]:
+        path = call.paths[-1]
+        if call.name in ("fsync", "fdatasync"):
+            dirty_files.discard(path)
+            dirty_directories.discard(path)
+        elif "write" in call.name:
+            dirty_files.add(path)
+        elif call.name.startswith(("rename", "link", "mkdir")):
+            source = call.paths[0]
+            torn = [file for file in dirty_files if _is_in(file, source)]
+            if PurePath(path).name.startswith("step-"):
+                torn += [directory for directory in dirty_directories if _is_in(directory, source)]
+                early += [f"{file} was not flushed before {call}" for file in torn]
+            if call.name.startswith("rename"):
+                # A checkpoint that is about to be removed need not have its new name for good.
+                if PurePath(path).name.startswith(ASIDE):
+                    continue
+                dirty_files = {_moved(file, source, path) for file in dirty_files}
+                dirty_directories = {_moved(directory, source, path) for directory in dirty_directories}
+            dirty_directories |= {str(PurePath(path).parent)} | ({path} if call.name.startswith("mkdir") else set())
+        else:
+            dirty_files = {file for file in dirty_files if not _is_in(file, path)}
+            dirty_directories = {directory for directory in dirty_directories if not _is_in(directory, path)}
+    late = [f"{path} was not flushed before the answer" for path in sorted(dirty_files | dirty_directories)]
+    return early + [text for text in late if not text.startswith((*SCRATCH, "tmp "))]
+
+
+def _is_in(path: str, directory: str) -> bool:
+    return PurePath(path).is_relative_to(directory)
+
+
+def _moved(path: str, source: str, to: str) -> str:
+    return str(PurePath(to) / PurePath(path).relative_to(source)) if _is_in(path, source) else path
+
+
+def _places(calls: Sequence[Call], sample: float | None, chance: random.Random) -> Iterable[int]:
+    """The numbers, from 1, of the calls to disturb; without end where all are to be."""
+    if sample is None:
+        return itertools.count(1)
+    names = list(enumerate((call.name for call in calls if call is not ANSWERED), 1))
+    renames = [number for number, name in names if name.startswith("rename")]
+    rest = [number for number, name in names if not name.startswith("rename")]
+    return renames + chance.sample(rest, math.ceil(sample * len(rest)))
+
+
+def _try_all(scenario: Scenario, root: Path, fault: Fault, places: Iterable[int], violations: list[list[str]]) -> int:
+    """How many points there were; adds what is wrong at each to `violations`."""
+    tried = 0
+    for at in places:
+        ended, wrong = _try(scenario, root, fault, at)
+        if ended.hit is None:
+            break
+        tried += 1
+        if wrong:
+            violations.append([f"{scenario.name}, {fault} at {at}, {ended.hit}: {text}" for text in wrong])
+    return tried
+
+
+def _try(scenario: Scenario, root: Path, fault: Fault | None = None, at: int = 0) -> tuple[Run, list[str]]:
+    """How the scenario went, and what is wrong afterwards."""
+    directory = root / "point"
+    shutil.copytree(root / scenario.start, directory)
+    try:
+        ended = watch(lambda answer: scenario.act(DataDirectory(directory, root), answer), directory, fault, at)
+        wrong = ["it neither answered nor raised"] if ended.killed and fault is not Fault.KILL else []
+        try:
+            return ended, wrong + in_fork(lambda: _check(scenario, directory, root, ended.answer))
+        except RuntimeError as error:
+            return ended, [*wrong, f"the check failed: {error}"]
+    finally:
+        shutil.rmtree(directory)
+
+
+def _check(scenario: Scenario, directory: Path, root: Path, answer: Any) -> list[str]:
+    with DataDirectory(directory, root) as data:
+        return scenario.check(data, answer)
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def main(sample: float | None, seed: int) -> int:
+    """Prints the figures, one JSON object a line, and what is wrong; 1 when something is."""
+    if reason := why_not():
+        print(json.dumps({"skipped": reason}))
+        return 0
+    found = run(sample, seed)
+    tried = sum(sum(faults.values()) for faults in found["points"].values())
+    for figure, value, unit, must in (
+        ("crash points tried", tried, "points", None),
+        ("crash points: half-visible states", found["half_visible_states"], "states", 0),
+        ("crash points: answered before flushed", len(found["unflushed"]), "files", 0),
+        ("crash points: time", found["seconds"], "s", None),
+    ):
+        print(json.dumps({"figure": figure, "value": value, "unit": unit, "must": must, "better": "lower"}))
+    print(json.dumps(found, indent=1), file=sys.stderr)
+    return int(bool(found["violations"] or found["unflushed"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(float(sys.argv[1]) if sys.argv[1:] else None, int(sys.argv[2]) if sys.argv[2:] else 0))

@@ -1,0 +1,130 @@
+"""A job killed after every one of its steps, each time resumed by another process: the same adapter every time.
+
+`python -m tests.chaos.resume_every_step DATA_DIR '{"job_…": 3, …}'` runs the queued jobs of a data directory, and kills
+the first attempt at each after the step that is named for it. It imports torch once and forks a process per attempt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_service.jobs import JobStatus
+from qlora_service.queue import Claim, Queue
+from qlora_service.settings import Settings
+from qlora_service.store.database import Database
+from tests.chaos._verdict import judge
+from tests.workspace import ROOT, Workspace, job_spec
+
+OPTIMIZERS = ("paged_adamw_32bit", "paged_adamw_8bit")
+AT_ONCE = 2
+# 64 x 64 elements: bitsandbytes keeps smaller states in 32 bits.
+ADAPTER = {"r": 64, "lora_dropout": 0.1}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What came of it. Nothing went wrong when `wrong` is empty."""
+
+    resumed: int
+    """Jobs that were killed once and succeeded in their second attempt"""
+    wrong: list[str]
+    adapters: dict[str, int]
+    """How many different adapters each optimizer gave, the undisturbed one's among them"""
+    seconds: float
+
+
+def run(workspace: Workspace, steps: int, optimizers: Sequence[str] = OPTIMIZERS) -> Resumed:
+    """Jobs of so many steps with each optimizer: one undisturbed, and one killed after each of the steps."""
+    started = time.monotonic()
+    jobs: dict[str, list[str]] = {}
+    for optim in optimizers:
+        spec = job_spec(max_steps=steps, optim=optim) | {"adapter": ADAPTER}
+        jobs[optim] = [workspace.submit_spec(spec) for _ in range(steps + 1)]
+    kills = {job_id: step for ids in jobs.values() for step, job_id in enumerate(ids)}
+    command = [sys.executable, "-m", "tests.chaos.resume_every_step", str(workspace.settings.data_dir)]
+    log = workspace.settings.data_dir / "attempts.log"
+    with log.open("wb") as output:
+        server = subprocess.run(
+            [*command, json.dumps(kills)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            check=False,
+        )
+    assert server.returncode == 0, log.read_text()
+    wrong, resumed, adapters = list[str](), 0, dict[str, int]()
+    for optim, (undisturbed, *killed) in jobs.items():
+        verdict = judge(workspace, undisturbed, killed, steps)
+        wrong += [f"{optim}, {fault}" for fault in verdict.lost + verdict.published_twice + verdict.wrong]
+        ended = [workspace.service.get_job(job_id) for job_id in (undisturbed, *killed)]
+        succeeded = [job for job in ended if job.status is JobStatus.SUCCEEDED]
+        resumed += sum(job.attempt == 2 for job in succeeded)
+        adapters[optim] = len({workspace.adapter_sha256(job.id) for job in succeeded})
+    return Resumed(resumed, wrong, adapters, round(time.monotonic() - started, 1))
+
+
+def serve(data_dir: Path, kills: dict[str, int]) -> None:
+    """Runs queued jobs until there are none; the supervisor's part, for forked trainers."""
+    import workers.attempt
+    import workers.trainer  # noqa: F401 - with torch, once for all attempts
+
+    settings = Settings(data_dir=data_dir, lease_s=600, heartbeat_s=5, checkpoint_s=0)
+    lifeline, held_end = os.pipe()
+    os.dup2(lifeline, 0)
+    running: dict[int, Claim] = {}
+    while True:
+        # No connection may be open in two processes: SQLite's locks would be mixed up.
+        database = Database(settings.resolved_database_url)
+        queue = Queue(database, lease_s=settings.lease_s)
+        claimed = queue.claim("forks") if len(running) < AT_ONCE else None
+        database.close()
+        if claimed is not None:
+            claim, _ = claimed
+            pid = os.fork()
+            if pid == 0:
+                os.close(held_end)
+                _attempt(claim, kills[claim.job_id] if claim.token == 1 else 0, settings)
+            running[pid] = claim
+        elif running:
+            pid, _ = os.wait()
+            claim = running.pop(pid)
+            if queue.is_running(claim):
+                queue.died(claim, {"message": "killed"})
+            database.close()
+        else:
+            return
+
+
+def _attempt(claim: Claim, kill_after: int, settings: Settings) -> None:
+    """The forked process: a trainer that kills itself when a step is reported; 0 is never. Does not return."""
+    from qlora_service.training.loop import StepMetrics
+    from workers import trainer
+    from workers.reporter import JobReporter
+
+    class Mortal(JobReporter):
+        def on_step(self, metrics: StepMetrics) -> None:
+            super().on_step(metrics)
+            if metrics.step == kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    code = 1
+    try:
+        setattr(trainer, "JobReporter", Mortal)  # noqa: B010 - a name that the trainer does not export
+        trainer.main(claim.job_id, claim.token, "cpu", settings)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from qlora_service.errors import Conflict
+from qlora_service.store.database import Database
+from qlora_service.store.idempotency import DELETED_AT_ONCE, KEPT_FOR, Once, Replay, keep, recall, reserve
+from qlora_service.store.tables import idempotency_keys
+from tests.control_plane import START
+
+
+def once(key: str = "k", *, owner: str = "local", fingerprint: str = "f") -> Once[int]:
+    return Once(key, owner, fingerprint, lambda result: {"status": 201, "body": {"result": result}})
+
+
+def act(database: Database, request: Once[int], result: int = 1, after: timedelta = timedelta()) -> None:
+    with database.write() as connection:
+        reserve(connection, request, START + after)
+        keep(connection, request, result)
+
+
+def kept_keys(database: Database) -> list[str]:
+    with database.read() as connection:
+        return list(connection.execute(sa.select(idempotency_keys.c.key).order_by("key")).scalars())
+
+
+def test_request_under_a_known_key_gets_the_first_answer(database: Database) -> None:
+    act(database, once(), result=1)
+    with pytest.raises(Replay) as caught:
+        act(database, once(), result=2)
+    assert caught.value.answer == {"status": 201, "body": {"result": 1}}
+    with database.read() as connection, pytest.raises(Replay) as recalled:
+        recall(connection, once())
+    assert recalled.value.answer == caught.value.answer
+
+
+def test_another_request_under_a_known_key_is_a_conflict(database: Database) -> None:
+    act(database, once())
+    with pytest.raises(Conflict, match=r"'k' was used for another request.*send a new key"):
+        act(database, once(fingerprint="g"))
+    with database.read() as connection, pytest.raises(Conflict):
+        recall(connection, once(fingerprint="g"))
+
+
+def test_owners_do_not_share_keys(database: Database) -> None:
+    act(database, once())
+    act(database, once(owner="somebody", fingerprint="g"))
+    with database.read() as connection:
+        recall(connection, once(owner="nobody"))
+
+
+def test_key_of_work_that_failed_is_free(database: Database) -> None:
+    def fail(_: int) -> dict[str, Any]:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        act(database, Once("k", "local", "f", fail))
+    assert kept_keys(database) == []
+    act(database, once(fingerprint="g"))
+
+
+def test_one_of_many_at_once_does_the_work(database: Database) -> None:
+    start, outcomes = threading.Barrier(8), list[Any]()
+
+    def work(number: int) -> None:
+        start.wait()
+        try:
+            act(database, once(), number)
+            outcomes.append(number)
+        except Replay as replay:
+            outcomes.append(replay.answer["body"]["result"])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 8
+    assert len(set(outcomes)) == 1
+
+
+def test_old_keys_go_a_few_at_a_time(database: Database) -> None:
+    for number in range(DELETED_AT_ONCE + 1):
+        act(database, once(f"old {number:03}"), after=timedelta(seconds=number))
+    act(database, once("new"), after=KEPT_FOR)
+    assert len(kept_keys(database)) == DELETED_AT_ONCE + 2
+    act(database, once("newer"), after=KEPT_FOR + timedelta(days=1))
+    assert kept_keys(database) == ["new", "newer", f"old {DELETED_AT_ONCE:03}"]

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_service.training.checkpoint_space import Ballast
+
+MIB = 2**20
+
+
+def test_ballast_takes_up_blocks_of_the_disk_and_gives_them_up_piece_by_piece(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "ballast"
+    ballast = Ballast(path)
+    assert ballast.held_bytes == 0
+    ballast.reserve(3 * MIB)
+    assert path.stat().st_blocks * 512 >= 3 * MIB
+    ballast.shrink(MIB)
+    assert path.stat().st_blocks * 512 <= 2 * MIB + 4096
+    assert Ballast(path).held_bytes == 2 * MIB
+    ballast.shrink(2 * MIB)
+    assert not path.exists()
+    ballast.shrink(MIB)
+    ballast.release()
+
+
+def test_reserving_again_replaces_what_was_held(tmp_path: Path) -> None:
+    ballast = Ballast(tmp_path / "ballast")
+    ballast.reserve(2 * MIB)
+    ballast.reserve(MIB)
+    assert ballast.held_bytes == MIB
+    ballast.reserve(0)
+    assert not (tmp_path / "ballast").exists()
+
+
+def test_more_than_the_disk_has_is_an_error_and_nothing_is_held(tmp_path: Path) -> None:
+    ballast = Ballast(tmp_path / "ballast")
+    with pytest.raises(OSError, match=r"No space left|too large"):
+        ballast.reserve(2**43)
+    assert not (tmp_path / "ballast").exists()

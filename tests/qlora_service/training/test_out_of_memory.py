@@ -1,0 +1,255 @@
+"""When memory runs out: the same step in smaller pieces, then with activations computed again, then a typed failure."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_service.data.batching import pack
+from qlora_service.errors import JobFailed
+from qlora_service.jobs import FailureReason
+from qlora_service.specs import Adapter, Kto, Lora, PrefixTuning, Supervised, Training
+from qlora_service.training.checkpoints import Checkpoints
+from qlora_service.training.device import is_out_of_memory
+from qlora_service.training.held_out import trainable_copies
+from qlora_service.training.loop import Interrupted, train
+from qlora_service.training.micro_batch import LabelledRow, TokenRow
+from qlora_service.training.network import Network
+from qlora_service.training.objectives import make_objective
+from qlora_service.training.row_losses import RowLosses
+from tests.tiny_training import FLOAT64, NF4, Keeper, Recorder, load, network, rows
+
+TRAINING = Training(batch_size=8, learning_rate=1e-2, warmup_ratio=0.0, optim="adamw_torch", micro_batch_tokens=10_000)
+ROWS = rows(24)
+CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+
+
+def cuda_error() -> RuntimeError:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def cpu_error() -> RuntimeError:
+    return RuntimeError(CPU_MESSAGE)
+
+
+@dataclass
+class SmallDevice:
+    """A network whose forward passes in training run out of memory where `is_too_much(documents, network)`."""
+
+    network: Network
+    is_too_much: Callable[[Sequence[TokenRow], Network], bool]
+    error: Callable[[], Exception] = cuda_error
+    tokens: list[int] = field(default_factory=list)
+    """Of each forward pass in training that was tried"""
+
+    def __post_init__(self) -> None:
+        losses = self.network.losses
+
+        def limited(documents: Sequence[TokenRow], **options: Any) -> Any:
+            if torch.is_grad_enabled():
+                self.tokens.append(sum(len(document.input_ids) for document in documents))
+                result = losses(documents, **options)  # what it keeps is there when memory runs out
+                if self.is_too_much(documents, self.network):
+                    raise self.error()
+                return result
+            return losses(documents, **options)
+
+        self.network.losses = limited  # type: ignore[method-assign]
+
+
+def over(tokens: int) -> Callable[[Sequence[TokenRow], Network], bool]:
+    return lambda documents, _: sum(len(document.input_ids) for document in documents) > tokens
+
+
+def float64_network(tiny_model: Path) -> Network:
+    return network(load(tiny_model, FLOAT64, torch.float64, perturb_b=0.05))
+
+
+def trained(
+    mine: Network, tmp_path: Path, steps: int = 3, training: Training = TRAINING, **options: Any
+) -> tuple[dict[str, torch.Tensor], Keeper]:
+    recorder = Recorder()
+    control = options.pop("control", None) or Keeper(Checkpoints(tmp_path, 1), recorder)
+    examples = options.pop("examples", ROWS)
+    size = training.batch_size
+    train(
+        mine,
+        make_objective(options.pop("objective", Supervised())),
+        lambda step: examples[step * size : (step + 1) * size],
+        options.pop("held_out", rows(2, seed=99)),
+        total_steps=steps,
+        evaluate_every=1000,
+        training=training,
+        observer=recorder,
+        row_losses=RowLosses(),
+        control=control,
+        **options,
+    )
+    return trainable_copies(mine.model), control
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, weight in expected.items():
+        assert (found[name] - weight).abs().max() <= 1e-9 * weight.abs().max(), name
+
+
+@pytest.mark.parametrize("error", [cuda_error, cpu_error])
+def test_the_step_is_done_again_in_smaller_micro_batches_with_the_same_result(
+    tiny_model: Path, tmp_path: Path, error: Callable[[], Exception]
+) -> None:
+    expected, _ = trained(float64_network(tiny_model), tmp_path / "whole")
+    device = SmallDevice(float64_network(tiny_model), over(150), error)
+    found, control = trained(device.network, tmp_path / "small")
+    assert_close(found, expected)
+    changes = control.changes
+    assert {(change["step"], change["what"], change["why"]) for change in changes} == {
+        (1, "micro_batch_tokens", str(error()))
+    }
+    assert changes[0]["from"] == 10_000
+    assert [change["to"] for change in changes[:-1]] == [change["from"] for change in changes[1:]]
+    assert 75 <= changes[-1]["to"] <= 150
+    # Sizes that cut the step the same way are not tried: every failure is of another cut.
+    failed = [tokens for tokens in device.tokens if tokens > 150]
+    assert len(failed) == len(changes) == len(set(failed))
+
+
+def test_the_third_micro_batch_may_fail_too(tiny_model: Path, tmp_path: Path) -> None:
+    """Gradients of the first two are dropped, not added twice."""
+    training = TRAINING.model_copy(update={"micro_batch_tokens": 96})
+    expected, _ = trained(float64_network(tiny_model), tmp_path / "whole", training=training)
+    calls: list[int] = []
+
+    def third_of_the_second_step(documents: Sequence[TokenRow], _: Network) -> bool:
+        calls.append(1)
+        return len(calls) == len(pack([len(row.input_ids) for row in ROWS[:8]], 96)) + 3
+
+    mine = SmallDevice(float64_network(tiny_model), third_of_the_second_step).network
+    found, control = trained(mine, tmp_path / "small", training=training)
+    assert_close(found, expected)
+    assert [(change["step"], change["from"], change["to"]) for change in control.changes] == [(2, 96, 48)]
+
+
+def test_then_activations_are_computed_again(tiny_model: Path, tmp_path: Path) -> None:
+    expected, _ = trained(float64_network(tiny_model), tmp_path / "whole", steps=1)
+    device = SmallDevice(
+        float64_network(tiny_model), lambda documents, mine: len(documents) > 1 or not mine.checkpointing
+    )
+    found, control = trained(device.network, tmp_path / "small", steps=1)
+    assert_close(found, expected)
+    assert device.network.checkpointing
+    whats = [change["what"] for change in control.changes]
+    assert whats == ["micro_batch_tokens"] * (len(whats) - 1) + ["gradient_checkpointing"]
+    assert (control.changes[-1]["from"], control.changes[-1]["to"]) == (False, True)
+    longest = max(len(row.input_ids) for row in ROWS[:8])
+    assert sorted(set(device.tokens))[-1] > longest
+    assert len([tokens for tokens in device.tokens if tokens == longest]) >= 2
+
+
+PREFIX = PrefixTuning(method="prefix_tuning", num_virtual_tokens=4)
+
+
+@pytest.mark.parametrize("adapter", [Lora(r=4), PREFIX], ids=["recomputing", "cannot recompute"])
+def test_one_example_that_does_not_fit_is_named(tiny_model: Path, tmp_path: Path, adapter: Adapter) -> None:
+    longest = max(ROWS[:8], key=lambda row: len(row.input_ids))
+    mine = network(load(tiny_model, NF4, adapter=adapter), "alone" if adapter is PREFIX else "per_document")
+    control = Keeper(Checkpoints(tmp_path, 1), Recorder())
+    device = SmallDevice(mine, over(len(longest.input_ids) - 1))
+    with pytest.raises(JobFailed) as failure:
+        trained(device.network, tmp_path, control=control)
+    details = failure.value.details
+    assert details["reason"] == FailureReason.OUT_OF_MEMORY
+    assert (details["step"], details["line"], details["tokens"]) == (1, longest.line, len(longest.input_ids))
+    assert f"line {longest.line}, has {len(longest.input_ids)} tokens" in failure.value.message
+    assert "training.max_seq_len_tokens" in failure.value.message
+    recomputed = "gradient_checkpointing" in {change["what"] for change in control.changes}
+    assert recomputed == (adapter is not PREFIX) == ("computed again" in failure.value.message)
+    assert control.saves == 0
+
+
+def test_what_the_objective_computes_for_the_whole_step_is_done_again_too(tiny_model: Path, tmp_path: Path) -> None:
+    examples = [LabelledRow(row, row.line % 2 == 0) for row in ROWS]
+    kto = {"examples": examples, "objective": Kto(type="kto"), "held_out": examples[:2]}
+    expected, _ = trained(float64_network(tiny_model), tmp_path / "whole", **kto)
+    mine, failed = float64_network(tiny_model), []
+    evaluate = mine.evaluate
+
+    def failing_once(documents: Sequence[TokenRow], **options: Any) -> Any:
+        if len(documents) == 8 and not failed:
+            failed.append(True)
+            raise cuda_error()
+        return evaluate(documents, **options)
+
+    mine.evaluate = failing_once  # type: ignore[method-assign]
+    found, control = trained(mine, tmp_path / "small", **kto)
+    assert_close(found, expected)
+    assert len(control.changes) == 1
+
+
+def test_the_change_stays_and_is_part_of_what_is_resumed(tiny_model: Path, tmp_path: Path) -> None:
+    def limited() -> SmallDevice:
+        return SmallDevice(
+            network(load(tiny_model, adapter=Lora(r=4, lora_dropout=0.1))),
+            lambda documents, mine: over(150)(documents, mine) or not mine.checkpointing,
+        )
+
+    expected, whole = trained(limited().network, tmp_path / "whole")
+    assert {change["step"] for change in whole.changes} == {1}
+    control = Keeper(Checkpoints(tmp_path / "stopped", 1), Recorder(), at_check=whole.checks - 10)
+    with pytest.raises(Interrupted):
+        trained(limited().network, tmp_path, control=control)
+    found = Checkpoints(tmp_path / "stopped", 2).latest()
+    assert found is not None
+    assert 0 < found[0].step < 3
+    assert (found[0].micro_batch_tokens, found[0].gradient_checkpointing) == (whole.changes[-2]["to"], True)
+    again, resumed = trained(limited().network, tmp_path / "resumed", start=found[0])
+    assert resumed.changes == []
+    assert all(torch.equal(again[name], weight) for name, weight in expected.items())
+
+
+def test_a_failed_pass_leaves_nothing_in_memory(tiny_model: Path, tmp_path: Path) -> None:
+    """Its traceback would hold the activations, and the next try would have no more room than the last."""
+    alive: list[int] = []
+    results: list[weakref.ref[torch.Tensor]] = []
+    mine = float64_network(tiny_model)
+    losses = mine.losses
+
+    def limited(documents: Sequence[TokenRow], **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return losses(documents, **options)
+        gc.disable()
+        alive.append(sum(reference() is not None for reference in results))
+        result = losses(documents, **options)
+        results.append(weakref.ref(result.nll))
+        if len(results) < 3:
+            raise cuda_error()
+        return result
+
+    mine.losses = limited  # type: ignore[method-assign]
+    try:
+        trained(mine, tmp_path, steps=1)
+    finally:
+        gc.enable()
+    assert alive[:3] == [0, 0, 0]
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(tiny_model: Path, tmp_path: Path) -> None:
+    mine = SmallDevice(float64_network(tiny_model), over(0), lambda: RuntimeError("mat1 and mat2 shapes"))
+    with pytest.raises(RuntimeError, match="mat1"):
+        trained(mine.network, tmp_path)
+    assert len(mine.tokens) == 1
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not is_out_of_memory(OSError("out of memory"))
+
+
+def test_torch_itself_is_recognized_on_a_cpu() -> None:
+    with pytest.raises(RuntimeError) as failure:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(failure.value)

@@ -1,0 +1,318 @@
+"""A training that was stopped anywhere, any number of times, ends with the same bytes as one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qlora_service.errors import Interrupted, JobCancelled, JobFailed
+from qlora_service.specs import AdaLora, Adapter, Dpo, Kto, Lora, Objective, Training
+from qlora_service.training.checkpoints import Checkpoints
+from qlora_service.training.held_out import trainable_copies
+from qlora_service.training.loop import LossNotFinite, Outcome, StepMetrics
+from qlora_service.training.micro_batch import LabelledRow, PreferencePair, TrainingExample
+from qlora_service.training.row_losses import RowLosses
+from qlora_service.training.state import TrainingState, random_state
+from tests.tiny_training import CPU, Keeper, Recorder, load, rows, run
+
+ROOT = Path(__file__).resolve().parents[3]
+STEPS = 6
+# 64 x 64 elements and more: bitsandbytes keeps smaller states in 32 bits.
+LORA = Lora(r=64, lora_dropout=0.1)
+TRAINING = Training(batch_size=4, learning_rate=1e-2, micro_batch_tokens=96, lr_scheduler_type="cosine")
+
+
+def pairs(count: int, seed: int = 0) -> list[PreferencePair]:
+    return [
+        PreferencePair(chosen, replace(rejected, line=chosen.line))
+        for chosen, rejected in zip(rows(count, seed), rows(count, seed + 1), strict=True)
+    ]
+
+
+def labelled(count: int, seed: int = 0) -> list[LabelledRow]:
+    return [LabelledRow(row, row.line % 2 == 0) for row in rows(count, seed)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job; its examples are rows, pairs or labelled rows, as its objective asks for."""
+
+    changes: dict[str, Any]
+    adapter: Adapter = LORA
+    objective: Objective | None = None
+
+    def examples(self, count: int, seed: int = 0) -> Sequence[TrainingExample]:
+        if isinstance(self.objective, Dpo):
+            return pairs(count, seed)
+        return labelled(count, seed) if isinstance(self.objective, Kto) else rows(count, seed)
+
+
+PAGED = {optim: Case({"optim": optim}) for optim in ("paged_adamw_32bit", "paged_adamw_8bit")}
+OTHERS = {
+    optim: Case({"optim": optim}) for optim in ("adamw_8bit", "adamw_torch", "paged_lion_32bit", "paged_lion_8bit")
+} | {
+    "AdaLoRA": Case({}, AdaLora(method="adalora", init_r=8, target_r=2)),
+    "DPO": Case({}, objective=Dpo(type="dpo")),
+    "KTO": Case({}, objective=Kto(type="kto")),
+    "NEFTune": Case({"neftune_noise_alpha": 5.0}),
+    "early stopping": Case(
+        {
+            "learning_rate": 0.05,
+            "early_stopping_patience": 2,
+            "load_best_model_at_end": True,
+            "lr_scheduler_type": "constant",
+        }
+    ),
+}
+CASES = PAGED | OTHERS
+
+
+@dataclass
+class Ended:
+    """Everything that a training leaves behind."""
+
+    weights: dict[str, torch.Tensor]
+    outcome: Outcome
+    row_losses: dict[str, Any]
+    metrics: bytes
+
+
+def attempt(
+    tiny_model: Path, case: Case, recorder: Recorder, control: Keeper | None = None, resume: Checkpoints | None = None
+) -> Ended:
+    """Train from the beginning, or from the last checkpoint there is."""
+    start = None
+    found = resume.latest() if resume else None
+    if found is not None:
+        start, recorder.earlier, _ = found
+    row_losses = RowLosses()
+    model = load(tiny_model, adapter=case.adapter, total_steps=STEPS)
+    outcome, _ = run(
+        model,
+        case.examples(16),
+        TRAINING.model_copy(update=case.changes),
+        steps=STEPS,
+        held_out=case.examples(3, seed=99),
+        evaluate_every=1 if "early_stopping_patience" in case.changes else 2,
+        recorder=recorder,
+        row_losses=row_losses,
+        objective=case.objective,
+        start=start,
+        control=control,
+    )
+    return Ended(trainable_copies(model), outcome, row_losses.state(), recorder.lines())
+
+
+def assert_same(found: Ended, expected: Ended) -> None:
+    for name, weight in expected.weights.items():
+        assert torch.equal(found.weights[name], weight), name
+    assert found.outcome == expected.outcome
+    assert found.metrics == expected.metrics
+    for name, column in expected.row_losses.items():
+        assert column.tobytes() == found.row_losses[name].tobytes(), name
+
+
+class EachState(Keeper):
+    """Keeps every state that it is offered in a directory of its own."""
+
+    def __init__(self, directory: Path, recorder: Recorder) -> None:
+        super().__init__(Checkpoints(directory / "0", 1), recorder)
+        self.is_due = True
+        self._directory = directory
+
+    def save(self, state: TrainingState) -> None:
+        self._checkpoints = Checkpoints(self._directory / str(self.saves + 1), 1)
+        super().save(state)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_after_any_step_it_ends_with_the_same_bytes(tiny_model: Path, tmp_path: Path, name: str) -> None:
+    """After every step of the paged optimizers and AdaLoRA; of the others after one, some and all."""
+    case, recorder = CASES[name], Recorder()
+    keeper = EachState(tmp_path, recorder)
+    expected = attempt(tiny_model, case, recorder, keeper)
+    states = list(range(1, keeper.saves + 1))
+    if name == "early stopping":
+        assert expected.outcome.steps < STEPS
+        assert 0 < expected.outcome.best_step < expected.outcome.steps
+    if isinstance(case.adapter, AdaLora):
+        pruned = [
+            bool((weight == 0).any()) for weight_name, weight in expected.weights.items() if "lora_E" in weight_name
+        ]
+        assert any(pruned)
+    elif name not in PAGED:
+        states = [states[2], states[len(states) // 2], states[-1]]
+    for number in states:
+        torch.manual_seed(number)
+        resumed = attempt(tiny_model, case, Recorder(), resume=Checkpoints(tmp_path / str(number), 2))
+        assert_same(resumed, expected)
+
+
+def test_a_new_process_ends_with_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
+    expected = {name: attempt(tiny_model, case, Recorder()) for name, case in PAGED.items()}
+    for name, case in PAGED.items():
+        recorder = Recorder()
+        keeper = Keeper(Checkpoints(tmp_path / name, 1), recorder, at_check=20)
+        with pytest.raises(Interrupted):
+            attempt(tiny_model, case, recorder, keeper)
+        assert 0 < len(recorder.steps) < STEPS
+    script = f"""
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("resumer", {__file__!r})
+module = importlib.util.module_from_spec(spec)
+sys.modules["resumer"] = module
+spec.loader.exec_module(module)
+module.end(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script, tiny_model, tmp_path], check=True, env=environment, cwd=ROOT)
+    for name, ended in expected.items():
+        weights, metrics = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert metrics == ended.metrics
+        for parameter, weight in ended.weights.items():
+            assert torch.equal(weights[parameter], weight), parameter
+
+
+def end(tiny_model: Path, directory: Path) -> None:
+    """What the new process does."""
+    for name, case in PAGED.items():
+        ended = attempt(tiny_model, case, Recorder(), resume=Checkpoints(directory / name, 2))
+        torch.save((ended.weights, ended.metrics), directory / f"{name}.pt")
+
+
+def test_interrupted_at_any_check_nothing_is_lost(tiny_model: Path, tmp_path: Path) -> None:
+    """Before the first step, between micro-batches, in an evaluation, after the last step."""
+    case, recorder = CASES["early stopping"], Recorder()
+    counting = Keeper(Checkpoints(tmp_path / "whole", 1), recorder)
+    expected = attempt(tiny_model, case, recorder, counting)
+    assert counting.checks > 20
+    for number in [*range(1, counting.checks, 2), counting.checks]:
+        directory, recorder = tmp_path / str(number), Recorder()
+        with pytest.raises(Interrupted):
+            attempt(tiny_model, case, recorder, Keeper(Checkpoints(directory, 1), recorder, at_check=number))
+        kept = Checkpoints(directory, 2)
+        found = kept.latest()
+        assert found is not None
+        assert found[0].step == len(recorder.steps)
+        again = Recorder()
+        assert_same(attempt(tiny_model, case, again, resume=kept), expected)
+        # Nothing is done twice, but the turn that was not finished.
+        assert len(recorder.steps) + len(again.steps) == expected.outcome.steps
+        assert len(recorder.evaluations) + len(again.evaluations) == expected.outcome.steps + 1
+
+
+def test_interrupted_again_and_again_it_ends_with_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
+    case = CASES["KTO"]
+    expected = attempt(tiny_model, case, Recorder())
+    for token in range(1, 20):
+        recorder, checkpoints = Recorder(), Checkpoints(tmp_path, token)
+        try:
+            ended = attempt(tiny_model, case, recorder, Keeper(checkpoints, recorder, at_check=24), checkpoints)
+        except Interrupted:
+            continue
+        assert token > 3
+        return assert_same(ended, expected)
+    pytest.fail("it never ended")
+
+
+def test_an_observer_interrupts_after_a_completed_step(tiny_model: Path, tmp_path: Path) -> None:
+    case = PAGED["paged_adamw_8bit"]
+    expected = attempt(tiny_model, case, Recorder())
+
+    class Stopping(Recorder):
+        def on_step(self, metrics: StepMetrics) -> None:
+            super().on_step(metrics)
+            if metrics.step == 3:
+                raise Interrupted("enough")
+
+    recorder = Stopping()
+    with pytest.raises(Interrupted):
+        attempt(tiny_model, case, recorder, Keeper(Checkpoints(tmp_path, 1), recorder))
+    kept = Checkpoints(tmp_path, 2)
+    assert kept.latest() is not None
+    assert kept.durable_step == 3
+    assert_same(attempt(tiny_model, case, Recorder(), resume=kept), expected)
+
+
+def test_a_cancelled_training_saves_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    class Cancelling(Keeper):
+        def check(self) -> None:
+            self.checks += 1
+            if self.checks == 20:
+                raise JobCancelled("the job was cancelled")
+
+    recorder = Recorder()
+    keeper = Cancelling(Checkpoints(tmp_path, 1), recorder)
+    with pytest.raises(JobCancelled):
+        attempt(tiny_model, PAGED["paged_adamw_32bit"], recorder, keeper)
+    assert keeper.saves == 0
+
+
+def test_the_state_at_the_end_is_kept_and_goes_straight_to_the_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    """Publishing may be interrupted too."""
+    case, recorder = CASES["early stopping"], Recorder()
+    expected = attempt(tiny_model, case, recorder, Keeper(Checkpoints(tmp_path, 1), recorder))
+    chance = random_state(CPU)
+    assert (random.random(), np.random.rand(), float(torch.rand(()))) != (0, 0, 0)  # the generators move on
+    recorder, kept = Recorder(), Checkpoints(tmp_path, 2)
+    keeper = Keeper(kept, recorder)
+    assert_same(attempt(tiny_model, case, recorder, keeper, resume=kept), expected)
+    assert random_state(CPU) == chance
+    assert (recorder.steps, recorder.evaluations, keeper.saves) == ([], [], 0)
+
+
+def test_resumed_after_the_third_skipped_step_it_fails_for_the_same_reason(tiny_model: Path, tmp_path: Path) -> None:
+    """It is stopped in the evaluation of the adapter that is left."""
+    training = TRAINING.model_copy(update={"optim": "adamw_torch"})
+
+    def failing(recorder: Recorder, keeper: Keeper | None = None, start: TrainingState | None = None) -> None:
+        """Gradients are poisoned from the third step on."""
+        model = load(tiny_model)
+        poisoned = next(p for p in model.parameters() if p.requires_grad)
+        poisoned.register_hook(lambda gradient: gradient * (float("nan") if len(recorder.steps) >= 2 else 1.0))
+        run(model, rows(24), training, steps=8, recorder=recorder, start=start, control=keeper)
+
+    with pytest.raises(LossNotFinite) as expected:
+        failing(Recorder())
+
+    class InTheLastEvaluation(Keeper):
+        turns_after_five = 0
+
+        def check(self) -> None:
+            super().check()
+            # The turn after the fifth step begins with one check; those after it are of the evaluation.
+            if self.turns_after_five == 1:
+                raise Interrupted("enough")
+
+        def checkpoint_is_due(self) -> bool:
+            self.turns_after_five += len(recorder.steps) == 5
+            return False
+
+    recorder = Recorder()
+    keeper = InTheLastEvaluation(Checkpoints(tmp_path, 1), recorder)
+    with pytest.raises(Interrupted):
+        failing(recorder, keeper)
+    found = Checkpoints(tmp_path, 2).latest()
+    assert found is not None
+    assert found[0].history.skipped_in_a_row == 3
+    with pytest.raises(LossNotFinite) as resumed:
+        failing(Recorder(), start=found[0])
+    assert (resumed.value.message, resumed.value.details) == (expected.value.message, expected.value.details)
+    assert resumed.value.outcome == expected.value.outcome
+
+
+def test_the_state_of_another_optimizer_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    attempt(tiny_model, PAGED["paged_adamw_8bit"], recorder, Keeper(Checkpoints(tmp_path, 1), recorder))
+    with pytest.raises(JobFailed, match="does not fit this job's optimizer"):
+        attempt(tiny_model, PAGED["paged_adamw_32bit"], Recorder(), resume=Checkpoints(tmp_path, 2))

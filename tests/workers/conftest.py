@@ -1,0 +1,3 @@
+from tests.control_plane import clock, database, queue
+
+__all__ = ["clock", "database", "queue"]

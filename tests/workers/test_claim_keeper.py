@@ -1,0 +1,173 @@
+"""What ends a trainer that lost its way, in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from qlora_service.errors import Interrupted, JobCancelled
+from qlora_service.jobs import StopRequest
+from qlora_service.queue import Claim, Queue
+from qlora_service.store.database import Database
+from tests.control_plane import add_job
+from tests.workspace import ROOT
+from workers import exit_codes
+from workers.claim_keeper import ClaimKeeper
+
+# A trainer's frame without the training: the claim is kept, and the main thread does what the test says.
+FRAME = """
+import sys, time
+from qlora_service.queue import Claim, Queue
+from qlora_service.store.database import Database
+from workers.claim_keeper import ClaimKeeper
+
+url, job_id, lease_s, hang_s = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
+queue = Queue(Database(url), lease_s=lease_s)
+keeper = ClaimKeeper(queue, Claim(job_id, 1), interval_s=0.1, lease_s=lease_s, hang_s=hang_s)
+keeper.start()
+print("started", flush=True)
+def where_it_stood():
+    {work}
+where_it_stood()
+"""
+
+
+def start(database: Database, work: str, *, lease_s: float = 60, hang_s: float = 60) -> subprocess.Popen[str]:
+    """A process that has claimed the only job, and does `work`."""
+    job_id = add_job(database)
+    assert Queue(database, lease_s=lease_s).claim("worker") is not None
+    arguments = [database.url, job_id, str(lease_s), str(hang_s)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", FRAME.replace("{work}", work), *arguments],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    return process
+
+
+def stderr_at_end(process: subprocess.Popen[str], limit_s: float) -> str:
+    assert process.stderr is not None
+    assert process.stdout is not None
+    assert process.stdin is not None
+    try:
+        process.wait(limit_s)
+        return process.stderr.read() + process.stdout.read()
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            stream.close()
+
+
+def test_a_main_thread_without_progress_is_ended_with_its_stack(database: Database) -> None:
+    signs = "[keeper.check() or time.sleep(0.01) for _ in range(20)]; time.sleep(60)"
+    process = start(database, signs, hang_s=0.5)
+    printed = stderr_at_end(process, 10)
+    assert process.returncode == exit_codes.HUNG
+    assert "where_it_stood" in printed
+    assert "trainer_hangs" in printed
+
+
+def test_patience_is_learned_from_the_longest_sign_so_far(database: Database) -> None:
+    # The tenth of a second that one sign took allows for two seconds, though half of one would do otherwise.
+    signs = "[keeper.check() or time.sleep(0.1) for _ in range(12)]; time.sleep(1.2); keeper.check(); print('alive')"
+    process = start(database, signs, hang_s=0.5)
+    assert "alive" in stderr_at_end(process, 10)
+    assert process.returncode == 0
+
+
+def test_a_process_that_holds_the_interpreters_lock_does_not_outlive_its_lease(database: Database) -> None:
+    # No Python thread runs while the regular expression backtracks.
+    process = start(database, "__import__('re').match(r'(a*)*b', 'a' * 40)", lease_s=2)
+    began_at = time.monotonic()
+    printed = stderr_at_end(process, 10)
+    assert time.monotonic() - began_at < 2.0 + 0.5
+    assert process.returncode == 1
+    assert "where_it_stood" in printed
+
+
+def test_a_trainer_that_cannot_renew_its_claim_ends_before_the_lease_does(database: Database) -> None:
+    process = start(database, "time.sleep(60)", lease_s=2)
+    lock = sqlite3.connect(database.url.removeprefix("sqlite:///"), isolation_level=None)
+    lock.execute("BEGIN EXCLUSIVE")
+    began_at = time.monotonic()
+    stderr_at_end(process, 10)
+    lock.close()
+    assert time.monotonic() - began_at < 2.0 + 0.5
+    assert process.returncode != 0
+
+
+def test_a_trainer_whose_claim_is_anothers_ends(database: Database) -> None:
+    process = start(database, "time.sleep(60)")
+    queue = Queue(database, lease_s=60)
+    queue.requeue_of("worker")
+    queue.claim("another")
+    stderr_at_end(process, 10)
+    assert process.returncode == exit_codes.CLAIM_LOST
+
+
+def test_a_trainer_without_a_supervisor_ends(database: Database) -> None:
+    process = start(database, "time.sleep(60)")
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait(10)
+    assert process.returncode == exit_codes.SUPERVISOR_GONE
+    for stream in (process.stdout, process.stderr):
+        assert stream is not None
+        stream.close()
+
+
+def test_a_trainer_says_where_it_stands_when_asked(database: Database) -> None:
+    process = start(database, "time.sleep(60)")
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(0.5)
+    process.kill()
+    assert "where_it_stood" in stderr_at_end(process, 10)
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "pause"),
+    [
+        (StopRequest.CANCEL, JobCancelled, None),
+        (StopRequest.PAUSE, Interrupted, True),
+        (StopRequest.PREEMPT, Interrupted, None),
+    ],
+)
+def test_what_the_queue_asks_for_is_raised_at_the_next_check(
+    database: Database, request_: StopRequest, error: type[Exception], pause: bool | None
+) -> None:
+    keeper = ClaimKeeper(Queue(database, lease_s=60), Claim("job_1", 1), interval_s=1, lease_s=60, hang_s=60)
+    keeper.check()
+    keeper.heard(request_)
+    with pytest.raises(error) as raised:
+        keeper.check()
+    details: dict[str, Any] = getattr(raised.value, "details", {})
+    assert details.get("pause") is pause
+
+
+def test_a_pause_that_was_taken_back_stops_nothing(database: Database) -> None:
+    keeper = ClaimKeeper(Queue(database, lease_s=60), Claim("job_1", 1), interval_s=1, lease_s=60, hang_s=60)
+    keeper.heard(StopRequest.PAUSE)
+    keeper.heard(None)
+    keeper.check()
+    keeper.stop()
+    with pytest.raises(Interrupted, match="worker was stopped"):
+        keeper.check()
+
+
+def test_exit_codes_have_their_meaning_in_words() -> None:
+    numbers = {value for name, value in vars(exit_codes).items() if name.isupper() and isinstance(value, int)}
+    assert numbers == set(exit_codes.CAUSES)

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_service.artifacts.store import ArtifactStore, job_key
+from qlora_service.jobs import HoldReason, JobStatus, StopRequest
+from qlora_service.queue import Claim, Queue
+from qlora_service.store.database import Database
+from qlora_service.store.jobs import get_job
+from tests.control_plane import LEASE_S, SteppedClock, add_job
+from workers.housekeeping import Housekeeping
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore((tmp_path / "artifacts").as_uri())
+
+
+@pytest.fixture
+def housekeeping(tmp_path: Path, database: Database, queue: Queue, artifacts: ArtifactStore) -> Housekeeping:
+    return Housekeeping(
+        database=database,
+        queue=queue,
+        artifacts=artifacts,
+        tmp_dir=tmp_path / "tmp",
+        checkpoint_dir=tmp_path / "checkpoints",
+    )
+
+
+def claim_next(queue: Queue, worker: str = "a") -> Claim:
+    claimed = queue.claim(worker)
+    assert claimed is not None
+    return claimed[0]
+
+
+def status(database: Database, job_id: str) -> JobStatus:
+    with database.read() as connection:
+        return get_job(connection, job_id).status
+
+
+def test_lost_jobs_are_rescued(
+    housekeeping: Housekeeping, database: Database, queue: Queue, clock: SteppedClock
+) -> None:
+    add_job(database)
+    claim = claim_next(queue)
+    clock.advance(LEASE_S + 1)
+    housekeeping.tick(preemptible=[])
+    assert status(database, claim.job_id) is JobStatus.QUEUED
+
+
+def test_jobs_that_wait_for_room_go_on_when_there_is_some(
+    housekeeping: Housekeeping, database: Database, queue: Queue
+) -> None:
+    small, large = add_job(database), add_job(database)
+    for needed in (1, 2**60):
+        hold = {"reason": HoldReason.DISK_FULL, "message": "full", "needs_bytes": needed}
+        queue.pause(claim_next(queue), hold)
+    housekeeping.tick(preemptible=[])
+    assert sorted([status(database, small), status(database, large)]) == [JobStatus.PAUSED, JobStatus.QUEUED]
+
+
+def test_only_the_workers_named_are_asked_to_make_room(
+    housekeeping: Housekeeping, database: Database, queue: Queue
+) -> None:
+    add_job(database)
+    claim = claim_next(queue)
+    add_job(database, priority=1)
+    housekeeping.tick(preemptible=[])
+    assert queue.stop_request(claim) is None
+    housekeeping.tick(preemptible=["a"])
+    assert queue.stop_request(claim) is StopRequest.PREEMPT
+
+
+def store(artifacts: ArtifactStore, tmp_path: Path, claim: Claim) -> str:
+    (tmp_path / "file").write_text("bytes")
+    key = job_key(claim.job_id, claim.token, "adapter_model.safetensors")
+    artifacts.put_file(key, tmp_path / "file")
+    return key
+
+
+def test_of_a_job_that_has_ended_only_what_it_published_stays(
+    housekeeping: Housekeeping, database: Database, queue: Queue, artifacts: ArtifactStore, tmp_path: Path
+) -> None:
+    add_job(database)
+    first = claim_next(queue)
+    lost = store(artifacts, tmp_path, first)
+    unfinished = tmp_path / "artifacts" / "jobs" / first.job_id / "1" / "README.md#1"
+    unfinished.write_text("half")
+    checkpoints = tmp_path / "checkpoints" / first.job_id / "step-00000001.a1"
+    checkpoints.mkdir(parents=True)
+    (tmp_path / "tmp" / first.name).mkdir(parents=True)
+    queue.died(first, {"message": "killed"})
+    housekeeping.after_attempt(first)
+    assert not (tmp_path / "tmp" / first.name).exists()
+    assert checkpoints.exists()  # the next attempt goes on from it
+    second = claim_next(queue)
+    published = store(artifacts, tmp_path, second)
+    queue.succeed(second, {"attempt": second.token})
+    housekeeping.after_attempt(second)
+    assert not checkpoints.parent.exists()
+    assert b"".join(artifacts.read(published)) == b"bytes"
+    assert not (tmp_path / "artifacts" / lost).exists()
+    assert not unfinished.exists()
+
+
+def test_what_a_failed_job_kept_stays(
+    housekeeping: Housekeeping, database: Database, queue: Queue, artifacts: ArtifactStore, tmp_path: Path
+) -> None:
+    add_job(database)
+    claim = claim_next(queue)
+    kept = store(artifacts, tmp_path, claim)
+    (tmp_path / "checkpoints" / claim.job_id).mkdir(parents=True)
+    queue.fail(claim, {"message": "not finite", "details": {"kept_attempt": claim.token}})
+    housekeeping.after_attempt(claim)
+    assert b"".join(artifacts.read(kept)) == b"bytes"
+
+
+def test_remains_of_jobs_cancelled_between_attempts_are_reaped(
+    housekeeping: Housekeeping, database: Database, queue: Queue, tmp_path: Path
+) -> None:
+    add_job(database)
+    claim = claim_next(queue)
+    scratch = tmp_path / "tmp" / claim.name
+    checkpoints = tmp_path / "checkpoints" / claim.job_id
+    for path in (scratch, checkpoints):
+        path.mkdir(parents=True)
+    queue.release(claim, "the worker was stopped")
+    with database.write() as connection:
+        queue.request_cancel(connection, claim.job_id)
+    stranger = tmp_path / "checkpoints" / "job_of_another_database"
+    stranger.mkdir()
+    housekeeping.tick(preemptible=[])
+    assert not scratch.exists()
+    assert not checkpoints.exists()
+    assert stranger.exists()

@@ -1,0 +1,81 @@
+"""When a running attempt saves checkpoints, and who is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from qlora_service.training.checkpoint_space import Ballast
+from qlora_service.training.checkpoints import Checkpoints
+from qlora_service.training.loop import Observer
+from qlora_service.training.state import TrainingState
+from workers.environment import change_note
+
+
+class Reporter(Observer, Protocol):
+    """Who is told how an attempt gets on."""
+
+    def enter_phase(self, phase: str, total_steps: int | None) -> None:
+        """May raise to end the attempt, as `check` does."""
+
+    def choose_plan(self, plan: dict[str, Any], message: str | None = None) -> None: ...
+
+    def resumed(self, step: int, metrics: bytes, notes: Sequence[str]) -> None: ...
+
+    def saved(self, step: int) -> None: ...
+
+
+class Checkpointing:
+    """The training loop's control: a checkpoint every `every_s` seconds, and whenever the training is interrupted."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        reporter: Reporter,
+        check: Callable[[], None],
+        ballast: Ballast,
+        *,
+        every_s: float,
+        checkpoint_bytes: int,
+        metrics_file: Path,
+        environment: dict[str, Any],
+        plan: dict[str, Any],
+    ) -> None:
+        self._checkpoints, self._reporter, self._check, self._ballast = checkpoints, reporter, check, ballast
+        self._every_s = every_s
+        self._checkpoint_bytes = checkpoint_bytes
+        self._metrics_file = metrics_file
+        self._environment = environment
+        self._plan = plan
+        self._due_at = time.monotonic() + every_s
+        self._told_step = checkpoints.durable_step
+
+    def check(self) -> None:
+        self._tell_durable()
+        self._check()
+
+    def checkpoint_is_due(self) -> bool:
+        return time.monotonic() >= self._due_at
+
+    def save(self, state: TrainingState) -> None:
+        self._ballast.shrink(self._checkpoint_bytes)
+        self._checkpoints.save(state, self._metrics_file.read_bytes(), self._environment)
+        self._due_at = time.monotonic() + self._every_s
+
+    def plan_changed(self, change: dict[str, Any]) -> None:
+        self._plan[change["what"]] = change["to"]
+        self._plan["changes"] = [*self._plan["changes"], change]
+        self._reporter.choose_plan(self._plan, change_note(change))
+
+    def flush(self) -> None:
+        """Wait until what was saved is on the disk, and tell. Raises: OSError."""
+        self._checkpoints.flush()
+        self._tell_durable()
+
+    def _tell_durable(self) -> None:
+        step = self._checkpoints.durable_step
+        if step is not None and step != self._told_step:
+            self._told_step = step
+            self._reporter.saved(step)

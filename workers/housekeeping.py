@@ -1,0 +1,84 @@
+"""What a worker does for the queue as a whole, beside running jobs: rescue, make room, tidy up."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+import structlog
+
+from qlora_service.artifacts.store import ArtifactStore
+from qlora_service.errors import NotFound
+from qlora_service.jobs import Job
+from qlora_service.queue import Claim, Queue
+from qlora_service.store.database import Database
+from qlora_service.store.jobs import get_job
+
+REAP_EVERY_S = 60.0
+
+log = structlog.get_logger()
+
+
+class Housekeeping:
+    """Over one data directory. Every action may be repeated, and be done by several workers at once."""
+
+    def __init__(
+        self, *, database: Database, queue: Queue, artifacts: ArtifactStore, tmp_dir: Path, checkpoint_dir: Path
+    ) -> None:
+        self._database = database
+        self._queue = queue
+        self._artifacts = artifacts
+        self._tmp_dir = tmp_dir
+        self._checkpoint_dir = checkpoint_dir
+        self._next_reap = 0.0
+        checkpoint_dir.mkdir(parents=True, exist_ok=True)
+
+    def tick(self, preemptible: Collection[str]) -> None:
+        """Look once after lost, held and urgent jobs; `preemptible` workers may be asked to make room."""
+        for job_id in self._queue.requeue_lost():
+            log.warning("job_requeued", job=job_id, reason="its lease expired")
+        for job_id in self._queue.resume_held(shutil.disk_usage(self._checkpoint_dir).free):
+            log.info("job_resumed", job=job_id, reason="there is room on the disk again")
+        if preemptible and (victim := self._queue.preempt(preemptible)):
+            log.info("job_preempted", job=victim)
+        if time.monotonic() >= self._next_reap:
+            self._next_reap = time.monotonic() + REAP_EVERY_S
+            self._reap()
+
+    def after_attempt(self, claim: Claim) -> None:
+        """Remove what the attempt needed while it ran, and all that a job that has ended will not need again."""
+        shutil.rmtree(self._tmp_dir / claim.name, ignore_errors=True)
+        self._reap_checkpoints(claim.job_id)
+
+    def _reap(self) -> None:
+        """Remove what attempts left behind whose supervisor was killed, and checkpoints of jobs that have ended."""
+        for path in self._tmp_dir.glob("job_*-*"):
+            job_id, _, token = path.name.rpartition("-")
+            if token.isdigit() and not self._queue.is_running(Claim(job_id, int(token))):
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self._checkpoint_dir.glob("job_*"):
+            self._reap_checkpoints(path.name)
+
+    def _reap_checkpoints(self, job_id: str) -> None:
+        directory = self._checkpoint_dir / job_id
+        if not directory.exists():
+            return
+        try:
+            with self._database.read() as connection:
+                job = get_job(connection, job_id)
+        except NotFound:
+            return  # of another database; not ours to remove
+        if job.status.terminal:
+            # The directory goes last: while it is there, this is done again after a crash.
+            self._artifacts.remove_attempts(job_id, keep=published_attempt(job))
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def published_attempt(job: Job) -> int | None:
+    """The attempt whose artifacts a job that has ended points to."""
+    if job.result is not None:
+        return int(job.result["attempt"])
+    kept = (job.error or {}).get("details", {}).get("kept_attempt")
+    return None if kept is None else int(kept)
