@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test check bench serve clean lock image-test format
+.PHONY: install demo test chaos check bench serve clean lock image-test format
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -23,6 +23,9 @@ demo: install  ## The main job: train a small model on a small data set, downloa
 
 test: install  ## Every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+chaos: install  ## What jobs survive, in full size (an hour and more): make chaos ONLY=kills
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.chaos $(if $(ONLY),--only $(ONLY))
 
 check: install  ## Lint, formatting, types, import contracts, Dockerfile, compose file
 	$(BIN)/ruff check .

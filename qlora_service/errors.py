@@ -132,7 +132,7 @@ class JobCancelled(QLoRAError):
 
 
 class Interrupted(QLoRAError):
-    """`details["pause"]` is true when it goes on only after somebody resumed the job."""
+    """`details["hold"]`, one of the names in `jobs.HoldReason`, says what it waits for; without one it is queued."""
 
     code = "interrupted"
 

@@ -45,6 +45,8 @@ EVALUATIONS = 10
 """Held-out evaluations over a job, where the spec names no interval."""
 CERTIFICATE_TOLERANCE = 1e-4
 """Nats. The same code on the same device gives the same loss; this leaves room for non-deterministic kernels."""
+DATABASE_ROOM = 16 * 2**20
+"""Bytes"""
 TRAINING_ROWS_JUDGED = 32
 """Rows the loss is measured on when none are held out."""
 
@@ -190,8 +192,9 @@ def _train_and_publish(
         plan["changes"] += environment_changes(then, environment, start.step)
     rows, steps = len(prepared.split.train), prepared.total_steps
     checkpoint_bytes = expected_bytes(network, training, rows=rows, total_steps=steps)
-    # Those that are kept, one in the making, and as much again for what is published.
-    ballast.reserve((KEPT + 2) * checkpoint_bytes - checkpoints.bytes_on_disk())
+    # Those that are kept, one in the making, and as much again for what is published; and something for the database,
+    # which has to say so when the disk is full.
+    ballast.reserve((KEPT + 2) * checkpoint_bytes + DATABASE_ROOM)
     reporter.choose_plan(plan)
     if inputs.token > 1:
         reporter.resumed(start.step if start else 0, metrics, [change_note(change) for change in plan["changes"]])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qlora_service.training.checkpoint_space import Ballast
-from qlora_service.training.checkpoints import Checkpoints
+from qlora_service.training.checkpoints import KEPT, Checkpoints
 from qlora_service.training.loop import Observer
 from qlora_service.training.state import TrainingState
 from workers.environment import change_note
@@ -49,6 +49,7 @@ class Checkpointing:
         self._metrics_file = metrics_file
         self._environment = environment
         self._plan = plan
+        self._shrinks_left = KEPT + 1
         self._due_at = time.monotonic() + every_s
         self._told_step = checkpoints.durable_step
 
@@ -60,7 +61,9 @@ class Checkpointing:
         return time.monotonic() >= self._due_at
 
     def save(self, state: TrainingState) -> None:
-        self._ballast.shrink(self._checkpoint_bytes)
+        if self._shrinks_left:  # later ones take the room of those that are removed
+            self._shrinks_left -= 1
+            self._ballast.shrink(self._checkpoint_bytes)
         self._checkpoints.save(state, self._metrics_file.read_bytes(), self._environment)
         self._due_at = time.monotonic() + self._every_s
 

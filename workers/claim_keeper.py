@@ -7,13 +7,15 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 import structlog
 
 from qlora_service.errors import ClaimLost, Interrupted, JobCancelled
-from qlora_service.jobs import StopRequest
+from qlora_service.jobs import HoldReason, StopRequest
 from qlora_service.queue import Claim, Queue
 from workers import exit_codes
+from workers.disk_space import is_disk_full
 
 RENEW_SHARE, KILL_SHARE = 0.7, 0.8
 """Of the lease: without a renewal for so long the process ends, by itself or by the interpreter's own watchdog, which
@@ -30,8 +32,20 @@ log = structlog.get_logger()
 class ClaimKeeper:
     """Renews the claim in the background and knows whether the attempt should stop."""
 
-    def __init__(self, queue: Queue, claim: Claim, *, interval_s: float, lease_s: float, hang_s: float) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        claim: Claim,
+        *,
+        interval_s: float,
+        lease_s: float,
+        hang_s: float,
+        make_room: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`make_room` is called when the database finds the disk full."""
         self._queue, self._claim = queue, claim
+        self._make_room = make_room
+        self._disk_is_full = False
         self._interval_s, self._lease_s, self._hang_s = interval_s, lease_s, hang_s
         self._request: StopRequest | None = None
         self._stopping = threading.Event()
@@ -82,8 +96,10 @@ class ClaimKeeper:
             raise JobCancelled("the job was cancelled")
         if self._stopping.is_set():
             raise Interrupted("the worker was stopped")
+        if self._disk_is_full:
+            raise Interrupted("the disk is full", hold=HoldReason.DISK_FULL)
         if self._request is StopRequest.PAUSE:
-            raise Interrupted("paused until it is resumed", pause=True)
+            raise Interrupted("paused until it is resumed", hold=HoldReason.USER)
         if self._request is StopRequest.PREEMPT:
             raise Interrupted("a more urgent job takes the slot")
 
@@ -102,6 +118,10 @@ class ClaimKeeper:
                     os._exit(exit_codes.CLAIM_LOST)
             except Exception as error:  # noqa: BLE001 - a locked database passes; a lost claim is told above
                 log.warning("renew_failed", job=self._claim.job_id, error=str(error))
+                if is_disk_full(error):
+                    self._disk_is_full = True
+                    self._make_room()
+                    continue
                 if time.monotonic() - self._renewed_at > RENEW_SHARE * self._lease_s:
                     self._exit(exit_codes.NO_DATABASE, "claim_not_renewed")
 

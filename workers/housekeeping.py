@@ -15,6 +15,7 @@ from qlora_service.jobs import Job
 from qlora_service.queue import Claim, Queue
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import get_job
+from workers.disk_space import BALLAST
 
 REAP_EVERY_S = 60.0
 
@@ -46,6 +47,10 @@ class Housekeeping:
         if time.monotonic() >= self._next_reap:
             self._next_reap = time.monotonic() + REAP_EVERY_S
             self._reap()
+
+    def make_room(self, claim: Claim) -> None:
+        """Give up the disk space that an attempt held which has ended: the database may need it."""
+        (self._checkpoint_dir / claim.job_id / BALLAST).unlink(missing_ok=True)
 
     def after_attempt(self, claim: Claim) -> None:
         """Remove what the attempt needed while it ran, and all that a job that has ended will not need again."""

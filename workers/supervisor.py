@@ -186,6 +186,7 @@ class Supervisor:
             child.wait()
             assert child.stdin is not None
             child.stdin.close()
+            self._housekeeping.make_room(claim)
         if child.returncode != 0 or self._queue.is_running(claim):
             host_oom = oom_kills() > oom_kills_before
             cause = death(child.returncode, how, log_path.name, host_oom=host_oom)

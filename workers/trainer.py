@@ -7,7 +7,6 @@ alone may take longer than a lease.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import signal
@@ -28,7 +27,7 @@ from qlora_service.errors import ClaimLost, Interrupted, JobCancelled, JobFailed
 from qlora_service.jobs import FailureReason, HoldReason
 from qlora_service.logs import configure_logging
 from qlora_service.models.catalog import Catalog
-from qlora_service.queue import Claim, Queue
+from qlora_service.queue import USER_HOLD, Claim, Queue
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database, persist
 from qlora_service.store.datasets import get_dataset
@@ -36,11 +35,8 @@ from qlora_service.store.jobs import get_job
 from qlora_service.training.checkpoint_space import Ballast
 from workers import exit_codes
 from workers.claim_keeper import ClaimKeeper
+from workers.disk_space import BALLAST, disk_full_hold, is_disk_full
 from workers.reporter import JobReporter
-
-DISK_FULL_SIGNS = ("no space left", "disk is full", "disk quota exceeded")
-LEAST_ROOM = 64 * 2**20
-"""Bytes that have to be free, beside those the job will take, before one that found the disk full goes on."""
 
 log = structlog.get_logger()
 
@@ -50,13 +46,18 @@ def main(job_id: str, token: int, device: str, settings: Settings) -> None:
     claim = Claim(job_id, token)
     database = Database(settings.resolved_database_url)
     queue = Queue(database, lease_s=settings.lease_s)
+    ballast = Ballast(settings.checkpoint_dir / job_id / BALLAST)
     keeper = ClaimKeeper(
-        queue, claim, interval_s=settings.heartbeat_s, lease_s=settings.lease_s, hang_s=settings.hang_s
+        queue,
+        claim,
+        interval_s=settings.heartbeat_s,
+        lease_s=settings.lease_s,
+        hang_s=settings.hang_s,
+        make_room=ballast.release,
     )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     keeper.start()
     scratch = settings.tmp_dir / claim.name
-    ballast = Ballast(settings.checkpoint_dir / job_id / "ballast")
     try:
         write_outcome = _outcome(
             queue, claim, ballast, lambda: _run(database, queue, claim, keeper, ballast, device, scratch, settings)
@@ -123,10 +124,9 @@ def _outcome(
     except JobCancelled:
         return lambda: queue.cancelled(claim)
     except Interrupted as interruption:
-        why = interruption.message
-        if interruption.details.get("pause"):
-            return lambda: queue.pause(claim, {"reason": HoldReason.USER, "message": why})
-        return lambda: queue.release(claim, why)
+        holds = {HoldReason.USER: USER_HOLD, HoldReason.DISK_FULL: disk_full_hold(ballast.wanted_bytes)}
+        why, hold = interruption.message, holds.get(interruption.details.get("hold"))
+        return lambda: queue.release(claim, why) if hold is None else queue.pause(claim, hold)
     except ClaimLost:
         raise
     except Exception as error:
@@ -139,27 +139,6 @@ def _outcome(
         reason = failure.details["reason"]
         log.error("attempt_failed", job=claim.job_id, token=claim.token, reason=reason, exc_info=error)
         return lambda: queue.fail(claim, failure.as_dict())
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, came of a disk without room, whichever library met it first."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(sign in str(error).lower() for sign in DISK_FULL_SIGNS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def disk_full_hold(wanted_bytes: int) -> dict[str, Any]:
-    """Why the job waits, and how many bytes have to be free before it goes on."""
-    needed = wanted_bytes + LEAST_ROOM
-    return {
-        "reason": HoldReason.DISK_FULL,
-        "message": f"the data disk is full: free {needed / 2**20:.0f} MiB on it, and the job goes on by itself",
-        "needs_bytes": needed,
-    }
 
 
 def as_failure(error: Exception, log_name: str) -> JobFailed:

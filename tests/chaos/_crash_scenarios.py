@@ -1,95 +1,36 @@
 """What is disturbed at every system call, and what must hold afterwards, whatever happened.
 
-A scenario starts from a copy of a data directory of `prepare`. Its `act` is the product's own function; `check` looks
-at what is left with new objects, as the next process would, goes on from there, and says what is wrong.
+A scenario starts from a copy of a data directory of `_crash_data.prepare`. Its `act` is the product's own function;
+`check` looks at what is left with new objects, as the next process would, goes on from there, and says what is wrong.
 """
 
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 import shutil
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from qlora_service.artifacts.manifest import NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest
-from qlora_service.artifacts.store import ArtifactStore, dataset_key, job_key
+from qlora_service.artifacts.store import dataset_key, job_key
 from qlora_service.errors import ClaimLost, NotFound
 from qlora_service.jobs import Job, JobStatus
-from qlora_service.models.catalog import Catalog
 from qlora_service.queue import Claim, Progress, Queue
-from qlora_service.service import Service, Submission
-from qlora_service.specs import Training, parse_spec
-from qlora_service.store.database import Database
+from qlora_service.service import Submission
+from qlora_service.specs import parse_spec
 from qlora_service.store.idempotency import Once, Replay
 from qlora_service.store.tables import idempotency_keys
-from qlora_service.training.checkpoints import Checkpoints
-from qlora_service.training.loop import Unattended
-from qlora_service.training.state import TrainingState, from_files, to_files
+from qlora_service.training.state import to_files
+from tests.chaos._crash_data import ATTEMPT, SPEC, DataDirectory, checkpoints_of, save_checkpoint, states_of
 from tests.chaos._syscalls import Answer, Fault
-from tests.tiny_model import CHATML, build_tiny_model
-from tests.tiny_training import Recorder, load, rows, run
-from workers.publishing import publish, write_adapter
+from workers.publishing import publish
 
-ROWS = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}."} for n in range(4)]
-SPEC = {"base_model": "tiny", "dataset": {"rows": ROWS}, "training": {"max_seq_len_tokens": 64}}
-LEASE_S = 600.0
-ATTEMPT = 1
 WHOLE = re.compile(r"step-\d{8}\.a\d+")
-
-
-class DataDirectory:
-    """The product's objects over one data directory; closed at the end of a `with`."""
-
-    def __init__(self, path: Path, prepared: Path) -> None:
-        self.path, self.prepared = path, prepared
-        self.database = Database(f"sqlite:///{path / 'state.db'}")
-        self.artifacts = ArtifactStore((path / "artifacts").as_uri())
-        self.catalog = Catalog(prepared / "models")
-        self.queue = Queue(self.database, lease_s=LEASE_S)
-        self.service = Service(
-            database=self.database,
-            artifacts=self.artifacts,
-            catalog=self.catalog,
-            queue=self.queue,
-            tmp_dir=path / "tmp",
-        )
-
-    def __enter__(self) -> DataDirectory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.database.close()
-
-    @property
-    def job(self) -> Job:
-        """The only one."""
-        (job,) = self.service.list_jobs()
-        return job
-
-    def statuses(self, job: Job) -> list[str]:
-        """Those that the job went through, by its events."""
-        events = self.service.job_events(job.id)
-        return [event.data["status"] for event in events if event.type == "status"]
-
-    def damage(self) -> list[str]:
-        """What SQLite finds wrong with its file."""
-        with closing(sqlite3.connect(self.path / "state.db")) as connection:
-            found = [row[0] for row in connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
-            return found + [f"a dangling key: {row}" for row in connection.execute("PRAGMA foreign_key_check")]
-
-    def misfits(self, job: Job) -> list[str]:
-        """Where the job's row and its events disagree."""
-        last = self.statuses(job)[-1]
-        return [] if last == job.status else [f"the job is {job.status}, its last event says {last}"]
 
 
 @dataclass(frozen=True)
@@ -102,24 +43,6 @@ class Scenario:
     check: Callable[[DataDirectory, Any], list[str]]
     """Takes what `act` answered, None if nothing; what is wrong"""
     faults: tuple[Fault, ...] = tuple(Fault)
-
-
-def prepare(to: Path) -> None:
-    """Makes what all scenarios need: a catalog, data directories, states and an adapter of a real training."""
-    source = build_tiny_model(to / "source")
-    Catalog(to / "models").import_model("tiny", source)
-    for name in ("empty", "queued", "running"):
-        Database(f"sqlite:///{to / name / 'state.db'}").migrate()
-        with DataDirectory(to / name, to) as data:
-            if name != "empty":
-                data.service.submit(parse_spec(SPEC))
-            if name == "running":
-                data.queue.claim("a worker")
-    _train(source, to)
-    shutil.copytree(to / "empty", to / "checkpointed")
-    with DataDirectory(to / "checkpointed", to) as data:
-        for step in (1, 2):
-            _save(data, ATTEMPT, step)
 
 
 # --- submit
@@ -190,56 +113,22 @@ def _other_bytes(data: DataDirectory, key: str, sha256: str) -> list[str]:
 # --- checkpoint
 
 
-def _train(source: Path, to: Path) -> None:
-    """Four steps: their states as `states.pickle`, what they came to as the files of `adapter`."""
-    states: dict[int, dict[str, bytes]] = {}
-
-    class KeepAll(Unattended):
-        def checkpoint_is_due(self) -> bool:
-            return True
-
-        def save(self, state: TrainingState) -> None:
-            states[state.step] = to_files(state)
-
-    model, recorder, training = load(source), Recorder(), Training(batch_size=2, max_seq_len_tokens=64)
-    run(model, rows(8), training, steps=4, recorder=recorder, control=KeepAll())
-    (to / "states.pickle").write_bytes(pickle.dumps(states))
-    (to / "metrics.jsonl").write_bytes(recorder.lines())
-    (to / "adapter").mkdir()
-    write_adapter(model, Catalog(to / "models").get("tiny"), rows(2), CHATML, to / "metrics.jsonl", to / "adapter")
-
-
-def _states(data: DataDirectory) -> dict[int, dict[str, bytes]]:
-    states: dict[int, dict[str, bytes]] = pickle.loads((data.prepared / "states.pickle").read_bytes())
-    return states
-
-
-def _checkpoints(data: DataDirectory, token: int) -> Checkpoints:
-    return Checkpoints(data.path / "checkpoints" / "job", token)
-
-
-def _save(data: DataDirectory, token: int, step: int, metrics: str = "once") -> None:
-    checkpoints = _checkpoints(data, token)
-    checkpoints.save(from_files(_states(data)[step]), metrics.encode(), {"threads": 1})
-    checkpoints.flush()
-
-
 def _checkpoint(name: str, start: str, before: int | None, step: int, metrics: str) -> Scenario:
     """Saving the state of `step`, where the newest checkpoint has `before`."""
 
     def act(data: DataDirectory, answer: Answer) -> None:
-        _save(data, ATTEMPT, step, metrics)
+        save_checkpoint(data, ATTEMPT, step, metrics)
         answer(step)
 
     def check(data: DataDirectory, answer: Any) -> list[str]:
-        found = _checkpoints(data, ATTEMPT + 1).latest()
+        found = checkpoints_of(data, ATTEMPT + 1).latest()
         has = None if found is None else (found[0].step, found[1].decode())
         allowed = [(step, metrics)] if answer else [(step, metrics), before and (before, "once")]
         wrong = [] if has in allowed else [f"the newest checkpoint is {has}, and could be {allowed}"]
-        if found is not None and to_files(found[0]) != _states(data)[found[0].step]:
+        if found is not None and to_files(found[0]) != states_of(data)[found[0].step]:
             wrong.append(f"the state of step {found[0].step} came back as another")
-        _save(data, ATTEMPT + 1, 4)
-        last = _checkpoints(data, ATTEMPT + 2).latest()
+        save_checkpoint(data, ATTEMPT + 1, 4)
+        last = checkpoints_of(data, ATTEMPT + 2).latest()
         if last is None or last[0].step != 4:
             wrong.append("the next checkpoint cannot be loaded")
         names = {path.name for path in (data.path / "checkpoints" / "job").iterdir()}

@@ -31,8 +31,6 @@ Answer = Callable[[Any], None]
 """Tells the parent what the caller was told: from then on it must be true."""
 
 LIMIT_S = 60.0
-NEED_ROOM = ("write", "pwrite", "mkdir", "link")
-"""How the names of calls begin that take up room on a disk."""
 
 # From asm/unistd_64.h; and where in its arguments a call has its file: a descriptor, or (directory, path) pairs.
 _BY_DESCRIPTOR = {
@@ -69,6 +67,11 @@ class Call:
 
     name: str
     paths: tuple[str, ...]
+
+    @property
+    def needs_room(self) -> bool:
+        """Whether it takes up room on a disk."""
+        return self.name.startswith(("write", "pwrite", "mkdir", "link"))
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(self.paths)})"
@@ -264,7 +267,7 @@ def _befalls(fault: Fault, at: int, calls: list[Call]) -> bool:
     """Whether the last of the calls is one that the fault befalls."""
     number = sum(call is not ANSWERED for call in calls)
     if fault is Fault.FULL_DISK:
-        return number >= at and calls[-1].name.startswith(NEED_ROOM)
+        return number >= at and calls[-1].needs_room
     return number == at
 
 

@@ -16,18 +16,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 # Read when the libraries are first imported: one thread, for a process with more cannot be forked.
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
-from tests.chaos._crash_scenarios import SCENARIOS, DataDirectory, Scenario, prepare
+from tests.chaos._crash_data import DataDirectory, prepare
+from tests.chaos._crash_scenarios import SCENARIOS, Scenario
+from tests.chaos._flush_order import unflushed_at_answer
 from tests.chaos._syscalls import ANSWERED, Call, Fault, Run, in_fork, watch, why_not
-
-SCRATCH = ("tmp/", "state.db-shm")
-"""What need not survive a power cut."""
-ASIDE = ("removed-", "bad-")
 
 
 def run(sample: float | None = None, seed: int = 0) -> dict[str, Any]:
@@ -54,7 +52,7 @@ def run(sample: float | None = None, seed: int = 0) -> dict[str, Any]:
             unflushed += [f"{scenario.name}: {text}" for text in unflushed_at_answer(undisturbed.calls)]
             calls[scenario.name] = _counted(call.name for call in undisturbed.calls)
             points[scenario.name] = {
-                fault: _try_all(scenario, root, fault, _places(undisturbed.calls, sample, chance), violations)
+                fault: _try_all(scenario, root, fault, _places(undisturbed.calls, fault, sample, chance), violations)
                 for fault in scenario.faults
             }
     return {
@@ -67,56 +65,17 @@ def run(sample: float | None = None, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def unflushed_at_answer(calls: Sequence[Call]) -> list[str]:
-    """What a power cut right after the answer could take away, and checkpoints that had their name too early.
-
-    A file has to be flushed after its last write, and a directory after a name in it was changed.
-    """
-    dirty_files: set[str] = set()
-    dirty_directories: set[str] = set()
-    early = []
-    for call in calls[: calls.index(ANSWERED)]:
-        path = call.paths[-1]
-        if call.name in ("fsync", "fdatasync"):
-            dirty_files.discard(path)
-            dirty_directories.discard(path)
-        elif "write" in call.name:
-            dirty_files.add(path)
-        elif call.name.startswith(("rename", "link", "mkdir")):
-            source = call.paths[0]
-            torn = [file for file in dirty_files if _is_in(file, source)]
-            if PurePath(path).name.startswith("step-"):
-                torn += [directory for directory in dirty_directories if _is_in(directory, source)]
-                early += [f"{file} was not flushed before {call}" for file in torn]
-            if call.name.startswith("rename"):
-                # A checkpoint that is about to be removed need not have its new name for good.
-                if PurePath(path).name.startswith(ASIDE):
-                    continue
-                dirty_files = {_moved(file, source, path) for file in dirty_files}
-                dirty_directories = {_moved(directory, source, path) for directory in dirty_directories}
-            dirty_directories |= {str(PurePath(path).parent)} | ({path} if call.name.startswith("mkdir") else set())
-        else:
-            dirty_files = {file for file in dirty_files if not _is_in(file, path)}
-            dirty_directories = {directory for directory in dirty_directories if not _is_in(directory, path)}
-    late = [f"{path} was not flushed before the answer" for path in sorted(dirty_files | dirty_directories)]
-    return early + [text for text in late if not text.startswith((*SCRATCH, "tmp "))]
-
-
-def _is_in(path: str, directory: str) -> bool:
-    return PurePath(path).is_relative_to(directory)
-
-
-def _moved(path: str, source: str, to: str) -> str:
-    return str(PurePath(to) / PurePath(path).relative_to(source)) if _is_in(path, source) else path
-
-
-def _places(calls: Sequence[Call], sample: float | None, chance: random.Random) -> Iterable[int]:
-    """The numbers, from 1, of the calls to disturb; without end where all are to be."""
-    if sample is None:
+def _places(calls: Sequence[Call], fault: Fault, sample: float | None, chance: random.Random) -> Iterable[int]:
+    """The numbers, from 1, of the calls to disturb; where all are to be, without end: there may be more next time."""
+    numbered = list(enumerate((call for call in calls if call is not ANSWERED), 1))
+    if fault is Fault.FULL_DISK:
+        numbered = [(number, call) for number, call in numbered if call.needs_room]
+    elif sample is None:
         return itertools.count(1)
-    names = list(enumerate((call.name for call in calls if call is not ANSWERED), 1))
-    renames = [number for number, name in names if name.startswith("rename")]
-    rest = [number for number, name in names if not name.startswith("rename")]
+    if sample is None:
+        return [number for number, _ in numbered]
+    renames = [number for number, call in numbered if call.name.startswith("rename")]
+    rest = [number for number, call in numbered if not call.name.startswith("rename")]
     return renames + chance.sample(rest, math.ceil(sample * len(rest)))
 
 

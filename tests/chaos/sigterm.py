@@ -25,7 +25,7 @@ IMPORT_S = 4.0
 class Stops:
     """What came of it."""
 
-    times: int
+    trainers: int
     """Trainers that were stopped"""
     lost_steps: int
     """Steps that were reported and are in no checkpoint"""

@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 
 from qlora_service.jobs import JobEvent, JobStatus
@@ -103,14 +103,19 @@ class _Rounds:
     def workers(self, lease_s: float) -> Iterator[None]:
         """Two workers: the one that has the jobs, and one with as many slots that is about to inherit them."""
         with ExitStack() as stack:
-            for name in ("owner", "heir"):
-                locks = self._workspace.settings.data_dir / f"locks-{name}-{lease_s:g}"
-                settings = {"QLORA_SLOTS": str(JOBS), "QLORA_LOCK_DIR": str(locks), "QLORA_LEASE_S": str(lease_s)}
-                worker = stack.enter_context(self._workspace.worker(QLORA_MAX_DEATHS="10000", **settings))
-                setattr(self, f"_{name}", worker)
-                if name == "owner":
-                    self._until(lambda worker=worker: len(trainers_of(worker.pid)) == JOBS)
-            yield
+            self._owner = stack.enter_context(self._worker("owner", lease_s))
+            self._until(lambda: len(trainers_of(self._owner.pid)) == JOBS)
+            self._heir = stack.enter_context(self._worker("heir", lease_s))
+            try:
+                yield
+            finally:
+                self._awaken([self._owner.pid, self._heir.pid])
+
+    def _worker(self, name: str, lease_s: float) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        locks = self._workspace.settings.data_dir / f"locks-{name}-{lease_s:g}"
+        return self._workspace.worker(
+            QLORA_SLOTS=str(JOBS), QLORA_LOCK_DIR=str(locks), QLORA_LEASE_S=str(lease_s), QLORA_MAX_DEATHS="10000"
+        )
 
     def turn(self, *, train: bool = False, take_lease: bool = False) -> None:
         """The owner and its trainers become zombies, the heir becomes the owner."""
@@ -118,23 +123,38 @@ class _Rounds:
         if train:
             self._until(lambda: all(service.get_job(job_id).phase == "training" for job_id in self._jobs))
         time.sleep(self._chance.uniform(*LIFE_S))
-        os.kill(self._owner.pid, signal.SIGSTOP)
-        zombies = trainers_of(self._owner.pid)
-        for pid in zombies:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
+        zombies = self._stop_owner()
         self.zombies += len(zombies)
         self.phases.update(service.get_job(claim.job_id).phase or "between" for claim in zombies.values())
         if take_lease:
-            self._end_leases()
+            self._write("UPDATE jobs SET lease_until = 0 WHERE status = 'running'", wait_s=10)
         self._until(lambda: self._inherited(zombies))
-        awakened = [*zombies, self._owner.pid]
-        self._chance.shuffle(awakened)
-        for pid in awakened:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+        self._awaken([*zombies, self._owner.pid])
         self._bury(zombies)
         self._owner, self._heir = self._heir, self._owner
+
+    def _stop_owner(self) -> dict[int, Claim]:
+        """The owner's trainers, which stand still as it does.
+
+        Never while one of them holds SQLite's write lock: it would keep it, and everybody would wait for it.
+        """
+        while True:
+            os.kill(self._owner.pid, signal.SIGSTOP)
+            zombies = trainers_of(self._owner.pid)
+            for pid in zombies:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+            with suppress(sqlite3.OperationalError):
+                self._write("BEGIN IMMEDIATE", wait_s=0.3)
+                return zombies
+            self._awaken([*zombies, self._owner.pid])
+            time.sleep(0.05)
+
+    def _awaken(self, pids: list[int]) -> None:
+        self._chance.shuffle(pids)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
     def _inherited(self, zombies: dict[int, Claim]) -> bool:
         """Whether a newer attempt at each of the zombies' jobs runs, under the heir."""
@@ -142,16 +162,19 @@ class _Rounds:
         tokens = {claim.job_id: claim.token for claim in claims}
         return all(tokens.get(zombie.job_id, 0) > zombie.token for zombie in zombies.values())
 
-    def _end_leases(self) -> None:
-        with sqlite3.connect(self._workspace.settings.data_dir / "state.db", timeout=10) as database:
-            database.execute("UPDATE jobs SET lease_until = 0 WHERE status = 'running'")
-        database.close()
+    def _write(self, statement: str, wait_s: float) -> None:
+        with (
+            closing(sqlite3.connect(self._workspace.settings.data_dir / "state.db", timeout=wait_s)) as database,
+            database,
+        ):
+            database.execute(statement)
 
     def _bury(self, zombies: dict[int, Claim]) -> None:
         awakened_at = time.monotonic()
         while set(trainers_of(self._owner.pid)) & set(zombies):
-            self.gone_s = time.monotonic() - awakened_at
-            if self.gone_s > GONE_WITHIN_S:
+            lived_s = time.monotonic() - awakened_at
+            self.gone_s = max(self.gone_s, lived_s)
+            if lived_s > GONE_WITHIN_S:
                 return
             time.sleep(0.05)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 import workers.attempt
 from qlora_service.artifacts.manifest import Manifest
 from qlora_service.artifacts.store import ArtifactStore, job_key
-from qlora_service.errors import InvalidModel, JobFailed, NotFound
+from qlora_service.errors import Interrupted, InvalidModel, JobFailed, NotFound
 from qlora_service.jobs import FailureReason
 from qlora_service.models.adapters import load_adapter
 from qlora_service.models.nf4 import load_base
@@ -30,6 +32,7 @@ from qlora_service.training.objectives import Evaluation
 from tests.tiny_training import Recorder
 from tests.workspace import ROWS, Workspace
 from workers.attempt import AttemptInputs, certify, make_network, outcome_warnings, run_attempt
+from workers.disk_space import is_disk_full
 from workers.trainer import as_failure
 
 
@@ -495,3 +498,139 @@ def test_every_part_of_the_spec_is_used(workspace: Workspace, monkeypatch: pytes
     assert all(all(record["trained"]) for record in records)
     template = (workspace.catalog.get("tiny").path / "chat_template.jinja").read_bytes()
     assert published(inputs, "chat_template.jinja") == template
+
+
+# --- going on
+
+
+def interrupted_after(step: int, inputs: AttemptInputs) -> AttemptRecorder:
+    """Runs the attempt until `step` steps are done; what it was told."""
+    reporter = AttemptRecorder()
+
+    def check() -> None:
+        if len(reporter.steps) >= step:
+            raise Interrupted("enough")
+
+    with pytest.raises(Interrupted):
+        run(inputs, reporter=reporter, check=check)
+    return reporter
+
+
+def next_attempt(inputs: AttemptInputs, plan: dict[str, Any], workspace: Workspace) -> AttemptInputs:
+    """The attempt after `inputs`, with the plan that was stored."""
+    following = attempt(workspace, inputs.job.id, inputs.token + 1)
+    return replace(following, job=replace(following.job, plan=plan))
+
+
+def test_an_interrupted_attempt_is_taken_up_by_the_next_to_the_same_bytes(workspace: Workspace) -> None:
+    undisturbed = attempt(workspace, workspace.submit(max_steps=6))
+    run(undisturbed)
+    first = attempt(workspace, workspace.submit(max_steps=6))
+    told = interrupted_after(4, first)
+    assert told.saved_steps == [4]
+    second = next_attempt(first, told.plan, workspace)
+    reporter = AttemptRecorder()
+    result = run(second, reporter=reporter)
+    assert reporter.resumed_at == 4
+    assert [metrics.step for metrics in reporter.steps] == [5, 6]
+    for name in ("adapter_model.safetensors", "rows.jsonl", "held_out.jsonl"):
+        assert published(second, name) == published(undisturbed, name), name
+    assert Manifest.model_validate_json(published(second, "manifest.json")).plan == told.plan
+    assert result["warnings"] == []
+
+
+def test_an_attempt_interrupted_after_the_training_does_none_of_it_again(workspace: Workspace) -> None:
+    first = attempt(workspace, workspace.submit(max_steps=4))
+
+    def stop(phase: str) -> None:
+        if phase == "publishing":
+            raise Interrupted("enough")
+
+    told = AttemptRecorder(stop)
+    with pytest.raises(Interrupted):
+        run(first, reporter=told)
+    reporter = AttemptRecorder()
+    result = run(next_attempt(first, told.plan, workspace), reporter=reporter)
+    assert reporter.steps == []
+    assert (reporter.resumed_at, result["steps"], result["certificate"]["difference"]) == (4, 4, 0.0)
+
+
+def test_the_plan_is_chosen_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = attempt(workspace, workspace.submit(max_steps=4, micro_batch_tokens=64))
+    told = interrupted_after(2, first)
+    assert told.plan["gradient_checkpointing"] is False
+    # The next attempt finds no memory and would choose otherwise, were it asked.
+    monkeypatch.setattr(Network, "fits", lambda *_: False)
+    monkeypatch.setattr(Network, "_find_ways", lambda *_: pytest.fail("the ways were looked for again"))
+    reporter = AttemptRecorder()
+    run(next_attempt(first, told.plan, workspace), reporter=reporter)
+    assert reporter.plan == told.plan
+
+
+def test_going_on_elsewhere_says_what_differs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = attempt(workspace, workspace.submit(max_steps=4))
+    told = interrupted_after(2, first)
+    here = workers.attempt.describe_environment(torch.device("cpu"))
+    elsewhere = here | {"versions": here["versions"] | {"peft": "9.9"}}
+    monkeypatch.setattr(workers.attempt, "describe_environment", lambda _: elsewhere)
+    reporter = AttemptRecorder()
+    second = next_attempt(first, told.plan, workspace)
+    result = run(second, reporter=reporter)
+    (warning,) = [warning for warning in result["warnings"] if "instead of" in warning]
+    assert warning in reporter.messages
+    assert "from step 3 on, peft is 9.9 instead of" in warning
+    (change,) = Manifest.model_validate_json(published(second, "manifest.json")).plan["changes"]
+    assert (change["what"], change["to"]) == ("peft", "9.9")
+
+
+def test_running_out_of_memory_changes_the_plan_and_says_so(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, failed = Network.losses, []
+
+    def out_of_memory_once(network: Network, documents: Any, **options: Any) -> Any:
+        if network.model.training and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses(network, documents, **options)
+
+    inputs = attempt(workspace, workspace.submit(max_steps=3, batch_size=8))
+    monkeypatch.setattr(Network, "losses", out_of_memory_once)
+    monkeypatch.setattr(Network, "fits", lambda *_: True)
+    reporter = AttemptRecorder()
+    result = run(inputs, reporter=reporter)
+    (change,) = reporter.plan["changes"]
+    assert change["what"] == "micro_batch_tokens"
+    assert reporter.plan["micro_batch_tokens"] == change["to"] < change["from"]
+    assert any("micro_batch_tokens" in warning for warning in result["warnings"])
+    assert Manifest.model_validate_json(published(inputs, "manifest.json")).plan == reporter.plan
+
+
+def test_a_job_that_will_not_find_room_on_the_disk_does_not_begin(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(workspace.settings.data_dir).free
+    monkeypatch.setattr(workers.attempt, "expected_bytes", lambda *_, **__: free)
+    reporter = AttemptRecorder()
+    with pytest.raises(OSError) as raised:  # noqa: PT011 - the number says it
+        run(attempt(workspace, workspace.submit()), reporter=reporter)
+    assert is_disk_full(raised.value)
+    assert reporter.steps == reporter.evaluations == []
+
+
+@pytest.mark.parametrize(
+    ("error", "is_full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (RuntimeError("Generic LocalFileSystem error: No space left on device (os error 28)"), True),
+        (RuntimeError("(sqlite3.OperationalError) database or disk is full"), True),
+        (ValueError("odd"), False),
+    ],
+)
+def test_a_full_disk_is_known_whoever_meets_it(error: Exception, is_full: bool) -> None:
+    assert is_disk_full(error) is is_full
+    wrapped = RuntimeError("it did not work")
+    wrapped.__cause__ = error
+    assert is_disk_full(wrapped) is is_full

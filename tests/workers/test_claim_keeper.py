@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qlora_service.errors import Interrupted, JobCancelled
-from qlora_service.jobs import StopRequest
+from qlora_service.jobs import HoldReason, StopRequest
 from qlora_service.queue import Claim, Queue
 from qlora_service.store.database import Database
 from tests.control_plane import add_job
@@ -139,15 +139,15 @@ def test_a_trainer_says_where_it_stands_when_asked(database: Database) -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "error", "pause"),
+    ("request_", "error", "hold"),
     [
         (StopRequest.CANCEL, JobCancelled, None),
-        (StopRequest.PAUSE, Interrupted, True),
+        (StopRequest.PAUSE, Interrupted, HoldReason.USER),
         (StopRequest.PREEMPT, Interrupted, None),
     ],
 )
 def test_what_the_queue_asks_for_is_raised_at_the_next_check(
-    database: Database, request_: StopRequest, error: type[Exception], pause: bool | None
+    database: Database, request_: StopRequest, error: type[Exception], hold: str | None
 ) -> None:
     keeper = ClaimKeeper(Queue(database, lease_s=60), Claim("job_1", 1), interval_s=1, lease_s=60, hang_s=60)
     keeper.check()
@@ -155,7 +155,7 @@ def test_what_the_queue_asks_for_is_raised_at_the_next_check(
     with pytest.raises(error) as raised:
         keeper.check()
     details: dict[str, Any] = getattr(raised.value, "details", {})
-    assert details.get("pause") is pause
+    assert details.get("hold") == hold
 
 
 def test_a_pause_that_was_taken_back_stops_nothing(database: Database) -> None:

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from qlora_service.jobs import FailureReason, JobStatus
+from qlora_service.jobs import FailureReason, HoldReason, JobStatus
 from tests.tiny_model import build_tiny_model
 from tests.workspace import ROOT, Workspace, no_trainer_within, parent_of, trainer_pids
 from workers import exit_codes
@@ -300,3 +302,39 @@ def test_a_trainer_that_hangs_does_not_hold_up_the_workers_stop(workspace: Works
         assert worker.wait(12) == 0
         assert not trainer_pids(job_id)
         assert workspace.service.get_job(job_id).status is JobStatus.QUEUED
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 200 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("a small file system cannot be mounted here (needs root)")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_full_disk_pauses_the_job_until_there_is_room(small_disk: Path, tiny_model: Path) -> None:
+    workspace = Workspace(small_disk / "data", tiny_model)
+    job_id = workspace.submit(max_steps=300)
+    filler = small_disk / "filler"
+    with workspace.worker(QLORA_CHECKPOINT_S="0.5"):
+        workspace.wait(job_id, lambda job: job.checkpoint_step >= 2)
+        with suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(bytes(2**20))
+        job = workspace.wait(job_id, lambda job: job.status is JobStatus.PAUSED)
+        assert job.hold is not None
+        assert job.hold["reason"] == HoldReason.DISK_FULL
+        assert "disk is full" in job.hold["message"]
+        assert job.checkpoint_step >= 2
+        assert no_trainer_within(job_id, 10)
+        assert workspace.service.get_job(job_id).status is JobStatus.PAUSED
+        filler.unlink()
+        workspace.wait(job_id, lambda later: later.step > job.checkpoint_step)
+        workspace.service.cancel(job_id)
+        workspace.wait_for_end(job_id)

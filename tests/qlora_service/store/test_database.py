@@ -3,7 +3,7 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,23 @@ def work(url):
     with database.read() as connection:
         return connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars().all()
 """
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[Database]:
+    """A migrated SQLite file."""
+    database = Database(f"sqlite:///{tmp_path / 'state.db'}")
+    database.migrate()
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def postgresql(postgres_url: str) -> Iterator[Database]:
+    """A migrated PostgreSQL database."""
+    database = Database(postgres_url)
+    yield database
+    database.close()
 
 
 def pragma(database: Database, name: str) -> object:
@@ -121,10 +138,8 @@ def test_processes_that_migrate_one_postgresql_at_once_all_find_the_newest_schem
 def test_new_sqlite_file_is_opened_as_soon_as_another_process_lets_go_of_it(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    # A process that opens the new file too holds this lock for a moment. SQLite does not wait for it: two that both
-    # hold it while they change the file to WAL would wait for each other.
-    holder.execute("BEGIN")
-    holder.execute("SELECT * FROM sqlite_master").fetchall()
+    # The lock of a process that is about to change the file to WAL. Who comes then is turned away at once.
+    holder.execute("BEGIN IMMEDIATE")
 
     def let_go() -> None:
         holder.rollback()

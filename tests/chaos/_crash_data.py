@@ -1,0 +1,131 @@
+"""Data directories for crash points to start from, and the product's objects over one."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from qlora_service.artifacts.store import ArtifactStore
+from qlora_service.jobs import Job
+from qlora_service.models.catalog import Catalog
+from qlora_service.queue import Queue
+from qlora_service.service import Service
+from qlora_service.specs import Training, parse_spec
+from qlora_service.store.database import Database
+from qlora_service.training.checkpoints import Checkpoints
+from qlora_service.training.loop import Unattended
+from qlora_service.training.state import TrainingState, from_files, to_files
+from tests.tiny_model import CHATML, build_tiny_model
+from tests.tiny_training import Recorder, load, rows, run
+from workers.publishing import write_adapter
+
+ROWS = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}."} for n in range(4)]
+SPEC = {"base_model": "tiny", "dataset": {"rows": ROWS}, "training": {"max_seq_len_tokens": 64}}
+LEASE_S = 600.0
+ATTEMPT = 1
+"""The token of the attempt that is disturbed."""
+
+
+class DataDirectory:
+    """The product's objects over one data directory; closed at the end of a `with`."""
+
+    def __init__(self, path: Path, prepared: Path) -> None:
+        self.path, self.prepared = path, prepared
+        self.database = Database(f"sqlite:///{path / 'state.db'}")
+        self.artifacts = ArtifactStore((path / "artifacts").as_uri())
+        self.catalog = Catalog(prepared / "models")
+        self.queue = Queue(self.database, lease_s=LEASE_S)
+        self.service = Service(
+            database=self.database,
+            artifacts=self.artifacts,
+            catalog=self.catalog,
+            queue=self.queue,
+            tmp_dir=path / "tmp",
+        )
+
+    def __enter__(self) -> DataDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.database.close()
+
+    @property
+    def job(self) -> Job:
+        """The only one."""
+        (job,) = self.service.list_jobs()
+        return job
+
+    def statuses(self, job: Job) -> list[str]:
+        """Those that the job went through, by its events."""
+        events = self.service.job_events(job.id)
+        return [event.data["status"] for event in events if event.type == "status"]
+
+    def damage(self) -> list[str]:
+        """What SQLite finds wrong with its file."""
+        with closing(sqlite3.connect(self.path / "state.db")) as connection:
+            found = [row[0] for row in connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
+            return found + [f"a dangling key: {row}" for row in connection.execute("PRAGMA foreign_key_check")]
+
+    def misfits(self, job: Job) -> list[str]:
+        """Where the job's row and its events disagree."""
+        last = self.statuses(job)[-1]
+        return [] if last == job.status else [f"the job is {job.status}, its last event says {last}"]
+
+
+def prepare(to: Path) -> None:
+    """Makes what all scenarios need: a catalog, data directories, states and an adapter of a real training."""
+    source = build_tiny_model(to / "source")
+    Catalog(to / "models").import_model("tiny", source)
+    for name in ("empty", "queued", "running"):
+        database = Database(f"sqlite:///{to / name / 'state.db'}")
+        database.migrate()
+        database.close()
+        with DataDirectory(to / name, to) as data:
+            if name != "empty":
+                data.service.submit(parse_spec(SPEC))
+            if name == "running":
+                data.queue.claim("a worker")
+    _train(source, to)
+    shutil.copytree(to / "empty", to / "checkpointed")
+    with DataDirectory(to / "checkpointed", to) as data:
+        for step in (1, 2):
+            save_checkpoint(data, ATTEMPT, step)
+
+
+def _train(source: Path, to: Path) -> None:
+    """Four steps: their states as `states.pickle`, what they came to as the files of `adapter`."""
+    states: dict[int, dict[str, bytes]] = {}
+
+    class KeepAll(Unattended):
+        def checkpoint_is_due(self) -> bool:
+            return True
+
+        def save(self, state: TrainingState) -> None:
+            states[state.step] = to_files(state)
+
+    model, recorder, training = load(source), Recorder(), Training(batch_size=2, max_seq_len_tokens=64)
+    run(model, rows(8), training, steps=4, recorder=recorder, control=KeepAll())
+    (to / "states.pickle").write_bytes(pickle.dumps(states))
+    (to / "metrics.jsonl").write_bytes(recorder.lines())
+    (to / "adapter").mkdir()
+    write_adapter(model, Catalog(to / "models").get("tiny"), rows(2), CHATML, to / "metrics.jsonl", to / "adapter")
+
+
+def states_of(data: DataDirectory) -> dict[int, dict[str, bytes]]:
+    """The training's states by step, as the files of a checkpoint."""
+    states: dict[int, dict[str, bytes]] = pickle.loads((data.prepared / "states.pickle").read_bytes())
+    return states
+
+
+def checkpoints_of(data: DataDirectory, token: int) -> Checkpoints:
+    return Checkpoints(data.path / "checkpoints" / "job", token)
+
+
+def save_checkpoint(data: DataDirectory, token: int, step: int, metrics: str = "once") -> None:
+    """Returns when the state of `step` is on the disk. Raises: OSError."""
+    checkpoints = checkpoints_of(data, token)
+    checkpoints.save(from_files(states_of(data)[step]), metrics.encode(), {"threads": 1})
+    checkpoints.flush()
