@@ -124,7 +124,10 @@ def _outcome(
     except JobCancelled:
         return lambda: queue.cancelled(claim)
     except Interrupted as interruption:
-        holds = {HoldReason.USER: USER_HOLD, HoldReason.DISK_FULL: disk_full_hold(ballast.wanted_bytes)}
+        holds: dict[Any, dict[str, Any]] = {
+            HoldReason.USER: USER_HOLD,
+            HoldReason.DISK_FULL: disk_full_hold(ballast.wanted_bytes),
+        }
         why, hold = interruption.message, holds.get(interruption.details.get("hold"))
         return lambda: queue.release(claim, why) if hold is None else queue.pause(claim, hold)
     except ClaimLost:

@@ -29,10 +29,9 @@ def unflushed_at_answer(calls: Sequence[Call]) -> list[str]:
             dirty_files.add(path)
         elif call.name.startswith(("rename", "link", "mkdir")):
             source = call.paths[0]
-            torn = [file for file in dirty_files if _is_in(file, source)]
             if PurePath(path).name.startswith("step-"):
-                torn += [directory for directory in dirty_directories if _is_in(directory, source)]
-                early += [f"{file} was not flushed before {call}" for file in torn]
+                torn = sorted(dirty for dirty in dirty_files | dirty_directories if _is_in(dirty, source))
+                early += [f"{dirty} was not flushed before {call}" for dirty in torn]
             if call.name.startswith("rename"):
                 # A checkpoint that is about to be removed need not have its new name for good.
                 if PurePath(path).name.startswith(ASIDE):

@@ -235,7 +235,7 @@ def _attend(listener: int, pid: int, run: Run, root: str, answers: str, fault: F
         ready = poll.poll(1000)
         if not ready:
             if time.monotonic() > deadline:
-                return
+                os.kill(pid, signal.SIGKILL)
             continue
         if not ready[0][1] & select.POLLIN:
             return  # no process is left that the filter applies to

@@ -1,0 +1,73 @@
+"""Going on from a checkpoint, and running out of memory, on a CUDA device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from qlora_service.errors import Interrupted
+from qlora_service.models.adapters import attach
+from qlora_service.models.nf4 import load_base
+from qlora_service.specs import Lora, Quantization, Training
+from qlora_service.training.attention import isolate_documents
+from qlora_service.training.checkpoints import Checkpoints
+from qlora_service.training.device import choose_device, release_memory
+from qlora_service.training.held_out import trainable_copies
+from tests.tiny_training import Keeper, Recorder, rows, run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+TRAINING = Training(batch_size=4, learning_rate=1e-2, micro_batch_tokens=96)
+
+
+def make_model(tiny_model: Path) -> PeftModel:
+    base = load_base(tiny_model, Quantization(), torch.float32, choose_device())
+    isolate_documents(base)
+    # 2,048 x 64 elements: states large enough that bitsandbytes pages them (from 100,000 on).
+    return attach(base, Lora(r=2048, lora_dropout=0.1), seed=0)
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"])
+def test_a_resumed_training_gives_the_undisturbed_ones_weights(tiny_model: Path, tmp_path: Path, optim: str) -> None:
+    """Expected: equal to 1e-4 of each tensor's largest. Bit for bit only where no kernel sums in a free order, as
+    bitsandbytes' and torch's do on one card as a rule; the generator's state is part of the checkpoint.
+    """
+    training = TRAINING.model_copy(update={"optim": optim})
+    undisturbed = make_model(tiny_model)
+    run(undisturbed, rows(16), training, steps=6)
+    expected = trainable_copies(undisturbed)
+    recorder = Recorder()
+    keeper = Keeper(Checkpoints(tmp_path, 1), recorder, at_check=25)
+    with pytest.raises(Interrupted):
+        run(make_model(tiny_model), rows(16), training, steps=6, recorder=recorder, control=keeper)
+    found = Checkpoints(tmp_path, 2).latest()
+    assert found is not None
+    resumed = make_model(tiny_model)
+    run(resumed, rows(16), training, steps=6, start=found[0])
+    for name, weight in trainable_copies(resumed).items():
+        assert (weight - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max(), name
+
+
+def test_a_card_that_is_too_small_for_the_micro_batch_gets_a_smaller_one(tiny_model: Path, tmp_path: Path) -> None:
+    """The process may take what the model takes and little more: the ladder has to go down, and the steps are done."""
+    device = choose_device()
+    model = make_model(tiny_model)
+    release_memory(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = torch.cuda.memory_allocated(device) + 192 * 2**20
+    recorder = Recorder()
+    keeper = Keeper(Checkpoints(tmp_path, 1), recorder)
+    torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+    try:
+        training = TRAINING.model_copy(update={"batch_size": 256, "micro_batch_tokens": 32768})
+        run(model, rows(256, low=100, high=128), training, steps=2, recorder=recorder, control=keeper)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert keeper.changes
+    assert all(change["what"] in {"micro_batch_tokens", "gradient_checkpointing"} for change in keeper.changes)
+    assert [metrics.step for metrics in recorder.steps] == [1, 2]
