@@ -1,10 +1,11 @@
-"""The control plane on real files: a clock that tests move, a migrated SQLite file, a queue, jobs to claim."""
+"""The control plane on real databases: a clock that tests move, SQLite or each database, a queue, jobs to claim."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,22 @@ def clock() -> SteppedClock:
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Any:
+def database(tmp_path: Path) -> Iterator[Database]:
     """A migrated SQLite file."""
     database = Database(f"sqlite:///{tmp_path / 'state.db'}")
     database.migrate()
+    yield database
+    database.close()
+
+
+@pytest.fixture(name="database", params=["sqlite", "postgresql"])
+def each_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    """A migrated SQLite file, then a PostgreSQL database: for the tests that import this in place of `database`."""
+    if request.param == "sqlite":
+        database = Database(f"sqlite:///{tmp_path / 'state.db'}")
+        database.migrate()
+    else:
+        database = Database(request.getfixturevalue("postgres_url"))
     yield database
     database.close()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
@@ -141,8 +143,8 @@ class Renderer:
             InvalidDataset: the chat template fails on too many rows.
         """
         batches = _batches(self._drafts(rows), lambda row: sum(len(draft.text) for draft in row[1]), TOKENIZER_ROWS)
-        for batch in batches:
-            encoded = iter(self._encode([draft.text for _, drafts in batch for draft in drafts]))
+        for batch, tokens in self._encode_ahead(batches):
+            encoded = iter(tokens)
             for row, drafts in batch:
                 sides = [
                     self._finish(row, document, draft, *next(encoded))
@@ -159,6 +161,19 @@ class Renderer:
             rendered_chats = iter(rendered)
             for row in batch:
                 yield row, [_draft(document, rendered_chats) for document in documents(row.example)]
+
+    def _encode_ahead(self, batches: Iterable[list[Drafted]]) -> Iterator[tuple[list[Drafted], list[Encoded]]]:
+        """Each batch with its texts' tokens; the next one is tokenized meanwhile, which holds no lock of Python's."""
+        waiting: deque[tuple[list[Drafted], Future[list[Encoded]]]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
+            for batch in batches:
+                texts = [draft.text for _, drafts in batch for draft in drafts]
+                waiting.append((batch, thread.submit(self._encode, texts)))
+                if len(waiting) > 1:
+                    before, tokens = waiting.popleft()
+                    yield before, tokens.result()
+            for before, tokens in waiting:
+                yield before, tokens.result()
 
     def _encode(self, texts: list[str]) -> list[Encoded]:
         """The tokens of each text, and whether they are all: of an enormous one only the beginning is tokenized.
