@@ -29,11 +29,8 @@ from qlora_service.data.rendering import (
     UnusableRow,
     render_report,
 )
-from qlora_service.data.shapes import objective_misfit
 from qlora_service.errors import (
     Conflict,
-    Finding,
-    InvalidDataset,
     InvalidSpec,
     NotFound,
     QuotaExceeded,
@@ -42,22 +39,25 @@ from qlora_service.errors import (
 from qlora_service.ids import new_id
 from qlora_service.jobs import Job, JobEvent, JobStatus
 from qlora_service.models.catalog import BaseModel, Catalog
-from qlora_service.models.compatibility import Modules, misfits, positions_taken
 from qlora_service.queue import Queue, utc_now
-from qlora_service.specs import DatasetRef, JobSpec, Training
+from qlora_service.specs import DatasetRef, JobSpec
 from qlora_service.store import datasets as dataset_rows
 from qlora_service.store import idempotency
 from qlora_service.store import jobs as job_rows
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import Dataset
 from qlora_service.store.idempotency import Once
+from qlora_service.submission import (
+    check_fit,
+    check_objective,
+    check_trainable,
+    fit_default_length,
+    submission_warnings,
+)
 
 CHECKED_ROWS = 50_000
 """Rows rendered while a job is posted; the trainer checks the rest before it starts."""
 
-
-WARNED_FINDINGS = 5
-"""Bad rows that a warning names."""
 
 METRICS = ("metrics", "evaluation")
 """Types of the events that hold a job's metrics."""
@@ -211,27 +211,20 @@ class Service:
         """
         self._recall(once)
         model = self._catalog.get(spec.base_model)
-        spec = _fit_default_length(spec, model)
-        limit = spec.training.max_seq_len_tokens
-        if limit > model.max_positions:
-            raise InvalidSpec(
-                f"max_seq_len_tokens is {limit}, but {model.name} handles {model.max_positions} tokens at most: "
-                f"set it to {model.max_positions} or less",
-                location="/training/max_seq_len_tokens",
-            )
-        _check_fit(spec, model, self._catalog.module_shapes(model))
+        spec = fit_default_length(spec, model)
+        check_fit(spec, model, self._catalog.module_shapes(model))
         with self._scratch() as scratch:
             dataset, path, is_new = self._source(spec, upload, filename, scratch)
-            _check_objective(spec, dataset.report.shape)
+            check_objective(spec, dataset.report.shape)
             report = self._render_report(dataset, path, model, RenderRules.of(spec.training), keep=not is_new)
-            _check_trainable(report, spec, model)
+            check_trainable(report, spec, model)
             if is_new:
                 self._store_bytes(dataset, path)
 
         def insert(connection: Connection) -> Submission:
             stored = dataset_rows.insert_dataset(connection, dataset) if is_new else dataset
             job = self._insert_job(connection, spec, stored, model)
-            return Submission(job, job_rows.count_ahead(connection, job), _warnings(report, stored, spec))
+            return Submission(job, job_rows.count_ahead(connection, job), submission_warnings(report, stored, spec))
 
         return self._write(once, insert)
 
@@ -463,81 +456,6 @@ def _standing_metrics(events: Iterable[JobEvent]) -> list[dict[str, Any]]:
 
 def _examples(dataset: Dataset, path: Path) -> Iterator[SourceRow]:
     return read_examples(path, dataset.report.container, dataset.report.shape)
-
-
-def default_length(model: BaseModel) -> int:
-    """The max_seq_len_tokens of a job that names none."""
-    return min(Training().max_seq_len_tokens, model.max_positions)
-
-
-def _fit_default_length(spec: JobSpec, model: BaseModel) -> JobSpec:
-    """The spec, with a max_seq_len_tokens that nobody asked for lowered to what model and adapter leave room for."""
-    training = spec.training
-    if "max_seq_len_tokens" in training.model_fields_set:
-        return spec
-    length = default_length(model) - positions_taken(spec.adapter)
-    return spec.model_copy(update={"training": training.model_copy(update={"max_seq_len_tokens": length})})
-
-
-def _check_fit(spec: JobSpec, model: BaseModel, modules: Modules) -> None:
-    """Raises: InvalidSpec, with everything in the spec that cannot work on the base model."""
-    if findings := misfits(spec, model, modules):
-        first = findings[0]
-        more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
-        raise InvalidSpec(f"{first.pointer}: {first.reason}{more}", location=first.pointer, findings=findings)
-
-
-def _check_objective(spec: JobSpec, shape: Shape) -> None:
-    """Raises: InvalidSpec when the objective cannot learn from rows of the shape."""
-    misfit = objective_misfit(spec.objective.type, shape)
-    if misfit is not None:
-        raise InvalidSpec(misfit, location="/objective/type")
-
-
-def _check_trainable(report: RenderReport, spec: JobSpec, model: BaseModel) -> None:
-    """Raises: InvalidDataset when no job can be trained on what was rendered."""
-    limit = spec.training.max_seq_len_tokens
-    findings = [Finding(**value) for value in report.findings]
-    place = "/dataset"
-    all_too_long = report.too_long_rows == report.rows
-    if report.too_long_rows and (all_too_long or spec.training.too_long == "refuse"):
-        share = "all" if all_too_long else f"{report.too_long_rows} of {report.rows}"
-        longest = report.longest_tokens
-        keep = f"raise it to {longest} to keep them whole, or " if longest <= model.max_positions else ""
-        raise InvalidDataset(
-            f"{share} rows of the dataset are longer than max_seq_len_tokens = {limit}, the longest has {longest} "
-            f"tokens: {keep}set training.too_long to {'truncate' if all_too_long else 'truncate or drop'}",
-            location=place,
-            findings=findings,
-        )
-    if report.usable_rows == 0:
-        raise InvalidDataset(
-            f"no row of the dataset can be trained on: {findings[0] if findings else 'it is empty'}",
-            location=place,
-            findings=findings,
-        )
-    if spec.validation.fraction > 0 and report.usable_rows < 2 and report.complete:
-        raise InvalidDataset(
-            "the dataset has one usable row, too few to hold any out: add rows or set validation.fraction to 0",
-            location=place,
-        )
-
-
-def _warnings(report: RenderReport, dataset: Dataset, spec: JobSpec) -> tuple[str, ...]:
-    """What the submitter of a job that will run should know; `dataset` is the stored one."""
-    warnings = []
-    bad = dataset.report.finding_count
-    if bad:
-        listed = "; ".join(str(finding) for finding in dataset.report.findings[:WARNED_FINDINGS])
-        warnings.append(f"{bad} rows of the upload are left out: {listed}. All of them: GET /datasets/{dataset.id}")
-    if report.finding_count:
-        first = Finding(**report.findings[0])
-        warnings.append(f"{report.finding_count} rows are left out; the first: {first}")
-    if report.cut_rows:
-        warnings.append(f"{report.cut_rows} rows are truncated to {spec.training.max_seq_len_tokens} tokens")
-    if not report.complete:
-        warnings.append(f"only the first {report.rows} rows were checked; the trainer checks the rest")
-    return tuple(warnings)
 
 
 def _preview(renderer: Renderer, result: RenderedRow | UnusableRow) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from api.uploads import display_name
 from qlora_service.data.examples import Container, Shape
 from qlora_service.data.rendering import RenderRules
 from qlora_service.errors import InvalidModel, InvalidRequest, NotFound, QLoRAError
-from qlora_service.service import Service, default_length
+from qlora_service.service import Service
+from qlora_service.submission import default_length
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 

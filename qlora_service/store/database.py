@@ -20,6 +20,7 @@ STATEMENT_TIMEOUT_MS = 30_000
 """PostgreSQL's bound for a whole statement, which may wait for several locks."""
 IDLE_TIMEOUT_MS = 20_000
 """When PostgreSQL ends the transaction of a process that stands still, and with it its locks."""
+MIGRATION_TIMEOUT_MS = 600_000
 MIGRATION_LOCK = 0x716C6F72616D  # "qloram", for pg_advisory_xact_lock
 Result = TypeVar("Result")
 
@@ -89,7 +90,7 @@ def is_full(error: BaseException) -> bool:
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html; psycopg has these as its InternalError.
 _AWAY = {
-    "25006",  # read only: a standby that took over's place, or will
+    "25006",  # read only: a standby, until it takes over
     "25P03",  # it ended our transaction because we stood still
 }
 
@@ -159,11 +160,10 @@ def _configure_postgresql(connection: Any, _record: Any) -> None:
 
 
 def _wait_for_other_migrations(connection: Connection) -> None:
-    # The other process may need longer than any lock is waited for otherwise; so may our own statements.
-    connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
-    connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+    # The other process's statements, and our own, may need longer than any request's.
+    for timeout in ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout"):
+        connection.exec_driver_sql(f"SET LOCAL {timeout} = {MIGRATION_TIMEOUT_MS}")
     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
-    connection.exec_driver_sql(f"SET LOCAL lock_timeout = {BUSY_TIMEOUT_MS}")
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

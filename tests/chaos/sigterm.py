@@ -43,7 +43,7 @@ def run(workspace: Workspace, times: int, *, seed: int = 0) -> Stops:
     slow, short = workspace.submit_spec(_slow_spec()), workspace.submit(max_steps=4)
     lost, trainers, exit_s, wrong, phases = 0, 0, list[float](), list[str](), Counter[str]()
     for number in range(times):
-        with workspace.worker(QLORA_SLOTS="2") as worker:
+        with workspace.worker(QLORA_SLOTS="2", QLORA_LEASE_S="30") as worker:
             _wait_for_moment(workspace, worker.pid, (slow, short), number, chance)
             running = {claim.job_id for claim in trainers_of(worker.pid).values()}
             phases.update(workspace.service.get_job(job_id).phase or "ended" for job_id in running)
@@ -61,8 +61,8 @@ def run(workspace: Workspace, times: int, *, seed: int = 0) -> Stops:
                 wrong.append(f"{job_id} is {job.status} after {len(job.deaths)} deaths: {job.error}")
         if workspace.service.get_job(short).status.terminal:
             short = workspace.submit(max_steps=4)
-    for job_id in (slow, short):
-        workspace.service.cancel(job_id)
+        if wrong:
+            break
     return Stops(trainers, lost, exit_s, wrong, dict(phases), round(time.monotonic() - started, 1))
 
 
