@@ -12,8 +12,6 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from obstore.exceptions import GenericError
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as NoConnection
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -28,6 +26,7 @@ from qlora_service.errors import (
     TooLarge,
     Unavailable,
 )
+from qlora_service.store.database import is_full, is_outage
 
 RETRY_AFTER_S = 5
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -161,10 +160,7 @@ def outage(error: Exception) -> Unavailable | None:
             "there is no space left for the service's data: free some on the disk of QLORA_DATA_DIR, then send the "
             "request again"
         )
-    # SQLITE_ERROR is wrong SQL, which no later try sets right.
-    locked = isinstance(error, OperationalError) and _sqlite_error(error) != "SQLITE_ERROR"
-    # Requests that wait for the database hold all its connections.
-    if locked or isinstance(error, NoConnection):
+    if is_outage(error):
         return Unavailable(
             "the database does not answer, or another process has locked it for too long: send the request again; "
             "if that does not help, see to the disk of QLORA_DATA_DIR"
@@ -175,16 +171,11 @@ def outage(error: Exception) -> Unavailable | None:
 def _is_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in NO_SPACE
-    if isinstance(error, OperationalError):
-        return _sqlite_error(error) == "SQLITE_FULL"
+    if is_full(error):
+        return True
     # The artifact store hands the system's errors on as text.
     number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, GenericError) else None
     return number is not None and int(number[1]) in NO_SPACE
-
-
-def _sqlite_error(error: OperationalError) -> str | None:
-    name: str | None = getattr(error.orig, "sqlite_errorname", None)
-    return name
 
 
 def refusal(error: QLoRAError) -> JSONResponse:

@@ -8,7 +8,7 @@ import time
 import traceback
 
 import structlog
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -89,6 +89,6 @@ def _log_defect(error: Exception) -> None:
 
 def _reason(error: Exception) -> str | None:
     # An exception's own text may quote rows; only the system's and the driver's errors are known not to.
-    if isinstance(error, OperationalError):
+    if isinstance(error, DBAPIError):
         return str(error.orig)
     return str(error) if isinstance(error, OSError) else None

@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from tests.postgres import postgres, postgres_url
 from tests.tiny_model import tiny_model
 
-__all__ = ["tiny_model"]
+__all__ = ["postgres", "postgres_url", "tiny_model"]

@@ -18,6 +18,8 @@ from qlora_service.store.jobs import get_job
 from workers.disk_space import BALLAST
 
 REAP_EVERY_S = 60.0
+UNFINISHED_S = 24 * 3600.0
+"""A file that nobody wrote to for so long is not being written."""
 
 log = structlog.get_logger()
 
@@ -65,6 +67,7 @@ class Housekeeping:
                 shutil.rmtree(path, ignore_errors=True)
         for path in self._checkpoint_dir.glob("job_*"):
             self._reap_checkpoints(path.name)
+        self._artifacts.remove_unfinished(UNFINISHED_S)
 
     def _reap_checkpoints(self, job_id: str) -> None:
         directory = self._checkpoint_dir / job_id

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import structlog
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_service.errors import ClaimLost
 from qlora_service.jobs import FailureReason, StopRequest
 from qlora_service.lifeline import kill_group
 from qlora_service.queue import Claim, Queue
-from qlora_service.store.database import persist
+from qlora_service.store.database import is_outage, persist
 from workers.exit_codes import CAUSES
 from workers.host_memory import oom_kills
 from workers.housekeeping import Housekeeping
@@ -110,10 +110,11 @@ class Supervisor:
         while not self._stop.is_set():
             try:
                 work()
-            except DBAPIError as error:
-                log.warning("database_unavailable", error=str(error.orig))
-                self._stop.wait(IDLE_POLL_S)
-            except Exception:
+            except Exception as error:
+                if is_outage(error):
+                    log.warning("database_unavailable", error=str(error))
+                    self._stop.wait(IDLE_POLL_S)
+                    continue
                 # A slot that ended here would leave a service that looks healthy and claims nothing.
                 log.exception("supervisor_error", thread=threading.current_thread().name)
                 self._stop.wait(ERROR_PAUSE_S)
@@ -213,8 +214,8 @@ class Supervisor:
                         how, deadline = "overdue", now + self._cancel_grace_s
                 except ClaimLost:  # its outcome is written and it is about to end, or the claim is another's
                     how, deadline = "lost", now + STOP_GRACE_S
-                except DBAPIError as error:  # no reason to end a trainer; it is asked again
-                    log.warning("database_unavailable", error=str(error.orig))
+                except SQLAlchemyError as error:  # no reason to end a trainer; it is asked again
+                    log.warning("database_unavailable", error=str(error))
         child.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(STOP_GRACE_S)

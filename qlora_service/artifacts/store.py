@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -27,6 +29,7 @@ class ArtifactStore:
         if parsed.scheme == "file":
             self._root = Path(unquote(parsed.path))
             self._store = LocalStore(self._root, mkdir=True)
+            _flush(self._root.parent)  # the name of the directory itself
         else:
             self._store = from_url(url)
 
@@ -92,6 +95,16 @@ class ArtifactStore:
                 for unfinished in directory.glob("*#*"):
                     unfinished.unlink(missing_ok=True)
 
+    def remove_unfinished(self, older_than_s: float) -> None:
+        """Remove what processes left in the local store that were killed while they wrote."""
+        if self._root is None:
+            return
+        # The local store writes beside the object, under its name, "#" and a number, and renames.
+        for path in self._root.glob("datasets/*#*"):
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > older_than_s:
+                    path.unlink()
+
     def _read(self, key: str, start: int, end: int) -> Iterator[bytes]:
         while start < end:
             stop = min(start + READ_CHUNK_BYTES, end)
@@ -104,13 +117,17 @@ class ArtifactStore:
             return
         path = self._root / key
         for place in (path, *path.parents):
-            descriptor = os.open(place, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _flush(place)
             if place == self._root:
                 break
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def dataset_key(sha256: str) -> str:

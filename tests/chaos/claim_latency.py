@@ -19,7 +19,7 @@ from qlora_service.store.database import Database
 from qlora_service.store.datasets import insert_dataset
 from qlora_service.store.tables import events, jobs
 from tests.control_plane import dataset_row
-from tests.postgres import installed_programs, running_postgres
+from tests.postgres import NOT_INSTALLED, installed_programs, running_postgres
 
 MAX_P99_MS = 10
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -112,6 +112,8 @@ def main() -> None:
         # With fsync, unlike the tests' server.
         with running_postgres([], parent=Path("/var/tmp")) as server:
             _print("PostgreSQL", measure(server.create("claims")))
+    else:
+        print(json.dumps({"skipped": NOT_INSTALLED}))
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ class _Havoc:
             os.kill(pid, signal.SIGKILL)
             killed_at = time.monotonic()
             self.kills[Victim.TRAINER] += 1
-            self._in_succession = self.chance.random() < 0.35
+            self._in_succession = self.chance.random() < 0.5
             if not self.workspace.service.get_job(claim.job_id).status.terminal:
                 self._bereft[claim.job_id] = killed_at
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hypothesis import settings
 
-from tests.control_plane import clock, database, queue
+from tests.control_plane import clock, each_database, queue
 
-__all__ = ["clock", "database", "queue"]
+__all__ = ["clock", "each_database", "queue"]
 
 # A busy machine is no failure, and a run that found a fault must find it again.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

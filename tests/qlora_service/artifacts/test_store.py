@@ -172,3 +172,28 @@ def test_attempts_of_a_job_share_no_key() -> None:
     keys = {job_key(job, token, "a") for job in ("job_1", "job_2") for token in (1, 2, 12)}
     assert len(keys) == 6
     assert dataset_key("f" * 64) == "datasets/" + "f" * 64
+
+
+def test_only_old_unfinished_files_are_removed(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path.as_uri())
+    (tmp_path / "datasets").mkdir()
+    old, new, whole = (tmp_path / "datasets" / name for name in ("abc#1", "def#1", "abc"))
+    for path in (old, new, whole):
+        path.write_text("bytes")
+    for path in (old, whole):
+        os.utime(path, (0, 0))
+    store.remove_unfinished(3600)
+    assert [path.exists() for path in (old, new, whole)] == [False, True, True]
+
+
+def test_of_a_jobs_attempts_one_is_kept_and_without_what_was_left_unfinished(tmp_path: Path) -> None:
+    store = ArtifactStore((tmp_path / "store").as_uri())
+    (tmp_path / "file").write_text("bytes")
+    for token in (1, 2):
+        store.put_file(job_key("job_1", token, "README.md"), tmp_path / "file")
+    store.put_file(job_key("job_2", 1, "README.md"), tmp_path / "file")
+    left = tmp_path / "store" / "jobs" / "job_1" / "2" / "manifest.json#1"
+    left.write_text("half")
+    store.remove_attempts("job_1", keep=2)
+    remaining = sorted(str(path.relative_to(tmp_path / "store")) for path in tmp_path.glob("store/**/*.*"))
+    assert remaining == ["jobs/job_1/2/README.md", "jobs/job_2/1/README.md"]
