@@ -1,0 +1,85 @@
+"""What checkpoints cost a training: everything, as if the thread that writes them had no core of its own.
+
+The state is as large as that of SmolLM2-135M with LoRA of rank 16 on all linear layers, in 32-bit AdamW with the best
+adapter kept beside: snapshot, serialization, SHA-256, writing, flushing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_service.settings import Settings
+from qlora_service.training.checkpoints import Checkpoints
+from qlora_service.training.held_out import HeldOutState
+from qlora_service.training.row_losses import RowLosses
+from qlora_service.training.state import StepHistory, TrainingState, random_state
+
+PARAMETERS, TENSORS = 4_884_480, 420
+"""Of rank 16 on 30 layers with seven linear modules, two matrices each"""
+ROUNDS = 7
+
+
+def figures() -> Iterator[dict[str, Any]]:
+    every_s = Settings().checkpoint_s
+    # Not /tmp, which may lie in memory.
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        seconds, size = _measure(Path(directory))
+    name = f"cost of checkpoints, one every {every_s:g} s, {PARAMETERS / 1e6:.1f} M parameters"
+    yield {"figure": name, "value": round(100 * seconds / every_s, 2), "unit": "%", "must": 2, "better": "lower"}
+    yield _told("one checkpoint, start to flushed", round(seconds, 3), "s")
+    yield _told("one checkpoint on disk", round(size / 1e6, 1), "MB")
+
+
+def _measure(directory: Path) -> tuple[float, int]:
+    """Median seconds of a checkpoint, and its bytes."""
+    checkpoints = Checkpoints(directory, token=1)
+    live, seconds = _state(), []
+    for step in range(1, ROUNDS + 1):
+        started = time.perf_counter()
+        state = replace(
+            live,
+            history=StepHistory(step=step),
+            parameters={name: value.clone() for name, value in live.parameters.items()},
+            optimizer={
+                name: {key: value.clone() for key, value in moments.items()} for name, moments in live.optimizer.items()
+            },
+            # Every one is better than the one before: the worst case, nothing can be linked.
+            held_out=HeldOutState(best_weights={name: value + step for name, value in live.parameters.items()}),
+        )
+        checkpoints.save(state, b"{}\n" * step, {"threads": torch.get_num_threads()})
+        checkpoints.flush()
+        seconds.append(time.perf_counter() - started)
+    newest = max(directory.glob("step-*"))
+    return statistics.median(seconds), sum(path.stat().st_size for path in newest.iterdir())
+
+
+def _state() -> TrainingState:
+    """Random values in the right places."""
+    parameters = {f"layer.{index}.weight": torch.randn(PARAMETERS // TENSORS) for index in range(TENSORS)}
+    moments = {
+        name: {"state1": torch.randn_like(value), "state2": torch.rand_like(value), "step": torch.tensor(1)}
+        for name, value in parameters.items()
+    }
+    return TrainingState(
+        history=StepHistory(),
+        parameters=parameters,
+        optimizer=moments,
+        allocation={},
+        held_out=HeldOutState(),
+        row_losses=RowLosses().state(),
+        random_state=random_state(torch.device("cpu")),
+        micro_batch_tokens=2048,
+        gradient_checkpointing=False,
+    )
+
+
+def _told(name: str, value: float, unit: str) -> dict[str, Any]:
+    return {"figure": name, "value": value, "unit": unit, "must": None, "better": "lower"}
