@@ -251,10 +251,7 @@ class Queue:
             NotFound: no such job.
             Conflict: it has ended, or is being cancelled.
         """
-        job = get_job(connection, job_id, lock=True)
-        if job.status.terminal or job.stop_request is StopRequest.CANCEL:
-            state = "is being cancelled" if job.stop_request else f"is {job.status} already"
-            raise Conflict(f"job {job_id} {state}: there is nothing left to pause")
+        job = _wanted(connection, job_id, "pause")
         if job.status is JobStatus.RUNNING:
             if job.stop_request is not StopRequest.PAUSE:
                 self._ask(connection, job_id, StopRequest.PAUSE, "pause requested")
@@ -269,10 +266,7 @@ class Queue:
             NotFound: no such job.
             Conflict: it has ended, or is being cancelled.
         """
-        job = get_job(connection, job_id, lock=True)
-        if job.status.terminal or job.stop_request is StopRequest.CANCEL:
-            state = "is being cancelled" if job.stop_request else f"is {job.status} already"
-            raise Conflict(f"job {job_id} {state}: there is nothing left to resume")
+        job = _wanted(connection, job_id, "resume")
         if job.status is JobStatus.PAUSED:
             self._enqueue(connection, job_id, "resumed")
         elif job.stop_request is StopRequest.PAUSE:
@@ -384,6 +378,15 @@ _NOT_RUNNING: dict[str, Any] = {
     "phase": None,
     "eta_s": None,
 }
+
+
+def _wanted(connection: Connection, job_id: str, what: str) -> Job:
+    """The job, locked. Raises: NotFound; Conflict, when it has ended or is being cancelled."""
+    job = get_job(connection, job_id, lock=True)
+    if job.status.terminal or job.stop_request is StopRequest.CANCEL:
+        state = "is being cancelled" if job.stop_request else f"is {job.status} already"
+        raise Conflict(f"job {job_id} {state}: there is nothing left to {what}")
+    return job
 
 
 def _owned(claim: Claim) -> tuple[sa.ColumnElement[bool], ...]:
