@@ -255,8 +255,11 @@ class Queue:
         if job.status is JobStatus.RUNNING:
             if job.stop_request is not StopRequest.PAUSE:
                 self._ask(connection, job_id, StopRequest.PAUSE, "pause requested")
-        elif job.hold is None or job.hold["reason"] != HoldReason.USER:
+        elif job.status is JobStatus.QUEUED:
             self._hold(connection, job_id, USER_HOLD)
+        elif job.hold != USER_HOLD:  # it waits for room on the disk, and would go on by itself
+            connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(hold=USER_HOLD))
+            append_event(connection, job_id, self._clock(), "log", {"message": USER_HOLD["message"]})
         return get_job(connection, job_id)
 
     def resume(self, connection: Connection, job_id: str) -> Job:

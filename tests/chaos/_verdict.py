@@ -29,6 +29,7 @@ def judge(workspace: Workspace, reference: str, posted: Sequence[str], steps: in
     """What is wrong with the `posted` jobs, which should have ended as `reference` did, an undisturbed one."""
     verdict = Verdict()
     sha256 = workspace.adapter_sha256(reference)
+    evaluated = _steps(workspace.service.job_metrics(reference), "eval_loss")
     known = job_ids(workspace)
     for job_id in posted:
         if job_id not in known or workspace.service.get_job(job_id).status is not JobStatus.SUCCEEDED:
@@ -38,7 +39,7 @@ def judge(workspace: Workspace, reference: str, posted: Sequence[str], steps: in
             verdict.published_twice.append(job_id)
         if workspace.adapter_sha256(job_id) != sha256:
             verdict.wrong.append(f"{job_id}: another adapter than the undisturbed job's")
-        verdict.wrong += [f"{job_id}: {fault}" for fault in _faults(workspace, job_id, steps)]
+        verdict.wrong += [f"{job_id}: {fault}" for fault in _faults(workspace, job_id, steps, evaluated)]
     with sqlite3.connect(workspace.settings.data_dir / "state.db") as database:
         (integrity,) = database.execute("PRAGMA integrity_check").fetchone()
     database.close()
@@ -88,8 +89,11 @@ def _manifests(workspace: Workspace, job_id: str) -> list[Path]:
     return list((workspace.settings.data_dir / "artifacts" / "jobs" / job_id).glob(f"*/{MANIFEST}"))
 
 
-def _faults(workspace: Workspace, job_id: str, steps: int) -> list[str]:
-    """What is wrong with a job that succeeded, beside its adapter's weights and how often it did."""
+def _faults(workspace: Workspace, job_id: str, steps: int, evaluated: list[int]) -> list[str]:
+    """What is wrong with a job that succeeded, beside its adapter's weights and how often it did.
+
+    It should have done `steps` steps, and been evaluated after those of `evaluated`.
+    """
     faults = []
     events = workspace.service.job_events(job_id)
     if events[-1].type != "status" or events[-1].data["status"] != JobStatus.SUCCEEDED:
@@ -112,7 +116,7 @@ def _faults(workspace: Workspace, job_id: str, steps: int) -> list[str]:
     for name, found in {"metrics.jsonl": records, "GET /metrics": workspace.service.job_metrics(job_id)}.items():
         if _steps(found, "loss") != list(range(1, steps + 1)):
             faults.append(f"{name} has the steps {_steps(found, 'loss')}")
-        if _steps(found, "eval_loss") != list(range(steps + 1)):
+        if _steps(found, "eval_loss") != evaluated:
             faults.append(f"{name} has evaluations after the steps {_steps(found, 'eval_loss')}")
     return faults
 

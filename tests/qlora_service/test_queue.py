@@ -525,8 +525,13 @@ def test_job_that_waits_for_room_is_resumed_when_there_is_enough(queue: Queue, d
 def test_user_who_pauses_a_job_without_room_keeps_it_paused(queue: Queue, database: Database) -> None:
     job_id = add_job(database)
     queue.pause(claim_next(queue), DISK_FULL)
-    ask(database, queue.request_pause, job_id)
+    for _ in range(2):
+        hold = ask(database, queue.request_pause, job_id).hold
+        assert hold is not None
+        assert hold["reason"] == HoldReason.USER
     assert queue.resume_held(10**12) == []
+    assert status_history(database, job_id) == ["queued", "running", "paused"]
+    assert [event.type for event in job_events(database, job_id)].count("log") == 1
 
 
 # --- deaths

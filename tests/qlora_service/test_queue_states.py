@@ -228,7 +228,7 @@ class QueueStates(RuleBasedStateMachine):
 
 TestQueueStates = QueueStates.TestCase
 TestQueueStates.settings = settings(
-    max_examples=60,
+    max_examples=120,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
