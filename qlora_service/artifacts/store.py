@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import LocalStore, ObjectStore, from_url
 
+from qlora_service.durable import flush
 from qlora_service.errors import Conflict, NotFound
 
 READ_CHUNK_BYTES = 1 << 20
@@ -29,7 +29,7 @@ class ArtifactStore:
         if parsed.scheme == "file":
             self._root = Path(unquote(parsed.path))
             self._store = LocalStore(self._root, mkdir=True)
-            _flush(self._root.parent)  # the name of the directory itself
+            flush(self._root.parent)  # the name of the directory itself
         else:
             self._store = from_url(url)
 
@@ -117,17 +117,9 @@ class ArtifactStore:
             return
         path = self._root / key
         for place in (path, *path.parents):
-            _flush(place)
+            flush(place)
             if place == self._root:
                 break
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def dataset_key(sha256: str) -> str:

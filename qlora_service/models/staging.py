@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_service.durable import flush
+
 PREFIX = ".staging-"
 
 
@@ -34,15 +36,15 @@ class Staging:
         """
         for file in self.path.iterdir():
             file.chmod(0o644)  # transformers writes weights readable by their owner only
-            _sync(file)
-        _sync(self.path)
+            flush(file)
+        flush(self.path)
         try:
             self.path.rename(target)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise FileExistsError(errno.EEXIST, "exists already", str(target)) from None
             raise
-        _sync(target.parent)
+        flush(target.parent)
 
 
 @contextmanager
@@ -92,11 +94,3 @@ def _create(parent: Path) -> Staging:
         if path.exists():
             return Staging(path, lock_fd)
         os.close(lock_fd)  # reaped between open and lock
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

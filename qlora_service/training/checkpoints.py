@@ -27,6 +27,7 @@ from typing import Any
 import structlog
 from peft import AdaLoraConfig
 
+from qlora_service.durable import flush
 from qlora_service.specs import Training
 from qlora_service.training.network import Network
 from qlora_service.training.optimizer import optimizer_state_bytes
@@ -135,7 +136,7 @@ class Checkpoints:
                     _write_file(staging / name, data)
             listed = {name: {"bytes": len(data), "sha256": digests[name]} for name, data in files.items()}
             _write_file(staging / MANIFEST, _manifest(state.step, self._token, listed))
-            _flush_directory(staging)
+            flush(staging)
             if final.exists():
                 # The same step once more, with its evaluation: at every moment one of the two can be loaded.
                 replaced = final.with_name(final.name + ".old")
@@ -144,7 +145,7 @@ class Checkpoints:
             staging.rename(final)
         finally:
             shutil.rmtree(staging, ignore_errors=True)  # there is one if it failed: on a full disk its bytes are needed
-        _flush_directory(self._directory)
+        flush(self._directory)
         self.durable_step = state.step
         self._prune(final)
 
@@ -253,12 +254,4 @@ def _make_directory(directory: Path) -> None:
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
-        _flush_directory(path.parent)
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(path.parent)
