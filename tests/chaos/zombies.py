@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from qlora_service.jobs import JobEvent, JobStatus
 from qlora_service.queue import Claim
@@ -144,6 +145,9 @@ class _Rounds:
             for pid in zombies:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGSTOP)
+            # The signal is on its way: a thread may take the lock yet.
+            stopped = [self._owner.pid, *zombies]
+            self._until(lambda pids=stopped: all(map(_stands_still, pids)))
             with suppress(sqlite3.OperationalError):
                 self._write("BEGIN IMMEDIATE", wait_s=0.3)
                 return zombies
@@ -183,3 +187,14 @@ class _Rounds:
         while not reached():
             assert time.monotonic() < deadline, [self._workspace.service.get_job(job_id) for job_id in self._jobs]
             time.sleep(0.05)
+
+
+def _stands_still(pid: int) -> bool:
+    """Whether every thread of a process is stopped, or the process is gone."""
+    try:
+        states = [
+            (task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()
+        ]
+    except OSError:
+        return True
+    return set(states) <= {"T", "Z", "X"}
