@@ -194,7 +194,8 @@ def _train_and_publish(
     checkpoint_bytes = expected_bytes(network, training, rows=rows, total_steps=steps)
     # Those that are kept, one in the making, and as much again for what is published; and something for the database,
     # which has to say so when the disk is full.
-    ballast.reserve((KEPT + 2) * checkpoint_bytes + DATABASE_ROOM)
+    room_at_end = checkpoint_bytes + DATABASE_ROOM
+    ballast.reserve(max(0, (KEPT + 1) * checkpoint_bytes - checkpoints.bytes_on_disk()) + room_at_end)
     reporter.choose_plan(plan)
     if inputs.token > 1:
         reporter.resumed(start.step if start else 0, metrics, [change_note(change) for change in plan["changes"]])
@@ -205,6 +206,7 @@ def _train_and_publish(
         ballast,
         every_s=inputs.checkpoint_s,
         checkpoint_bytes=checkpoint_bytes,
+        room_at_end=room_at_end,
         metrics_file=metrics_file,
         environment=environment,
         plan=plan,

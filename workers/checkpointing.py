@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qlora_service.training.checkpoint_space import Ballast
-from qlora_service.training.checkpoints import KEPT, Checkpoints
+from qlora_service.training.checkpoints import Checkpoints
 from qlora_service.training.loop import Observer
 from qlora_service.training.state import TrainingState
 from workers.environment import change_note
@@ -39,6 +39,7 @@ class Checkpointing:
         *,
         every_s: float,
         checkpoint_bytes: int,
+        room_at_end: int,
         metrics_file: Path,
         environment: dict[str, Any],
         plan: dict[str, Any],
@@ -49,7 +50,7 @@ class Checkpointing:
         self._metrics_file = metrics_file
         self._environment = environment
         self._plan = plan
-        self._shrinks_left = KEPT + 1
+        self._room_at_end = room_at_end
         self._due_at = time.monotonic() + every_s
         self._told_step = checkpoints.durable_step
 
@@ -61,9 +62,10 @@ class Checkpointing:
         return time.monotonic() >= self._due_at
 
     def save(self, state: TrainingState) -> None:
-        if self._shrinks_left:  # later ones take the room of those that are removed
-            self._shrinks_left -= 1
-            self._ballast.shrink(self._checkpoint_bytes)
+        # The first ones take the ballast's room, later ones that of those they replace.
+        spare = self._ballast.wanted_bytes - self._room_at_end
+        if spare > 0:
+            self._ballast.shrink(min(spare, self._checkpoint_bytes))
         self._checkpoints.save(state, self._metrics_file.read_bytes(), self._environment)
         self._due_at = time.monotonic() + self._every_s
 
