@@ -14,13 +14,13 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.requests import Request
 
+from api.dependencies import ServiceOf
 from api.multipart import Form
 from qlora_service.errors import InvalidRequest
 from qlora_service.store.idempotency import Answer, Once, Replay
 
 HEADER = "Idempotency-Key"
 REPLAYED = "Idempotent-Replayed"
-OWNER = "local"
 
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
 
@@ -30,8 +30,9 @@ Result = TypeVar("Result")
 class Idempotency:
     """A request's key, if it has one, and what the request is, as far as its head says."""
 
-    def __init__(self, key: str | None, head: tuple[str, ...]) -> None:
+    def __init__(self, key: str | None, project: str, head: tuple[str, ...]) -> None:
         self._key = key
+        self._project = project
         self._head = head
 
     def once(
@@ -55,7 +56,7 @@ class Idempotency:
             return {"status": status, "headers": headers, "body": json.loads(render(result).model_dump_json())}
 
         meaning = json.dumps([*self._head, content], sort_keys=True, separators=(",", ":"))
-        return Once(self._key, OWNER, hashlib.sha256(meaning.encode()).hexdigest(), answer)
+        return Once(self._key, self._project, hashlib.sha256(meaning.encode()).hexdigest(), answer)
 
     def file_content(self, path: Path) -> str | None:
         """What a raw body means: its SHA-256; None where no key asks for it."""
@@ -71,6 +72,7 @@ class Idempotency:
 
 def _idempotency(
     request: Request,
+    service: ServiceOf,
     sent: Annotated[
         list[str] | None,
         Header(
@@ -91,7 +93,7 @@ def _idempotency(
             location=HEADER.lower(),
         )
     query = json.dumps(sorted(request.query_params.multi_items()))
-    return Idempotency(sent[0] if sent else None, (request.method, request.url.path, query))
+    return Idempotency(sent[0] if sent else None, service.project, (request.method, request.url.path, query))
 
 
 IdempotencyOf = Annotated[Idempotency, Depends(_idempotency)]

@@ -8,7 +8,7 @@
     ├── NotFound              no such job, dataset, model or artifact
     ├── Conflict              it exists, but its state forbids the action
     ├── TooLarge              over a configured limit
-    ├── QuotaExceeded         the owner has as much of it as is allowed at a time
+    ├── QuotaExceeded         the project has as much of it as is allowed at a time
     ├── Unavailable           try again later
     ├── ClaimLost             a newer claim owns the job; stop and write nothing
     ├── JobCancelled          the trainer was asked to stop, and never to go on

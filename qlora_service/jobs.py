@@ -79,8 +79,8 @@ class Job:
 
     id: str
     status: JobStatus
-    owner: str
-    """Whose quota it counts for."""
+    project: str
+    """Who owns it: whose quota it counts for, and who sees it."""
     spec: JobSpec
     dataset_id: str
     base_weights_sha256: str
@@ -110,6 +110,8 @@ class Job:
     error: dict[str, Any] | None
     result: dict[str, Any] | None
     """Of a succeeded job: the attempt that published, losses, certificate."""
+    withdrawn_at: datetime | None
+    """When its adapter was deleted."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Queue:
         max_running: int | None = None,
         max_deaths: int = MAX_DEATHS,
     ) -> None:
-        """`max_running` is how many jobs of one owner may run at a time."""
+        """`max_running` is how many jobs of one project may run at a time."""
         self._database = database
         self._lease_s = lease_s
         self._clock = clock
@@ -296,7 +296,7 @@ class Queue:
     # --- inside
 
     def _head(self, connection: Connection) -> sa.Select[tuple[str]]:
-        """The id of the queued job that is next: the most urgent, then the oldest, whose owner may run one more."""
+        """The id of the queued job that is next: the most urgent, then the oldest, whose project may run one more."""
         query = sa.select(jobs.c.id).where(jobs.c.status == JobStatus.QUEUED)
         if self._max_running is not None:
             if connection.dialect.name == "postgresql":
@@ -304,7 +304,7 @@ class Queue:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(CLAIM_LOCK)))
             other = jobs.alias()
             running = sa.select(sa.func.count()).where(
-                other.c.status == JobStatus.RUNNING, other.c.owner == jobs.c.owner
+                other.c.status == JobStatus.RUNNING, other.c.project == jobs.c.project
             )
             query = query.where(running.scalar_subquery() < self._max_running)
         return query.order_by(jobs.c.priority.desc(), jobs.c.id).limit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import tempfile
@@ -47,6 +48,7 @@ from qlora_service.store import jobs as job_rows
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import Dataset
 from qlora_service.store.idempotency import Once
+from qlora_service.store.tables import LOCAL_PROJECT
 from qlora_service.submission import (
     check_fit,
     check_objective,
@@ -84,7 +86,9 @@ class Artifact:
 
 
 class Service:
-    """All actions over one data directory's state; safe to share between threads.
+    """All actions of one project over one data directory's state; safe to share between threads.
+
+    What belongs to another project is not there: it is NotFound, and in no list.
 
     What changes something takes a `once`: under its idempotency key the action happens one time, and a request that
     was answered before raises `store.idempotency.Replay`, or Conflict when it was another request.
@@ -100,8 +104,9 @@ class Service:
         tmp_dir: Path,
         clock: Callable[[], datetime] = utc_now,
         max_queued_jobs: int | None = None,
+        project: str = LOCAL_PROJECT,
     ) -> None:
-        """`max_queued_jobs` is how many jobs of one owner may wait at a time."""
+        """`max_queued_jobs` is how many jobs of one project may wait at a time."""
         self._database = database
         self._artifacts = artifacts
         self._catalog = catalog
@@ -109,7 +114,19 @@ class Service:
         self._tmp_dir = tmp_dir
         self._clock = clock
         self._max_queued_jobs = max_queued_jobs
+        self._project = project
         tmp_dir.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def project(self) -> str:
+        """Whose objects these actions see."""
+        return self._project
+
+    def within(self, project: str) -> Service:
+        """The same service for another project."""
+        other = copy.copy(self)
+        other._project = project
+        return other
 
     def check_ready(self) -> None:
         """Returns when a job could be taken: the database answers, and scratch files can be written.
@@ -156,11 +173,11 @@ class Service:
     def get_dataset(self, dataset_id: str) -> Dataset:
         """Raises: NotFound."""
         with self._database.read() as connection:
-            return dataset_rows.get_dataset(connection, dataset_id)
+            return dataset_rows.get_dataset(connection, dataset_id, project=self._project)
 
     def list_datasets(self, *, before: str | None = None, limit: int = 20) -> list[Dataset]:
         with self._database.read() as connection:
-            return dataset_rows.list_datasets(connection, before=before, limit=limit)
+            return dataset_rows.list_datasets(connection, project=self._project, before=before, limit=limit)
 
     def dataset_lengths(self, dataset_id: str, base_model: str, rules: RenderRules) -> RenderReport:
         """Token counts and unusable rows of a dataset under one base model's tokenizer and template.
@@ -207,7 +224,7 @@ class Service:
 
         Raises:
             InvalidSpec, InvalidModel, InvalidDataset, NotFound: with the place and what to do.
-            QuotaExceeded: the owner has as many jobs in the queue as may wait.
+            QuotaExceeded: the project has as many jobs in the queue as may wait.
         """
         self._recall(once)
         model = self._catalog.get(spec.base_model)
@@ -231,7 +248,7 @@ class Service:
     def get_job(self, job_id: str) -> Job:
         """Raises: NotFound."""
         with self._database.read() as connection:
-            return job_rows.get_job(connection, job_id)
+            return job_rows.get_job(connection, job_id, project=self._project)
 
     def queue_position(self, job: Job) -> int | None:
         """Jobs that run before this queued one; None for any other."""
@@ -250,21 +267,27 @@ class Service:
     ) -> list[Job]:
         """Jobs, newest first, older than the id `before`."""
         with self._database.read() as connection:
-            return job_rows.list_jobs(connection, status=status, base_model=base_model, before=before, limit=limit)
+            return job_rows.list_jobs(
+                connection, project=self._project, status=status, base_model=base_model, before=before, limit=limit
+            )
 
     def cancel(self, job_id: str, *, once: Once[Job] | None = None) -> Job:
         """The job as it is now: cancelled, or asked to stop at its next step. Raises: NotFound, Conflict."""
-        return self._write(once, lambda connection: self._queue.request_cancel(connection, job_id))
+        return self._write(
+            once, lambda connection: self._queue.request_cancel(connection, self._own(connection, job_id))
+        )
 
     def pause(self, job_id: str, *, once: Once[Job] | None = None) -> Job:
         """The job as it is now: paused, or asked to stop at its next step. Raises: NotFound, Conflict."""
-        return self._write(once, lambda connection: self._queue.request_pause(connection, job_id))
+        return self._write(
+            once, lambda connection: self._queue.request_pause(connection, self._own(connection, job_id))
+        )
 
     def resume(self, job_id: str, *, once: Once[Submission] | None = None) -> Submission:
         """The job, queued again, or running on if its pause had not come about yet. Raises: NotFound, Conflict."""
 
         def enqueue(connection: Connection) -> Submission:
-            job = self._queue.resume(connection, job_id)
+            job = self._queue.resume(connection, self._own(connection, job_id))
             queued = job.status is JobStatus.QUEUED
             return Submission(job, job_rows.count_ahead(connection, job) if queued else None)
 
@@ -273,13 +296,13 @@ class Service:
     def job_events(self, job_id: str, after: int = 0, limit: int | None = None) -> list[JobEvent]:
         """Events after sequence number `after`, oldest first. Raises: NotFound."""
         with self._database.read() as connection:
-            job_rows.get_job(connection, job_id)
+            job_rows.get_job(connection, job_id, project=self._project)
             return job_rows.events_after(connection, job_id, after, limit=limit)
 
     def job_metrics(self, job_id: str) -> list[dict[str, Any]]:
         """One record per step and evaluation that the job has done, over all attempts, by step. Raises: NotFound."""
         with self._database.read() as connection:
-            job_rows.get_job(connection, job_id)
+            job_rows.get_job(connection, job_id, project=self._project)
             events = job_rows.events_after(connection, job_id, types=("log", *METRICS))
         return _standing_metrics(events)
 
@@ -326,6 +349,10 @@ class Service:
                 idempotency.keep(connection, once, result)
             return result
 
+    def _own(self, connection: Connection, job_id: str) -> str:
+        """The id of a job that is the project's. Raises: NotFound."""
+        return job_rows.get_job(connection, job_id, project=self._project).id
+
     def _recall(self, once: Once[Any] | None) -> None:
         """Spares a request that was answered before the work ahead of its `_write`. Raises: Replay, Conflict."""
         if once is not None:
@@ -336,9 +363,12 @@ class Service:
         """The queued job. Raises: QuotaExceeded."""
         job_id = new_id("job")
         stored = spec.model_copy(update={"dataset": DatasetRef(id=dataset.id)})
-        job_rows.insert_job(connection, job_id, stored, dataset.id, model.weights_sha256, self._clock())
+        job_rows.insert_job(connection, job_id, self._project, stored, dataset.id, model.weights_sha256, self._clock())
         job = job_rows.get_job(connection, job_id)
-        if self._max_queued_jobs is not None and job_rows.count_queued(connection, job.owner) > self._max_queued_jobs:
+        if (
+            self._max_queued_jobs is not None
+            and job_rows.count_queued(connection, self._project) > self._max_queued_jobs
+        ):
             raise QuotaExceeded(
                 f"{self._max_queued_jobs} jobs are in the queue, which is as many as may wait: send the request again "
                 "when one has started, cancel one, or have QLORA_MAX_QUEUED_JOBS raised",
@@ -383,7 +413,7 @@ class Service:
     def _checked(self, path: Path, filename: str | None, container: Container | None, shape: Shape | None) -> Dataset:
         """A dataset that is not stored yet. Raises: InvalidDataset."""
         report = check_dataset(path, filename=filename, container=container, shape=shape)
-        return Dataset(new_id("ds"), describe_file(path).sha256, filename, self._clock(), report)
+        return Dataset(new_id("ds"), self._project, describe_file(path).sha256, filename, self._clock(), report)
 
     def _store_bytes(self, dataset: Dataset, path: Path) -> None:
         # Also when the key is there: after a power cut a file that was never flushed may be there, but torn.

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 2**30
@@ -35,8 +35,14 @@ class Settings(BaseSettings):
         "separated by commas; * for any, which lets every web page in.",
     )
     url: str | None = Field(None, description="Service address the command line talks to.")
+    api_key: SecretStr | None = Field(None, description="Key the command line sends.")
     max_upload_bytes: int = Field(20 * GIB, gt=0, description="Largest request body.")
-    max_queued_jobs: int | None = Field(None, ge=1, description="Most queued jobs; default: no limit.")
+    receipt_s: float = Field(
+        10.0,
+        ge=0.1,
+        description="A request's head, and the beginning of its body, must arrive within this many seconds.",
+    )
+    max_queued_jobs: int | None = Field(None, ge=1, description="Most queued jobs of one project; default: no limit.")
     slots: int | None = Field(None, ge=1, description="Most trainers at a time; default: one per GPU, one on a CPU.")
     lease_s: float = Field(30.0, gt=1.0, description="A claim not renewed for this long is lost.")
     heartbeat_s: float = Field(2.0, gt=0.0, description="How often a trainer renews its claim.")
@@ -52,7 +58,7 @@ class Settings(BaseSettings):
         description="A trainer without a sign of progress for this long, and for 20 times what one took so far, is "
         "ended with its stacks in its log.",
     )
-    max_running_jobs: int | None = Field(None, ge=1, description="Most jobs of one owner that run at a time.")
+    max_running_jobs: int | None = Field(None, ge=1, description="Most jobs of one project that run at a time.")
     max_deaths: int = Field(
         3, ge=1, description="A job whose trainers died so often without getting further is failed."
     )

@@ -21,7 +21,7 @@ from qlora_service.specs import JobSpec
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import Dataset, insert_dataset
 from qlora_service.store.jobs import events_after, insert_job
-from qlora_service.store.tables import metadata
+from qlora_service.store.tables import LOCAL_PROJECT, metadata
 
 LEASE_S = 30.0
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -76,20 +76,18 @@ def queue(database: Database, clock: SteppedClock) -> Queue:
     return Queue(database, lease_s=LEASE_S, clock=clock, leases=clock.lease_clock)
 
 
-def dataset_row(sha256: str = "0" * 64, shape: Any = "text") -> Dataset:
+def dataset_row(sha256: str = "0" * 64, shape: Any = "text", project: str = LOCAL_PROJECT) -> Dataset:
     """A dataset of three rows that is not stored yet."""
     report = DatasetReport("jsonl", shape, bytes=42, rows=3, usable_rows=3, finding_count=0, findings=())
-    return Dataset(new_id("ds"), sha256, "rows.jsonl", START, report)
+    return Dataset(new_id("ds"), project, sha256, "rows.jsonl", START, report)
 
 
-def add_job(database: Database, **spec: Any) -> str:
-    """The id of a new queued job over the one dataset of `dataset_row`."""
-    job_id = new_id("job")
+def add_job(database: Database, *, project: str = LOCAL_PROJECT, **spec: Any) -> str:
+    """The id of a new queued job over the project's one dataset of `dataset_row`."""
+    job_id, wanted = new_id("job"), JobSpec.model_validate({"base_model": "tiny", **spec})
     with database.write() as connection:
-        dataset = insert_dataset(connection, dataset_row())
-        insert_job(
-            connection, job_id, JobSpec.model_validate({"base_model": "tiny", **spec}), dataset.id, "0" * 64, START
-        )
+        dataset = insert_dataset(connection, dataset_row(project=project))
+        insert_job(connection, job_id, project, wanted, dataset.id, "0" * 64, START)
     return job_id
 
 

@@ -17,9 +17,10 @@ from qlora_service.store.tables import datasets, render_reports
 
 @dataclass(frozen=True)
 class Dataset:
-    """An upload that was checked and stored. The same bytes read the same way are one dataset."""
+    """An upload that was checked and stored. The same bytes read the same way are one dataset of a project."""
 
     id: str
+    project: str
     sha256: str
     filename: str | None
     created_at: datetime
@@ -32,6 +33,7 @@ def insert_dataset(connection: Connection, dataset: Dataset) -> Dataset:
         insert(connection, datasets)
         .values(
             id=dataset.id,
+            project=dataset.project,
             sha256=dataset.sha256,
             filename=dataset.filename,
             bytes=dataset.report.bytes,
@@ -45,25 +47,34 @@ def insert_dataset(connection: Connection, dataset: Dataset) -> Dataset:
     ).one_or_none()
     if inserted is not None:
         return dataset
-    same = sa.select(datasets).where(
-        datasets.c.sha256 == dataset.sha256,
-        datasets.c.container == dataset.report.container,
-        datasets.c.shape == dataset.report.shape,
+    same = (
+        sa.update(datasets)
+        .where(
+            datasets.c.project == dataset.project,
+            datasets.c.sha256 == dataset.sha256,
+            datasets.c.container == dataset.report.container,
+            datasets.c.shape == dataset.report.shape,
+        )
+        .values(deleted_at=None)
     )
-    return _from_row(connection.execute(same).one())
+    return _from_row(connection.execute(same.returning(datasets)).one())
 
 
-def get_dataset(connection: Connection, dataset_id: str) -> Dataset:
-    """Raises: NotFound."""
-    row = connection.execute(sa.select(datasets).where(datasets.c.id == dataset_id)).one_or_none()
+def get_dataset(connection: Connection, dataset_id: str, *, project: str | None = None) -> Dataset:
+    """Raises: NotFound: there is none, or it belongs to another project than `project`."""
+    query = sa.select(datasets).where(datasets.c.id == dataset_id, datasets.c.deleted_at.is_(None))
+    if project is not None:
+        query = query.where(datasets.c.project == project)
+    row = connection.execute(query).one_or_none()
     if row is None:
         raise NotFound(f"there is no dataset {dataset_id!r}: POST the file to /datasets first", location="/dataset/id")
     return _from_row(row)
 
 
-def list_datasets(connection: Connection, *, before: str | None, limit: int) -> list[Dataset]:
-    """Up to `limit` datasets, newest first, older than the id `before`."""
-    query = sa.select(datasets).order_by(datasets.c.id.desc()).limit(limit)
+def list_datasets(connection: Connection, *, project: str, before: str | None, limit: int) -> list[Dataset]:
+    """Up to `limit` datasets of a project, newest first, older than the id `before`."""
+    mine = (datasets.c.project == project, datasets.c.deleted_at.is_(None))
+    query = sa.select(datasets).where(*mine).order_by(datasets.c.id.desc()).limit(limit)
     if before is not None:
         query = query.where(datasets.c.id < before)
     return [_from_row(row) for row in connection.execute(query)]
@@ -86,6 +97,7 @@ def put_render_report(connection: Connection, dataset_id: str, key: str, report:
 def _from_row(row: Any) -> Dataset:
     return Dataset(
         id=row.id,
+        project=row.project,
         sha256=row.sha256,
         filename=row.filename,
         created_at=row.created_at,

@@ -33,7 +33,7 @@ class Once(Generic[Result]):
     """A request under an idempotency key; `answer` renders what it is told of the action's result."""
 
     key: str
-    owner: str
+    project: str
     fingerprint: str
     """Of everything the request asks for: the same key with another fingerprint is a mistake."""
     answer: Callable[[Result], Answer]
@@ -73,7 +73,7 @@ def reserve(connection: Connection, once: Once[Any], now: datetime) -> None:
         Replay, Conflict: as `recall` does.
     """
     _delete_old(connection, now)
-    row = {"owner": once.owner, "key": once.key, "fingerprint": once.fingerprint, "answer": {}, "created_at": now}
+    row = {"project": once.project, "key": once.key, "fingerprint": once.fingerprint, "answer": {}, "created_at": now}
     new = insert(connection, keys).values(row).on_conflict_do_nothing().returning(keys.c.key)
     inserted = connection.execute(new).one_or_none()
     if inserted is None:
@@ -87,15 +87,15 @@ def keep(connection: Connection, once: Once[Result], result: Result) -> None:
 
 
 def _same(once: Once[Any]) -> tuple[sa.ColumnElement[bool], ...]:
-    return keys.c.owner == once.owner, keys.c.key == once.key
+    return keys.c.project == once.project, keys.c.key == once.key
 
 
 def _delete_old(connection: Connection, now: datetime) -> None:
     old = (
-        sa.select(keys.c.owner, keys.c.key)
+        sa.select(keys.c.project, keys.c.key)
         .where(keys.c.created_at < now - KEPT_FOR)
         .order_by(keys.c.created_at)
         .limit(DELETED_AT_ONCE)
         .with_for_update(skip_locked=True)
     )
-    connection.execute(sa.delete(keys).where(sa.tuple_(keys.c.owner, keys.c.key).in_(old)))
+    connection.execute(sa.delete(keys).where(sa.tuple_(keys.c.project, keys.c.key).in_(old)))

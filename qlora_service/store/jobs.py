@@ -16,11 +16,18 @@ from qlora_service.store.tables import events, jobs
 
 
 def insert_job(
-    connection: Connection, job_id: str, spec: JobSpec, dataset_id: str, base_sha256: str, now: datetime
+    connection: Connection,
+    job_id: str,
+    project: str,
+    spec: JobSpec,
+    dataset_id: str,
+    base_sha256: str,
+    now: datetime,
 ) -> None:
     connection.execute(
         jobs.insert().values(
             id=job_id,
+            project=project,
             status=JobStatus.QUEUED,
             spec=spec.model_dump(mode="json"),
             base_model=spec.base_model,
@@ -34,9 +41,15 @@ def insert_job(
     append_event(connection, job_id, now, "status", {"status": JobStatus.QUEUED})
 
 
-def get_job(connection: Connection, job_id: str, *, lock: bool = False) -> Job:
-    """The job; with `lock`, nobody else changes it before the transaction ends. Raises: NotFound."""
+def get_job(connection: Connection, job_id: str, *, project: str | None = None, lock: bool = False) -> Job:
+    """The job; with `lock`, nobody else changes it before the transaction ends.
+
+    Raises:
+        NotFound: there is none, or it belongs to another project than `project`.
+    """
     query = sa.select(jobs).where(jobs.c.id == job_id)
+    if project is not None:
+        query = query.where(jobs.c.project == project)
     row = connection.execute(query.with_for_update() if lock else query).one_or_none()
     if row is None:
         raise NotFound(f"there is no job {job_id!r}; GET /jobs lists them", location="job_id")
@@ -46,13 +59,14 @@ def get_job(connection: Connection, job_id: str, *, lock: bool = False) -> Job:
 def list_jobs(
     connection: Connection,
     *,
+    project: str,
     status: JobStatus | None = None,
     base_model: str | None = None,
     before: str | None = None,
     limit: int,
 ) -> list[Job]:
     """Up to `limit` jobs, newest first, older than the job id `before`."""
-    query = sa.select(jobs).order_by(jobs.c.id.desc()).limit(limit)
+    query = sa.select(jobs).where(jobs.c.project == project).order_by(jobs.c.id.desc()).limit(limit)
     if status is not None:
         query = query.where(jobs.c.status == status)
     if base_model is not None:
@@ -72,12 +86,12 @@ def count_ahead(connection: Connection, job: Job) -> int:
     return connection.execute(query).scalar_one()
 
 
-def count_queued(connection: Connection, owner: str) -> int:
-    """How many jobs of the owner wait; nobody else adds one before the transaction ends."""
+def count_queued(connection: Connection, project: str) -> int:
+    """How many jobs of the project wait; nobody else adds one before the transaction ends."""
     if connection.dialect.name == "postgresql":
         # Two submissions at once would count the same jobs. On SQLite writers take turns anyway.
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"queued {owner}"))))
-    where = (jobs.c.status == JobStatus.QUEUED, jobs.c.owner == owner)
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"queued {project}"))))
+    where = (jobs.c.status == JobStatus.QUEUED, jobs.c.project == project)
     return connection.execute(sa.select(sa.func.count()).where(*where)).scalar_one()
 
 
@@ -108,7 +122,7 @@ def job_from_row(row: Row[Any]) -> Job:
     return Job(
         id=row.id,
         status=JobStatus(row.status),
-        owner=row.owner,
+        project=row.project,
         # A spec that was stored by an older version may have fields that are gone.
         spec=JobSpec.model_validate(row.spec, extra="ignore"),
         base_weights_sha256=row.base_weights_sha256,
@@ -129,4 +143,5 @@ def job_from_row(row: Row[Any]) -> Job:
         metrics=row.metrics,
         error=row.error,
         result=row.result,
+        withdrawn_at=row.withdrawn_at,
     )

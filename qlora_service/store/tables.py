@@ -52,10 +52,20 @@ class UtcDateTime(TypeDecorator[datetime]):
 # SQLite only counts up by itself on INTEGER keys.
 _Sequence = BigInteger().with_variant(Integer(), "sqlite")
 
+LOCAL_PROJECT = "local"
+"""Owns what was stored before there were projects, and what is done without a key."""
+
+
+def _project(**options: Any) -> Column[str]:
+    """Who owns the row: one project sees nothing of another's."""
+    return Column("project", String(40), nullable=False, **options)
+
+
 datasets = Table(
     "datasets",
     metadata,
     Column("id", String(40), primary_key=True),
+    _project(),
     Column("sha256", String(64), nullable=False),
     Column("filename", String(255)),
     Column("bytes", BigInteger, nullable=False),
@@ -63,7 +73,9 @@ datasets = Table(
     Column("shape", String(32), nullable=False),
     Column("report", JSON, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
-    UniqueConstraint("sha256", "container", "shape"),
+    # The row stays for the jobs that name it; the same bytes sent again bring it back.
+    Column("deleted_at", UtcDateTime),
+    UniqueConstraint("project", "sha256", "container", "shape"),
 )
 
 # What rendering a dataset with one tokenizer and one set of length rules gave; a cache, safe to empty.
@@ -80,7 +92,7 @@ jobs = Table(
     metadata,
     Column("id", String(40), primary_key=True),
     Column("status", String(16), nullable=False),
-    Column("owner", String(40), nullable=False, server_default="local"),
+    _project(server_default=LOCAL_PROJECT),
     Column("spec", JSON, nullable=False),
     Column("base_model", String(200), nullable=False),
     Column("base_weights_sha256", String(64), nullable=False),
@@ -106,7 +118,10 @@ jobs = Table(
     Column("metrics", JSON, nullable=False),
     Column("error", JSON),
     Column("result", JSON),
+    # When its adapter was deleted by its owner.
+    Column("withdrawn_at", UtcDateTime),
     Index(None, "status", "priority", "id"),
+    Index(None, "project", "id"),
 )
 
 events = Table(
@@ -125,10 +140,86 @@ events = Table(
 idempotency_keys = Table(
     "idempotency_keys",
     metadata,
-    Column("owner", String(40), primary_key=True),
+    Column("project", String(40), primary_key=True),
     Column("key", String(255), primary_key=True),
     Column("fingerprint", String(64), nullable=False),
     Column("answer", JSON, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Index(None, "created_at"),
+)
+
+# Who may use the API. A key itself is stored nowhere.
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    _project(),
+    Column("name", String(64), nullable=False),
+    Column("sha256", String(64), nullable=False, unique=True),
+    Column("scopes", JSON, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("revoked_at", UtcDateTime),
+)
+
+# Files that arrive in parts; the parts' bytes lie in the data directory until the upload is completed.
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    _project(),
+    Column("status", String(16), nullable=False),
+    Column("filename", String(255), nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("mime_type", String(255), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("dataset_id", String(40), ForeignKey("datasets.id")),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False),
+    Index(None, "project", "id"),
+    Index(None, "expires_at"),
+)
+
+upload_parts = Table(
+    "upload_parts",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("upload_id", String(40), ForeignKey("uploads.id", ondelete="CASCADE"), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Index(None, "upload_id"),
+)
+
+# Where a project is told how its jobs end. The secret signs deliveries, so it is stored as it is.
+webhook_endpoints = Table(
+    "webhook_endpoints",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    _project(),
+    Column("name", String(64), nullable=False),
+    Column("url", String(2048), nullable=False),
+    Column("event_types", JSON, nullable=False),
+    Column("secret", String(128), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("disabled_at", UtcDateTime),
+    Index(None, "project", "id"),
+)
+
+# What is to be told, written with what happened; `due_at` is null once it was delivered or given up.
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("endpoint_id", String(40), ForeignKey("webhook_endpoints.id", ondelete="CASCADE"), nullable=False),
+    Column("event_id", String(40), nullable=False),
+    Column("type", String(64), nullable=False),
+    Column("body", JSON, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("due_at", UtcDateTime),
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("delivered_at", UtcDateTime),
+    Column("last_status", Integer),
+    Column("last_error", String(500)),
+    Index(None, "due_at"),
+    Index(None, "endpoint_id", "id"),
 )

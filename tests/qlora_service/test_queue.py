@@ -666,13 +666,13 @@ def test_preempted_job_is_next_among_its_equals(queue: Queue, database: Database
 # --- quotas
 
 
-def test_owner_runs_no_more_jobs_at_a_time_than_allowed(database: Database, clock: SteppedClock) -> None:
+def test_project_runs_no_more_jobs_at_a_time_than_allowed(database: Database, clock: SteppedClock) -> None:
     queue = Queue(database, lease_s=LEASE_S, clock=clock, leases=clock.lease_clock, max_running=2)
     for _ in range(3):
         add_job(database)
     other = add_job(database, priority=-1)
     with database.write() as connection:
-        connection.execute(sa.update(jobs).where(jobs.c.id == other).values(owner="other"))
+        connection.execute(sa.update(jobs).where(jobs.c.id == other).values(project="other"))
     claims = [claim_next(queue) for _ in range(3)]
     assert claims[2].job_id == other
     assert queue.claim("host:1:0") is None

@@ -19,7 +19,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError, St
 
 from qlora_service.store import database as module
 from qlora_service.store.database import Database, is_full, is_outage, persist
-from qlora_service.store.tables import datasets, events, jobs, metadata
+from qlora_service.store.tables import LOCAL_PROJECT, datasets, events, jobs, metadata
 from tests.control_plane import START, add_job, run_together, stored_rows
 from tests.postgres import PostgresServer
 
@@ -71,6 +71,15 @@ def fails(action: Callable[[], Any]) -> SQLAlchemyError:
     return caught.value
 
 
+def downgrade(database: Database, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", "qlora_service.store:migrations")
+    config.set_main_option("path_separator", "os")
+    with database.write() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, revision)
+
+
 def run_sql(database: Database, statement: str) -> None:
     with database.write() as connection:
         connection.exec_driver_sql(statement)
@@ -106,14 +115,19 @@ def test_migrating_again_changes_nothing(database: Database) -> None:
     assert stored_rows(database) == before
 
 
+def test_schema_without_projects_and_back_keeps_every_row(database: Database) -> None:
+    add_job(database)
+    before = stored_rows(database)
+    downgrade(database, "0002")
+    with database.read() as connection:
+        assert connection.exec_driver_sql("SELECT owner FROM jobs").scalar_one() == LOCAL_PROJECT
+    database.migrate()
+    assert stored_rows(database) == before
+
+
 def test_downgrade_leaves_an_empty_schema_that_can_be_migrated_again(database: Database) -> None:
     add_job(database)
-    config = Config()
-    config.set_main_option("script_location", "qlora_service.store:migrations")
-    config.set_main_option("path_separator", "os")
-    with database.write() as connection:
-        config.attributes["connection"] = connection
-        command.downgrade(config, "base")
+    downgrade(database, "base")
     with database.read() as connection:
         assert set(sa.inspect(connection).get_table_names()) == {"alembic_version"}
     database.migrate()

@@ -24,7 +24,7 @@ def insert(database: Database, dataset: Dataset) -> Dataset:
 def test_dataset_comes_back_as_it_was_put(database: Database) -> None:
     findings = (Finding("bad", "/messages/0", 2, 17), Finding("worse", line=3))
     report = DatasetReport("csv", "alpaca", bytes=99, rows=5, usable_rows=3, finding_count=2, findings=findings)
-    dataset = Dataset("ds_1", "a" * 64, None, START, report)
+    dataset = Dataset("ds_1", "local", "a" * 64, None, START, report)
     assert insert(database, dataset) == dataset
     with database.read() as connection:
         assert get_dataset(connection, "ds_1") == dataset
@@ -51,8 +51,8 @@ def test_unknown_dataset_is_not_found(database: Database) -> None:
 def test_pages_go_from_the_newest_to_the_oldest(database: Database) -> None:
     ids = sorted((insert(database, dataset_row(sha256=str(n) * 64)).id for n in range(3)), reverse=True)
     with database.read() as connection:
-        first = list_datasets(connection, before=None, limit=2)
-        rest = list_datasets(connection, before=first[-1].id, limit=2)
+        first = list_datasets(connection, project="local", before=None, limit=2)
+        rest = list_datasets(connection, project="local", before=first[-1].id, limit=2)
     assert [dataset.id for dataset in (*first, *rest)] == ids
 
 
@@ -74,3 +74,12 @@ def test_render_reports_go_with_their_dataset(database: Database) -> None:
         put_render_report(connection, dataset.id, "k", {"rows": 1})
         connection.execute(sa.delete(datasets))
     assert stored_rows(database)["render_reports"] == []
+
+
+def test_projects_do_not_share_datasets(database: Database) -> None:
+    ours, theirs = insert(database, dataset_row()), insert(database, dataset_row(project="theirs"))
+    assert ours.id != theirs.id
+    with database.read() as connection:
+        assert list_datasets(connection, project="local", before=None, limit=9) == [ours]
+        with pytest.raises(NotFound):
+            get_dataset(connection, theirs.id, project="local")

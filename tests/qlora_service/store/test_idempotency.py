@@ -14,8 +14,8 @@ from qlora_service.store.tables import idempotency_keys
 from tests.control_plane import START
 
 
-def once(key: str = "k", *, owner: str = "local", fingerprint: str = "f") -> Once[int]:
-    return Once(key, owner, fingerprint, lambda result: {"status": 201, "body": {"result": result}})
+def once(key: str = "k", *, project: str = "local", fingerprint: str = "f") -> Once[int]:
+    return Once(key, project, fingerprint, lambda result: {"status": 201, "body": {"result": result}})
 
 
 def act(database: Database, request: Once[int], result: int = 1, after: timedelta = timedelta()) -> None:
@@ -47,11 +47,11 @@ def test_another_request_under_a_known_key_is_a_conflict(database: Database) -> 
         recall(connection, once(fingerprint="g"))
 
 
-def test_owners_do_not_share_keys(database: Database) -> None:
+def test_projects_do_not_share_keys(database: Database) -> None:
     act(database, once())
-    act(database, once(owner="somebody", fingerprint="g"))
+    act(database, once(project="somebody", fingerprint="g"))
     with database.read() as connection:
-        recall(connection, once(owner="nobody"))
+        recall(connection, once(project="nobody"))
 
 
 def test_key_of_work_that_failed_is_free(database: Database) -> None:

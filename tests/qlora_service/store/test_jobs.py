@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 from sqlalchemy.exc import IntegrityError
 
@@ -19,6 +21,9 @@ SPEC = {
 }
 
 
+listed = partial(list_jobs, project="local")
+
+
 def test_new_job_comes_back_as_it_was_put(database: Database) -> None:
     job_id = add_job(database, **{key: value for key, value in SPEC.items() if key != "base_model"})
     with database.read() as connection:
@@ -27,7 +32,7 @@ def test_new_job_comes_back_as_it_was_put(database: Database) -> None:
     assert (job.id, job.status, job.created_at) == (job_id, JobStatus.QUEUED, START)
     assert (job.started_at, job.finished_at, job.error, job.result, job.phase) == (None, None, None, None, None)
     assert (job.attempt, job.step, job.metrics, job.stop_request) == (0, 0, {}, None)
-    assert (job.owner, job.hold, job.plan, job.deaths, job.checkpoint_step) == ("local", None, None, [], 0)
+    assert (job.project, job.hold, job.plan, job.deaths, job.checkpoint_step) == ("local", None, None, [], 0)
 
 
 def test_unknown_job_is_not_found(database: Database) -> None:
@@ -38,7 +43,7 @@ def test_unknown_job_is_not_found(database: Database) -> None:
 
 def test_job_of_no_dataset_is_refused_whole(database: Database) -> None:
     with pytest.raises(IntegrityError), database.write() as connection:
-        insert_job(connection, new_id("job"), JobSpec(base_model="tiny"), "ds_none", "0" * 64, START)
+        insert_job(connection, new_id("job"), "local", JobSpec(base_model="tiny"), "ds_none", "0" * 64, START)
     assert not any(stored_rows(database).values())
 
 
@@ -46,7 +51,7 @@ def test_pages_go_from_the_newest_to_the_oldest_without_gaps(database: Database)
     ids = sorted((add_job(database) for _ in range(7)), reverse=True)
     seen: list[str] = []
     with database.read() as connection:
-        while page := list_jobs(connection, before=seen[-1] if seen else None, limit=3):
+        while page := listed(connection, before=seen[-1] if seen else None, limit=3):
             assert len(page) <= 3
             seen += [job.id for job in page]
     assert seen == ids
@@ -57,11 +62,11 @@ def test_jobs_are_listed_by_status_and_base_model(database: Database, queue: Que
     running = add_job(database, priority=1)
     queue.claim("host:1:0")
     with database.read() as connection:
-        assert [job.id for job in list_jobs(connection, status=JobStatus.RUNNING, limit=9)] == [running]
-        assert [job.id for job in list_jobs(connection, base_model="other", limit=9)] == [other]
-        both = list_jobs(connection, status=JobStatus.QUEUED, base_model="tiny", limit=9)
+        assert [job.id for job in listed(connection, status=JobStatus.RUNNING, limit=9)] == [running]
+        assert [job.id for job in listed(connection, base_model="other", limit=9)] == [other]
+        both = listed(connection, status=JobStatus.QUEUED, base_model="tiny", limit=9)
         assert [job.id for job in both] == [queued]
-        assert list_jobs(connection, status=JobStatus.FAILED, limit=9) == []
+        assert listed(connection, status=JobStatus.FAILED, limit=9) == []
 
 
 def test_count_ahead_is_the_number_of_claims_before_it(database: Database, queue: Queue) -> None:
@@ -69,7 +74,7 @@ def test_count_ahead_is_the_number_of_claims_before_it(database: Database, queue
         add_job(database, priority=priority)
     queue.claim("host:1:0")  # a running job is ahead of none
     with database.read() as connection:
-        expected = {job.id: count_ahead(connection, job) for job in list_jobs(connection, limit=9) if not job.attempt}
+        expected = {job.id: count_ahead(connection, job) for job in listed(connection, limit=9) if not job.attempt}
     order = []
     while (claimed := queue.claim("host:1:0")) is not None:
         order.append(claimed[0].job_id)
@@ -92,3 +97,15 @@ def test_events_are_read_on_from_where_a_reader_stopped(database: Database, queu
         assert {event.job_id for event in everything} == {claim.job_id}
         steps = events_after(connection, claim.job_id, types=("metrics",))
     assert [event.data["step"] for event in steps] == [0, 1, 2, 3]
+
+
+def test_another_projects_job_is_as_unknown_as_a_missing_one(database: Database) -> None:
+    ours, theirs = add_job(database), add_job(database, project="theirs")
+    with database.read() as connection:
+        assert get_job(connection, ours, project="local").project == "local"
+        with pytest.raises(NotFound) as foreign:
+            get_job(connection, theirs, project="local")
+        with pytest.raises(NotFound) as missing:
+            get_job(connection, "job_none", project="local")
+        assert [job.id for job in list_jobs(connection, project="theirs", limit=9)] == [theirs]
+    assert str(foreign.value).replace(theirs, "job_none") == str(missing.value)
