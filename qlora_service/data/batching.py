@@ -38,6 +38,17 @@ def split_rows(rows: int, fraction: float, max_held_out: int, seed: int) -> Spli
     return Split(tuple(sorted(order[held:])), tuple(sorted(order[:held])))
 
 
+def sample_rows(rows: int, limit: int, seed: int) -> tuple[int, ...]:
+    """Positions of at most `limit` of the rows, at random, in order.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if rows < 1:
+        raise ValueError("there are no rows to hold out")
+    return tuple(sorted(random.Random(f"sample {seed}").sample(range(rows), min(rows, limit))))  # noqa: S311 - no secret
+
+
 def total_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
     """Optimizer steps of a job over `rows` training rows."""
     return max_steps if max_steps is not None else math.ceil(_examples(rows, epochs) / batch_size)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_service.data.examples import Container, Shape, SourceRow
-from qlora_service.data.formats import RawRow, detect_container, read_rows
+from qlora_service.data.formats import RawRow, detect_container, json_row, read_rows
+from qlora_service.data.plain_rows import count_plain
 from qlora_service.data.shapes import REQUIRED, RowProblem, detect_shape, to_example
+from qlora_service.data.splitting import Piece, line_blocks, lines_of
 from qlora_service.errors import Finding, InvalidDataset
 
 MAX_FINDINGS = 100
@@ -55,25 +57,62 @@ def check_dataset(
     """
     container = container or detect_container(path, filename)
     shape = shape or _majority_shape(path, container)
-    rows, finding_count = 0, 0
+    usable_rows, finding_count = 0, 0
     findings: list[Finding] = []
-    for outcome in _outcomes(path, container, shape):
-        rows += 1
-        if isinstance(outcome, Finding):
+    for verdict in check_rows(path, container, shape):
+        if isinstance(verdict, int):
+            usable_rows += verdict
+        else:
             finding_count += 1
             if finding_count <= MAX_FINDINGS:
-                findings.append(outcome)
-    if finding_count == rows:
+                findings.append(verdict)
+    rows = usable_rows + finding_count
+    if not usable_rows:
         raise _unusable(f"none of its {rows} rows is usable as {shape} read from {container}", findings)
     return DatasetReport(
         container=container,
         shape=shape,
         bytes=path.stat().st_size,
         rows=rows,
-        usable_rows=rows - finding_count,
+        usable_rows=usable_rows,
         finding_count=finding_count,
         findings=tuple(findings),
     )
+
+
+def check_rows(path: Path, container: Container, shape: Shape) -> Iterator[int | Finding]:
+    """In file order, how many rows that follow one another are usable, or why the next one is not.
+
+    Raises:
+        InvalidDataset: the file is damaged.
+    """
+    if container == "jsonl":
+        return _check_lines(path, shape)
+    return map(_verdict, _outcomes(path, container, shape))
+
+
+def _check_lines(path: Path, shape: Shape) -> Iterator[int | Finding]:
+    """Whole blocks of lines are counted where that is safe, single lines where it is not."""
+    with path.open("rb") as file:
+        for block in line_blocks(file):
+            count = _count(block, shape)
+            if count is not None:
+                yield count
+            else:
+                yield from (_check_line(line, shape) for line in lines_of(block))
+
+
+def _check_line(line: Piece, shape: Shape) -> int | Finding:
+    count = _count(line, shape)
+    return _verdict(_outcome(json_row(line), shape)) if count is None else count
+
+
+def _count(lines: Piece, shape: Shape) -> int | None:
+    return None if lines.problem is not None else count_plain(lines.raw, shape)
+
+
+def _verdict(outcome: SourceRow | Finding) -> int | Finding:
+    return outcome if isinstance(outcome, Finding) else 1
 
 
 def read_examples(path: Path, container: Container, shape: Shape) -> Iterator[SourceRow]:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from qlora_service.data import splitting
 from qlora_service.data.examples import Container
+from qlora_service.data.fast_json import parse_row
 from qlora_service.data.shapes import COLUMNS, JSON_COLUMNS, detect_shape
 from qlora_service.data.strict_json import RowProblem, check_strings, parse_json
 from qlora_service.errors import Finding, InvalidDataset
@@ -202,12 +203,15 @@ def _decode(piece: splitting.Piece) -> str:
         raise RowProblem("", splitting.invalid_utf8(error, piece.offset)) from None
 
 
-def _json_row(piece: splitting.Piece) -> RawRow:
+def json_row(piece: splitting.Piece) -> RawRow:
+    """The row whose JSON text the piece is."""
     return _row(piece.line, piece.offset, piece.problem, partial(_json_value, piece))
 
 
 def _json_value(piece: splitting.Piece) -> dict[str, Any]:
-    value = parse_json(_decode(piece))
+    value = parse_row(piece.raw)
+    if value is None:
+        value = parse_json(_decode(piece))
     if not isinstance(value, dict):
         raise RowProblem("", "a row must be a JSON object")
     return value
@@ -215,7 +219,7 @@ def _json_value(piece: splitting.Piece) -> dict[str, Any]:
 
 def _read_jsonl(path: Path) -> Iterator[RawRow]:
     with path.open("rb") as file:
-        yield from (_json_row(line) for line in splitting.lines(file) if not line.is_blank)
+        yield from (json_row(line) for line in splitting.lines(file) if not line.is_blank)
 
 
 def _read_json(path: Path) -> Iterator[RawRow]:
@@ -227,7 +231,7 @@ def _read_json(path: Path) -> Iterator[RawRow]:
                 "the file is not a JSON array: it must begin with [ and hold one object per row. "
                 'Upload rows under a key ({"data": [...]}) without it, and one object per line as JSON Lines'
             )
-        yield from map(_json_row, splitting.array_elements(file, len(head) - len(body) + 1))
+        yield from map(json_row, splitting.array_elements(file, len(head) - len(body) + 1))
 
 
 def _read_text(path: Path) -> Iterator[RawRow]:

@@ -6,6 +6,7 @@ Only cut here, not understood: that is `formats`' part.
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import re
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ UTF8_BOM = b"\xef\xbb\xbf"
 BLANKS = b" \t\r\n"
 
 _CHUNK_BYTES = 256 * 2**10
+# Some forty ordinary rows: one that is wrong makes few others be looked at alone, and larger blocks gain nothing.
+_BLOCK_BYTES = 8 * 2**10
 TOO_LONG = f"longer than {MAX_ROW_BYTES // 2**20} MiB: split it into shorter rows"
 _CUT_SHORT = "the array ends inside this row: the file is cut short, or a bracket or quote is not closed"
 _NOT_CLOSED = "the array ends without its closing bracket: the file is cut short"
@@ -54,21 +57,41 @@ def invalid_utf8(error: UnicodeDecodeError, offset: int) -> str:
 
 def lines(file: BinaryIO) -> Iterator[Piece]:
     """The physical lines with their ends, blank ones too, without a byte order mark."""
+    for block in line_blocks(file):
+        yield from lines_of(block)
+
+
+def line_blocks(file: BinaryIO) -> Iterator[Piece]:
+    """The same, several lines in a piece: what a line costs is paid once for a block of them. A long one is alone."""
     offset = len(UTF8_BOM) if file.read(len(UTF8_BOM)) == UTF8_BOM else 0
     file.seek(offset)
-    for number in itertools.count(1):
-        raw = file.readline(MAX_ROW_BYTES + 2)
-        if not raw:
-            return
-        size = len(raw)
-        if size <= MAX_ROW_BYTES or len(raw.rstrip(b"\r\n")) <= MAX_ROW_BYTES:
-            yield Piece(number, offset, raw)
-        else:
-            while raw and not raw.endswith(b"\n"):
-                raw = file.readline(_CHUNK_BYTES)
-                size += len(raw)
-            yield Piece(number, offset, b"", TOO_LONG)
-        offset += size
+    number = 1
+    while block := file.read(_BLOCK_BYTES):
+        whole = block[: block.rfind(b"\n") + 1]
+        file.seek(offset + len(whole))
+        yield Piece(number, offset, whole) if whole else _one_line(file, number, offset)
+        number += whole.count(b"\n") or 1
+        offset = file.tell()
+
+
+def lines_of(block: Piece) -> Iterator[Piece]:
+    """The lines of a block."""
+    if block.problem is not None:
+        yield block
+        return
+    offset = block.offset
+    for number, raw in enumerate(io.BytesIO(block.raw), start=block.line):
+        yield Piece(number, offset, raw)
+        offset += len(raw)
+
+
+def _one_line(file: BinaryIO, number: int, offset: int) -> Piece:
+    raw = file.readline(MAX_ROW_BYTES + 2)
+    if len(raw) <= MAX_ROW_BYTES or len(raw.rstrip(b"\r\n")) <= MAX_ROW_BYTES:
+        return Piece(number, offset, raw)
+    while raw and not raw.endswith(b"\n"):
+        raw = file.readline(_CHUNK_BYTES)
+    return Piece(number, offset, b"", TOO_LONG)
 
 
 def documents(file: BinaryIO) -> Iterator[Piece]:

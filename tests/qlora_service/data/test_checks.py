@@ -13,10 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_service.data.checks import MAX_FINDINGS, DatasetReport, check_dataset, read_examples
+from qlora_service.data.checks import MAX_FINDINGS, DatasetReport, check_dataset, check_rows, read_examples
 from qlora_service.data.examples import Completion, Container, Labelled, Shape, SourceRow, Text
+from qlora_service.data.formats import read_rows
+from qlora_service.data.shapes import REQUIRED
 from qlora_service.data.splitting import MAX_ROW_BYTES
-from qlora_service.errors import InvalidDataset
+from qlora_service.errors import Finding, InvalidDataset
+from tests.planted_errors import PLANTED, chat_line
 
 ALPACA = {"instruction": "Translate: perro", "input": "", "output": "dog 🐕"}
 TEXT = {"text": "Es war einmal"}
@@ -211,6 +214,31 @@ def test_memory_grows_neither_with_the_file_nor_with_its_longest_row(
     assert peak_bytes < 2.5 * MAX_ROW_BYTES
 
 
+def test_every_planted_error_is_found_at_its_line_and_byte(upload: Path) -> None:
+    good, blank, offsets = chat_line('Grüße? "👋"\n', "Ja"), b" \r\n", []
+    with upload.open("wb") as file:
+        for number, planted in enumerate(PLANTED):
+            # One blank line more each time: the errors fall on other places in the blocks of lines.
+            file.writelines([good, b"\n", blank] * 200 + [blank] * number)
+            offsets.append(file.tell())
+            file.writelines([planted.line, b"\n"])
+        file.write(good)
+    data, verdicts = upload.read_bytes(), list(check_rows(upload, "jsonl", "messages"))
+    found = [verdict for verdict in verdicts if isinstance(verdict, Finding)]
+    for planted, offset, finding in zip(PLANTED, offsets, found, strict=True):
+        assert planted.reason in finding.reason
+        place = (finding.line, finding.byte_offset, finding.pointer)
+        assert place == (data.count(b"\n", 0, offset) + 1, offset, planted.pointer)
+    assert sum(verdict for verdict in verdicts if isinstance(verdict, int)) == 200 * len(PLANTED) + 1
+
+
+def test_rows_are_counted_together_only_up_to_the_next_finding(upload: Path) -> None:
+    write(upload, *[TEXT] * 3, BROKEN, TEXT)
+    verdicts = list(check_rows(upload, "jsonl", "text"))
+    at = next(place for place, verdict in enumerate(verdicts) if isinstance(verdict, Finding))
+    assert (verdicts[:at], verdicts[at + 1 :]) == ([1, 1, 1], [1])
+
+
 ROW = st.sampled_from([ALPACA, TEXT, {"messages": conversation("a", "b")}, {"messages": []}, {"prompt": 1}]).map(
     lambda row: json.dumps(row).encode()
 )
@@ -228,3 +256,24 @@ def test_any_file_is_reported_on_or_refused(upload: Path, rows: list[bytes], bet
     json.dumps(report.as_dict(), ensure_ascii=False).encode()
     assert report.usable_rows == report.rows - report.finding_count > 0
     assert len(list(read_examples(upload, report.container, report.shape))) == report.usable_rows
+
+
+PLANTED_LINE = st.sampled_from([planted.line for planted in PLANTED if len(planted.line) < 10_000])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(ROW | PLANTED_LINE | st.binary(max_size=9), max_size=8),
+    st.sampled_from([b"\n", b"\r\n", b"\n\n", b"\n \r\n"]),
+    st.sampled_from(sorted(REQUIRED)),
+)
+def test_rows_that_are_counted_are_the_examples_that_are_read(
+    upload: Path, rows: list[bytes], between: bytes, shape: Shape
+) -> None:
+    upload.write_bytes(between.join(rows))
+    verdicts = list(check_rows(upload, "jsonl", shape))
+    counted = sum(verdict for verdict in verdicts if isinstance(verdict, int))
+    refused = {verdict.line for verdict in verdicts if isinstance(verdict, Finding)}
+    examples = [row.line for row in read_examples(upload, "jsonl", shape)]
+    assert len(examples) == counted
+    assert refused == {row.line for row in read_rows(upload, "jsonl")} - set(examples)

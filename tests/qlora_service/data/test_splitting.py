@@ -2,13 +2,22 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_service.data import splitting
-from qlora_service.data.splitting import MAX_ROW_BYTES, array_elements, csv_records, documents, lines
+from qlora_service.data.splitting import (
+    MAX_ROW_BYTES,
+    UTF8_BOM,
+    array_elements,
+    csv_records,
+    documents,
+    line_blocks,
+    lines,
+)
 
 # Text full of what could be mistaken for structure.
 TRICKY = st.text(alphabet='a"\\[]{},:\n é😀', max_size=12)
@@ -17,6 +26,52 @@ TRICKY = st.text(alphabet='a"\\[]{},:\n é😀', max_size=12)
 @pytest.fixture
 def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splitting, "_CHUNK_BYTES", 3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from([b"a", b"bcde", b"\n", b"\r\n", b"\r", b"\xe2\x80\xa8", b"\x0c", UTF8_BOM]), max_size=30),
+    st.integers(1, 8),
+    st.integers(8, 12),
+)
+def test_lines_are_those_of_the_file_however_it_is_read(parts: list[bytes], block_bytes: int, cap: int) -> None:
+    data = b"".join(parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splitting, "_BLOCK_BYTES", block_bytes)
+        patch.setattr(splitting, "MAX_ROW_BYTES", cap)
+        pieces = list(lines(io.BytesIO(data)))
+    offset = len(UTF8_BOM) if data.startswith(UTF8_BOM) else 0
+    raws = [raw for raw in re.split(rb"(?<=\n)", data[offset:]) if raw]
+    assert [piece.line for piece in pieces] == list(range(1, len(raws) + 1))
+    for raw, piece in zip(raws, pieces, strict=True):
+        kept = len(raw.rstrip(b"\r\n")) <= cap
+        assert (piece.offset, piece.raw, piece.problem is None) == (offset, raw if kept else b"", kept)
+        offset += len(raw)
+
+
+def test_ordinary_lines_come_many_at_once() -> None:
+    data = b'{"text": "a"}\r\n' * 10_000
+    blocks = list(line_blocks(io.BytesIO(data)))
+    assert len(blocks) < 30
+    assert b"".join(block.raw for block in blocks) == data
+
+
+def test_line_longer_than_a_block_comes_alone() -> None:
+    long = b"x" * 100_000 + b"\n"
+    blocks = list(line_blocks(io.BytesIO(b"a\n" + long + b"b")))
+    assert [(block.line, block.offset, block.raw) for block in blocks] == [
+        (1, 0, b"a\n"),
+        (2, 2, long),
+        (3, 2 + len(long), b"b"),
+    ]
+
+
+def test_line_over_the_cap_is_let_go() -> None:
+    data = b"a\n" + b"x" * (MAX_ROW_BYTES + 1) + b"\nb"
+    _, long, last = line_blocks(io.BytesIO(data))
+    assert (long.line, long.offset, long.raw) == (2, 2, b"")
+    assert "longer than 16 MiB" in str(long.problem)
+    assert (last.line, last.offset, last.raw) == (3, len(data) - 1, b"b")
 
 
 def test_lines_count_bytes_through_bom_crlf_and_blank_lines() -> None:

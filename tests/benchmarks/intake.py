@@ -1,0 +1,197 @@
+"""Dataset intake: 2 GB in 10 million lines, with planted errors, each run in a fresh process.
+
+Three runs: `check_rows` alone on conversations; `Service.add_dataset` (check, SHA-256, copy into the artifact store,
+flush) on the same file; `check_rows` on prompts with completions, a tenth as many. The file has just been written, so
+most of it is read from memory; the copy is written to the disk.
+
+- rate: by the clock, so run it alone on the machine; and by CPU time, which is that of one core;
+- peak RSS: of the whole process, its imports counted;
+- an error is found when line, byte offset, reason and JSON pointer are right; `add_dataset` tells the first hundred
+  findings and counts them all.
+
+QLORA_BENCH_ROWS is the number of lines; their mean length stays.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from qlora_service.data.checks import MAX_FINDINGS, check_rows
+from qlora_service.data.examples import Shape
+from qlora_service.errors import Finding
+from qlora_service.service import open_service
+from tests.planted_errors import MALFORMED, PLANTED, Planted, chat_line
+
+ROOT = Path(__file__).parent.parent.parent
+ROWS = int(os.environ.get("QLORA_BENCH_ROWS", "10000000"))
+OF_EACH_KIND = 30
+"""Planted errors of each kind; the one that is too long comes once."""
+MB_PER_S, RSS_MB = 40, 256
+VARIETY = 20_000
+"""Different rows; they come again and again."""
+SENTENCE = 'the order of which Frau Müller said "soon" is\n42 days late; please ship № 4711 to Kraków now 🙂'
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file, the shape of its rows, and where its errors are: (line, byte offset) and what was planted there."""
+
+    path: Path
+    shape: Shape
+    rows: int
+    errors: list[tuple[int, int, Planted]]
+
+
+def figures() -> Iterator[dict[str, Any]]:
+    # Not /tmp, which may lie in memory.
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        scratch = Path(name)
+        conversations = _write(scratch / "messages.jsonl", "messages", _conversation, ROWS, PLANTED)
+        yield from _figures("check", conversations, _run("check", conversations))
+        yield from _figures("add_dataset", conversations, _run("add", conversations))
+        conversations.path.unlink()
+        pairs = _write(scratch / "pairs.jsonl", "prompt_completion", _pair, ROWS // 10, MALFORMED)
+        yield from _figures("check of prompts and completions", pairs, _run("check", pairs))
+
+
+def _write(
+    path: Path, shape: Shape, row: Callable[[random.Random], bytes], rows: int, planted: Sequence[Planted]
+) -> Upload:
+    """A file of `rows` lines, errors and blank lines among them."""
+    chance = random.Random(5)
+    good = [row(chance) + b"\n" for _ in range(VARIETY)]
+    chosen = [error for error in planted for _ in range(1 if len(error.line) > 2**20 else OF_EACH_KIND)]
+    chance.shuffle(chosen)
+    places = sorted(chance.sample(range(100, rows), len(chosen)))
+    errors, line = [], 1
+    with path.open("wb", buffering=2**20) as file:
+        for place, error in zip(places, chosen, strict=True):
+            file.writelines(_lines(good, place - line))
+            errors.append((place, file.tell(), error))
+            file.writelines([error.line, b"\n"])
+            line = place + 1
+        file.writelines(_lines(good, rows + 1 - line))
+        file.flush()
+        os.fsync(file.fileno())
+    return Upload(path, shape, rows, errors)
+
+
+def _lines(good: list[bytes], count: int) -> Iterator[bytes]:
+    """Good rows, but for a blank line in a thousand."""
+    return (b" \r\n" if index % 1000 == 999 else good[index % VARIETY] for index in range(count))
+
+
+def _conversation(chance: random.Random) -> bytes:
+    line = chat_line(_text(chance, 9), _text(chance, 12))
+    # Half of the files in the world are written in ASCII.
+    return line if chance.random() < 0.5 else json.dumps(json.loads(line)).encode()
+
+
+def _pair(chance: random.Random) -> bytes:
+    row = {"prompt": _text(chance, 14), "completion": _text(chance, 14)}
+    return json.dumps(row, ensure_ascii=chance.random() < 0.5).encode()
+
+
+def _text(chance: random.Random, words: int) -> str:
+    return " ".join(chance.choices(SENTENCE.split(" "), k=chance.randint(words // 2, words * 3 // 2)))
+
+
+def _run(action: str, upload: Upload) -> dict[str, Any]:
+    """What `main` measured in a process of its own."""
+    # Through the lifeline: no run outlives the benchmark.
+    command = [sys.executable, "-m", "qlora_service.lifeline", str(os.getpid()), "-m", "tests.benchmarks.intake"]
+    child = subprocess.run(
+        [*command, action, str(upload.path), upload.shape], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    measured: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return measured
+
+
+def _figures(name: str, upload: Upload, measured: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    megabytes = upload.path.stat().st_size / 1e6
+    told = f"{name}, {megabytes / 1e3:.2f} GB in {upload.rows / 1e6:g} M lines"
+    named = upload.errors if name != "add_dataset" else upload.errors[:MAX_FINDINGS]
+    by_line = {finding["line"]: finding for finding in measured["findings"]}
+    found = sum(_is_found(by_line.get(line), offset, error) for line, offset, error in named)
+    yield _figure(f"{told}: rate", megabytes / measured["seconds"], "MB/s", MB_PER_S)
+    yield _figure(f"{told}: rate by CPU time of all threads", megabytes / measured["cpu_seconds"], "MB/s", MB_PER_S)
+    yield _figure(f"{told}: peak RSS", measured["peak_rss_bytes"] / 1e6, "MB", RSS_MB, better="lower")
+    yield _figure(f"{name}: planted errors found, of {len(named)}", found, "", len(named))
+    not_planted = measured["finding_count"] - len(upload.errors)
+    yield _figure(f"{name}: findings counted beyond the {len(upload.errors)} planted", not_planted, "", 0, "lower")
+
+
+def _is_found(finding: dict[str, Any] | None, offset: int, error: Planted) -> bool:
+    if finding is None:
+        return False
+    at = (finding["byte_offset"], finding["pointer"])
+    return at == (offset, error.pointer) and error.reason in finding["reason"]
+
+
+def _figure(name: str, value: float, unit: str, must: float | None = None, better: str = "higher") -> dict[str, Any]:
+    return {"figure": name, "value": round(value, 1), "unit": unit, "must": must, "better": better}
+
+
+def main(action: str, path: Path, shape: Shape) -> None:
+    """Do the action, and print what it took and found as JSON."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        work = partial(_check, path, shape) if action == "check" else _intake(path, Path(name))
+        started, cpu_started = time.perf_counter(), time.process_time()
+        finding_count, findings = work()
+        measured = {
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu_started,
+            "peak_rss_bytes": _peak_rss_bytes(),
+            "finding_count": finding_count,
+            "findings": [finding.as_dict() for finding in findings],
+        }
+    print(json.dumps(measured))
+
+
+Found = tuple[int, Sequence[Finding]]
+"""How many findings there are, and those that are told."""
+
+
+def _check(path: Path, shape: Shape) -> Found:
+    findings = [verdict for verdict in check_rows(path, "jsonl", shape) if isinstance(verdict, Finding)]
+    return len(findings), findings
+
+
+def _intake(path: Path, data: Path) -> Callable[[], Found]:
+    """What adds the file to a service over an empty directory."""
+    service = open_service(
+        database_url=f"sqlite:///{data / 'state.db'}",
+        artifact_url=(data / "artifacts").as_uri(),
+        models_dir=data / "models",
+        tmp_dir=data / "tmp",
+        lease_s=60,
+    )
+
+    def work() -> Found:
+        report = service.add_dataset(path, filename=path.name).report
+        return report.finding_count, report.findings
+
+    return work
+
+
+def _peak_rss_bytes() -> int:
+    """Most memory this program held at once. `getrusage` would count what its parent held before the exec."""
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    assert peak is not None
+    return int(peak.group(1)) * 1024
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), cast(Shape, sys.argv[3]))
