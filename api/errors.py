@@ -1,4 +1,4 @@
-"""The one table from errors to status codes, and the one JSON shape in which all of them are answered."""
+"""The one table from errors to status codes, and the JSON in which all of them are answered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from fastapi.responses import JSONResponse
 from obstore.exceptions import GenericError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
 
+from api.openai_errors import PREFIX as OPENAI_PREFIX
+from api.openai_errors import on_openai_wire
 from api.schemas import ErrorResponse
 from qlora_service.errors import (
     Conflict,
@@ -23,7 +26,10 @@ from qlora_service.errors import (
     NotFound,
     QLoRAError,
     QuotaExceeded,
+    RateLimited,
+    StorageFull,
     TooLarge,
+    Unauthenticated,
     Unavailable,
 )
 from qlora_service.store.database import is_full, is_outage
@@ -40,9 +46,21 @@ class InvalidJSON(InvalidRequest):
 
 
 class Forbidden(InvalidRequest):
-    """Asked by somebody whom the service does not know."""
+    """Asked under a name, from a page or with a key that may not."""
 
     code = "forbidden"
+
+
+class MalformedRequest(InvalidRequest):
+    """What arrived is no HTTP request, or holds what no text can."""
+
+    code = "malformed_request"
+
+
+class RequestTimeout(InvalidRequest):
+    """The request did not arrive in time; answered by `api.protocol` alone."""
+
+    code = "request_timeout"
 
 
 class UnsupportedMediaType(InvalidRequest):
@@ -57,8 +75,11 @@ class RangeNotSatisfiable(InvalidRequest):
 
 STATUS: dict[type[QLoRAError], int] = {
     InvalidJSON: 400,
+    MalformedRequest: 400,
+    Unauthenticated: 401,
     Forbidden: 403,
     NotFound: 404,
+    RequestTimeout: 408,
     Conflict: 409,
     TooLarge: 413,
     UnsupportedMediaType: 415,
@@ -71,6 +92,7 @@ STATUS: dict[type[QLoRAError], int] = {
 
 _EXAMPLES: dict[int, tuple[str, str, str | None]] = {
     400: ("invalid_json", "the body is not valid JSON: Expecting value at line 1, column 16", None),
+    401: ("unauthenticated", "this needs a key: send the header 'Authorization: Bearer qk_…'", "authorization"),
     403: ("forbidden", "the service is not known as 'gpu.example': add the name to QLORA_ALLOWED_HOSTS", "host"),
     404: ("not_found", "there is no job 'job_1'; GET /jobs lists them", "job_id"),
     409: ("conflict", "job job_1 has succeeded already: there is nothing left to cancel", None),
@@ -78,20 +100,21 @@ _EXAMPLES: dict[int, tuple[str, str, str | None]] = {
     415: ("unsupported_media_type", "send application/json or multipart/form-data", "content-type"),
     416: ("range_not_satisfiable", "the file has 10 bytes, the Range header asks for none of them", "range"),
     422: ("invalid_spec", "/training/lr: unknown field 'lr': did you mean 'learning_rate'?", "/training/lr"),
-    429: ("quota_exceeded", "8 jobs are in the queue, which is as many as may wait: cancel one", None),
+    429: ("rate_limited", "more than 60 requests a minute came under one key: go on in 1 s", None),
     500: ("internal_error", "the service failed; its log says more under request req_1", None),
     503: ("unavailable", "the database does not answer; try again later", None),
 }
 _MEANING = {
     400: "The body is no JSON",
-    403: "Another host name or web page than the service knows",
+    401: "No key, or one that is not known or revoked",
+    403: "A key without the scope for this, or another host name or web page than the service knows",
     404: "There is no such thing",
     409: "Its state forbids this",
     413: "Over a limit",
     415: "Neither JSON nor multipart",
     416: "The range lies outside the file",
     422: "The request cannot work as it is; every fault is listed with its place",
-    429: "As many as are allowed at a time: try again after Retry-After seconds",
+    429: "Over a quota: try again after Retry-After seconds; without this header, waiting does not help",
     500: "A defect of the service",
     503: "Not now: try again after Retry-After seconds",
 }
@@ -100,7 +123,8 @@ _MEANING = {
 def error_responses(*statuses: int, guarded: bool = True) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's `responses` of a route that may answer with these errors.
 
-    Any may fail with 500, and refuse strangers unless `api.origins` leaves it open: then it is not `guarded`.
+    Any may fail with 500. One that is `guarded` is open to neither strangers (`api.origins`) nor requests without a
+    key, or with a key that asks too often (`api.auth`).
     """
     return {
         status: {
@@ -108,7 +132,7 @@ def error_responses(*statuses: int, guarded: bool = True) -> dict[int | str, dic
             "description": _MEANING[status],
             "content": {"application/json": {"schema": _SCHEMA, "example": _example(status)}},
         }
-        for status in sorted({*statuses, *([403] if guarded else []), 500})
+        for status in sorted({*statuses, *([401, 403, 429] if guarded else []), 500})
     }
 
 
@@ -181,11 +205,21 @@ def _is_full(error: Exception) -> bool:
 def refusal(error: QLoRAError) -> JSONResponse:
     """The answer that says what `error` says."""
     headers = {}
-    if isinstance(error, Unavailable | QuotaExceeded):
-        headers["Retry-After"] = str(RETRY_AFTER_S)
+    if (retry_after_s := _retry_after_s(error)) is not None:
+        headers["Retry-After"] = str(retry_after_s)
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, RangeNotSatisfiable):
         headers["Content-Range"] = f"bytes */{error.details['size']}"
     return _response(error.as_dict(), status_of(error), headers)
+
+
+def _retry_after_s(error: QLoRAError) -> int | None:
+    """When to send the request again; None where that would not help."""
+    if isinstance(error, RateLimited):
+        return int(error.details["retry_after_s"])
+    waiting_helps = isinstance(error, Unavailable | QuotaExceeded) and not isinstance(error, StorageFull)
+    return RETRY_AFTER_S if waiting_helps else None
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
@@ -218,4 +252,19 @@ async def _answer_http_exception(request: Request, error: Exception) -> JSONResp
 
 
 def _response(body: dict[str, Any], status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": body}, status, dict(headers or {}))
+    return _ErrorAnswer(body, status, dict(headers or {}))
+
+
+class _ErrorAnswer(JSONResponse):
+    """An error in our own shape; under /v1 it is sent in OpenAI's."""
+
+    def __init__(self, error: dict[str, Any], status: int, headers: dict[str, str]) -> None:
+        super().__init__({"error": error}, status, headers)
+        self._error, self._given = error, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not scope["path"].startswith(OPENAI_PREFIX):
+            await super().__call__(scope, receive, send)
+            return
+        error, status, more = on_openai_wire(self._error, self.status_code)
+        await JSONResponse({"error": error}, status, self._given | more)(scope, receive, send)

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
+from api import v1
+from api.auth import Gate, StreamGuard, authenticated, hand_over_first_key
 from api.errors import install_handlers
+from api.event_feed import running_feed
 from api.idempotency import answer_again
+from api.openapi import Application
 from api.origins import OriginGuard
+from api.parameters import refuse_nul
 from api.request_log import RequestLog
-from api.routes import artifacts, datasets, docs, events, health, jobs, models, recipes
+from api.routes import artifacts, datasets, docs, events, health, jobs, keys, models, recipes
 from api.uploads import Uploads
+from qlora_service.access import Access
 from qlora_service.models.staging import reap_stale, staging_directory
 from qlora_service.service import open_service
 from qlora_service.settings import Settings
+from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Replay
+from qlora_service.webhooks.endpoints import open_webhooks
 
 DESCRIPTION = """
 POST a dataset and a config to `/jobs`; one GPU trains a LoRA adapter over a 4-bit base model; download adapter
@@ -27,8 +35,11 @@ Every error, of every route, is one JSON shape: `error.code` for programs, `erro
 `error.location` and `error.findings` for the places. Every answer carries `X-Request-Id`, the request's own if it
 sent one.
 
-Every POST takes an `Idempotency-Key`: sent again after a lost connection or a 503 under the same key, it takes effect
-once and is answered the same.
+Every request but those for health and this page names its key: `Authorization: Bearer qk_…`. A key belongs to a
+project; what other projects have is not there for it. The first start prints a key; `qlora keys` makes more.
+
+Every POST that changes something takes an `Idempotency-Key`: sent again after a lost connection or a 503 under the same
+key, it takes effect once and is answered the same.
 """
 TAGS = [
     {"name": "jobs", "description": "Submit a fine-tuning job, follow it, pause, resume or cancel it."},
@@ -36,13 +47,19 @@ TAGS = [
     {"name": "datasets", "description": "Upload rows, see what is wrong with them and how they will be trained."},
     {"name": "models", "description": "The base models that jobs can name."},
     {"name": "recipes", "description": "Named settings that a job can start from."},
+    {"name": "admin", "description": "The keys of the project. Needs a key of the scope `admin`."},
+    {"name": "webhooks", "description": "Be told how jobs end, and see what was delivered."},
+    {"name": "openai files", "description": "For OpenAI's client: datasets, and the metrics of succeeded jobs."},
+    {"name": "openai uploads", "description": "For OpenAI's client: datasets that arrive in parts."},
+    {"name": "openai fine-tuning", "description": "For OpenAI's client: the same jobs as under /jobs."},
+    {"name": "openai models", "description": "For OpenAI's client: base models and fine-tuned ones."},
     {"name": "health", "description": "For load balancers and containers."},
 ]
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; its lifespan opens the service over the data directory of `settings`."""
-    app = FastAPI(
+    app = Application(
         title="qlora-service",
         description=DESCRIPTION,
         version=version("qlora-service"),
@@ -54,11 +71,14 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.draining = False
+    app.add_middleware(StreamGuard)
     app.add_middleware(OriginGuard, listening=settings.host, allowed=settings.allowed_host_names)
     app.add_middleware(RequestLog)  # the last one added is the outermost
     install_handlers(app)
     app.add_exception_handler(Replay, answer_again)
-    for routes in (jobs, events, artifacts, datasets, models, recipes, health, docs):
+    for routes in (jobs, events, artifacts, datasets, models, recipes, keys, v1):
+        app.include_router(routes.router, dependencies=[Depends(authenticated), Depends(refuse_nul)])
+    for routes in (health, docs):  # open to everybody
         app.include_router(routes.router)
     return app
 
@@ -76,10 +96,22 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             tmp_dir=scratch.path,
             lease_s=settings.lease_s,
             max_queued_jobs=settings.max_queued_jobs,
+            max_stored_bytes=settings.max_stored_bytes,
         )
+        # With connections of its own: those who may ask are told so also while others wait for the rest.
+        access = Access(Database(settings.resolved_database_url))
+        if settings.keys == "required":
+            hand_over_first_key(access)
+        service.uploads.reap()
         app.state.service = service
+        app.state.access = access
+        app.state.gate = Gate(access if settings.keys == "required" else None, settings.max_requests_per_minute)
         app.state.uploads = Uploads(scratch.path, settings.max_upload_bytes)
-        try:
-            yield
-        finally:
-            service.close()
+        database_url = settings.resolved_database_url
+        with (
+            closing(service),
+            closing(access),
+            open_webhooks(database_url, private=settings.webhook_private) as app.state.webhooks,
+        ):
+            async with running_feed(database_url, lambda: bool(app.state.draining)) as app.state.event_feed:
+                yield

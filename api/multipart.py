@@ -31,6 +31,22 @@ class Form:
     files: dict[str, FilePart] = field(default_factory=dict)
     fields: dict[str, bytearray] = field(default_factory=dict)
 
+    def text(self, name: str) -> str | None:
+        """A field's text; None where the form has none of the name. Raises: InvalidRequest."""
+        value = self.fields.get(name)
+        if value is None:
+            return None
+        try:
+            text = value.decode()
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(
+                f"the part {name!r} is not UTF-8: byte 0x{value[error.start]:02x} at offset {error.start}",
+                location=name,
+            ) from None
+        if "\0" in text:
+            raise InvalidRequest(f"the part {name!r} contains a NUL character", location=name)
+        return text
+
 
 def is_multipart(content_type: str) -> bool:
     return content_type.partition(";")[0].strip().lower() == MEDIA_TYPE

@@ -1,4 +1,4 @@
-"""Who may ask: an API without a password has to know a web page of somebody else's from its own users.
+"""Which host names and web pages may ask: somebody else's page is to be known from the service's own users.
 
 A page in a user's browser can send requests to the user's loopback (cross-site request forgery), and with a host
 name of its own that resolves to it also read the answers (DNS rebinding). Browsers tell both: by `Host`, `Origin` and

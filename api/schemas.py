@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from qlora_service.access import MAX_NAME_CHARS
 from qlora_service.artifacts.manifest import ManifestFile
 from qlora_service.data.examples import Container, Shape
 from qlora_service.data.rendering import RenderReport
 from qlora_service.jobs import HoldReason, JobStatus, StopRequest
 from qlora_service.jobs import Job as DomainJob
+from qlora_service.keys import DEFAULT_SCOPES, ApiKey, Scope
 from qlora_service.models.catalog import BaseModel as DomainModel
 from qlora_service.specs import JobSpec
 from qlora_service.store.datasets import Dataset as DomainDataset
@@ -111,6 +113,12 @@ class Dataset(BaseModel):
             lengths=None if lengths is None else Lengths.model_validate(lengths),
             **dataset.report.as_dict(),
         )
+
+
+class DeletedDataset(BaseModel):
+    id: str
+    object: Literal["dataset"] = "dataset"
+    deleted: Literal[True] = True
 
 
 class PreviewToken(BaseModel):
@@ -282,3 +290,40 @@ class Artifact(BaseModel):
 
 class Health(BaseModel):
     status: Literal["ok"] = "ok"
+
+
+# --- keys
+
+
+class KeyRequest(BaseModel):
+    """A key to be made."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = Field(min_length=1, max_length=MAX_NAME_CHARS, description="For people: whose it is, or what for.")
+    scopes: list[Annotated[Scope, Field(strict=False)]] = Field(
+        default=sorted(DEFAULT_SCOPES),
+        min_length=1,
+        max_length=len(Scope),
+        description="What it allows: read (GET), submit (everything but keys), admin (keys, too). Each includes the "
+        "ones before it.",
+    )
+
+
+class Key(BaseModel):
+    """A key, without the secret."""
+
+    id: str
+    project: str = Field(description="Whose jobs and datasets it opens.")
+    name: str
+    scopes: list[Scope]
+    created_at: datetime
+    revoked_at: datetime | None = Field(description="Since when it is refused.")
+
+    @classmethod
+    def of(cls, key: ApiKey) -> Self:
+        return cls.model_validate(key.as_dict())
+
+
+class NewKey(Key):
+    secret: str | None = Field(None, description="The key itself, shown once; null in an answer that is given again.")

@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -99,6 +100,13 @@ class Image:
             time.sleep(0.5)
         return process
 
+    def first_key(self) -> str:
+        """The admin key that the first start has printed."""
+        found = re.search(r"export QLORA_API_KEY=(\S+)", self.log.read_text())
+        require(found, "the first start printed no key")
+        assert found is not None
+        return found[1]
+
     def processes(self) -> dict[int, str]:
         """Command lines of the user's live processes, by pid. A zombie has none."""
         ps = subprocess.run(
@@ -124,15 +132,21 @@ def require(condition: object, failure: str) -> None:
         sys.exit(f"image-test: {failure}")
 
 
-def request(method: str, path: str, body: Any = None) -> tuple[http.client.HTTPMessage, bytes]:
-    """Headers and body of a successful answer."""
+def request(
+    method: str, path: str, body: Any = None, *, key: str | None = None, status: int | None = None
+) -> tuple[http.client.HTTPMessage, bytes]:
+    """Headers and body of an answer that has this status, or else is successful."""
     connection = http.client.HTTPConnection(HOST, PORT, timeout=60)
     payload = None if body is None else json.dumps(body)
-    connection.request(method, path, payload, {"Content-Type": "application/json"} if payload else {})
+    headers = {} if payload is None else {"Content-Type": "application/json"}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
+    connection.request(method, path, payload, headers)
     response = connection.getresponse()
     content = response.read()
     connection.close()
-    require(response.status < 300, f"{method} {path} answered {response.status}: {content[:2000]!r}")
+    expected = response.status < 300 if status is None else response.status == status
+    require(expected, f"{method} {path} answered {response.status}: {content[:2000]!r}")
     return response.headers, content
 
 
@@ -160,28 +174,30 @@ def check_api(image: Image) -> None:
     process = image.start()
     print(f"   /healthz: {request('GET', '/healthz')[1].decode()}")
     require(len(request("GET", "/docs/swagger-ui-bundle.js")[1]) > 0, "the script of /docs is empty")
+    request("GET", "/jobs", status=401)
+    request("GET", "/jobs", key=image.first_key())
     image.stop(process)
 
 
-def train(spec: dict[str, Any]) -> dict[str, Any]:
+def train(spec: dict[str, Any], key: str) -> dict[str, Any]:
     """The finished job."""
-    job: dict[str, Any] = json.loads(request("POST", "/jobs", spec)[1])
+    job: dict[str, Any] = json.loads(request("POST", "/jobs", spec, key=key)[1])
     deadline = time.monotonic() + JOB_S
     while job["status"] in ("queued", "running"):
         require(time.monotonic() < deadline, f"not finished after {JOB_S} s: {job}")
         time.sleep(1)
-        job = json.loads(request("GET", f"/jobs/{job['id']}")[1])
+        job = json.loads(request("GET", f"/jobs/{job['id']}", key=key)[1])
     require(job["status"] == "succeeded", f"the job ended as {job['status']}: {job.get('error')}")
     return job
 
 
-def check_artifacts(job_id: str) -> None:
+def check_artifacts(job_id: str, key: str) -> None:
     """Returns when every file of the manifest arrives with its hash and the adapter is LoRA weights."""
     artifacts = f"/jobs/{job_id}/artifacts"
-    manifest = json.loads(request("GET", f"{artifacts}/manifest.json")[1])
+    manifest = json.loads(request("GET", f"{artifacts}/manifest.json", key=key)[1])
     files: dict[str, bytes] = {}
     for file in manifest["files"]:
-        headers, content = request("GET", f"{artifacts}/{file['name']}")
+        headers, content = request("GET", f"{artifacts}/{file['name']}", key=key)
         digest = hashlib.sha256(content).hexdigest()
         require(len(content) == file["bytes"], f"{file['name']}: {len(content)} bytes, not {file['bytes']}")
         require(digest == file["sha256"], f"{file['name']}: SHA-256 {digest}, not {file['sha256']}")
@@ -219,10 +235,11 @@ def run_job(image: Image) -> None:
             "validation": {"fraction": 0.25},
             "adapter": {"r": 4},
             "training": {"batch_size": 4, "max_steps": 2, "max_seq_len_tokens": 64},
-        }
+        },
+        key := image.first_key(),
     )
     print(f"   job {job['id']} succeeded in {time.monotonic() - began:.0f} s")
-    check_artifacts(job["id"])
+    check_artifacts(job["id"], key)
     image.stop(process)
     owners = {path.lstat().st_uid for path in (image.root / "data").rglob("*")}
     require(owners == {image.uid}, f"files in /data belong to {owners}")

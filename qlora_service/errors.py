@@ -5,10 +5,13 @@
     │   ├── InvalidSpec       the job's configuration
     │   ├── InvalidDataset    the uploaded rows
     │   └── InvalidModel      the base model's files
+    ├── Unauthenticated       nobody is known by this key
     ├── NotFound              no such job, dataset, model or artifact
     ├── Conflict              it exists, but its state forbids the action
     ├── TooLarge              over a configured limit
     ├── QuotaExceeded         the project has as much of it as is allowed at a time
+    │   ├── StorageFull       of stored bytes: waiting does not help, deleting does
+    │   └── RateLimited       of requests: `details["retry_after_s"]` says when to go on
     ├── Unavailable           try again later
     ├── ClaimLost             a newer claim owns the job; stop and write nothing
     ├── JobCancelled          the trainer was asked to stop, and never to go on
@@ -103,6 +106,10 @@ class InvalidModel(InvalidRequest):
     code = "invalid_model"
 
 
+class Unauthenticated(QLoRAError):
+    code = "unauthenticated"
+
+
 class NotFound(QLoRAError):
     code = "not_found"
 
@@ -117,6 +124,14 @@ class TooLarge(QLoRAError):
 
 class QuotaExceeded(QLoRAError):
     code = "quota_exceeded"
+
+
+class StorageFull(QuotaExceeded):
+    """Keeps its base's code: for programs it is one more quota."""
+
+
+class RateLimited(QuotaExceeded):
+    code = "rate_limited"
 
 
 class Unavailable(QLoRAError):

@@ -21,6 +21,7 @@ from qlora_service.store.database import Database
 from qlora_service.store.jobs import append_event, get_job, job_from_row
 from qlora_service.store.lease_clock import LeaseClock, lease_clock
 from qlora_service.store.tables import jobs
+from qlora_service.store.webhooks import tell_end
 
 Clock = Callable[[], datetime]
 
@@ -355,7 +356,9 @@ class Queue:
 
     def _end(self, connection: Connection, job_id: str, status: JobStatus, **values: Any) -> None:
         told = {"error": values["error"]} if "error" in values else {}
-        self._move(connection, job_id, status, told, finished_at=self._clock(), **values)
+        now = self._clock()
+        tell_end(connection, job_id, status, now)
+        self._move(connection, job_id, status, told, finished_at=now, **values)
 
     def _move(
         self, connection: Connection, job_id: str, status: JobStatus, told: dict[str, Any], **values: Any

@@ -6,44 +6,30 @@ import copy
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_service.artifacts.manifest import NAME as MANIFEST
-from qlora_service.artifacts.manifest import Manifest, ManifestFile, describe_file
-from qlora_service.artifacts.store import ArtifactStore, dataset_key, job_key
-from qlora_service.data.checks import check_dataset, read_examples
-from qlora_service.data.examples import Container, Shape, SourceRow
-from qlora_service.data.rendering import (
-    RenderedRow,
-    Renderer,
-    RenderReport,
-    RenderRules,
-    UnusableRow,
-    render_report,
-)
-from qlora_service.errors import (
-    Conflict,
-    InvalidSpec,
-    NotFound,
-    QuotaExceeded,
-    Unavailable,
-)
+from qlora_service.artifacts.manifest import Manifest, ManifestFile
+from qlora_service.artifacts.store import ArtifactStore, job_key
+from qlora_service.data.examples import Container
+from qlora_service.data.rendering import RenderRules
+from qlora_service.dataset_actions import DatasetActions
+from qlora_service.errors import Conflict, InvalidSpec, NotFound, QuotaExceeded, Unavailable
 from qlora_service.ids import new_id
 from qlora_service.jobs import Job, JobEvent, JobStatus
+from qlora_service.metrics import METRICS, standing_metrics
 from qlora_service.models.catalog import BaseModel, Catalog
 from qlora_service.queue import Queue, utc_now
 from qlora_service.specs import DatasetRef, JobSpec
 from qlora_service.store import datasets as dataset_rows
-from qlora_service.store import idempotency
 from qlora_service.store import jobs as job_rows
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import Dataset
@@ -52,19 +38,14 @@ from qlora_service.store.tables import LOCAL_PROJECT
 from qlora_service.submission import (
     check_fit,
     check_objective,
+    check_rows,
     check_trainable,
     fit_default_length,
     submission_warnings,
 )
+from qlora_service.tuned_models import job_id_in, tuned_model_name
 
-CHECKED_ROWS = 50_000
-"""Rows rendered while a job is posted; the trainer checks the rest before it starts."""
-
-
-METRICS = ("metrics", "evaluation")
-"""Types of the events that hold a job's metrics."""
-
-Result = TypeVar("Result")
+VALIDATION_PLACE = "/validation/dataset_id"
 
 
 @dataclass(frozen=True)
@@ -85,7 +66,7 @@ class Artifact:
     key: str
 
 
-class Service:
+class Service(DatasetActions):
     """All actions of one project over one data directory's state; safe to share between threads.
 
     What belongs to another project is not there: it is NotFound, and in no list.
@@ -104,18 +85,21 @@ class Service:
         tmp_dir: Path,
         clock: Callable[[], datetime] = utc_now,
         max_queued_jobs: int | None = None,
+        max_stored_bytes: int | None = None,
         project: str = LOCAL_PROJECT,
     ) -> None:
-        """`max_queued_jobs` is how many jobs of one project may wait at a time."""
-        self._database = database
-        self._artifacts = artifacts
-        self._catalog = catalog
+        """`max_queued_jobs` is how many jobs of one project may wait, `max_stored_bytes` how much of it is kept."""
+        super().__init__(
+            database=database,
+            artifacts=artifacts,
+            catalog=catalog,
+            tmp_dir=tmp_dir,
+            clock=clock,
+            max_stored_bytes=max_stored_bytes,
+            project=project,
+        )
         self._queue = queue
-        self._tmp_dir = tmp_dir
-        self._clock = clock
         self._max_queued_jobs = max_queued_jobs
-        self._project = project
-        tmp_dir.mkdir(parents=True, exist_ok=True)
 
     @property
     def project(self) -> str:
@@ -149,65 +133,6 @@ class Service:
         """Give the database's connections back."""
         self._database.close()
 
-    # --- datasets
-
-    def add_dataset(
-        self,
-        path: Path,
-        *,
-        filename: str | None,
-        container: Container | None = None,
-        shape: Shape | None = None,
-        once: Once[Dataset] | None = None,
-    ) -> Dataset:
-        """The stored dataset made of the file at `path`; nothing is stored when no row of it is usable.
-
-        Raises:
-            InvalidDataset: the container cannot be told or read, or no row is usable.
-        """
-        self._recall(once)
-        dataset = self._checked(path, filename, container, shape)
-        self._store_bytes(dataset, path)
-        return self._write(once, lambda connection: dataset_rows.insert_dataset(connection, dataset))
-
-    def get_dataset(self, dataset_id: str) -> Dataset:
-        """Raises: NotFound."""
-        with self._database.read() as connection:
-            return dataset_rows.get_dataset(connection, dataset_id, project=self._project)
-
-    def list_datasets(self, *, before: str | None = None, limit: int = 20) -> list[Dataset]:
-        with self._database.read() as connection:
-            return dataset_rows.list_datasets(connection, project=self._project, before=before, limit=limit)
-
-    def dataset_lengths(self, dataset_id: str, base_model: str, rules: RenderRules) -> RenderReport:
-        """Token counts and unusable rows of a dataset under one base model's tokenizer and template.
-
-        Raises:
-            NotFound: no such dataset.
-            InvalidModel: unknown base model, or its template cannot be used.
-        """
-        dataset, model = self.get_dataset(dataset_id), self._catalog.get(base_model)
-        with self._scratch() as scratch:
-            return self._render_report(dataset, self._local(dataset, scratch), model, rules, keep=True)
-
-    def preview(
-        self, dataset_id: str, base_model: str, rules: RenderRules, *, skip: int = 0, limit: int = 5
-    ) -> list[dict[str, Any]]:
-        """Rows as they will be trained: text, tokens with id, text and whether trained, tokens cut off."""
-        dataset, model = self.get_dataset(dataset_id), self._catalog.get(base_model)
-        with self._scratch() as scratch, Renderer(model.path, rules, self._clock()) as renderer:
-            rows = islice(_examples(dataset, self._local(dataset, scratch)), skip, skip + limit)
-            return [_preview(renderer, result) for result in renderer.render(rows)]
-
-    # --- base models
-
-    def list_models(self) -> list[BaseModel]:
-        return self._catalog.list()
-
-    def get_model(self, name: str) -> BaseModel:
-        """Raises: InvalidModel."""
-        return self._catalog.get(name)
-
     # --- jobs
 
     def submit(
@@ -235,15 +160,23 @@ class Service:
             check_objective(spec, dataset.report.shape)
             report = self._render_report(dataset, path, model, RenderRules.of(spec.training), keep=not is_new)
             check_trainable(report, spec, model)
+            self._check_validation(spec, dataset, model, scratch)
             if is_new:
+                self._check_room_for(dataset)
                 self._store_bytes(dataset, path)
 
-        def insert(connection: Connection) -> Submission:
-            stored = dataset_rows.insert_dataset(connection, dataset) if is_new else dataset
-            job = self._insert_job(connection, spec, stored, model)
-            return Submission(job, job_rows.count_ahead(connection, job), submission_warnings(report, stored, spec))
+            def insert(connection: Connection) -> Submission:
+                if is_new:
+                    stored = self._insert_dataset(connection, dataset, path)
+                    self._check_room(connection)
+                else:  # again, and locked: it may have been deleted since it was checked
+                    stored = self._named(connection, dataset.id, "/dataset/id", lock=True)
+                if spec.validation.dataset_id is not None:
+                    self._named(connection, spec.validation.dataset_id, VALIDATION_PLACE, lock=True)
+                job = self._insert_job(connection, spec, stored, model)
+                return Submission(job, job_rows.count_ahead(connection, job), submission_warnings(report, stored, spec))
 
-        return self._write(once, insert)
+            return self._write(once, insert)
 
     def get_job(self, job_id: str) -> Job:
         """Raises: NotFound."""
@@ -262,14 +195,33 @@ class Service:
         *,
         status: JobStatus | None = None,
         base_model: str | None = None,
+        metadata: Mapping[str, str] | None = None,
         before: str | None = None,
+        after: str | None = None,
+        oldest_first: bool = False,
         limit: int = 20,
     ) -> list[Job]:
-        """Jobs, newest first, older than the id `before`."""
+        """Jobs whose ids lie between the two given.
+
+        With `metadata` those that have all of these pairs; of an empty one, those without any.
+        """
         with self._database.read() as connection:
             return job_rows.list_jobs(
-                connection, project=self._project, status=status, base_model=base_model, before=before, limit=limit
+                connection,
+                project=self._project,
+                status=status,
+                base_model=base_model,
+                metadata=metadata,
+                before=before,
+                after=after,
+                oldest_first=oldest_first,
+                limit=limit,
             )
+
+    def list_published(self, *, limit: int) -> list[Job]:
+        """Succeeded jobs whose adapters were not withdrawn, newest first."""
+        with self._database.read() as connection:
+            return job_rows.list_published(connection, project=self._project, limit=limit)
 
     def cancel(self, job_id: str, *, once: Once[Job] | None = None) -> Job:
         """The job as it is now: cancelled, or asked to stop at its next step. Raises: NotFound, Conflict."""
@@ -293,18 +245,34 @@ class Service:
 
         return self._write(once, enqueue)
 
+    def get_tuned_model(self, name: str) -> Job:
+        """The job whose adapter is called so, and can be had. Raises: NotFound."""
+        with self._database.read() as connection:
+            return self._tuned(connection, name)
+
     def job_events(self, job_id: str, after: int = 0, limit: int | None = None) -> list[JobEvent]:
         """Events after sequence number `after`, oldest first. Raises: NotFound."""
         with self._database.read() as connection:
             job_rows.get_job(connection, job_id, project=self._project)
             return job_rows.events_after(connection, job_id, after, limit=limit)
 
+    def project_events(self, after: int, *, types: Collection[str] | None = None, limit: int) -> list[JobEvent]:
+        """Up to `limit` events of any job after sequence number `after`, oldest first."""
+        with self._database.read() as connection:
+            return job_rows.project_events_after(connection, self._project, after, types=types, limit=limit)
+
+    def job_events_before(self, job_id: str, before: int | None, *, types: Sequence[str], limit: int) -> list[JobEvent]:
+        """Events before sequence number `before`, newest first. Raises: NotFound."""
+        with self._database.read() as connection:
+            job_rows.get_job(connection, job_id, project=self._project)
+            return job_rows.events_before(connection, job_id, before, types=types, limit=limit)
+
     def job_metrics(self, job_id: str) -> list[dict[str, Any]]:
         """One record per step and evaluation that the job has done, over all attempts, by step. Raises: NotFound."""
         with self._database.read() as connection:
             job_rows.get_job(connection, job_id, project=self._project)
             events = job_rows.events_after(connection, job_id, types=("log", *METRICS))
-        return _standing_metrics(events)
+        return standing_metrics(events)
 
     # --- artifacts
 
@@ -337,27 +305,33 @@ class Service:
         """The bytes [start, end) of a published file, in chunks."""
         return self._artifacts.read(artifact.key, start, end)
 
-    # --- inside
+    def withdraw_model(self, name: str, *, once: Once[Job] | None = None) -> Job:
+        """The job of a fine-tuned model, whose files are gone for good; what is known of it stays. Raises: NotFound."""
 
-    def _write(self, once: Once[Result] | None, action: Callable[[Connection], Result]) -> Result:
-        """What `action` returns; its writes and the key's answer are one transaction. Raises: Replay, Conflict."""
-        with self._database.write() as connection:
-            if once is not None:
-                idempotency.reserve(connection, once, self._clock())
-            result = action(connection)
-            if once is not None:
-                idempotency.keep(connection, once, result)
-            return result
+        def withdraw(connection: Connection) -> Job:
+            job = self._tuned(connection, name, lock=True)
+            job_rows.mark_withdrawn(connection, job.id, self._clock())
+            # Before the commit: a crash in between leaves a model that can be deleted again, never files without one.
+            self._artifacts.remove_attempts(job.id, keep=None)
+            return job_rows.get_job(connection, job.id)
+
+        return self._write(once, withdraw)
+
+    # --- inside
 
     def _own(self, connection: Connection, job_id: str) -> str:
         """The id of a job that is the project's. Raises: NotFound."""
         return job_rows.get_job(connection, job_id, project=self._project).id
 
-    def _recall(self, once: Once[Any] | None) -> None:
-        """Spares a request that was answered before the work ahead of its `_write`. Raises: Replay, Conflict."""
-        if once is not None:
-            with self._database.read() as connection:
-                idempotency.recall(connection, once)
+    def _tuned(self, connection: Connection, name: str, *, lock: bool = False) -> Job:
+        """The job of a fine-tuned model. Raises: NotFound."""
+        job_id = job_id_in(name)
+        if job_id is not None:
+            with suppress(NotFound):
+                job = job_rows.get_job(connection, job_id, project=self._project, lock=lock)
+                if tuned_model_name(job) == name and job.withdrawn_at is None:
+                    return job
+        raise NotFound(f"there is no model {name[:100]!r}; GET /v1/models lists them", location="model")
 
     def _insert_job(self, connection: Connection, spec: JobSpec, dataset: Dataset, model: BaseModel) -> Job:
         """The queued job. Raises: QuotaExceeded."""
@@ -377,11 +351,20 @@ class Service:
         return job
 
     def _manifest_key(self, job_id: str) -> str:
-        job = self.get_job(job_id)
+        return job_key(job_id, self._published_attempt(self.get_job(job_id)), MANIFEST)
+
+    def _published_attempt(self, job: Job) -> int:
+        """The attempt whose files can be had. Raises: Conflict."""
+        if job.withdrawn_at is not None:
+            raise Conflict(
+                f"the adapter of job {job.id} was deleted at {job.withdrawn_at:%Y-%m-%d %H:%M} UTC: post the job again "
+                "to train it anew",
+                location="job_id",
+            )
         attempt = job.result["attempt"] if job.result else (job.error or {}).get("details", {}).get("kept_attempt")
         if attempt is None:
-            raise Conflict(f"job {job_id} is {job.status}: artifacts exist once a job has succeeded", location="job_id")
-        return job_key(job_id, attempt, MANIFEST)
+            raise Conflict(f"job {job.id} is {job.status}: artifacts exist once a job has succeeded", location="job_id")
+        return int(attempt)
 
     def _manifest_content(self, key: str) -> bytes:
         return b"".join(self._artifacts.read(key))
@@ -410,40 +393,31 @@ class Service:
         container: Container | None = "jsonl" if ref.rows is not None else ref.container
         return self._checked(upload, filename, container, ref.shape), upload, True
 
-    def _checked(self, path: Path, filename: str | None, container: Container | None, shape: Shape | None) -> Dataset:
-        """A dataset that is not stored yet. Raises: InvalidDataset."""
-        report = check_dataset(path, filename=filename, container=container, shape=shape)
-        return Dataset(new_id("ds"), self._project, describe_file(path).sha256, filename, self._clock(), report)
+    def _named(self, connection: Connection, dataset_id: str, place: str, *, lock: bool = False) -> Dataset:
+        """The dataset that a spec names at `place`. Raises: NotFound."""
+        try:
+            return dataset_rows.get_dataset(connection, dataset_id, project=self._project, lock=lock)
+        except NotFound as error:
+            error.location = place
+            raise
 
-    def _store_bytes(self, dataset: Dataset, path: Path) -> None:
-        # Also when the key is there: after a power cut a file that was never flushed may be there, but torn.
-        self._artifacts.put_file(dataset_key(dataset.sha256), path)
-
-    def _local(self, dataset: Dataset, scratch: Path) -> Path:
-        return self._artifacts.local_copy(dataset_key(dataset.sha256), scratch)
-
-    @contextmanager
-    def _scratch(self) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(dir=self._tmp_dir) as path:
-            yield Path(path)
-
-    def _render_report(
-        self, dataset: Dataset, path: Path, model: BaseModel, rules: RenderRules, *, keep: bool
-    ) -> RenderReport:
-        """What rendering the dataset gives; with `keep` from the cache and into it."""
-        identity = [model.name, model.weights_sha256, model.imported_at, asdict(rules), CHECKED_ROWS]
-        key = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()
-        if keep:
-            with self._database.read() as connection:
-                known = dataset_rows.get_render_report(connection, dataset.id, key)
-            if known is not None:
-                return RenderReport(**known)
-        with Renderer(model.path, rules, self._clock()) as renderer:
-            report = render_report(renderer, _examples(dataset, path), CHECKED_ROWS)
-        if keep:
-            with self._database.write() as connection:
-                dataset_rows.put_render_report(connection, dataset.id, key, asdict(report))
-        return report
+    def _check_validation(self, spec: JobSpec, dataset: Dataset, model: BaseModel, scratch: Path) -> None:
+        """Raises: NotFound, InvalidSpec, InvalidDataset, when the dataset to judge with cannot be used."""
+        wanted = spec.validation.dataset_id
+        if wanted is None:
+            return
+        with self._database.read() as connection:
+            judged = self._named(connection, wanted, VALIDATION_PLACE)
+        if judged.sha256 == dataset.sha256:
+            raise InvalidSpec(
+                "the job would be judged with the rows that it is trained on: name another dataset, or leave it out, "
+                "and validation.fraction of the rows is held out",
+                location=VALIDATION_PLACE,
+            )
+        check_objective(spec, judged.report.shape, VALIDATION_PLACE)
+        rules = RenderRules.of(spec.training)
+        report = self._render_report(judged, self._local(judged, scratch), model, rules, keep=True)
+        check_rows(report, spec, model, VALIDATION_PLACE)
 
 
 def open_service(
@@ -454,6 +428,7 @@ def open_service(
     tmp_dir: Path,
     lease_s: float,
     max_queued_jobs: int | None = None,
+    max_stored_bytes: int | None = None,
 ) -> Service:
     """The service over its stores, with the database's schema brought up to date."""
     database = Database(database_url)
@@ -465,40 +440,5 @@ def open_service(
         queue=Queue(database, lease_s=lease_s),
         tmp_dir=tmp_dir,
         max_queued_jobs=max_queued_jobs,
+        max_stored_bytes=max_stored_bytes,
     )
-
-
-def _standing_metrics(events: Iterable[JobEvent]) -> list[dict[str, Any]]:
-    """The records of the steps that the job has done, by step.
-
-    An attempt that resumes from a checkpoint takes back the steps after it, until it has done them again.
-    """
-    records: dict[tuple[str, int], dict[str, Any]] = {}
-    for event in events:
-        if event.type in METRICS:
-            key = (event.type, event.data["step"])
-            records.pop(key, None)  # so that the newest is the last of its step
-            records[key] = event.data
-        elif (resumed := event.data.get("resumed_from_step")) is not None:
-            records = {key: record for key, record in records.items() if key[1] <= resumed}
-    return sorted(records.values(), key=lambda record: int(record["step"]))
-
-
-def _examples(dataset: Dataset, path: Path) -> Iterator[SourceRow]:
-    return read_examples(path, dataset.report.container, dataset.report.shape)
-
-
-def _preview(renderer: Renderer, result: RenderedRow | UnusableRow) -> dict[str, Any]:
-    if isinstance(result, UnusableRow):
-        return {"line": result.finding.line, "problem": result.finding.reason}
-    rejected = None if result.rejected is None else _preview_document(renderer, result.rejected)
-    shown = _preview_document(renderer, result)
-    return {"line": result.line, **shown, "rejected": rejected, "desirable": result.desirable}
-
-
-def _preview_document(renderer: Renderer, document: RenderedRow) -> dict[str, Any]:
-    tokens = [
-        {"id": token_id, "text": renderer.token_text(token_id), "trained": trained}
-        for token_id, trained in zip(document.input_ids, document.trained, strict=True)
-    ]
-    return {"text": document.text, "tokens": tokens, "cut_tokens": document.cut_tokens}

@@ -5,6 +5,7 @@ Built once, at an entry point (`api`, `workers`, `cli`); everything below gets p
 
 from __future__ import annotations
 
+import ipaddress
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,16 @@ class Settings(BaseSettings):
     )
     url: str | None = Field(None, description="Service address the command line talks to.")
     api_key: SecretStr | None = Field(None, description="Key the command line sends.")
+    keys: Literal["required", "off"] = Field(
+        "required",
+        description="Whether every request needs a key; off: whoever reaches the API may do everything, which is why "
+        "`host` must then be this machine's loopback.",
+    )
+    webhook_private: bool = Field(
+        False,
+        description="Whether webhooks may go to http URLs and to addresses that are not on the internet: only where "
+        "everybody with a key may ask every machine that this one reaches.",
+    )
     max_upload_bytes: int = Field(20 * GIB, gt=0, description="Largest request body.")
     receipt_s: float = Field(
         10.0,
@@ -43,6 +54,12 @@ class Settings(BaseSettings):
         description="A request's head, and the beginning of its body, must arrive within this many seconds.",
     )
     max_queued_jobs: int | None = Field(None, ge=1, description="Most queued jobs of one project; default: no limit.")
+    max_stored_bytes: int | None = Field(
+        None, ge=1, description="Most bytes of one project's datasets, uploads and adapters; default: no limit."
+    )
+    max_requests_per_minute: int | None = Field(
+        None, ge=1, description="Most requests of one key in a minute, which may come all at once; default: no limit."
+    )
     slots: int | None = Field(None, ge=1, description="Most trainers at a time; default: one per GPU, one on a CPU.")
     lease_s: float = Field(30.0, gt=1.0, description="A claim not renewed for this long is lost.")
     heartbeat_s: float = Field(2.0, gt=0.0, description="How often a trainer renews its claim.")
@@ -61,6 +78,17 @@ class Settings(BaseSettings):
     max_running_jobs: int | None = Field(None, ge=1, description="Most jobs of one project that run at a time.")
     max_deaths: int = Field(
         3, ge=1, description="A job whose trainers died so often without getting further is failed."
+    )
+    chat_idle_s: float = Field(
+        300.0, gt=0.0, description="A base model that nobody has chatted with for this long is unloaded."
+    )
+    chat_hold_s: float = Field(
+        60.0, gt=0.0, description="How long chats may keep a slot that a job waits for; then the job has it."
+    )
+    chat_preempts: bool = Field(
+        False,
+        description="Whether a chat makes a running job give its slot up at its next step, to go on afterwards; "
+        "without it, chats are refused while jobs have every slot.",
     )
     lock_dir: Path | None = Field(
         None,
@@ -86,6 +114,15 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _not_open_to_the_network(self) -> Settings:
+        if self.keys == "off" and not _is_loopback(self.host):
+            raise ValueError(
+                f"QLORA_KEYS=off with QLORA_HOST={self.host} would let the whole network in: leave QLORA_KEYS out, so "
+                "that every request needs a key, or listen on 127.0.0.1"
+            )
+        return self
+
     @property
     def resolved_data_dir(self) -> Path:
         return self.data_dir.expanduser().resolve()
@@ -97,6 +134,11 @@ class Settings(BaseSettings):
     @property
     def checkpoint_dir(self) -> Path:
         return self.resolved_data_dir / "checkpoints"
+
+    @property
+    def inference_dir(self) -> Path:
+        """Sockets of the processes that answer chats."""
+        return self.resolved_data_dir / "inference"
 
     @property
     def resolved_lock_dir(self) -> Path:
@@ -140,6 +182,14 @@ def read_settings(**given: Any) -> Settings:
             faults.append(name + fault["msg"].removeprefix("Value error, "))
         print(f"error: these settings cannot be used: {'; '.join(faults)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        # Any other name is whatever a resolver makes of it.
+        return host.lower() == "localhost"
 
 
 def _names(listed: str) -> list[str]:

@@ -44,18 +44,27 @@ def check_fit(spec: JobSpec, model: BaseModel, modules: Modules) -> None:
         raise InvalidSpec(f"{first.pointer}: {first.reason}{more}", location=first.pointer, findings=findings)
 
 
-def check_objective(spec: JobSpec, shape: Shape) -> None:
-    """Raises: InvalidSpec when the objective cannot learn from rows of the shape."""
+def check_objective(spec: JobSpec, shape: Shape, place: str = "/objective/type") -> None:
+    """Raises: InvalidSpec when the objective cannot learn from rows of the shape; `place` is what to change."""
     misfit = objective_misfit(spec.objective.type, shape)
     if misfit is not None:
-        raise InvalidSpec(misfit, location="/objective/type")
+        raise InvalidSpec(misfit, location=place)
 
 
 def check_trainable(report: RenderReport, spec: JobSpec, model: BaseModel) -> None:
     """Raises: InvalidDataset when no job can be trained on what was rendered."""
+    check_rows(report, spec, model, "/dataset")
+    if spec.validation.held_out_fraction > 0 and report.usable_rows < 2 and report.complete:
+        raise InvalidDataset(
+            "the dataset has one usable row, too few to hold any out: add rows or set validation.fraction to 0",
+            location="/dataset",
+        )
+
+
+def check_rows(report: RenderReport, spec: JobSpec, model: BaseModel, place: str) -> None:
+    """Raises: InvalidDataset when the rows of the dataset that the spec names at `place` cannot be used."""
     limit = spec.training.max_seq_len_tokens
     findings = [Finding(**value) for value in report.findings]
-    place = "/dataset"
     all_too_long = report.too_long_rows == report.rows
     if report.too_long_rows and (all_too_long or spec.training.too_long == "refuse"):
         share = "all" if all_too_long else f"{report.too_long_rows} of {report.rows}"
@@ -72,11 +81,6 @@ def check_trainable(report: RenderReport, spec: JobSpec, model: BaseModel) -> No
             f"no row of the dataset can be trained on: {findings[0] if findings else 'it is empty'}",
             location=place,
             findings=findings,
-        )
-    if spec.validation.fraction > 0 and report.usable_rows < 2 and report.complete:
-        raise InvalidDataset(
-            "the dataset has one usable row, too few to hold any out: add rows or set validation.fraction to 0",
-            location=place,
         )
 
 

@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Also of the services that tests start; those about keys say otherwise.
+os.environ["QLORA_KEYS"] = "off"
 
 from tests.postgres import postgres, postgres_url
 from tests.tiny_model import tiny_model

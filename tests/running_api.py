@@ -66,6 +66,7 @@ class RunningApi:
             **os.environ,
             "QLORA_DATA_DIR": str(self.data_dir),
             "QLORA_PORT": str(self.port),
+            "QLORA_KEYS": "off",
             "QLORA_LOG_LEVEL": "DEBUG",
         }
         with self.log.open("ab") as log:
@@ -117,7 +118,7 @@ def succeed(data_dir: Path, queue: Queue, claim: Claim, files: dict[str, bytes])
         ),
     )
     store.create(job_key(claim.job_id, claim.token, "manifest.json"), manifest.model_dump_json().encode())
-    queue.succeed(claim, {"attempt": claim.token})
+    queue.succeed(claim, {"attempt": claim.token, "steps": 1, "best_step": None})
 
 
 def write_rows(path: Path, rows: list[dict[str, str]] = ROWS) -> Path:

@@ -12,6 +12,7 @@ from qlora_service.settings import read_settings
 from qlora_service.store.database import Database
 from workers.gpu import gpu_uuids
 from workers.housekeeping import Housekeeping
+from workers.inference_turns import ChatRules
 from workers.supervisor import Slot, Supervisor
 
 
@@ -31,6 +32,7 @@ def main() -> None:
         database, lease_s=settings.lease_s, max_running=settings.max_running_jobs, max_deaths=settings.max_deaths
     )
     supervisor = Supervisor(
+        database=database,
         queue=queue,
         slots=make_slots(settings.slots, gpu_uuids(os.environ.get("CUDA_VISIBLE_DEVICES"))),
         housekeeping=Housekeeping(
@@ -40,6 +42,14 @@ def main() -> None:
             tmp_dir=settings.tmp_dir,
             checkpoint_dir=settings.checkpoint_dir,
         ),
+        chat_rules=ChatRules(
+            idle_s=settings.chat_idle_s,
+            hold_s=settings.chat_hold_s,
+            preempts=settings.chat_preempts,
+            hang_s=settings.hang_s,
+            max_running=settings.max_running_jobs,
+        ),
+        socket_dir=settings.inference_dir,
         lock_dir=settings.resolved_lock_dir,
         log_dir=settings.resolved_data_dir / "logs",
         cancel_grace_s=settings.cancel_grace_s,

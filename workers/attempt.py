@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,11 +15,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from qlora_service.artifacts.manifest import Manifest
 from qlora_service.artifacts.store import ArtifactStore, dataset_key
-from qlora_service.data.batching import Split, split_rows, step_rows, total_steps
+from qlora_service.data.batching import Split, sample_rows, split_rows, step_rows, total_steps
 from qlora_service.data.checks import read_examples
 from qlora_service.data.rendering import Renderer, RenderReport, RenderRules
 from qlora_service.errors import Finding, JobFailed
 from qlora_service.jobs import FailureReason, Job
+from qlora_service.metrics import metrics_csv
 from qlora_service.models.adapters import attach, detach, load_adapter
 from qlora_service.models.catalog import BaseModel
 from qlora_service.models.nf4 import base_fingerprint, load_base
@@ -66,6 +67,8 @@ class AttemptInputs:
     """How often a checkpoint is made"""
     needs_gpu: bool
     """The slot is a GPU: never train on the CPU instead, for weeks."""
+    validation: Dataset | None = None
+    """Where the held-out rows are, if not in the dataset itself"""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class PreparedRows:
 
     rows: RenderedRows
     split: Split
+    validation: RenderedRows | None
+    """Rows of a dataset of their own, of which `split` says which are held out"""
     report: RenderReport
     training: Training
     chat_template: str
@@ -82,7 +87,8 @@ class PreparedRows:
     def judged(self) -> list[TrainingExample]:
         """The held-out rows; without any, the first training rows."""
         positions = self.split.held_out or self.split.train[:TRAINING_ROWS_JUDGED]
-        return [self.rows[position] for position in positions]
+        rows = self.rows if self.validation is None else self.validation
+        return [rows[position] for position in positions]
 
     @property
     def total_steps(self) -> int:
@@ -156,6 +162,7 @@ def run_attempt(
     certificate = certify(measured.loss, outcome.after.loss) | {"base_reused": reused}
     return {
         "attempt": inputs.token,
+        "published_bytes": manifest.total_bytes,
         "held_out": {"before": asdict(outcome.before), "after": asdict(outcome.after)},
         "generation": scores,
         "warnings": [*outcome_warnings(outcome, prepared.total_steps), *map(change_note, plan["changes"])],
@@ -164,6 +171,7 @@ def run_attempt(
         "steps": outcome.steps,
         "best_step": outcome.best_step,
         "skipped_steps": outcome.skipped_steps,
+        **totals(metrics_file, inputs.job.spec),
     }
 
 
@@ -267,6 +275,7 @@ def _train_and_publish(
             "rows": inputs.dataset.report.rows,
             "trained_on": len(prepared.split.train),
             "left_out": inputs.dataset.report.rows - prepared.report.usable_rows,
+            "validation_sha256": None if inputs.validation is None else inputs.validation.sha256,
         },
         spec=spec.model_dump(mode="json"),
         plan=plan,
@@ -274,7 +283,11 @@ def _train_and_publish(
     )
     if failure is not None:
         # What the last finite step left can be downloaded, though nobody certified it.
-        failure.details |= {"kept_attempt": inputs.token, "kept_step": outcome.steps}
+        failure.details |= {
+            "kept_attempt": inputs.token,
+            "kept_step": outcome.steps,
+            "kept_bytes": manifest.total_bytes,
+        }
         raise failure
     return manifest, outcome, scores
 
@@ -322,6 +335,15 @@ def held_out_record(outcome: Outcome, prepared: PreparedRows) -> dict[str, Any]:
             "source": "held-out rows" if prepared.split.held_out else "training rows (none were held out)",
         }
     )
+
+
+def totals(metrics_file: Path, spec: JobSpec) -> dict[str, Any]:
+    """Of the job over all attempts: tokens that its steps went through, learned or not; the size of its results."""
+    records = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    return {
+        "tokens": sum(record.get("tokens", 0) for record in records),
+        "results_bytes": len(metrics_csv(records, holds_out=spec.validation.holds_out)),
+    }
 
 
 def outcome_warnings(outcome: Outcome, total_steps: int) -> list[str]:
@@ -381,27 +403,38 @@ def prepare_rows(inputs: AttemptInputs, check: Callable[[], None]) -> PreparedRo
     Raises:
         JobFailed: rows too long, none usable, or too few to hold any out.
     """
-    spec, report = inputs.job.spec, inputs.dataset.report
-    training, validation = spec.training, spec.validation
-    path = inputs.artifacts.local_copy(dataset_key(inputs.dataset.sha256), inputs.scratch)
+    training, validation = inputs.job.spec.training, inputs.job.spec.validation
     # The job's own time, not the clock's: every attempt renders the same text.
     with Renderer(inputs.base.path, RenderRules.of(training), inputs.job.created_at) as renderer:
-        results = _checked(renderer.render(read_examples(path, report.container, report.shape)), check)
-        rows, rendered = store_rendered(results, inputs.scratch / "rows.arrow")
+        rows, rendered = _rendered(inputs, inputs.dataset, renderer, check)
+        judged = None if inputs.validation is None else _rendered(inputs, inputs.validation, renderer, check)
         chat_template = renderer.chat_template
     findings = [Finding(**finding) for finding in rendered.findings]
+    try:
+        split = split_rows(len(rows), validation.held_out_fraction, validation.max_rows, training.seed)
+        if judged is not None:
+            split = replace(split, held_out=sample_rows(len(judged[0]), validation.max_rows, training.seed))
+    except ValueError as error:
+        raise JobFailed(str(error), reason=FailureReason.INVALID_INPUT, findings=findings) from None
+    return PreparedRows(rows, split, judged and judged[0], rendered, training, chat_template)
+
+
+def _rendered(
+    inputs: AttemptInputs, dataset: Dataset, renderer: Renderer, check: Callable[[], None]
+) -> tuple[RenderedRows, RenderReport]:
+    """A dataset's usable rows, and what is wrong with the others. Raises: JobFailed."""
+    training, report = inputs.job.spec.training, dataset.report
+    path = inputs.artifacts.local_copy(dataset_key(dataset.sha256), inputs.scratch)
+    results = _checked(renderer.render(read_examples(path, report.container, report.shape)), check)
+    rows, rendered = store_rendered(results, inputs.scratch / f"{dataset.id}.arrow")
     if rendered.too_long_rows and training.too_long == "refuse":
         raise JobFailed(
             f"{rendered.too_long_rows} rows are longer than max_seq_len_tokens = {training.max_seq_len_tokens}; "
             f"the longest has {rendered.longest_tokens} tokens",
             reason=FailureReason.INVALID_INPUT,
-            findings=findings,
+            findings=[Finding(**finding) for finding in rendered.findings],
         )
-    try:
-        split = split_rows(len(rows), validation.fraction, validation.max_rows, training.seed)
-    except ValueError as error:
-        raise JobFailed(str(error), reason=FailureReason.INVALID_INPUT, findings=findings) from None
-    return PreparedRows(rows, split, rendered, training, chat_template)
+    return rows, rendered
 
 
 def _checked(results: Iterable[Rendered], check: Callable[[], None]) -> Iterator[Rendered]:

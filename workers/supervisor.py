@@ -1,4 +1,7 @@
-"""The supervisor: claims jobs, spawns one trainer process per slot, sees each one's end. It never imports torch."""
+"""The supervisor: claims jobs, spawns one trainer process per slot, sees each one's end. It never imports torch.
+
+Between the jobs a slot has room for a process that answers chats (`inference_turns`).
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,11 @@ from qlora_service.errors import ClaimLost
 from qlora_service.jobs import FailureReason, StopRequest
 from qlora_service.lifeline import kill_group
 from qlora_service.queue import Claim, Queue
-from qlora_service.store.database import is_outage, persist
+from qlora_service.store.database import Database, is_outage, persist
 from workers.exit_codes import CAUSES
 from workers.host_memory import oom_kills
 from workers.housekeeping import Housekeeping
+from workers.inference_turns import ChatRules, ChatTurns
 from workers.slot_lock import SlotLock
 
 log = structlog.get_logger()
@@ -70,17 +74,23 @@ class Supervisor:
     def __init__(
         self,
         *,
+        database: Database,
         queue: Queue,
         slots: list[Slot],
         housekeeping: Housekeeping,
+        chat_rules: ChatRules,
+        socket_dir: Path,
         lock_dir: Path,
         log_dir: Path,
         cancel_grace_s: float,
         lease_s: float,
     ) -> None:
+        self._database = database
         self._queue = queue
         self._slots = slots
         self._housekeeping = housekeeping
+        self._chat_rules = chat_rules
+        self._socket_dir = socket_dir
         self._lock_dir = lock_dir
         self._log_dir = log_dir
         self._cancel_grace_s = cancel_grace_s
@@ -126,11 +136,20 @@ class Supervisor:
 
     def _keep_slot(self, slot: Slot) -> None:
         lock = SlotLock(self._lock_dir, slot.name)
-        self._forever(lambda: self._serve(slot, lock))
+        chats = ChatTurns(
+            self._database,
+            self._chat_rules,
+            slot=slot.name,
+            device=slot.device,
+            environment=slot.environment(),
+            socket_dir=self._socket_dir,
+            log_dir=self._log_dir,
+        )
+        self._forever(lambda: self._serve(slot, lock, chats))
         lock.close()
 
-    def _serve(self, slot: Slot, lock: SlotLock) -> None:
-        """Claim one job and see it through, or wait a moment."""
+    def _serve(self, slot: Slot, lock: SlotLock, chats: ChatTurns) -> None:
+        """Claim one job and see it through, or have a base loaded to chat with, or wait a moment."""
         if not lock.acquire():
             # Another worker has the slot, or what is left of one.
             self._end_zombies(lock)
@@ -140,15 +159,21 @@ class Supervisor:
         # Whoever had the slot before is gone, trainers included: what it ran need not wait for the lease's end.
         for job_id in self._queue.requeue_of(worker):
             log.warning("job_requeued", job=job_id, reason="its worker was killed")
+        if (base := chats.first(worker)) is not None:
+            chats.run(base, worker, lock.descriptor, self._stop)
+            return
         claimed = self._queue.claim(worker)
         if claimed is None:
-            self._stop.wait(IDLE_POLL_S)
+            if (base := chats.wanted(worker)) is not None:
+                chats.run(base, worker, lock.descriptor, self._stop)
+            else:
+                self._stop.wait(IDLE_POLL_S)
             return
         claim, _ = claimed
         log.info("job_claimed", job=claim.job_id, token=claim.token, slot=slot.name)
         self._busy.add(worker)
         try:
-            self._run_trainer(claim, slot, lock)
+            self._run_trainer(claim, slot, lock, lambda: chats.consider(claim, worker))
         except OSError as error:
             # No room for the log, no process to be had.
             cause = {"message": f"the trainer could not be started: {error}", "reason": FailureReason.INTERNAL}
@@ -159,15 +184,20 @@ class Supervisor:
             self._housekeeping.after_attempt(claim)
 
     def _end_zombies(self, lock: SlotLock) -> None:
-        """Kill trainers in our slot that have no claim any more: one that stands still cannot do so by itself."""
-        for pid in lock.other_holders():
+        """Kill processes in our slot that nobody owns any more: one that stands still cannot end by itself.
+
+        That is a trainer without its claim, and an inference process without its supervisor.
+        """
+        holders = lock.other_holders()
+        for pid in holders:
             claim = claim_of_trainer(pid)
-            if claim is not None and not self._queue.is_running(claim):
-                log.warning("zombie_killed", job=claim.job_id, token=claim.token, pid=pid)
+            is_lost = claim is not None and not self._queue.is_running(claim)
+            if is_lost or (is_inference(pid) and parent_of(pid) not in holders):
+                log.warning("zombie_killed", claim=None if claim is None else claim.name, pid=pid)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
-    def _run_trainer(self, claim: Claim, slot: Slot, lock: SlotLock) -> None:
+    def _run_trainer(self, claim: Claim, slot: Slot, lock: SlotLock, consider_chats: Callable[[], None]) -> None:
         log_path = self._log_dir / f"{claim.name}.log"
         oom_kills_before = oom_kills()
         with log_path.open("wb") as output:
@@ -181,7 +211,7 @@ class Supervisor:
                 start_new_session=True,
             )
         try:
-            how = self._wait(child, claim)
+            how = self._wait(child, claim, consider_chats)
         finally:
             kill_group(child)
             child.wait()
@@ -193,7 +223,7 @@ class Supervisor:
             cause = death(child.returncode, how, log_path.name, host_oom=host_oom)
             persist(lambda: self._record_end(claim, how, cause), self._lease_s)
 
-    def _wait(self, child: subprocess.Popen[bytes], claim: Claim) -> End:
+    def _wait(self, child: subprocess.Popen[bytes], claim: Claim, consider_chats: Callable[[], None]) -> End:
         """Wait for the trainer's end, or for a reason to end it."""
         deadline: float | None = None
         how: End = "ended"
@@ -212,6 +242,8 @@ class Supervisor:
                 try:
                     if self._queue.stop_request(claim) is not None:
                         how, deadline = "overdue", now + self._cancel_grace_s
+                    else:
+                        consider_chats()
                 except ClaimLost:  # its outcome is written and it is about to end, or the claim is another's
                     how, deadline = "lost", now + STOP_GRACE_S
                 except SQLAlchemyError as error:  # no reason to end a trainer; it is asked again
@@ -245,14 +277,31 @@ def dump_stacks(trainer: subprocess.Popen[bytes]) -> None:
 
 def claim_of_trainer(pid: int) -> Claim | None:
     """The claim of a trainer process, by its command line; None of any other process."""
-    try:
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return None
+    arguments = _arguments(pid)
     if "workers.trainer" not in arguments[:-2]:
         return None
     job_id, token = arguments[arguments.index("workers.trainer") + 1 :][:2]
     return Claim(job_id, int(token)) if token.isdigit() else None
+
+
+def is_inference(pid: int) -> bool:
+    """Whether the process is one that answers chats, by its command line."""
+    return "workers.inference" in _arguments(pid)
+
+
+def parent_of(pid: int) -> int | None:
+    """The process that started `pid`, or that took it over; None when it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def _arguments(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
 
 
 def death(returncode: int, how: End, log_name: str, *, host_oom: bool) -> dict[str, Any]:

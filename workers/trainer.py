@@ -89,6 +89,8 @@ def _run(
     with database.read() as connection:
         job = get_job(connection, claim.job_id)
         dataset = get_dataset(connection, job.dataset_id)
+        judged = job.spec.validation.dataset_id
+        validation = None if judged is None else get_dataset(connection, judged)
     from workers.attempt import AttemptInputs, run_attempt
 
     # Until here nothing would be lost, and a library that is being imported does not listen: SIGTERM ends the process.
@@ -103,6 +105,7 @@ def _run(
         checkpoint_dir=settings.checkpoint_dir / claim.job_id,
         checkpoint_s=settings.checkpoint_s,
         needs_gpu=device == "cuda",
+        validation=validation,
     )
     if inputs.base.weights_sha256 != job.base_weights_sha256:
         raise JobFailed(

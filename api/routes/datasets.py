@@ -15,12 +15,13 @@ from api.errors import error_responses, located
 from api.idempotency import Idempotency, IdempotencyOf
 from api.multipart import MEDIA_TYPE as MULTIPART
 from api.multipart import Form, is_multipart
-from api.schemas import Dataset, Listing, Page, PreviewProblem, PreviewRow
+from api.schemas import Dataset, DeletedDataset, Listing, Page, PreviewProblem, PreviewRow
 from api.uploads import display_name
 from qlora_service.data.examples import Container, Shape
 from qlora_service.data.rendering import RenderRules
 from qlora_service.errors import InvalidModel, InvalidRequest, NotFound, QLoRAError
 from qlora_service.service import Service
+from qlora_service.store.datasets import Dataset as DomainDataset
 from qlora_service.submission import default_length
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
@@ -115,6 +116,12 @@ def get_dataset(
         return Dataset.of(dataset, service.dataset_lengths(dataset_id, base_model, rules))
 
 
+@router.delete("/{dataset_id}", summary="Delete a dataset", responses=error_responses(404, 409, 422, 503))
+def delete_dataset(dataset_id: DatasetId, service: ServiceOf, idempotency: IdempotencyOf) -> DeletedDataset:
+    """Its bytes are gone, too, unless another dataset has the same. Refused while a job that has not ended needs it."""
+    return _deleted(service.delete_dataset(dataset_id, once=idempotency.once(_deleted)))
+
+
 @router.get("/{dataset_id}/preview", summary="Preview the rendered rows", responses=error_responses(404, 422))
 def preview_dataset(
     dataset_id: DatasetId,
@@ -136,6 +143,10 @@ def preview_dataset(
         rules = RenderRules(max_tokens, too_long, train_on)
         rows = service.preview(dataset_id, base_model, rules, skip=skip, limit=limit)
     return Listing.model_validate({"data": rows})
+
+
+def _deleted(dataset: DomainDataset) -> DeletedDataset:
+    return DeletedDataset(id=dataset.id)
 
 
 def _add(

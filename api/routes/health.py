@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from api.dependencies import ServiceOf
 from api.errors import error_responses
 from api.schemas import Health
 from qlora_service.errors import Unavailable
+from qlora_service.service import Service
 
 router = APIRouter(tags=["health"])
 
@@ -20,9 +20,10 @@ async def healthz() -> Health:
 
 
 @router.get("/readyz", summary="Can it take a job", responses=error_responses(503, guarded=False))
-def readyz(request: Request, service: ServiceOf) -> Health:
+def readyz(request: Request) -> Health:
     """Checks that the database answers and the data disk can be written. Send no requests while this fails."""
     if request.app.state.draining:
         raise Unavailable("the service is stopping")
+    service: Service = request.app.state.service
     service.check_ready()
     return Health()

@@ -22,6 +22,7 @@ from api.uploads import display_name, receive_bytes
 from qlora_service.errors import Finding, InvalidDataset, InvalidModel, InvalidRequest, QLoRAError
 from qlora_service.jobs import Job as DomainJob
 from qlora_service.jobs import JobStatus
+from qlora_service.metrics import metrics_csv
 from qlora_service.service import Service, Submission
 from qlora_service.specs import parse_spec
 
@@ -32,6 +33,9 @@ _PLACES: dict[type[QLoRAError], str] = {InvalidModel: "/base_model", InvalidData
 
 _CHANGE_ERRORS = error_responses(404, 409, 422, 503)
 
+_TABLE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The table.", "content": {"text/csv": {"schema": {"type": "string"}}}}
+}
 _SPEC_SCHEMA = {"$ref": "#/components/schemas/JobSpec"}
 _JOB_BODY: dict[str, Any] = {
     "requestBody": {
@@ -158,6 +162,18 @@ def get_metrics(job_id: JobId, service: ServiceOf) -> Listing[dict[str, Any]]:
     A job that was interrupted goes on from its last saved step: `attempt` says which attempt did a step.
     """
     return Listing(data=service.job_metrics(job_id))
+
+
+@router.get(
+    "/{job_id}/metrics.csv",
+    summary="Metrics as a table",
+    response_class=Response,
+    responses=_TABLE | error_responses(404, 422),
+)
+def get_metrics_csv(job_id: JobId, service: ServiceOf) -> Response:
+    """One line per step that was measured, in the columns of the hosted API's result files."""
+    holds_out = service.get_job(job_id).spec.validation.holds_out
+    return Response(metrics_csv(service.job_metrics(job_id), holds_out=holds_out), media_type="text/csv")
 
 
 def _submit_json(service: Service, idempotency: Idempotency, body: bytes) -> Submission:

@@ -11,7 +11,7 @@ from qlora_service.specs import RECIPES
 router = APIRouter(prefix="/recipes", tags=["recipes"])
 
 
-@router.get("", summary="List recipes", responses=error_responses())
+@router.get("", summary="List recipes", responses=error_responses(422))
 async def list_recipes() -> Listing[Recipe]:
     """The recipes that a spec's `recipe` can name. Whatever the spec says itself wins over its recipe."""
     return Listing(

@@ -40,6 +40,11 @@ class Manifest(BaseModel):
     """Loss before and after, rows and tokens it was measured on; held_out.jsonl holds those rows."""
     files: tuple[ManifestFile, ...]
 
+    @property
+    def total_bytes(self) -> int:
+        """Of all files, without the manifest."""
+        return sum(file.bytes for file in self.files)
+
 
 def describe_file(path: Path) -> ManifestFile:
     """Name, size and SHA-256 of a file."""

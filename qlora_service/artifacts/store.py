@@ -82,6 +82,25 @@ class ArtifactStore:
         self.fetch(key, path)
         return path
 
+    def exists(self, key: str) -> bool:
+        try:
+            self.size(key)
+        except NotFound:
+            return False
+        return True
+
+    def remove(self, key: str) -> None:
+        """Remove an object, if it is there."""
+        with suppress(FileNotFoundError):
+            obstore.delete(self._store, key)
+
+    def remove_upload(self, upload_id: str) -> None:
+        """Remove the parts of an upload."""
+        prefix = f"uploads/{upload_id}/"
+        obstore.delete(self._store, [entry["path"] for page in obstore.list(self._store, prefix) for entry in page])
+        if self._root is not None:
+            shutil.rmtree(self._root / prefix, ignore_errors=True)
+
     def remove_attempts(self, job_id: str, keep: int | None) -> None:
         """Remove what attempts at the job stored, but for the attempt `keep`. An attempt's artifacts are a unit."""
         prefix = f"jobs/{job_id}/"
@@ -100,7 +119,7 @@ class ArtifactStore:
         if self._root is None:
             return
         # The local store writes beside the object, under its name, "#" and a number, and renames.
-        for path in self._root.glob("datasets/*#*"):
+        for path in (*self._root.glob("datasets/*#*"), *self._root.glob("uploads/*/*#*")):
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > older_than_s:
                     path.unlink()
@@ -116,7 +135,9 @@ class ArtifactStore:
         if self._root is None:
             return
         path = self._root / key
-        for place in (path, *path.parents):
+        with suppress(FileNotFoundError):  # somebody has removed it meanwhile
+            flush(path)
+        for place in path.parents:
             flush(place)
             if place == self._root:
                 break
@@ -124,6 +145,10 @@ class ArtifactStore:
 
 def dataset_key(sha256: str) -> str:
     return f"datasets/{sha256}"
+
+
+def part_key(upload_id: str, part_id: str) -> str:
+    return f"uploads/{upload_id}/{part_id}"
 
 
 def job_key(job_id: str, token: int, name: str) -> str:

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from qlora_service import lifeline
 from qlora_service.cli.demo_data import Order, orders, write_demo_dataset
+from qlora_service.cli.keys import DEFAULT_PROJECT, local_access
 from qlora_service.cli.serving import STOP_S, pick_port
 from qlora_service.cli.watching import duration, watch_job
 from qlora_service.client import Client
@@ -72,7 +73,8 @@ def run_demo(directory: Path, output: Path, console: Console) -> None:
     _say(console, f"{ROWS} rows in {rows}, such as")
     sample = next(orders())
     _say(console, f"    {sample.question}\n    {sample.record}")
-    with _service(data_dir, directory / "serve.log") as url, Client(url) as client:
+    with _service(data_dir, directory / "serve.log") as client:
+        url = client.base_url
         _say(console, f"A service runs at {url}. The dataset goes to POST {url}/jobs")
         job = watch_job(client, client.submit(SPEC, rows).id, console)
         if job.status != "succeeded":
@@ -173,21 +175,24 @@ def _fetch_wheel(cache_dir: Path) -> Path:
 
 
 @contextmanager
-def _service(data_dir: Path, log: Path) -> Iterator[str]:
-    """The address of a running service of our own, which is stopped at the end."""
+def _service(data_dir: Path, log: Path) -> Iterator[Client]:
+    """A client, with a key, of a running service of our own, which is stopped at the end."""
     port = pick_port(HOST)
     url = f"http://{HOST}:{port}"
     command = ["-m", "qlora_service.cli", "serve", "--host", HOST, "--port", str(port), "--data-dir", str(data_dir)]
+    # Made before the first start, which then has none to print.
+    with local_access(data_dir) as access:
+        _, key = access.create_key(DEFAULT_PROJECT, "demo")
     with log.open("wb") as output:
         process = lifeline.start_python(command, environment=_environment(), output=output)
     try:
-        with Client(url) as client:
+        with Client(url, api_key=key) as client:
             deadline = time.monotonic() + START_S
             while not client.healthy():
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise Unavailable(f"the service did not start; the end of {log}:\n{_tail(log.read_text())}")
                 time.sleep(0.2)
-        yield url
+            yield client
     finally:
         # Longer than the service gives its own children.
         lifeline.stop(process, STOP_S + 10.0)

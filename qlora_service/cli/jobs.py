@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_service.cli.options import AsJson, JobId, Url, connect, print_json, print_note
+from qlora_service.cli.exit_codes import OF_OUTCOME, ExitCode
+from qlora_service.cli.options import AsJson, JobId, Url, connect, print_json, print_note, print_table, size
 from qlora_service.jobs import JobStatus
 
 if TYPE_CHECKING:
     from qlora_service.client import Client
     from qlora_service.client.wire import Job
 
-EXIT_CODES = {"succeeded": 0, "failed": 1, "cancelled": 2}
-
 
 def watch(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Follow a job until it ends.
 
     Shows phase, step, loss, held-out loss, tokens/s and the time left, also across a restart of the service. Ctrl-C
-    stops watching, not the job; a paused one is waited for. The exit code is 0 when the job succeeded, 1 when it
-    failed, 2 when it was cancelled.
+    stops watching, not the job; a paused one is waited for. The exit code is the job's outcome.
     """
     with connect(url) as client:
         watch_to_end(client, job, as_json)
@@ -40,12 +37,12 @@ def watch_to_end(client: Client, job_id: str, as_json: bool) -> None:
         job = watch_job(client, job_id, Console(stderr=True))
     except KeyboardInterrupt:
         print_note(f"job {job_id} goes on. Watch it: qlora watch {job_id}   Cancel it: qlora cancel {job_id}")
-        raise typer.Exit(130) from None
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
     if as_json:
         print_json(job.model_dump(mode="json"))
     else:
         print_note(_outcome(job))
-    raise typer.Exit(EXIT_CODES[job.status])
+    raise typer.Exit(OF_OUTCOME[job.status])
 
 
 def download(
@@ -64,11 +61,15 @@ def download(
     """
     target = directory or Path(job)
     with connect(url) as client:
-        files = client.download(job, target)
+        try:
+            files = client.download(job, target)
+        except KeyboardInterrupt:
+            print_note(f"stopped; what has arrived is kept. Go on with it: qlora download {job} {target}")
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
     if as_json:
         print_json([str(file) for file in files])
     else:
-        print_note(f"{len(files)} files, {_size(sum(file.stat().st_size for file in files))}, verified")
+        print_note(f"{len(files)} files, {size(sum(file.stat().st_size for file in files))}, verified")
         typer.echo(str(target))
 
 
@@ -134,31 +135,18 @@ def _outcome(job: Job) -> str:
 
 
 def _print_table(jobs: list[Job]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("id", "status", "progress", "loss", "base model", "created", "name"):
-        # An id cut short is of no use: it is there to be copied.
-        table.add_column(column, no_wrap=column == "id", overflow="fold")
+    rows = []
     for job in jobs:
         loss, total = job.metrics.get("loss"), job.progress.total_steps
-        table.add_row(
-            job.id,
-            job.status,
-            f"{job.progress.step}/{total}" if total else "",
-            "" if loss is None else f"{loss:.4f}",
-            job.base_model,
-            f"{job.created_at.astimezone():%Y-%m-%d %H:%M}",
-            job.name or "",
+        rows.append(
+            (
+                job.id,
+                job.status,
+                f"{job.progress.step}/{total}" if total else "",
+                "" if loss is None else f"{loss:.4f}",
+                job.base_model,
+                f"{job.created_at.astimezone():%Y-%m-%d %H:%M}",
+                job.name or "",
+            )
         )
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width, markup=False, highlight=False).print(table)
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
+    print_table(("id", "status", "progress", "loss", "base model", "created", "name"), rows)

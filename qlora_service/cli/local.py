@@ -23,8 +23,8 @@ def serve(
     """Run the service: the API and the worker together.
 
     Ctrl-C or SIGTERM stops both. When one of them ends by itself, the other is stopped and the exit code is 1.
-    The API asks for no password: whoever reaches the address can use it. Under other names than this machine's
-    loopback and --host it answers only if $QLORA_ALLOWED_HOSTS lists them.
+    Every request needs a key: the first start prints one, `qlora keys` makes more. Under other names than this
+    machine's loopback and --host the API answers only if $QLORA_ALLOWED_HOSTS lists them.
     """
     from qlora_service.cli.serving import serve as run_service
     from qlora_service.settings import read_settings

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from qlora_service.cli.options import AsJson, DataDir, Url, connect, print_json, print_note
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from qlora_service.models.catalog import Catalog
+from qlora_service.cli.options import AsJson, DataDir, Url, connect, open_catalog, print_json, print_note, print_table
 
 app = typer.Typer(help="List, import and remove the base models that jobs can train on.", no_args_is_help=True)
 
@@ -26,7 +20,7 @@ def list_models(url: Url = None, data_dir: DataDir = None, as_json: AsJson = Fal
         with connect(url) as client:
             models = [model.model_dump(mode="json") for model in client.models()]
     else:
-        models = [model.as_dict() for model in _catalog(data_dir).list()]
+        models = [model.as_dict() for model in open_catalog(data_dir).list()]
     if as_json:
         print_json(models)
     elif models:
@@ -52,7 +46,7 @@ def import_model(
 
     A GGUF file is dequantized once. Pickled weights, code in the model and quantized weights are refused.
     """
-    model = _catalog(data_dir).import_model(name, source)
+    model = open_catalog(data_dir).import_model(name, source)
     if as_json:
         print_json(model.as_dict())
     else:
@@ -60,34 +54,22 @@ def import_model(
 
 
 @app.command("remove")
-def remove_model(name: Name, data_dir: DataDir = None) -> None:
+def remove_model(name: Name, data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """Delete a base model from the data directory. Adapters trained on it are kept."""
-    _catalog(data_dir).remove(name)
-    print_note(f"removed {name}")
-
-
-def _catalog(data_dir: Path | None) -> Catalog:
-    from qlora_service.logs import configure_logging
-    from qlora_service.models.catalog import Catalog
-    from qlora_service.settings import read_settings
-
-    configure_logging("WARNING")
-    return Catalog(read_settings(data_dir=data_dir).models_dir)
+    open_catalog(data_dir).remove(name)
+    if as_json:
+        print_json({"name": name, "removed": True})
+    else:
+        print_note(f"removed {name}")
 
 
 def _print_table(models: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("name", "architecture", "parameters", "longest row", "from"):
-        table.add_column(column, overflow="fold")
+    rows = []
     for model in models:
         origin = f"{model['hub_id']}@{model['revision']}" if model["hub_id"] else model["source"]
         length = f"{model['max_positions']} tokens" if model["max_positions"] else ""
-        table.add_row(model["name"], model["architecture"], _millions(model["parameters"]), length, origin)
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width, markup=False, highlight=False).print(table)
+        rows.append((model["name"], model["architecture"], _millions(model["parameters"]), length, origin))
+    print_table(("name", "architecture", "parameters", "longest row", "from"), rows)
 
 
 def _millions(parameters: int) -> str:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_service.errors import Finding
+from qlora_service.errors import Finding, QLoRAError
 
 if TYPE_CHECKING:
     from qlora_service.client import Client
+    from qlora_service.models.catalog import Catalog
 
 SHOWN_FINDINGS = 20
+COMPLETED_JOBS = 20
 
 Url = Annotated[
     str | None,
@@ -27,7 +30,24 @@ DataDir = Annotated[
     Path | None,
     typer.Option("--data-dir", help="The service's data directory; default: $QLORA_DATA_DIR, else ./data."),
 ]
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, as printed by submit and jobs.")]
+
+
+def complete_job_ids(incomplete: str) -> list[tuple[str, str]]:
+    """The newest jobs' ids that begin so, each with its status; none when the service does not answer."""
+    from qlora_service.client.wire import ServiceError
+
+    try:
+        with connect(None, patience_s=0.0) as client:
+            jobs = list(islice(client.jobs(), COMPLETED_JOBS))
+    except (QLoRAError, ServiceError):
+        return []
+    return [(job.id, job.status) for job in jobs if job.id.startswith(incomplete)]
+
+
+JobId = Annotated[
+    str,
+    typer.Argument(metavar="JOB", help="A job's id, as printed by submit and jobs.", autocompletion=complete_job_ids),
+]
 
 
 class FaultsInFile(Exception):
@@ -40,11 +60,31 @@ class FaultsInFile(Exception):
         self.findings = tuple(findings)
 
 
-def connect(url: str | None) -> Client:
-    from qlora_service.client import Client
+def connect(url: str | None, *, patience_s: float | None = None) -> Client:
+    """The service at `url` or where the settings say, asked with the settings' key; waiting for it is said."""
+    from qlora_service.client import PATIENCE_S, Client
     from qlora_service.settings import read_settings
 
-    return Client(read_settings(url=url).base_url)
+    settings = read_settings(url=url)
+    key = None if settings.api_key is None else settings.api_key.get_secret_value()
+    patience_s = PATIENCE_S if patience_s is None else patience_s
+    return Client(settings.base_url, api_key=key or None, patience_s=patience_s, on_drop=_say_waiting)
+
+
+def open_catalog(data_dir: Path | None) -> Catalog:
+    """The base models of the data directory; needs no service."""
+    from qlora_service.logs import configure_logging
+    from qlora_service.models.catalog import Catalog
+    from qlora_service.settings import read_settings
+
+    configure_logging("WARNING")
+    return Catalog(read_settings(data_dir=data_dir).models_dir)
+
+
+def _say_waiting(error: Exception, patience_s: float) -> None:
+    # What to do about it comes behind the colon, and waiting is what is being done.
+    reason = str(error).partition(": ")[0]
+    print_note(f"the service is not answering ({reason}): trying again for up to {patience_s:.0f} s")
 
 
 def print_json(value: Any) -> None:
@@ -62,12 +102,37 @@ def print_error(message: str, findings: Sequence[Finding], file: Path | None = N
     for finding in findings[:SHOWN_FINDINGS]:
         if file is None and str(finding) in message:
             continue  # the message is this one finding
-        if file is None:
-            lines.append(f"  {finding}")
-        else:
-            place = f"{file}:{finding.line}" if finding.line is not None else str(file)
-            lines.append(f"{place}: {replace(finding, line=None)}")
+        lines.append(f"  {finding}" if file is None else in_file(finding, file))
     if len(findings) > SHOWN_FINDINGS:
         lines.append(f"  … and {len(findings) - SHOWN_FINDINGS} more")
     sys.stdout.flush()
     print_note("\n".join(lines))
+
+
+def in_file(finding: Finding, file: Path) -> str:
+    """`file:line: pointer: reason`, as compilers write it and editors read it."""
+    place = f"{file}:{finding.line}" if finding.line is not None else str(file)
+    return f"{place}: {replace(finding, line=None)}"
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints the rows under their columns; the first one is there to be copied, and never cut short."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, no_wrap=number == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, markup=False, highlight=False).print(table)
+
+
+def size(count: float) -> str:
+    """Such as 12 KiB."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

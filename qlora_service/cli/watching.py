@@ -37,7 +37,7 @@ def watch_job(client: Client, job_id: str, console: Console) -> Job:
     return job
 
 
-def _show_away(show: Show, last: Job, _: Exception) -> None:
+def _show_away(show: Show, last: Job, _error: Exception, _patience_s: float) -> None:
     show(last, "service away, reconnecting")
 
 

@@ -2,21 +2,20 @@
 
     from qlora_service.client import Client
 
-    with Client("http://127.0.0.1:8080") as client:
+    with Client("http://127.0.0.1:8080", api_key="…") as client:
         job = client.submit({"base_model": "SmolLM2-135M-Instruct"}, dataset_file="rows.jsonl")
-        client.wait(job.id)
+        for event in client.watch(job.id):
+            print(event.type, event.data)
         client.download(job.id, "adapter")
 
-Raises `ServiceError` for what the service refuses and `errors.Unavailable` when it cannot be reached.
+Raises `ServiceError` for what the service refuses and `Unreachable` when no answer comes from it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -25,28 +24,58 @@ from urllib.parse import quote
 
 import httpx2
 
-from qlora_service.client.transport import EXAMPLE_URL, Backoff, Drop, Transport, transient
-from qlora_service.client.wire import ArtifactFile, Dataset, Event, Job, Model, Recipe, ServiceError
+from qlora_service.client.chat import stream_answer
+from qlora_service.client.downloads import fetch_files
+from qlora_service.client.transport import EXAMPLE_URL, Backoff, Drop, Transport, stranger
+from qlora_service.client.wire import (
+    ArtifactFile,
+    Dataset,
+    Event,
+    Job,
+    Model,
+    PreviewRow,
+    Recipe,
+    ServiceError,
+    Unreachable,
+)
 from qlora_service.data.examples import Container, Shape
-from qlora_service.errors import InvalidRequest, Unavailable
+from qlora_service.errors import InvalidRequest
 from qlora_service.specs import JobSpec
 
-__all__ = ["ArtifactFile", "Client", "Dataset", "Event", "Job", "Model", "Recipe", "ServiceError"]
+__all__ = [
+    "ArtifactFile",
+    "Client",
+    "Dataset",
+    "Event",
+    "Job",
+    "Model",
+    "PreviewRow",
+    "Recipe",
+    "ServiceError",
+    "Unreachable",
+]
 
 PATIENCE_S = 600.0
 """How long a service that has answered before may stay away."""
-CHUNK_BYTES = 1 << 20
 
 
 class Client:
     """A connection to one service; a context manager.
 
-    `patience_s` is how long `events`, `wait` and `download` go on trying to reconnect to a service that went away.
-    What changes something is sent again for a minute at most, and takes effect once.
+    `patience_s` is how long `watch`, `wait` and `download` go on trying to reconnect to a service that went away.
+    Every other request is sent again for a minute at most; what changes something takes effect once. `on_drop` is told
+    when such waiting begins. The key is sent to `base_url` only, and never shown.
     """
 
-    def __init__(self, base_url: str = EXAMPLE_URL, *, patience_s: float = PATIENCE_S) -> None:
-        self._transport = Transport(base_url, patience_s)
+    def __init__(
+        self,
+        base_url: str = EXAMPLE_URL,
+        *,
+        api_key: str | None = None,
+        patience_s: float = PATIENCE_S,
+        on_drop: Drop | None = None,
+    ) -> None:
+        self._transport = Transport(base_url, api_key=api_key, patience_s=patience_s, on_drop=on_drop)
         self.base_url = self._transport.base_url
 
     def __enter__(self) -> Self:
@@ -69,9 +98,7 @@ class Client:
 
     # --- datasets, models and recipes
 
-    def upload_dataset(
-        self, path: str | Path, *, container: Container | None = None, shape: Shape | None = None
-    ) -> Dataset:
+    def upload(self, path: str | Path, *, container: Container | None = None, shape: Shape | None = None) -> Dataset:
         """The stored dataset; the file is streamed."""
         params = _given(filename=Path(path).name, container=container, shape=shape)
         with _readable(path) as file:
@@ -82,6 +109,40 @@ class Client:
     def datasets(self) -> Iterator[Dataset]:
         """All datasets, newest first."""
         return (Dataset.model_validate(value) for value in self._transport.pages("/datasets"))
+
+    def dataset(
+        self, dataset_id: str, *, base_model: str | None = None, max_seq_len_tokens: int | None = None
+    ) -> Dataset:
+        """The dataset; with `base_model` also how long its rows are in tokens."""
+        params = _given(base_model=base_model, max_seq_len_tokens=max_seq_len_tokens)
+        return Dataset.model_validate(self._transport.get(_dataset(dataset_id), params))
+
+    def preview(
+        self,
+        dataset_id: str,
+        base_model: str,
+        *,
+        max_seq_len_tokens: int | None = None,
+        too_long: str | None = None,
+        train_on: str | None = None,
+        skip: int = 0,
+        limit: int = 5,
+    ) -> list[PreviewRow]:
+        """Rows as a job with these settings will train them."""
+        params = _given(
+            base_model=base_model,
+            max_seq_len_tokens=max_seq_len_tokens,
+            too_long=too_long,
+            train_on=train_on,
+            skip=skip,
+            limit=limit,
+        )
+        rows = self._transport.get(f"{_dataset(dataset_id)}/preview", params)["data"]
+        return [PreviewRow.model_validate(value) for value in rows]
+
+    def delete_dataset(self, dataset_id: str) -> None:
+        """Returns when the dataset is gone; jobs that were trained on it stay."""
+        self._transport.delete(_dataset(dataset_id))
 
     def models(self) -> list[Model]:
         """The base models a job may name."""
@@ -129,34 +190,54 @@ class Client:
         data: list[dict[str, Any]] = self._transport.get(f"{_job(job_id)}/metrics")["data"]
         return data
 
-    def events(self, job_id: str, after: int = 0, *, on_drop: Drop | None = None) -> Iterator[Event]:
+    def watch(self, job_id: str, after: int = 0, *, on_drop: Drop | None = None) -> Iterator[Event]:
         """The job's events after number `after`, as they happen, up to the one with a terminal status.
 
-        A dropped connection is taken up again where it broke off; `on_drop` is told of it.
+        A dropped connection is taken up again where it broke off.
         """
-        backoff = Backoff(self._transport.patience_s)
-        last, reached = after, False
+        backoff = self._transport.backoff(on_drop)
+        for event in self._events(f"{_job(job_id)}/events", after, backoff, ended=lambda: self.get(job_id).terminal):
+            yield event
+            if event.ends_job:
+                return
+
+    def events(self, job_id: str, after: int = 0) -> Iterator[Event]:
+        """The job's events after number `after`, up to now."""
+        path = f"{_job(job_id)}/events?follow=false"
+        return self._events(path, after, self._transport.backoff(), ended=lambda: True)
+
+    def watch_all(self, after: int | None = None) -> Iterator[Event]:
+        """The events of all jobs after number `after`, or from now on, as they happen; there is no last one."""
+        return self._events("/events", after, self._transport.backoff(), ended=lambda: False)
+
+    def _events(self, path: str, after: int | None, backoff: Backoff, *, ended: Callable[[], bool]) -> Iterator[Event]:
+        """The events of as many connections as it takes, until one brings none and all is `ended`."""
+        last = after
         while True:
+            asked_after = last
             try:
-                with self._transport.stream(f"{_job(job_id)}/events", headers={"Last-Event-ID": str(last)}) as response:
-                    reached = True
-                    for sent in httpx2.EventSource(response):
-                        event = Event(int(sent.id), sent.event, json.loads(sent.data))
-                        last = event.seq
-                        backoff.reset()
-                        yield event
-                        if event.ends_job:
-                            return
-                if self.get(job_id).terminal:
-                    return
-                dropped: Exception = Unavailable(f"{self.base_url} closed the event stream of job {job_id}")
-            except (Unavailable, ServiceError) as error:
-                if not reached or not transient(error):
+                for event in self._stream(path, last):
+                    last = event.seq
+                    backoff.reset()
+                    yield event
+                # A service that stops ends its streams too: only one without an event says that there are no more.
+                if last == asked_after:
+                    if ended():
+                        return
+                    raise Unreachable(f"{self.base_url} closed the event stream {path}")
+            except (Unreachable, ServiceError) as error:
+                if not self._transport.may_pass(error):
                     raise
-                dropped = error
-            if on_drop is not None:
-                on_drop(dropped)
-            backoff.pause(dropped)
+                backoff.pause(error)
+
+    def _stream(self, path: str, after: int | None) -> Iterator[Event]:
+        """The events that one connection brings."""
+        headers = {} if after is None else {"Last-Event-ID": str(after)}
+        with self._transport.stream(path, headers) as response:
+            if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
+                raise stranger(response)
+            for sent in httpx2.EventSource(response):
+                yield Event(int(sent.id), sent.event, json.loads(sent.data))
 
     def wait(self, job_id: str, *, timeout_s: float | None = None, poll_s: float = 0.5) -> Job:
         """The job once it has ended, however it did.
@@ -175,7 +256,17 @@ class Client:
 
     def refresh(self, job_id: str, *, on_drop: Drop | None = None) -> Job:
         """As `get`, for a service that has answered before: it may be away for a while."""
-        return self._transport.persist(lambda: self.get(job_id), on_drop)
+        return Job.model_validate(self._transport.get(_job(job_id), backoff=self._transport.backoff(on_drop)))
+
+    # --- chat
+
+    def chat(self, model: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generator[str, None, None]:
+        """The pieces of the model's answer as they come; `options` are those of POST /v1/chat/completions.
+
+        `model` is a base model's name, a fine-tuned model's, or a succeeded job's id. The first request has the base
+        loaded, which is waited for. Closing the iterator ends the answer.
+        """
+        return stream_answer(self._transport, {"model": model, "messages": list(messages), **options})
 
     # --- artifacts
 
@@ -190,66 +281,10 @@ class Client:
         A file appears under its name only when it is whole; a broken-off download is resumed from its `.part`.
 
         Raises:
-            InvalidRequest: the directory cannot be made, or holds another file of such a name, which is left alone.
+            InvalidRequest: the directory cannot be made or written, or holds another file of such a name, which is
+                left alone.
         """
-        directory = Path(directory)
-        files = self.artifacts(job_id)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InvalidRequest(f"{directory} cannot be made ({error.strerror}): choose another directory") from error
-        _refuse_to_overwrite(files, directory)
-        return [self._download_file(job_id, file, directory / _plain_name(file.name)) for file in files]
-
-    def _download_file(self, job_id: str, file: ArtifactFile, target: Path) -> Path:
-        if target.is_file() and _sha256(target) == file.sha256:
-            return target
-        part = target.with_name(target.name + ".part")
-        resumed = part.exists()
-        self._transport.persist(lambda: self._fetch(job_id, file, part))
-        if resumed and _sha256(part) != file.sha256:
-            # The part was of another file: once more, from the start.
-            part.unlink()
-            self._transport.persist(lambda: self._fetch(job_id, file, part))
-        if (digest := _sha256(part)) != file.sha256:
-            part.unlink()
-            raise Unavailable(
-                f"{file.name} of job {job_id} arrived with SHA-256 {digest}, not {file.sha256}: download it again; "
-                "if that does not help, the stored file is damaged"
-            )
-        return part.replace(target)
-
-    def _fetch(self, job_id: str, file: ArtifactFile, part: Path) -> None:
-        """Brings `part` to its full length."""
-        with part.open("ab") as opened:
-            start = opened.tell()
-            if start > file.bytes:
-                start = opened.truncate(0)
-            if start == file.bytes:
-                return
-            headers = {"Accept-Encoding": "identity"}
-            if start:
-                headers |= {"Range": f"bytes={start}-", "If-Range": f'"{file.sha256}"'}
-            with self._transport.stream(f"{_job(job_id)}/artifacts/{quote(file.name)}", headers=headers) as response:
-                if response.status_code != httpx2.codes.PARTIAL_CONTENT:
-                    opened.truncate(0)
-                for chunk in response.iter_bytes(CHUNK_BYTES):
-                    opened.write(chunk)
-            opened.flush()
-            os.fsync(opened.fileno())
-
-
-def _refuse_to_overwrite(files: Sequence[ArtifactFile], directory: Path) -> None:
-    """Raises: InvalidRequest, naming files that are there with other bytes."""
-    others = [
-        file.name
-        for file in files
-        if (there := directory / _plain_name(file.name)).exists() and (there.is_dir() or _sha256(there) != file.sha256)
-    ]
-    if others:
-        raise InvalidRequest(
-            f"{directory} holds another {', '.join(others)}: download into an empty directory, or remove what is there"
-        )
+        return fetch_files(self._transport, job_id, self.artifacts(job_id), Path(directory))
 
 
 @contextmanager
@@ -263,21 +298,13 @@ def _readable(path: str | Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _given(**values: str | None) -> dict[str, str]:
-    return {key: value for key, value in values.items() if value is not None}
+def _given(**values: str | int | None) -> dict[str, str]:
+    return {key: str(value) for key, value in values.items() if value is not None}
 
 
 def _job(job_id: str) -> str:
     return f"/jobs/{quote(job_id, safe='')}"
 
 
-def _plain_name(name: str) -> str:
-    """`name`, which must not lead out of a directory. Raises: InvalidRequest."""
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise InvalidRequest(f"the service names an artifact {name!r}, which is no plain file name: nothing is written")
-    return name
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _dataset(dataset_id: str) -> str:
+    return f"/datasets/{quote(dataset_id, safe='')}"

@@ -11,35 +11,42 @@ from typing import Any, BinaryIO, TypeVar
 
 import httpx2
 
-from qlora_service.client.wire import ServiceError
-from qlora_service.errors import Finding, InvalidRequest, Unavailable
+from qlora_service.client.wire import ServiceError, Unreachable
+from qlora_service.errors import Finding, InvalidRequest, QuotaExceeded
 
 EXAMPLE_URL = "http://127.0.0.1:8080"
 ANSWER_S = 60.0
 """Longest silence of an answer; an event stream's keep-alive comes far more often."""
 CONNECT_S = 10.0
-POST_PATIENCE_S = 60.0
-"""Longest time that a POST is sent again: somebody waits for its answer."""
+ASKED_PATIENCE_S = 60.0
+"""Longest time that one request is sent again: somebody waits for its answer."""
 TRY_AGAIN = frozenset({502, 503, 504})
 """Answers of a service, or of a proxy before it, that cannot take a request just now."""
+TOO_MANY_REQUESTS = 429
 
-Drop = Callable[[Exception], None]
-"""Told of each error that is waited out."""
+Drop = Callable[[Exception, float], None]
+"""Told once of every outage that is waited out: its first error, and for how many seconds at most."""
 Result = TypeVar("Result")
 
 
 class Transport:
-    """Requests to one service. `patience_s` is how long they are sent again when the service went away."""
+    """Requests to one service, sent again while it is away: a service that never answered is given up at once.
 
-    def __init__(self, base_url: str, patience_s: float) -> None:
+    `patience_s` is how long what follows a job goes on trying; a single request is sent again for a minute at most.
+    """
+
+    def __init__(self, base_url: str, *, api_key: str | None, patience_s: float, on_drop: Drop | None) -> None:
         self.base_url = base_url.rstrip("/")
-        self.patience_s = patience_s
+        self._patience_s = patience_s
+        self._on_drop = on_drop
         self._reached = False
+        host = _host(base_url)
         self._http = httpx2.Client(
             base_url=self.base_url,
+            headers={} if api_key is None else {"Authorization": f"Bearer {_checked_key(api_key)}"},
             timeout=httpx2.Timeout(ANSWER_S, connect=CONNECT_S),
             # A proxy for the outside world cannot reach this machine's own loopback.
-            trust_env=not _is_loopback(_host(base_url)),
+            trust_env=not _is_loopback(host),
         )
 
     def close(self) -> None:
@@ -52,44 +59,44 @@ class Transport:
         except httpx2.TransportError:
             return False
 
-    def get(self, path: str, params: Mapping[str, str] | None = None) -> Any:
+    def get(self, path: str, params: Mapping[str, str] | None = None, *, backoff: Backoff | None = None) -> Any:
         """The answer's JSON."""
-        return self._send("GET", path, params=params)
+
+        def send() -> Any:
+            return _json(self._send("GET", path, params=params))
+
+        return self._resend(send, backoff or self._short_backoff())
 
     def post(self, path: str, *, patient: bool = False, file: BinaryIO | None = None, **request: Any) -> Any:
         """The answer's JSON; `patient` waits for it without limit.
 
-        When the connection breaks or the service is not available, the request is sent again under the same
-        idempotency key, with `file` from its start: it takes effect once. Only a service that never answered before
-        is given up at once.
+        Sent again, it goes under the same idempotency key, with `file` from its start: it takes effect once.
         """
         headers = {"Idempotency-Key": str(uuid.uuid4())}
         read_s = None if patient else ANSWER_S
-        backoff = Backoff(min(self.patience_s, POST_PATIENCE_S))
-        while True:
-            try:
-                if file is not None:
-                    file.seek(0)
-                return self._send("POST", path, headers=headers, read_s=read_s, **request)
-            except Unavailable as error:
-                if not self._reached:
-                    raise
-                backoff.pause(error)
-            except ServiceError as error:
-                if error.status not in TRY_AGAIN:
-                    raise
-                backoff.pause(error)
 
-    def _send(self, method: str, path: str, *, read_s: float | None = ANSWER_S, **request: Any) -> Any:
-        timeout = httpx2.Timeout(ANSWER_S, connect=CONNECT_S, read=read_s)
-        with self._translated():
-            response = self._http.request(method, path, timeout=timeout, **request)
-        self._reached = True
-        _raise_for_error(response)
-        try:
-            return response.json()
-        except ValueError:
-            raise _stranger(response) from None
+        def send() -> Any:
+            if file is not None:
+                file.seek(0)
+            return _json(self._send("POST", path, headers=headers, read_s=read_s, **request))
+
+        return self._resend(send, self._short_backoff())
+
+    def delete(self, path: str) -> None:
+        """Returns when there is nothing left."""
+        tries = 0
+
+        def send() -> None:
+            nonlocal tries
+            tries += 1
+            try:
+                self._send("DELETE", path)
+            except ServiceError as error:
+                # Not found by a later try: the one before has deleted it, and its answer was lost.
+                if error.status != httpx2.codes.NOT_FOUND or tries == 1:
+                    raise
+
+        self._resend(send, self._short_backoff())
 
     def pages(self, path: str, params: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
         page = self.get(path, params)
@@ -99,39 +106,65 @@ class Transport:
             yield from page["data"]
 
     @contextmanager
-    def stream(self, path: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-        with self._translated(), self._http.stream("GET", path, headers=headers) as response:
+    def stream(
+        self, path: str, headers: Mapping[str, str], *, json: Any = None, read_s: float | None = ANSWER_S
+    ) -> Iterator[httpx2.Response]:
+        """The answer to a GET, or to a POST of `json`, its body yet to come; `read_s` is its longest silence."""
+        method = "GET" if json is None else "POST"
+        timeout = httpx2.Timeout(ANSWER_S, connect=CONNECT_S, read=read_s)
+        sent = self._http.stream(method, path, headers=headers, json=json, timeout=timeout)
+        with self._translated(), sent as response:
+            self._reached = True
             if response.is_error:
                 response.read()
                 _raise_for_error(response)
             yield response
 
-    def persist(self, call: Callable[[], Result], on_drop: Drop | None = None) -> Result:
-        """What `call` returns, called again while the service cannot be reached."""
-        backoff = Backoff(self.patience_s)
+    def backoff(self, on_drop: Drop | None = None) -> Backoff:
+        """For what follows a job through outages; `on_drop` takes the place of the client's."""
+        return Backoff(self._patience_s, on_drop or self._on_drop)
+
+    def may_pass(self, error: Unreachable | ServiceError) -> bool:
+        """Whether the same request may work soon: not when it is over a quota, which waiting alone does not lift."""
+        if isinstance(error, Unreachable):
+            return self._reached
+        asked_too_often = error.status == TOO_MANY_REQUESTS and error.code != QuotaExceeded.code
+        return error.status in TRY_AGAIN or asked_too_often
+
+    def _short_backoff(self) -> Backoff:
+        return Backoff(min(self._patience_s, ASKED_PATIENCE_S), self._on_drop)
+
+    def _resend(self, send: Callable[[], Result], backoff: Backoff) -> Result:
+        """What `send` returns, called again while the service is away."""
         while True:
             try:
-                return call()
-            except (Unavailable, ServiceError) as error:
-                if not transient(error):
+                return send()
+            except (Unreachable, ServiceError) as error:
+                if not self.may_pass(error):
                     raise
-                if on_drop is not None:
-                    on_drop(error)
                 backoff.pause(error)
+
+    def _send(self, method: str, path: str, *, read_s: float | None = ANSWER_S, **request: Any) -> httpx2.Response:
+        timeout = httpx2.Timeout(ANSWER_S, connect=CONNECT_S, read=read_s)
+        with self._translated():
+            response = self._http.request(method, path, timeout=timeout, **request)
+        self._reached = True
+        _raise_for_error(response)
+        return response
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """Transport errors as `Unavailable` that says what to do."""
+        """Transport errors as `Unreachable` that says what to do."""
         try:
             yield
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            raise Unavailable(
+            raise Unreachable(
                 f"no service answers at {self.base_url} ({error}): start one with `qlora serve`, or give the address "
                 "of a running one with --url or QLORA_URL"
             ) from error
         except httpx2.TransportError as error:
             self._reached = True
-            raise Unavailable(
+            raise Unreachable(
                 f"the connection to {self.base_url} broke ({error or type(error).__name__}): try again"
             ) from error
 
@@ -139,22 +172,31 @@ class Transport:
 class Backoff:
     """Growing pauses between attempts, until patience ends."""
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, on_drop: Drop | None = None) -> None:
         self._patience_s = patience_s
+        self._on_drop = on_drop
         self.reset()
 
     def reset(self) -> None:
+        """Start over: the service has answered."""
         self._deadline: float | None = None
         self._pause_s = 0.2
 
-    def pause(self, error: Exception) -> None:
+    def pause(self, error: Unreachable | ServiceError) -> None:
         """Sleeps before the next attempt; raises `error` when this was the last one."""
         now = time.monotonic()
+        begins = self._deadline is None
         if self._deadline is None:
             self._deadline = now + self._patience_s
         if now >= self._deadline:
             raise error
-        time.sleep(self._pause_s)
+        if begins and self._on_drop is not None:
+            self._on_drop(error, self._patience_s)
+        asked_s = 0.0
+        # The 503 of a service that restarts asks for seconds too, and is over sooner.
+        if isinstance(error, ServiceError) and error.status == TOO_MANY_REQUESTS:
+            asked_s = error.retry_after_s or 0.0
+        time.sleep(min(max(self._pause_s, asked_s), self._deadline - now))
         self._pause_s = min(2 * self._pause_s, 5.0)
 
 
@@ -176,12 +218,28 @@ def _raise_for_error(response: httpx2.Response) -> None:
     try:
         error = response.json()["error"]
         findings = [Finding(**finding) for finding in error["findings"]]
-        raise ServiceError(response.status_code, error["code"], error["message"], error["location"], findings)
+        # On OpenAI's wire a location is called `param`.
+        code, message, location = error["code"], error["message"], error.get("location", error.get("param"))
     except (ValueError, KeyError, TypeError):
-        raise _stranger(response) from None
+        raise stranger(response) from None
+    raise ServiceError(response.status_code, code, message, location, findings, _retry_after_s(response))
 
 
-def _stranger(response: httpx2.Response) -> ServiceError:
+def _retry_after_s(response: httpx2.Response) -> float | None:
+    """The header's seconds; None where it is absent or names a date."""
+    value = response.headers.get("Retry-After", "")
+    return float(value) if value.isdecimal() else None
+
+
+def _json(response: httpx2.Response) -> Any:
+    """Raises: ServiceError."""
+    try:
+        return response.json()
+    except ValueError:
+        raise stranger(response) from None
+
+
+def stranger(response: httpx2.Response) -> ServiceError:
     """Something between us and the service, or another server, answered in a form that is not the service's."""
     return ServiceError(
         response.status_code,
@@ -190,9 +248,13 @@ def _stranger(response: httpx2.Response) -> ServiceError:
     )
 
 
-def transient(error: Unavailable | ServiceError) -> bool:
-    """Whether the same request may work later."""
-    return isinstance(error, Unavailable) or error.status >= 500
+def _checked_key(api_key: str) -> str:
+    """`api_key`, which can stand in a header. Raises: InvalidRequest, without showing it."""
+    if not api_key or not all("!" <= character <= "~" for character in api_key):
+        raise InvalidRequest(
+            "the API key holds a blank, a line break or another character that no key has: copy it again"
+        )
+    return api_key
 
 
 def _is_loopback(host: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from qlora_service.errors import Finding
+from qlora_service.errors import Finding, Unavailable
 from qlora_service.jobs import JobStatus
 
 TERMINAL = frozenset(status.value for status in JobStatus if status.terminal)
@@ -17,6 +17,25 @@ TERMINAL = frozenset(status.value for status in JobStatus if status.terminal)
 
 class Answer(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Lengths(Answer):
+    """Token counts under one base model's tokenizer and chat template."""
+
+    rows: int
+    usable_rows: int
+    tokens: int
+    trained_tokens: int
+    longest_tokens: int
+    cut_rows: int
+    """Usable rows that lose tokens to truncation."""
+    too_long_rows: int
+    complete: bool
+    """False when only the first rows were rendered."""
+    histogram: dict[str, int]
+    """Rows by length: key "128" counts rows of 65 to 128 tokens."""
+    finding_count: int
+    findings: list[dict[str, Any]]
 
 
 class Dataset(Answer):
@@ -31,6 +50,34 @@ class Dataset(Answer):
     finding_count: int
     findings: list[dict[str, Any]]
     created_at: datetime
+    lengths: Lengths | None = None
+    """How long the rows are, when a base model was named."""
+
+
+class PreviewToken(Answer):
+    id: int
+    text: str
+    trained: bool
+
+
+class PreviewDocument(Answer):
+    """One sequence of tokens."""
+
+    text: str
+    tokens: list[PreviewToken]
+    cut_tokens: int
+
+
+class PreviewRow(Answer):
+    """A row as it will be trained, or its `problem`: why it is left out."""
+
+    line: int
+    problem: str | None = None
+    text: str = ""
+    tokens: list[PreviewToken] = []
+    cut_tokens: int = 0
+    rejected: PreviewDocument | None = None
+    """Of a preference pair, the rejected answer's document; the row itself is the chosen one's."""
 
 
 class Model(Answer):
@@ -96,7 +143,7 @@ class ArtifactFile(Answer):
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a job; `seq` is where a later `events(after=…)` goes on."""
+    """Something that happened to a job; `seq` is where a later `watch(after=…)` goes on."""
 
     seq: int
     type: str
@@ -104,12 +151,27 @@ class Event:
     data: dict[str, Any]
 
     @property
+    def job_id(self) -> str:
+        return str(self.data["job_id"])
+
+    @property
+    def at(self) -> datetime:
+        return datetime.fromisoformat(self.data["at"])
+
+    @property
     def ends_job(self) -> bool:
         return self.type == "status" and self.data.get("status") in TERMINAL
 
 
+class Unreachable(Unavailable):
+    """No whole answer came from the service."""
+
+
 class ServiceError(Exception):
-    """The service refused: its HTTP status and the parts of its error."""
+    """The service refused: its HTTP status and the parts of its error.
+
+    `retry_after_s` is how long it asks to be left alone.
+    """
 
     def __init__(
         self,
@@ -118,13 +180,15 @@ class ServiceError(Exception):
         message: str,
         location: str | None = None,
         findings: Sequence[Finding] = (),
+        retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(status, code, message, location, findings)
+        super().__init__(status, code, message, location, findings, retry_after_s)
         self.status = status
         self.code = code
         self.message = message
         self.location = location
         self.findings = tuple(findings)
+        self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return f"{self.message} ({self.code}, HTTP {self.status})"

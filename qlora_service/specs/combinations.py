@@ -19,13 +19,13 @@ def contradictions(
     objective: Objective,
     training: Training,
     evaluation: Evaluation,
-    held_out_fraction: float,
+    holds_out: bool,
 ) -> Iterator[Contradiction]:
     """Every one there is. Defaults never contradict, so a stored spec, which spells them out, stays valid."""
     yield from _of_adapter(adapter, training, quantization)
     if not isinstance(objective, Supervised):
         yield from _of_preferences(objective, training, evaluation)
-    if held_out_fraction == 0:
+    if not holds_out:
         yield from _of_nothing_held_out(training, evaluation)
 
 
@@ -65,7 +65,7 @@ def _of_preferences(objective: Objective, training: Training, evaluation: Evalua
 
 
 def _of_nothing_held_out(training: Training, evaluation: Evaluation) -> Iterator[Contradiction]:
-    why = "no rows are held out: set validation.fraction above 0"
+    why = "no rows are held out: set validation.fraction above 0, or validation.dataset_id"
     if training.early_stopping_patience is not None:
         yield ("training", "early_stopping_patience"), why
     if training.load_best_model_at_end:

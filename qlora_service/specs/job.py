@@ -43,10 +43,25 @@ class DatasetRef(SpecPart):
 
 
 class Validation(SpecPart):
-    """Rows held out of training to measure the loss on."""
+    """Rows that are not trained on, to measure the loss with."""
 
+    dataset_id: str | None = Field(
+        None,
+        description="A stored dataset of such rows; then the job trains on all rows of its own, and `fraction` "
+        "is ignored.",
+    )
     fraction: float = Field(0.05, ge=0.0, le=0.5, description="Share of the rows held out; at least one if above 0.")
     max_rows: StrictInt = Field(256, ge=1, le=4096, description="Most rows held out.")
+
+    @property
+    def held_out_fraction(self) -> float:
+        """The share of the job's own rows that is held out."""
+        return self.fraction if self.dataset_id is None else 0.0
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any rows are judged that are not trained on."""
+        return self.dataset_id is not None or self.fraction > 0
 
 
 class Quantization(SpecPart):
@@ -102,7 +117,7 @@ class JobSpec(SpecPart):
             objective=self.objective,
             training=self.training,
             evaluation=self.evaluation,
-            held_out_fraction=self.validation.fraction,
+            holds_out=self.validation.holds_out,
         )
         # As pydantic's own errors, so that each has its place.
         errors = [

@@ -60,24 +60,57 @@ def insert_dataset(connection: Connection, dataset: Dataset) -> Dataset:
     return _from_row(connection.execute(same.returning(datasets)).one())
 
 
-def get_dataset(connection: Connection, dataset_id: str, *, project: str | None = None) -> Dataset:
-    """Raises: NotFound: there is none, or it belongs to another project than `project`."""
+def get_dataset(connection: Connection, dataset_id: str, *, project: str | None = None, lock: bool = False) -> Dataset:
+    """The dataset; with `lock`, nobody else deletes it before the transaction ends.
+
+    Raises:
+        NotFound: there is none, or it belongs to another project than `project`.
+    """
     query = sa.select(datasets).where(datasets.c.id == dataset_id, datasets.c.deleted_at.is_(None))
     if project is not None:
         query = query.where(datasets.c.project == project)
-    row = connection.execute(query).one_or_none()
+    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
     if row is None:
         raise NotFound(f"there is no dataset {dataset_id!r}: POST the file to /datasets first", location="/dataset/id")
     return _from_row(row)
 
 
-def list_datasets(connection: Connection, *, project: str, before: str | None, limit: int) -> list[Dataset]:
-    """Up to `limit` datasets of a project, newest first, older than the id `before`."""
+def list_datasets(
+    connection: Connection,
+    *,
+    project: str,
+    before: str | None = None,
+    after: str | None = None,
+    oldest_first: bool = False,
+    limit: int,
+) -> list[Dataset]:
+    """Up to `limit` datasets of a project, newest first unless told otherwise, whose ids lie between the two given."""
     mine = (datasets.c.project == project, datasets.c.deleted_at.is_(None))
-    query = sa.select(datasets).where(*mine).order_by(datasets.c.id.desc()).limit(limit)
+    order = datasets.c.id if oldest_first else datasets.c.id.desc()
+    query = sa.select(datasets).where(*mine).order_by(order).limit(limit)
     if before is not None:
         query = query.where(datasets.c.id < before)
+    if after is not None:
+        query = query.where(datasets.c.id > after)
     return [_from_row(row) for row in connection.execute(query)]
+
+
+def mark_deleted(connection: Connection, dataset_id: str, now: datetime) -> None:
+    """Nobody finds the dataset any more; its row stays for the jobs that name it."""
+    connection.execute(sa.update(datasets).where(datasets.c.id == dataset_id).values(deleted_at=now))
+    connection.execute(sa.delete(render_reports).where(render_reports.c.dataset_id == dataset_id))
+
+
+def lock_bytes(connection: Connection, sha256: str) -> None:
+    """Until the transaction ends, nobody else stores or removes the bytes of datasets with this SHA-256."""
+    if connection.dialect.name == "postgresql":  # on SQLite writers take turns anyway
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"dataset {sha256}"))))
+
+
+def are_bytes_needed(connection: Connection, sha256: str) -> bool:
+    """Whether a dataset of any project has these bytes."""
+    query = sa.select(datasets.c.id).where(datasets.c.sha256 == sha256, datasets.c.deleted_at.is_(None)).limit(1)
+    return connection.execute(query).one_or_none() is not None
 
 
 def get_render_report(connection: Connection, dataset_id: str, key: str) -> dict[str, Any] | None:

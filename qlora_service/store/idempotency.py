@@ -20,12 +20,22 @@ from qlora_service.store.conflicts import insert
 from qlora_service.store.tables import idempotency_keys as keys
 
 KEPT_FOR = timedelta(days=7)
+RETRIED_FOR = timedelta(minutes=10)
+"""Longer than any client waits before it sends a request again by itself."""
 DELETED_AT_ONCE = 100
 """Most old keys that a new one removes: a request never waits for a long history."""
 
 Result = TypeVar("Result")
 Answer = dict[str, Any]
 """What the wire says, as JSON."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """When a request came, and whether its client says that it sent the same one before."""
+
+    arrived_at: datetime
+    is_retry: bool
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,12 @@ class Once(Generic[Result]):
     fingerprint: str
     """Of everything the request asks for: the same key with another fingerprint is a mistake."""
     answer: Callable[[Result], Answer]
+    attempt: Attempt | None = None
+    """Where the key was not chosen by the client, but made of what it asks for: the same request may be meant twice.
+
+    Then a first attempt is always a new request, unless its own retry has overtaken it; and a retry is answered what
+    the last such request was, within RETRIED_FOR.
+    """
 
 
 class Replay(Exception):
@@ -54,16 +70,35 @@ def recall(connection: Connection, once: Once[Any]) -> None:
         Replay: the request was answered before.
         Conflict: the key was used for another request.
     """
-    row = connection.execute(sa.select(keys.c.fingerprint, keys.c.answer).where(*_same(once))).one_or_none()
+    query = sa.select(keys.c.fingerprint, keys.c.answer).where(*_same(once))
+    if once.attempt is not None:
+        query = query.where(_answers(once.attempt))
+    row = connection.execute(query).one_or_none()
     if row is None:
         return
-    if row.fingerprint != once.fingerprint:
+    if once.attempt is None and row.fingerprint != once.fingerprint:
         raise Conflict(
             f"the Idempotency-Key {once.key!r} was used for another request, whose body, path or method differs: "
             "send a new key with every new request, and an old one only to send the same request again",
             location="idempotency-key",
         )
     raise Replay(row.answer)
+
+
+def write_once(
+    connection: Connection, once: Once[Result] | None, now: datetime, action: Callable[[Connection], Result]
+) -> Result:
+    """What `action` returns, written with the key's answer in the caller's transaction.
+
+    Raises:
+        Replay, Conflict: as `recall` does.
+    """
+    if once is None:
+        return action(connection)
+    reserve(connection, once, now)
+    result = action(connection)
+    keep(connection, once, result)
+    return result
 
 
 def reserve(connection: Connection, once: Once[Any], now: datetime) -> None:
@@ -73,9 +108,16 @@ def reserve(connection: Connection, once: Once[Any], now: datetime) -> None:
         Replay, Conflict: as `recall` does.
     """
     _delete_old(connection, now)
-    row = {"project": once.project, "key": once.key, "fingerprint": once.fingerprint, "answer": {}, "created_at": now}
-    new = insert(connection, keys).values(row).on_conflict_do_nothing().returning(keys.c.key)
-    inserted = connection.execute(new).one_or_none()
+    mark = once.fingerprint if once.attempt is None else _mark(once.attempt)
+    row = {"project": once.project, "key": once.key, "fingerprint": mark, "answer": {}, "created_at": now}
+    new = insert(connection, keys).values(row)
+    if once.attempt is None:
+        new = new.on_conflict_do_nothing()
+    else:
+        new = new.on_conflict_do_update(
+            index_elements=["project", "key"], set_=row, where=sa.not_(_answers(once.attempt))
+        )
+    inserted = connection.execute(new.returning(keys.c.key)).one_or_none()
     if inserted is None:
         # A statement of its own sees what was committed while the insert waited (PostgreSQL, read committed).
         recall(connection, once)
@@ -84,6 +126,19 @@ def reserve(connection: Connection, once: Once[Any], now: datetime) -> None:
 def keep(connection: Connection, once: Once[Result], result: Result) -> None:
     """Stores the answer under the reserved key."""
     connection.execute(sa.update(keys).where(*_same(once)).values(answer=once.answer(result)))
+
+
+def _mark(attempt: Attempt) -> str:
+    """What stands in place of a fingerprint under a key that is one itself: who wrote the row."""
+    return "retry" if attempt.is_retry else "first"
+
+
+def _answers(attempt: Attempt) -> sa.ColumnElement[bool]:
+    """Whether a row of the attempt's key holds its answer."""
+    if attempt.is_retry:
+        return keys.c.created_at >= attempt.arrived_at - RETRIED_FOR
+    # Written by a retry while this attempt was still at work: its own, whose client no longer waits for it.
+    return sa.and_(keys.c.fingerprint == "retry", keys.c.created_at >= attempt.arrived_at)
 
 
 def _same(once: Once[Any]) -> tuple[sa.ColumnElement[bool], ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -13,6 +13,8 @@ from qlora_service.errors import NotFound
 from qlora_service.jobs import Job, JobEvent, JobStatus, StopRequest
 from qlora_service.specs import JobSpec
 from qlora_service.store.tables import events, jobs
+
+EVENT_LOCK = 0x716C6F726165  # "qlorae", for pg_advisory_xact_lock
 
 
 def insert_job(
@@ -62,18 +64,50 @@ def list_jobs(
     project: str,
     status: JobStatus | None = None,
     base_model: str | None = None,
+    metadata: Mapping[str, str] | None = None,
     before: str | None = None,
+    after: str | None = None,
+    oldest_first: bool = False,
     limit: int,
 ) -> list[Job]:
-    """Up to `limit` jobs, newest first, older than the job id `before`."""
-    query = sa.select(jobs).where(jobs.c.project == project).order_by(jobs.c.id.desc()).limit(limit)
+    """Up to `limit` jobs, newest first unless told otherwise, whose ids lie between the two given.
+
+    With `metadata` those that have all of these pairs; of an empty one, those without any.
+    """
+    order = jobs.c.id if oldest_first else jobs.c.id.desc()
+    query = sa.select(jobs).where(jobs.c.project == project).order_by(order).limit(limit)
+    if metadata is not None:
+        query = query.where(*_has_metadata(connection, metadata))
     if status is not None:
         query = query.where(jobs.c.status == status)
     if base_model is not None:
         query = query.where(jobs.c.base_model == base_model)
     if before is not None:
         query = query.where(jobs.c.id < before)
+    if after is not None:
+        query = query.where(jobs.c.id > after)
     return [job_from_row(row) for row in connection.execute(query)]
+
+
+def list_published(connection: Connection, *, project: str, limit: int) -> list[Job]:
+    """Up to `limit` jobs whose adapters can be had, newest first."""
+    there = (jobs.c.status == JobStatus.SUCCEEDED, jobs.c.withdrawn_at.is_(None))
+    query = sa.select(jobs).where(jobs.c.project == project, *there).order_by(jobs.c.id.desc()).limit(limit)
+    return [job_from_row(row) for row in connection.execute(query)]
+
+
+def unfinished_on(connection: Connection, dataset_id: str) -> str | None:
+    """The id of a job that still needs the dataset, to train on or to judge with; None without one."""
+    judged = jobs.c.spec["validation"]["dataset_id"].as_string()
+    query = sa.select(jobs.c.id).where(
+        jobs.c.status.in_([status for status in JobStatus if not status.terminal]),
+        sa.or_(jobs.c.dataset_id == dataset_id, judged == dataset_id),
+    )
+    return connection.execute(query.limit(1)).scalar_one_or_none()
+
+
+def mark_withdrawn(connection: Connection, job_id: str, now: datetime) -> None:
+    connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(withdrawn_at=now))
 
 
 def count_ahead(connection: Connection, job: Job) -> int:
@@ -98,8 +132,11 @@ def count_queued(connection: Connection, project: str) -> int:
 def append_event(connection: Connection, job_id: str, now: datetime, type_: str, data: dict[str, Any]) -> None:
     """Add an event to a job whose row this transaction has written or locked.
 
-    So a job's events are numbered in the order of their commits, and a reader that has seen one missed none before it.
+    Events are numbered in the order of their commits, so a reader that has seen one missed none before it.
     """
+    if connection.dialect.name == "postgresql":
+        # Otherwise a smaller number, drawn earlier, may be committed after a larger one of another job.
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(EVENT_LOCK)))
     connection.execute(events.insert().values(job_id=job_id, at=now, type=type_, data=data))
 
 
@@ -116,6 +153,56 @@ def events_after(
     if types is not None:
         query = query.where(events.c.type.in_(types))
     return [JobEvent(**row._mapping) for row in connection.execute(query.limit(limit))]
+
+
+def events_before(
+    connection: Connection, job_id: str, seq: int | None, *, types: Sequence[str], limit: int
+) -> list[JobEvent]:
+    """Up to `limit` events of a job with a sequence number below `seq`, newest first."""
+    query = sa.select(events).where(events.c.job_id == job_id, events.c.type.in_(types))
+    if seq is not None:
+        query = query.where(events.c.seq < seq)
+    rows = connection.execute(query.order_by(events.c.seq.desc()).limit(limit))
+    return [JobEvent(**row._mapping) for row in rows]
+
+
+def project_events_after(
+    connection: Connection, project: str, seq: int, *, types: Collection[str] | None, limit: int
+) -> list[JobEvent]:
+    """Up to `limit` events of the project's jobs with a sequence number above `seq`, oldest first."""
+    own = sa.select(events).join(jobs).where(jobs.c.project == project, events.c.seq > seq)
+    if types is not None:
+        own = own.where(events.c.type.in_(types))
+    return [JobEvent(**row._mapping) for row in connection.execute(own.order_by(events.c.seq).limit(limit))]
+
+
+def tail_events(connection: Connection, seq: int, limit: int) -> list[tuple[str, JobEvent]]:
+    """Up to `limit` events above `seq`, oldest first, each with the project that its job belongs to."""
+    # Limited before it is joined, so that the work does not grow with the history.
+    newest = sa.select(events).where(events.c.seq > seq).order_by(events.c.seq).limit(limit).subquery()
+    query = sa.select(jobs.c.project, newest).join(jobs, jobs.c.id == newest.c.job_id).order_by(newest.c.seq)
+    return [(project, JobEvent(*event)) for project, *event in connection.execute(query)]
+
+
+def last_seq(connection: Connection) -> int:
+    """The number of the newest event; 0 without any."""
+    return connection.execute(sa.select(sa.func.max(events.c.seq))).scalar_one() or 0
+
+
+def _has_metadata(connection: Connection, wanted: Mapping[str, str]) -> list[sa.ColumnElement[bool]]:
+    """Conditions in the database's own words: any text is a key, so none is ever part of a JSON path."""
+    on_postgres = connection.dialect.name == "postgresql"
+    if not wanted:
+        path = ("metadata",) if on_postgres else ("$.metadata",)
+        extract = sa.func.json_extract_path_text if on_postgres else sa.func.json_extract
+        return [extract(jobs.c.spec, *path) == "{}"]
+    if on_postgres:
+        return [sa.func.json_extract_path_text(jobs.c.spec, "metadata", key) == value for key, value in wanted.items()]
+    conditions: list[sa.ColumnElement[bool]] = []
+    for key, value in wanted.items():
+        pair = sa.func.json_each(jobs.c.spec, "$.metadata").table_valued("key", "value")
+        conditions.append(sa.exists().select_from(pair).where(pair.c.key == key, pair.c.value == value))
+    return conditions
 
 
 def job_from_row(row: Row[Any]) -> Job:

@@ -223,3 +223,17 @@ webhook_deliveries = Table(
     Index(None, "due_at"),
     Index(None, "endpoint_id", "id"),
 )
+
+# Who waits for a base to chat with, and the process that has it loaded.
+inference = Table(
+    "inference",
+    metadata,
+    Column("base_model", String(200), primary_key=True),
+    Column("quantization", String(200), primary_key=True),
+    # Seconds of the clock that `asked_clock` names; see store/lease_clock.py.
+    Column("asked_at", Float, nullable=False),
+    Column("asked_clock", String(64), nullable=False),
+    # Whose child it is and where that listens; null while nobody has it loaded.
+    Column("worker", String(200)),
+    Column("socket", String(4096)),
+)

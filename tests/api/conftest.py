@@ -214,6 +214,7 @@ def api_environment(settings: Settings, port: int = 0) -> dict[str, str]:
     return os.environ | {
         "QLORA_DATA_DIR": str(settings.data_dir),
         "QLORA_PORT": str(port),
+        "QLORA_KEYS": settings.keys,
         "QLORA_MAX_UPLOAD_BYTES": str(settings.max_upload_bytes),
     }
 

@@ -47,6 +47,14 @@ def test_wrong_setting_is_one_clear_line(settings: Settings) -> None:
     assert "QLORA_PORT: Input should be a valid integer" in line
 
 
+def test_the_network_is_not_let_in_without_keys(settings: Settings) -> None:
+    result = run_api(settings, QLORA_HOST="0.0.0.0", QLORA_KEYS="off")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "QLORA_KEYS=off with QLORA_HOST=0.0.0.0 would let the whole network in: leave QLORA_KEYS out" in line
+    assert not (settings.data_dir / "state.db").exists()
+
+
 def test_data_directory_that_cannot_be_made_is_one_clear_line(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = run_api(settings, QLORA_DATA_DIR=str(tmp_path / "file"))

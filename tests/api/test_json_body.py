@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from api.errors import InvalidJSON
 from api.json_body import parse_body
+from qlora_service.data.strict_json import MAX_NESTING
 
 
 def test_json_document_is_read() -> None:
@@ -32,3 +38,54 @@ def test_ambiguous_or_broken_json_is_refused_with_its_place(body: bytes, reason:
     with pytest.raises(InvalidJSON, match=reason) as caught:
         parse_body(body)
     assert caught.value.location == location
+
+
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()))
+_VALUES = st.recursive(
+    _SCALARS, lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=2), children)
+)
+_ENCODED = [
+    lambda value: json.dumps(value).encode(),
+    lambda value: json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass"),
+]
+_TROUBLE = [
+    b"\0", b"\\u0000", b"\\ud800", b"\xed\xa0\x80", b"\xff", b"\xef\xbb\xbf", b"NaN", b"-Infinity", b"1e999", b'"a":1,',
+    b'"a":{},', b"[" * 70, b"]" * 70, b"9" * 5000, b"{", b"\\", b'"',
+]  # fmt: skip
+
+
+@st.composite
+def _documents(draw: st.DrawFn) -> bytes:
+    """JSON documents with trouble in them, mostly."""
+    document = bytearray(draw(st.sampled_from(_ENCODED))(draw(_VALUES)))
+    for piece in draw(st.lists(st.sampled_from(_TROUBLE), max_size=3)):
+        position = draw(st.integers(0, len(document)))
+        document[position:position] = piece
+    return bytes(document)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(_documents())
+@example(b'{"a": 1, "b": {"a": 2}}')
+def test_every_body_is_read_in_its_one_way_or_refused(body: bytes) -> None:
+    try:
+        value = parse_body(body)
+    except InvalidJSON as error:
+        json.dumps(error.as_dict(), ensure_ascii=False).encode()  # the refusal can be sent
+        return
+    assert json.loads(body.decode("utf-8-sig"), object_pairs_hook=_without_duplicates) == value
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    assert "\0" not in text
+    assert "\\u0000" not in text.replace("\\\\", "")
+    text.encode()
+    assert _depth(value) <= MAX_NESTING
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+def _depth(value: Any) -> int:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if children is None else 1 + max(map(_depth, children), default=0)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from api.multipart import Form, FormWriter, boundary_of, is_multipart
 from qlora_service.errors import InvalidRequest, QLoRAError, TooLarge
@@ -47,6 +50,44 @@ def test_parts_are_the_same_however_the_body_is_cut(tmp_path: Path, piece: int) 
 def test_form_that_cannot_be_used_is_refused(tmp_path: Path, body: bytes, error: type[QLoRAError], reason: str) -> None:
     with pytest.raises(error, match=reason):
         receive(tmp_path, [body])
+
+
+def test_field_is_text() -> None:
+    form = Form(fields={"a": bytearray("Grüße".encode()), "b": bytearray(b"ab\xff"), "c": bytearray(b"\0")})
+    assert form.text("a") == "Grüße"
+    assert form.text("missing") is None
+    with pytest.raises(InvalidRequest, match="byte 0xff at offset 2") as caught:
+        form.text("b")
+    assert caught.value.location == "b"
+    with pytest.raises(InvalidRequest, match="NUL"):
+        form.text("c")
+
+
+@settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, len(BODY)),
+            st.integers(0, 40),
+            st.sampled_from([b"", b"\0", b"\xff", b"\r\n", b"--xx", b";", b'"']),
+        ),
+        max_size=4,
+    ),
+    st.integers(1, len(BODY)),
+)
+def test_damaged_body_is_read_or_refused(tmp_path: Path, damages: list[tuple[int, int, bytes]], piece: int) -> None:
+    body = bytearray(BODY)
+    for position, length, instead in damages:
+        body[position : position + length] = instead
+    try:
+        form = receive(tmp_path, (bytes(body[start : start + piece]) for start in range(0, len(body), piece)))
+    except (InvalidRequest, TooLarge) as refused:
+        json.dumps(refused.as_dict(), ensure_ascii=False).encode()
+    else:
+        assert form.files.keys() <= {"file"}
+        assert form.fields.keys() <= {"shape"}
 
 
 def test_content_type_tells_a_form_and_its_boundary() -> None:

@@ -19,7 +19,8 @@ def asked_as(bare_client: TestClient, host: str, method: str = "GET", path: str 
 def proxied_client(tmp_path_factory: pytest.TempPathFactory) -> TestClient:
     """A service behind a proxy; nothing is asked that would need its state."""
     data_dir = tmp_path_factory.mktemp("data")
-    return TestClient(create_app(Settings(data_dir=data_dir, host="0.0.0.0", allowed_hosts="GPU.example, ::2")), URL)
+    settings = Settings(data_dir=data_dir, host="0.0.0.0", allowed_hosts="GPU.example, ::2", keys="required")
+    return TestClient(create_app(settings), URL)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_listed_hosts_are_let_in_beside_the_loopback(proxied_client: TestClient)
 
 
 def test_service_is_known_as_the_host_it_was_told_to_listen_on(tmp_path_factory: pytest.TempPathFactory) -> None:
-    settings = Settings(data_dir=tmp_path_factory.mktemp("data"), host="192.168.1.5")
+    settings = Settings(data_dir=tmp_path_factory.mktemp("data"), host="192.168.1.5", keys="required")
     client = TestClient(create_app(settings), URL)
     assert asked_as(client, "192.168.1.5:8080", path="/nothing") == 404
     assert asked_as(client, "192.168.1.6:8080", path="/nothing") == 403

@@ -21,6 +21,7 @@ from qlora_service.models.catalog import Catalog
 from tests.chaos import random_kills, resume_every_step, sigterm, zombies
 from tests.chaos.damaged_checkpoints import damage_many
 from tests.chaos.idempotency import storm
+from tests.chaos.wire import attack_all
 from tests.tiny_model import build_tiny_model
 from tests.workspace import ROOT, Workspace
 
@@ -122,6 +123,14 @@ def keys(place: Place, short: bool) -> Iterator[Figure]:
     yield Figure("keys with unequal answers", len(found.unequal_keys), "keys", 0)
 
 
+def wire(place: Place, short: bool) -> Iterator[Figure]:
+    examples = 50 if short else 2_000
+    found = attack_all(place.directory, place.model, examples)
+    _show(found.faults)
+    yield Figure(f"operations of the API, each asked up to {examples} times", found.operations, "operations")
+    yield Figure("operations that answered 5xx, or what the document does not foresee", len(found.faults), "faults", 0)
+
+
 def crashes(place: Place, short: bool) -> Iterator[Figure]:
     yield from _module("tests.chaos.crash_points", *([SAMPLE] if short else []))
 
@@ -134,7 +143,7 @@ def claims(place: Place, short: bool) -> Iterator[Figure]:
 
 
 RUNS: dict[str, Callable[[Place, bool], Iterator[Figure]]] = {
-    run.__name__: run for run in (kills, crashes, resume, stops, undead, keys, damages, claims)
+    run.__name__: run for run in (kills, crashes, resume, stops, undead, keys, wire, damages, claims)
 }
 
 

@@ -87,7 +87,7 @@ def test_stream_shows_every_event_once_however_often_the_api_is_killed(data_dir:
         claimed = queue.claim("test")
         assert claimed is not None
         claim = claimed[0]
-        reader = threading.Thread(target=lambda: events.extend(client.events(job_id)))
+        reader = threading.Thread(target=lambda: events.extend(client.watch(job_id)))
         reader.start()
         over = threading.Event()
 

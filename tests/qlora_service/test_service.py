@@ -30,6 +30,7 @@ from qlora_service.specs import parse_spec
 from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Once, Replay
 from qlora_service.store.tables import render_reports
+from qlora_service.tuned_models import tuned_model_name
 from tests.control_plane import LEASE_S, SteppedClock, job_events, stored_rows
 from tests.tiny_model import MAX_POSITIONS
 
@@ -644,3 +645,68 @@ def test_a_length_nobody_asked_for_fits_the_model(service: Service) -> None:
     job = service.submit(spec).job
     assert job.spec.training.max_seq_len_tokens == MAX_POSITIONS
     assert job.spec.training.batch_size == 4
+
+
+# --- judging with a dataset of its own
+
+
+def test_job_is_judged_with_the_dataset_it_names(service: Service, upload: Callable[..., Path]) -> None:
+    judged = service.add_dataset(upload(ROWS[:3], "judged.jsonl"), filename=None)
+    job = submit(service, dataset={"rows": ROWS[3:]}, validation={"dataset_id": judged.id}).job
+    assert job.spec.validation.dataset_id == judged.id
+    assert not job.spec.validation.held_out_fraction
+    assert service.get_job(job.id) == job
+
+
+@pytest.mark.parametrize(
+    ("rows", "fault", "reason"),
+    [
+        (None, NotFound, "no dataset"),
+        (ROWS[:6], InvalidSpec, "judged with the rows that it is trained on"),
+        ([*ROWS[:3], LONG], InvalidDataset, "1 of 4 rows of the dataset are longer"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], InvalidSpec, "pairs of a chosen"),
+    ],
+)
+def test_dataset_that_cannot_judge_is_refused(
+    service: Service, upload: Callable[..., Path], rows: list[Any] | None, fault: type[QLoRAError], reason: str
+) -> None:
+    judged = "ds_none" if rows is None else service.add_dataset(upload(rows, "judged.jsonl"), filename=None).id
+    trained = service.add_dataset(upload(ROWS[:6], "trained.jsonl"), filename=None).id
+    with pytest.raises(fault, match=reason) as caught:
+        submit(service, dataset={"id": trained}, validation={"dataset_id": judged})
+    assert caught.value.location == "/validation/dataset_id"
+    assert service.list_jobs() == []
+
+
+def test_another_projects_dataset_cannot_judge(service: Service, upload: Callable[..., Path]) -> None:
+    judged = service.within("other").add_dataset(upload(ROWS[:3], "judged.jsonl"), filename=None)
+    with pytest.raises(NotFound):
+        submit(service, dataset={"rows": ROWS[3:]}, validation={"dataset_id": judged.id})
+
+
+# --- fine-tuned models
+
+
+def test_withdrawn_model_is_gone_and_says_when(service: Service, published: Job, tmp_path: Path) -> None:
+    name = tuned_model_name(published)
+    assert name is not None
+    assert service.list_published(limit=9) == [service.get_tuned_model(name)] == [published]
+    with pytest.raises(NotFound):
+        service.within("other").withdraw_model(name)
+    withdrawn = service.withdraw_model(name)
+    assert withdrawn.withdrawn_at is not None
+    assert not list((tmp_path / "artifacts" / "jobs").rglob("*.*"))
+    for look in (service.get_tuned_model, service.withdraw_model):
+        with pytest.raises(NotFound, match="no model"):
+            look(name)
+    with pytest.raises(Conflict, match=f"was deleted at {withdrawn.withdrawn_at:%Y-%m-%d}"):
+        service.artifacts(published.id)
+
+
+def test_name_that_is_not_quite_the_models_finds_nothing(service: Service, published: Job) -> None:
+    name = tuned_model_name(published)
+    assert name is not None
+    for wrong in (name.replace("ft:tiny", "ft:tony"), f"{name} ", name[3:], "tiny", published.id):
+        with pytest.raises(NotFound):
+            service.withdraw_model(wrong)
+    assert service.artifacts(published.id)

@@ -74,6 +74,24 @@ def test_allowed_host_with_more_than_a_name_is_refused(monkeypatch: pytest.Monke
         Settings()
 
 
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "192.0.2.1", "gpu.example", "localhost.example", "", "127.0.0.1.example"]
+)
+def test_network_is_not_let_in_without_keys(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.setenv("QLORA_HOST", host)
+    assert Settings().keys == "required"
+    monkeypatch.setenv("QLORA_KEYS", "off")
+    with pytest.raises(ValidationError, match="would let the whole network in"):
+        Settings()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.10", "::1", "localhost", "LOCALHOST"])
+def test_this_machine_may_do_without_keys(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.setenv("QLORA_HOST", host)
+    monkeypatch.setenv("QLORA_KEYS", "off")
+    assert Settings().keys == "off"
+
+
 def test_what_is_given_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_PORT", "9000")
     monkeypatch.setenv("QLORA_HOST", "::1")

@@ -22,16 +22,17 @@ from qlora_service.artifacts.manifest import Manifest
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.errors import Interrupted, InvalidModel, JobFailed, NotFound
 from qlora_service.jobs import FailureReason
+from qlora_service.metrics import metrics_csv
 from qlora_service.models.adapters import load_adapter
 from qlora_service.models.nf4 import load_base
-from qlora_service.specs import parse_spec
+from qlora_service.specs import JobSpec, parse_spec
 from qlora_service.training.checkpoint_space import Ballast
 from qlora_service.training.loop import EvaluationMetrics, Outcome, StepMetrics
 from qlora_service.training.network import Network
 from qlora_service.training.objectives import Evaluation
 from tests.tiny_training import Recorder
-from tests.workspace import ROWS, Workspace
-from workers.attempt import AttemptInputs, certify, make_network, outcome_warnings, run_attempt
+from tests.workspace import ROWS, Workspace, job_spec
+from workers.attempt import AttemptInputs, certify, make_network, outcome_warnings, run_attempt, totals
 from workers.disk_space import is_disk_full
 from workers.trainer import as_failure
 
@@ -498,6 +499,33 @@ def test_every_part_of_the_spec_is_used(workspace: Workspace, monkeypatch: pytes
     assert all(all(record["trained"]) for record in records)
     template = (workspace.catalog.get("tiny").path / "chat_template.jinja").read_bytes()
     assert published(inputs, "chat_template.jinja") == template
+
+
+def test_job_is_judged_with_the_dataset_it_names(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = spy_on_training(monkeypatch)
+    rows = workspace.settings.tmp_dir / "judged.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": f"Ask {n}", "output": "Yes."}) + "\n" for n in range(5)))
+    judged = workspace.service.add_dataset(rows, filename=None)
+    spec = job_spec(max_steps=1) | {"validation": {"dataset_id": judged.id, "max_rows": 3}}
+    inputs = replace(attempt(workspace, workspace.submit_spec(spec)), validation=judged)
+    result = run(inputs)
+    assert result["held_out_rows"] == len(seen["held_out"]) == 3
+    assert seen["held_out"] <= set(range(1, 6))
+    assert seen["trained"] == set(range(1, 41))
+    manifest = Manifest.model_validate_json(published(inputs, "manifest.json"))
+    assert (manifest.dataset["trained_on"], manifest.dataset["validation_sha256"]) == (40, judged.sha256)
+    assert len(published(inputs, "held_out.jsonl").splitlines()) == 3
+
+
+def test_totals_are_those_of_all_steps(tmp_path: Path) -> None:
+    records = [{"step": 0, "eval_loss": 3.0, "eval_accuracy": 0.5}]
+    records += [{"step": step, "loss": 2.0, "tokens": 10 * step} for step in (1, 2)]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for fraction, holds_out in ((0.05, True), (0.0, False)):
+        spec = JobSpec.model_validate({"base_model": "tiny", "validation": {"fraction": fraction}})
+        size = len(metrics_csv(records, holds_out=holds_out))
+        assert totals(file, spec) == {"tokens": 30, "results_bytes": size}
 
 
 # --- going on

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 import httpx2
@@ -13,9 +14,13 @@ from fastapi.testclient import TestClient
 
 from qlora_service.queue import Claim, Progress, Queue
 from qlora_service.settings import Settings
+from qlora_service.store.database import Database
 from tests.api.conftest import Server, chat_rows, spec_of
+from tests.control_plane import add_job
+from tests.running_api import RunningApi, open_queue
 
 Event = dict[str, Any]
+QUICK_HEARTBEAT = "import fastapi.routing; fastapi.routing._PING_INTERVAL = 0.1"
 
 
 def parse(lines: Iterator[str]) -> Iterator[Event]:
@@ -32,11 +37,17 @@ def parse(lines: Iterator[str]) -> Iterator[Event]:
 
 
 @contextmanager
-def following(url: str, job_id: str, last_event_id: str | None = None) -> Iterator[Iterator[Event]]:
+def stream(url: str, last_event_id: str | None = None) -> Iterator[Iterator[str]]:
     headers = {} if last_event_id is None else {"Last-Event-ID": last_event_id}
-    with httpx2.stream("GET", f"{url}/jobs/{job_id}/events", headers=headers, timeout=20) as response:
+    with httpx2.stream("GET", url, headers=headers, timeout=20) as response:
         assert response.headers["Content-Type"].startswith("text/event-stream")
-        yield parse(response.iter_lines())
+        yield response.iter_lines()
+
+
+@contextmanager
+def following(url: str, job_id: str, last_event_id: str | None = None) -> Iterator[Iterator[Event]]:
+    with stream(f"{url}/jobs/{job_id}/events", last_event_id) as lines:
+        yield parse(lines)
 
 
 def claim_next(queue: Queue) -> Claim:
@@ -56,6 +67,19 @@ def ended_job(client: TestClient, submit: Callable[..., str], queue: Queue) -> s
     report(queue, claim, 1)
     queue.fail(claim, {"message": "no luck"})
     return job_id
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
+    with RunningApi(tmp_path_factory.mktemp("live"), prelude=QUICK_HEARTBEAT) as api:
+        yield api
+
+
+@pytest.fixture
+def live_database(live: RunningApi) -> Iterator[Database]:
+    database = Database(f"sqlite:///{live.data_dir / 'state.db'}")
+    yield database
+    database.close()
 
 
 def test_ended_job_is_replayed_and_the_stream_ends(client: TestClient, ended_job: str) -> None:
@@ -89,7 +113,7 @@ def test_history_longer_than_one_reading_is_complete(
     queue.cancelled(claim)
     events = list(parse(iter(client.get(f"/jobs/{job_id}/events").text.splitlines())))
     assert [event["data"]["step"] for event in events if event["event"] == "metrics"] == list(range(600))
-    assert events[-1]["data"] == {"status": "cancelled"}
+    assert events[-1]["data"]["status"] == "cancelled"
 
 
 @pytest.mark.parametrize("seq", ["-1", "x", "9" * 30])
@@ -106,7 +130,7 @@ def test_stream_follows_a_job_across_a_restart_of_the_service(
     dataset_id = httpx2.post(f"{first.url}/datasets", content=chat_rows(4)).json()["id"]
     job_id = httpx2.post(f"{first.url}/jobs", json=spec_of(dataset_id)).json()["id"]
     with following(first.url, job_id) as events:
-        assert next(events)["data"] == {"status": "queued"}
+        assert next(events)["data"]["status"] == "queued"
         claim = claim_next(queue)
         assert next(events)["data"]["status"] == "running"
         report(queue, claim, 1)
@@ -127,3 +151,67 @@ def test_stream_follows_a_job_across_a_restart_of_the_service(
         assert next(events)["data"]["step"] == 2
         queue.fail(claim, {"message": "no luck"})
         assert [event["data"]["status"] for event in events] == ["failed"]
+
+
+def test_events_say_whose_they_are_and_when_they_happened(client: TestClient, ended_job: str) -> None:
+    for event in parse(iter(client.get(f"/jobs/{ended_job}/events").text.splitlines())):
+        assert event["data"]["job_id"] == ended_job
+        assert datetime.fromisoformat(event["data"]["at"]).tzinfo is not None
+
+
+def test_stream_of_some_types_ends_with_the_job_too(client: TestClient, ended_job: str) -> None:
+    def types(query: str) -> list[str]:
+        answer = client.get(f"/jobs/{ended_job}/events?{query}")
+        return [event["event"] for event in parse(iter(answer.text.splitlines()))]
+
+    assert types("types=metrics") == ["metrics"]
+    assert types("types=metrics&types=status") == ["status", "status", "metrics", "status"]
+    assert client.get(f"/jobs/{ended_job}/events?types=metric").status_code == 422
+
+
+def test_stream_that_does_not_follow_ends_with_what_there_is(client: TestClient, submit: Callable[..., str]) -> None:
+    job_id = submit()
+    answer = client.get(f"/jobs/{job_id}/events?follow=false")
+    assert [event["data"]["status"] for event in parse(iter(answer.text.splitlines()))] == ["queued"]
+
+
+def test_waiting_stream_is_kept_open_by_comments(live: RunningApi, live_database: Database) -> None:
+    job_id = add_job(live_database)
+    with stream(f"{live.url}/jobs/{job_id}/events") as lines:
+        seen = [next(lines) for _ in range(12)]
+    assert seen.count(": ping") >= 3
+    (event,) = parse(iter(seen))
+    assert event["data"]["status"] == "queued"
+
+
+def test_one_stream_follows_all_jobs_of_the_project(live: RunningApi, live_database: Database) -> None:
+    queue = open_queue(live.data_dir)
+    old, foreign = add_job(live_database), add_job(live_database, project="other")
+    with stream(f"{live.url}/events") as lines:
+        assert next(lines) == ": ping"  # it has begun
+        job_id = add_job(live_database)
+        with live_database.write() as connection:
+            queue.request_cancel(connection, foreign)
+            queue.request_cancel(connection, old)
+        events = parse(lines)
+        seen = [next(events), next(events)]
+        assert [(event["data"]["job_id"], event["data"]["status"]) for event in seen] == [
+            (job_id, "queued"),
+            (old, "cancelled"),
+        ]
+    with stream(f"{live.url}/events", seen[0]["id"]) as lines:
+        assert next(parse(lines)) == seen[1]
+    with stream(f"{live.url}/events?after=0&types=metrics") as lines:
+        claim = claim_next(queue)
+        report(queue, claim, 7)
+        event = next(parse(lines))
+        assert (event["event"], event["data"]["job_id"], event["data"]["step"]) == ("metrics", claim.job_id, 7)
+
+
+def test_event_id_that_is_yet_to_come_is_taken_for_now(live: RunningApi, live_database: Database) -> None:
+    job_id = add_job(live_database)
+    with stream(f"{live.url}/jobs/{job_id}/events?after={2**62}") as lines:
+        assert next(lines) == ": ping"
+        with live_database.write() as connection:
+            open_queue(live.data_dir).request_cancel(connection, job_id)
+        assert [event["data"]["status"] for event in parse(lines)] == ["cancelled"]

@@ -1,24 +1,151 @@
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
-COMMANDS = ("serve", "submit", "watch", "download", "jobs", "cancel", "models", "recipes", "demo")
+from qlora_service.cli import app
+from qlora_service.cli.exit_codes import MEANINGS, ExitCode
+from qlora_service.client import Client
+
+README = Path(__file__).parents[3] / "README.md"
+TALKERS = {("serve",), ("demo",)}
+"""Commands that tell a story while they run, and answer nothing."""
+
+
+def commands() -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command's words and definition."""
+
+    def below(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+        children = getattr(command, "commands", None)
+        if children is None:
+            yield words, command
+        for name, child in (children or {}).items():
+            yield from below((*words, name), child)
+
+    return below((), typer.main.get_command(app))
+
+
+COMMANDS = dict(commands())
 
 
 def test_help_lists_every_command(run: Any) -> None:
     listing = run("--help").stdout
-    assert all(command in listing for command in COMMANDS)
+    assert {words[0] for words in COMMANDS} >= {"serve", "submit", "watch", "logs", "datasets", "models", "demo"}
+    assert all(words[0] in listing for words in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [(name,) for name in COMMANDS] + [("models", "import"), ("models", "list")])
-def test_every_command_explains_itself(run: Any, command: tuple[str, ...]) -> None:
-    outcome = run(*command, "--help")
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself(run: Any, words: tuple[str, ...]) -> None:
+    outcome = run(*words, "--help")
     assert outcome.code == 0
-    assert "Usage: qlora" in outcome.stdout
+    assert f"Usage: qlora {' '.join(words)}" in outcome.stdout
+
+
+@pytest.mark.parametrize("words", sorted(COMMANDS.keys() - TALKERS), ids=" ".join)
+def test_every_command_that_answers_can_do_it_in_json(words: tuple[str, ...]) -> None:
+    assert "--json" in {option for parameter in COMMANDS[words].params for option in parameter.opts}
+
+
+def test_exit_codes_are_those_that_help_and_readme_promise(run: Any) -> None:
+    assert {code.name: code.value for code in ExitCode} == {
+        "DONE": 0,
+        "REFUSED": 1,
+        "USAGE": 2,
+        "UNREACHABLE": 3,
+        "JOB_FAILED": 4,
+        "JOB_CANCELLED": 5,
+        "INTERRUPTED": 130,
+    }
+    helped = " ".join(run("--help").stdout.split())
+    readme = " ".join(README.read_text(encoding="utf-8").split())
+    for code, meaning in MEANINGS.items():
+        assert f"{code.value} {meaning}" in helped
+        assert f"| {code.value} | {meaning} |" in readme
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(("jobs", "--limit", 0), 2), (("jobs", "--url", "http://127.0.0.1:9"), 3)]
+)
+def test_usage_and_an_absent_service_are_told_apart(run: Any, arguments: tuple[object, ...], code: int) -> None:
+    assert run(*arguments).code == code
+
+
+def completing(words: str) -> dict[str, str]:
+    """The environment in which bash asks for what may stand in the last of `words`."""
+    return {"_QLORA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+
+
+def test_bash_completes_what_may_come_next(
+    run: Any, api: Any, client: Client, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = client.submit({"base_model": "tiny", "training": {"max_seq_len_tokens": 64}}, rows)
+
+    def offered(words: str) -> list[str]:
+        for name, value in completing(words).items():
+            monkeypatch.setenv(name, value)
+        outcome = run()
+        assert (outcome.code, outcome.stderr) == (0, "")
+        said: list[str] = outcome.stdout.split()
+        return said
+
+    assert offered("qlora datasets ch") == ["check"]
+    assert offered("qlora jobs --status r") == ["running"]
+    assert offered("qlora datasets check --shape sh") == ["sharegpt"]
+    assert job.id in offered(f"qlora watch {job.id[:8]}")
+    monkeypatch.setenv("QLORA_URL", "http://127.0.0.1:9")
+    assert offered("qlora watch job_") == []
+
+
+def test_completion_answers_a_real_shell_call() -> None:
+    command = [sys.executable, "-m", "qlora_service.cli"]
+    environment = {**os.environ, **completing("qlora pau")}
+    child = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert (child.stdout.split(), child.stderr) == (["pause"], "")
+
+
+def test_completion_script_names_the_command(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    script = run("--show-completion", "bash").stdout
+    assert re.search(r"complete .*-F _qlora_completion qlora\b", script)
+
+
+def test_key_of_the_environment_is_sent_and_not_shown(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str | None] = []
+
+    class Recorder(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            sent.append(self.headers["Authorization"])
+            self.send_response(200)
+            self.send_header("Content-Length", "26")
+            self.end_headers()
+            self.wfile.write(b'{"data": [], "next": null}')
+
+        def log_message(self, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Recorder) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        for key in ("sk-secret", ""):
+            monkeypatch.setenv("QLORA_API_KEY", key)
+            assert run("jobs", "--url", f"http://127.0.0.1:{server.server_port}").code == 0
+        monkeypatch.setenv("QLORA_API_KEY", "sk secret")
+        refused = run("jobs")
+        server.shutdown()
+        thread.join()
+    assert sent == ["Bearer sk-secret", None]
+    assert refused.code == 1
+    assert "the API key" in refused.stderr
+    assert "secret" not in refused.stderr
 
 
 def test_unusable_setting_is_one_message(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from qlora_service.client import Client
 from qlora_service.queue import Claim, Progress, Queue
+from tests.breaking_proxy import BreakingProxy
 from tests.running_api import RunningApi, succeed
 
 SPEC = {"base_model": "tiny", "priority": 100, "training": {"max_seq_len_tokens": 64}}
@@ -46,7 +47,7 @@ def end(data_dir: Path, queue: Queue, claim: Claim, status: str) -> None:
 
 @pytest.mark.parametrize(
     ("status", "code", "said"),
-    [("succeeded", 0, "qlora download"), ("failed", 1, "failed: the trainer was ended"), ("cancelled", 2, "cancelled")],
+    [("succeeded", 0, "qlora download"), ("failed", 4, "failed: the trainer was ended"), ("cancelled", 5, "cancelled")],
 )
 def test_watch_exits_with_the_jobs_outcome(
     run: Any, api: RunningApi, queue: Queue, claim: Claim, status: str, code: int, said: str
@@ -101,7 +102,7 @@ def test_watch_says_why_a_job_waits_and_goes_on_with_it(
     acting.start()
     outcome = run("watch", claim.job_id)
     acting.join()
-    assert outcome.code == 2
+    assert outcome.code == 5
     phases = [line.partition(" · ")[0] for line in outcome.stderr.splitlines()]
     expected = [
         "training",
@@ -162,7 +163,7 @@ def test_watch_draws_a_bar_on_a_terminal(api: RunningApi, queue: Queue, claim: C
         while b"12/40 steps" not in drawn:
             drawn += os.read(controller, 4096)
         end(api.data_dir, queue, claim, "cancelled")
-        assert watching.wait(20) == 2
+        assert watching.wait(20) == 5
     os.close(controller)
     assert "━".encode() in drawn
 
@@ -172,6 +173,30 @@ def test_download_prints_the_directory(run: Any, api: RunningApi, queue: Queue, 
     outcome = run("download", claim.job_id, tmp_path / "adapter")
     assert (outcome.code, outcome.stdout) == (0, f"{tmp_path / 'adapter'}\n")
     assert (tmp_path / "adapter" / "adapter_config.json").read_bytes() == b"{}"
+
+
+def test_interrupted_download_says_how_to_go_on_and_goes_on(
+    run: Any, api: RunningApi, queue: Queue, claim: Claim, tmp_path: Path
+) -> None:
+    weights = os.urandom(300_000)
+    succeed(api.data_dir, queue, claim, {"adapter_model.safetensors": weights})
+    target = tmp_path / "adapter"
+    part = target / "adapter_model.safetensors.part"
+    with BreakingProxy(api.port) as proxy:
+        proxy.cut_after, proxy.stalls = 200_000, True
+        command = [sys.executable, "-m", "qlora_service.cli", "download", claim.job_id, target, "--url", proxy.url]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as downloading:
+            assert downloading.stderr is not None
+            while not part.exists() or part.stat().st_size < 150_000:
+                assert downloading.poll() is None
+                time.sleep(0.02)
+            downloading.send_signal(signal.SIGINT)
+            said = downloading.stderr.read()
+    assert downloading.returncode == 130
+    assert said == f"stopped; what has arrived is kept. Go on with it: qlora download {claim.job_id} {target}\n"
+    assert part.exists()
+    assert run("download", claim.job_id, target).code == 0
+    assert (target / "adapter_model.safetensors").read_bytes() == weights
 
 
 def test_download_of_an_unfinished_job_is_refused(

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from qlora_service.client import Client
+from tests.breaking_proxy import BreakingProxy
+from tests.running_api import RunningApi
 
 SHORT = ("--max-seq-len-tokens", 64)
 
@@ -34,7 +36,7 @@ def test_submit_prints_the_job_as_json(run: Any, rows: Path) -> None:
 
 
 def test_stored_dataset_is_used_again(run: Any, client: Client, rows: Path) -> None:
-    dataset = client.upload_dataset(rows)
+    dataset = client.upload(rows)
     outcome = run("submit", "--dataset-id", dataset.id, "--base-model", "tiny", *SHORT)
     assert client.get(outcome.stdout.strip()).dataset_id == dataset.id
 
@@ -181,9 +183,20 @@ def test_command_that_cannot_work_is_refused_before_it_is_sent(
     assert expected in outcome.stderr
 
 
+def test_waiting_for_a_busy_service_is_said_once(run: Any, api: RunningApi, client: Client, rows: Path) -> None:
+    with BreakingProxy(api.port) as proxy:
+        proxy.refusals = 2
+        outcome = run("submit", rows, "--base-model", "tiny", *SHORT, "--url", proxy.url)
+    assert outcome.code == 0
+    assert client.get(outcome.stdout.strip()).status == "queued"
+    assert outcome.stderr.startswith("the service is not answering (")
+    assert outcome.stderr.endswith("): trying again for up to 60 s\n")
+    assert outcome.stderr.count("\n") == 1
+
+
 def test_absent_service_is_one_message(run: Any, rows: Path) -> None:
     outcome = run("submit", rows, "--base-model", "tiny", "--url", "http://127.0.0.1:9")
-    assert outcome.code == 1
+    assert outcome.code == 3
     assert outcome.stderr.count("\n") == 1
     assert "no service answers at http://127.0.0.1:9" in outcome.stderr
     assert "qlora serve" in outcome.stderr

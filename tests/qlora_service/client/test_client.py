@@ -1,63 +1,25 @@
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from qlora_service.artifacts.store import job_key
 from qlora_service.client import Client, Event, ServiceError
 from qlora_service.errors import InvalidRequest, Unavailable
 from qlora_service.jobs import JobStatus
-from qlora_service.models.catalog import Catalog
 from qlora_service.queue import Claim, Progress, Queue
 from qlora_service.specs import DatasetRef, JobSpec
-from tests.running_api import RunningApi, open_queue, succeed, write_rows
+from tests.breaking_proxy import BreakingProxy
+from tests.running_api import ROWS, RunningApi
 
 SPEC = {"base_model": "tiny", "training": {"max_seq_len_tokens": 64}}
-FILES = {"adapter_model.safetensors": os.urandom(300_000), "adapter_config.json": b"{}", "empty.txt": b""}
-
-
-@pytest.fixture(scope="module")
-def api(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
-    data_dir = tmp_path_factory.mktemp("data")
-    Catalog(data_dir / "models").import_model("tiny", tiny_model)
-    with RunningApi(data_dir) as running:
-        yield running
-
-
-@pytest.fixture
-def client(api: RunningApi) -> Iterator[Client]:
-    with Client(api.url, patience_s=20) as client:
-        yield client
-
-
-@pytest.fixture
-def queue(api: RunningApi) -> Queue:
-    return open_queue(api.data_dir)
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl")
-
-
-@pytest.fixture
-def claim(client: Client, queue: Queue, rows: Path) -> Claim:
-    """A running job: the most urgent of all."""
-    job = client.submit({**SPEC, "priority": 100}, rows)
-    claimed = queue.claim("test")
-    assert claimed is not None
-    assert claimed[1].id == job.id
-    return claimed[0]
 
 
 def step(queue: Queue, claim: Claim, number: int) -> None:
@@ -67,7 +29,7 @@ def step(queue: Queue, claim: Claim, number: int) -> None:
 
 
 def test_uploaded_dataset_comes_back_with_its_counts(client: Client, rows: Path) -> None:
-    dataset = client.upload_dataset(rows)
+    dataset = client.upload(rows)
     assert (dataset.filename, dataset.rows, dataset.usable_rows) == ("rows.jsonl", 8, 8)
     assert dataset.bytes == rows.stat().st_size
     assert next(client.datasets()).id == dataset.id
@@ -77,7 +39,7 @@ def test_refused_dataset_names_lines(client: Client, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"\n{"other": 1}\n')
     with pytest.raises(ServiceError) as caught:
-        client.upload_dataset(path)
+        client.upload(path)
     assert caught.value.status == 422
     assert caught.value.code == "invalid_dataset"
     assert [finding.line for finding in caught.value.findings] == [1, 2]
@@ -85,7 +47,31 @@ def test_refused_dataset_names_lines(client: Client, tmp_path: Path) -> None:
 
 def test_unreadable_file_is_named(client: Client, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"absent\.jsonl cannot be read"):
-        client.upload_dataset(tmp_path / "absent.jsonl")
+        client.upload(tmp_path / "absent.jsonl")
+
+
+def test_dataset_tells_lengths_and_shows_what_is_learned(client: Client, rows: Path) -> None:
+    uploaded = client.upload(rows)
+    assert uploaded.lengths is None
+    lengths = client.dataset(uploaded.id, base_model="tiny").lengths
+    assert lengths is not None
+    assert (lengths.rows, lengths.complete) == (8, True)
+    first, second = client.preview(uploaded.id, "tiny", skip=1, limit=2)
+    assert (first.line, second.line) == (2, 3)
+    assert first.text == "1 plus one is 2."
+    assert "".join(token.text for token in first.tokens if token.trained).startswith(" 2.")
+    (left_out,) = client.preview(uploaded.id, "tiny", max_seq_len_tokens=2, limit=1)
+    assert left_out.problem is not None
+    assert "max_seq_len_tokens is 2" in left_out.problem
+
+
+def test_deleted_dataset_is_gone(client: Client, rows: Path) -> None:
+    dataset = client.upload(rows)
+    client.delete_dataset(dataset.id)
+    assert dataset.id not in {other.id for other in client.datasets()}
+    with pytest.raises(ServiceError) as caught:
+        client.delete_dataset(dataset.id)
+    assert caught.value.status == 404
 
 
 def test_models_are_those_of_the_catalog(client: Client) -> None:
@@ -119,7 +105,7 @@ def test_refused_spec_says_where(client: Client, rows: Path) -> None:
 
 
 def test_jobs_come_newest_first_over_all_pages(client: Client, rows: Path) -> None:
-    dataset = client.upload_dataset(rows)
+    dataset = client.upload(rows)
     submitted = [client.submit({**SPEC, "dataset": {"id": dataset.id}}).id for _ in range(22)]
     assert [job.id for job in islice(client.jobs(status="queued"), 22)] == submitted[::-1]
     assert list(client.jobs(base_model="other")) == []
@@ -156,18 +142,51 @@ def test_unknown_job_is_not_found(client: Client) -> None:
 def test_events_run_from_the_given_number_to_the_end(client: Client, queue: Queue, claim: Claim) -> None:
     step(queue, claim, 1)
     queue.fail(claim, {"code": "job_failed", "message": "no"})
-    events = list(client.events(claim.job_id))
+    events = list(client.watch(claim.job_id))
     assert [event.type for event in events] == ["status", "status", "metrics", "status"]
     assert events[-1].data["status"] == "failed"
-    assert list(client.events(claim.job_id, after=events[1].seq)) == events[2:]
-    assert list(client.events(claim.job_id, after=events[-1].seq)) == []
+    assert list(client.watch(claim.job_id, after=events[1].seq)) == events[2:]
+    assert list(client.watch(claim.job_id, after=events[-1].seq)) == []
     assert [record["loss"] for record in client.metrics(claim.job_id)] == [1.0]
+
+
+def test_events_up_to_now_end_while_the_job_goes_on(client: Client, queue: Queue, claim: Claim) -> None:
+    step(queue, claim, 1)
+    events = list(client.events(claim.job_id))
+    assert [event.data.get("step") for event in events] == [None, None, 1]
+    step(queue, claim, 2)
+    assert [event.data["step"] for event in client.events(claim.job_id, after=events[-1].seq)] == [2]
+    queue.fail(claim, {"code": "job_failed", "message": "no"})
+
+
+def test_events_are_asked_for_until_there_are_no_more(client: Client, queue: Queue, claim: Claim) -> None:
+    events = client.events(claim.job_id)
+    first = next(events)
+    # The answer has ended behind the second event, as it does when the service stops.
+    time.sleep(0.3)
+    step(queue, claim, 1)
+    assert [event.data.get("step") for event in (first, *events)] == [None, None, 1]
+    queue.fail(claim, {"code": "job_failed", "message": "no"})
+
+
+def test_events_of_all_jobs_are_watched(client: Client, queue: Queue, claim: Claim) -> None:
+    step(queue, claim, 1)
+    began = next(client.watch(claim.job_id)).seq
+    queue.fail(claim, {"code": "job_failed", "message": "no"})
+    other = client.cancel(client.submit({**SPEC, "dataset": {"rows": ROWS}}).id)
+    seen = list(islice(client.watch_all(began - 1), 6))
+    assert [event.job_id for event in seen] == [claim.job_id] * 4 + [other.id] * 2
+    assert seen[-1].data["status"] == "cancelled"
 
 
 def test_events_go_on_after_the_service_was_killed(api: RunningApi, client: Client, queue: Queue, claim: Claim) -> None:
     events: list[Event] = []
-    dropped: list[Exception] = []
-    reader = threading.Thread(target=lambda: events.extend(client.events(claim.job_id, on_drop=dropped.append)))
+    dropped: list[float] = []
+
+    def watch() -> None:
+        events.extend(client.watch(claim.job_id, on_drop=lambda _, patience_s: dropped.append(patience_s)))
+
+    reader = threading.Thread(target=watch)
     step(queue, claim, 1)
     reader.start()
     time.sleep(1.0)
@@ -176,9 +195,21 @@ def test_events_go_on_after_the_service_was_killed(api: RunningApi, client: Clie
     api.start()
     queue.fail(claim, {"code": "job_failed", "message": "no"})
     reader.join(20)
-    assert dropped
+    assert set(dropped) == {20.0}
     assert [event.data.get("step") for event in events] == [None, None, 1, 2, None]
     assert len({event.seq for event in events}) == 5
+
+
+def test_every_event_comes_once_over_connections_that_break(proxy: BreakingProxy, queue: Queue, claim: Claim) -> None:
+    for number in range(1, 60):
+        step(queue, claim, number)
+    queue.fail(claim, {"code": "job_failed", "message": "no"})
+    proxy.cut_after = 2500
+    with Client(proxy.url, patience_s=20) as client:
+        events = list(client.watch(claim.job_id))
+    assert [event.data["step"] for event in events if event.type == "metrics"] == list(range(1, 60))
+    assert len({event.seq for event in events}) == len(events) == 62
+    assert len(proxy.brought) > 2
 
 
 def test_waiting_survives_a_restart(api: RunningApi, client: Client, queue: Queue, claim: Claim) -> None:
@@ -201,58 +232,11 @@ def test_waiting_ends_with_its_time(client: Client, claim: Claim, queue: Queue) 
     queue.fail(claim, {"code": "job_failed", "message": "no"})
 
 
-def test_download_brings_every_file_and_its_manifest(
-    api: RunningApi, client: Client, queue: Queue, claim: Claim, tmp_path: Path
-) -> None:
-    succeed(api.data_dir, queue, claim, FILES)
-    paths = client.download(claim.job_id, tmp_path / "out")
-    assert {path.name for path in paths} == {*FILES, "manifest.json"}
-    assert all((tmp_path / "out" / name).read_bytes() == content for name, content in FILES.items())
-    assert not list(tmp_path.glob("out/*.part"))
-    before = [path.stat().st_ino for path in paths]
-    assert [path.stat().st_ino for path in client.download(claim.job_id, tmp_path / "out")] == before
-
-
-def test_broken_off_download_is_resumed(
-    api: RunningApi, client: Client, queue: Queue, claim: Claim, tmp_path: Path
-) -> None:
-    succeed(api.data_dir, queue, claim, FILES)
-    weights = FILES["adapter_model.safetensors"]
-    (tmp_path / "adapter_model.safetensors.part").write_bytes(weights[:200_000])
-    api.log.write_bytes(b"")
-    client.download(claim.job_id, tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == weights
-    partial = [line for line in api.log.read_text().splitlines() if '"status": 206' in line]
-    assert len(partial) == 1
-    assert "adapter_model.safetensors" in partial[0]
-
-
-@pytest.mark.parametrize("stale", [b"of another file", b"x" * 300_000, b"x" * 400_000])
-def test_part_of_another_file_is_replaced(
-    api: RunningApi, client: Client, queue: Queue, claim: Claim, tmp_path: Path, stale: bytes
-) -> None:
-    succeed(api.data_dir, queue, claim, FILES)
-    (tmp_path / "adapter_model.safetensors.part").write_bytes(stale)
-    client.download(claim.job_id, tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == FILES["adapter_model.safetensors"]
-
-
-def test_damaged_file_never_gets_its_name(
-    api: RunningApi, client: Client, queue: Queue, claim: Claim, tmp_path: Path
-) -> None:
-    succeed(api.data_dir, queue, claim, FILES)
-    stored = api.data_dir / "artifacts" / job_key(claim.job_id, claim.token, "adapter_config.json")
-    stored.write_bytes(b"[]")
-    with pytest.raises(Unavailable, match=r"adapter_config\.json .* arrived with SHA-256"):
-        client.download(claim.job_id, tmp_path)
-    assert not list(tmp_path.glob("adapter_config.json*"))
-
-
 def test_refused_connection_says_how_to_start_a_service() -> None:
     with Client("http://127.0.0.1:9") as client, pytest.raises(Unavailable, match="qlora serve"):
         client.get("job_1")
     with Client("http://127.0.0.1:9") as client, pytest.raises(Unavailable):
-        next(client.events("job_1"))
+        next(client.watch("job_1"))
     with Client("http://127.0.0.1:9") as client, pytest.raises(Unavailable):
         client.cancel("job_1")
 
@@ -280,25 +264,3 @@ def test_sdk_needs_the_base_dependencies_only() -> None:
     heavy = ("torch", "transformers", "fastapi", "sqlalchemy", "obstore", "pyarrow", "tokenizers", "numpy")
     code = f"import sys, qlora_service.client; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
-
-
-def test_download_leaves_files_of_others_alone(
-    api: RunningApi, client: Client, queue: Queue, claim: Claim, tmp_path: Path
-) -> None:
-    succeed(api.data_dir, queue, claim, FILES)
-    mine = tmp_path / "out" / "adapter_config.json"
-    mine.parent.mkdir()
-    mine.write_text("mine")
-    with pytest.raises(InvalidRequest, match=r"holds another adapter_config\.json"):
-        client.download(claim.job_id, mine.parent)
-    assert list(mine.parent.iterdir()) == [mine]
-    assert mine.read_text() == "mine"
-
-
-def test_download_into_a_file_is_refused(
-    api: RunningApi, client: Client, queue: Queue, claim: Claim, tmp_path: Path
-) -> None:
-    succeed(api.data_dir, queue, claim, FILES)
-    (tmp_path / "file").touch()
-    with pytest.raises(InvalidRequest, match="choose another directory"):
-        client.download(claim.job_id, tmp_path / "file")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_service.data.batching import pack, split_rows, step_rows, total_steps
+from qlora_service.data.batching import pack, sample_rows, split_rows, step_rows, total_steps
 
 SEEDS = st.integers(0, 2**31 - 1)
 ROWS = st.integers(1, 200)
@@ -192,3 +192,14 @@ def test_pack_of_nothing_is_nothing() -> None:
 
 def test_budget_of_one_token_means_one_example_at_a_time() -> None:
     assert sorted(pack([5, 1, 1], 1)) == [[0], [1], [2]]
+
+
+def test_sample_is_of_distinct_rows_in_order_and_the_seeds_own() -> None:
+    sample = sample_rows(100, 10, seed=1)
+    assert len(sample) == len(set(sample)) == 10
+    assert list(sample) == sorted(sample)
+    assert set(sample) <= set(range(100))
+    assert sample == sample_rows(100, 10, seed=1) != sample_rows(100, 10, seed=2)
+    assert sample_rows(3, 10, seed=1) == (0, 1, 2)
+    with pytest.raises(ValueError, match="no rows"):
+        sample_rows(0, 10, seed=1)

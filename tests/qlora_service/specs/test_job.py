@@ -5,7 +5,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from qlora_service.specs import RECIPES, Adapter, JobSpec, Objective, parse_spec
+from qlora_service.specs import RECIPES, Adapter, JobSpec, Objective, Validation, parse_spec
 
 # What the QLoRA paper (arXiv:2305.14314) says: sections 3 and 4, table 9, appendix B; warm-up from its scripts.
 PAPER: dict[str, dict[str, Any]] = {
@@ -103,3 +103,14 @@ def test_every_field_is_explained() -> None:
         if "description" not in shown and "const" not in shown
     ]
     assert silent == []
+
+
+def test_a_dataset_to_judge_with_holds_out_nothing_of_the_jobs_own_rows() -> None:
+    validation = Validation(dataset_id="ds_1", fraction=0.2)
+    assert (validation.held_out_fraction, validation.holds_out) == (0.0, True)
+    assert (Validation().held_out_fraction, Validation().holds_out) == (0.05, True)
+    assert not Validation(fraction=0).holds_out
+    stopping = {"base_model": "tiny", "training": {"early_stopping_patience": 2}}
+    assert JobSpec.model_validate(stopping | {"validation": {"dataset_id": "ds_1", "fraction": 0}})
+    with pytest.raises(ValidationError, match="no rows are held out"):
+        JobSpec.model_validate(stopping | {"validation": {"fraction": 0}})

@@ -28,7 +28,7 @@ def spec(**groups: Any) -> dict[str, Any]:
             "unknown field 'learning_rat': did you mean 'learning_rate'?",
         ),
         (spec(adapter={"alpha": 1}), "/adapter/alpha", "did you mean 'lora_alpha'?"),
-        (spec(validation={"zzz": 1}), "/validation/zzz", "known fields: fraction, max_rows"),
+        (spec(validation={"zzz": 1}), "/validation/zzz", "known fields: dataset_id, fraction, max_rows"),
         (spec(dataset={"idd": "x"}), "/dataset/idd", "did you mean 'id'?"),
         ({}, "/base_model", "this field is required"),
         ([], "/", "this must be an object with fields"),

@@ -6,10 +6,13 @@ from qlora_service.errors import Finding, NotFound
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import (
     Dataset,
+    are_bytes_needed,
     get_dataset,
     get_render_report,
     insert_dataset,
     list_datasets,
+    lock_bytes,
+    mark_deleted,
     put_render_report,
 )
 from qlora_service.store.tables import datasets
@@ -83,3 +86,29 @@ def test_projects_do_not_share_datasets(database: Database) -> None:
         assert list_datasets(connection, project="local", before=None, limit=9) == [ours]
         with pytest.raises(NotFound):
             get_dataset(connection, theirs.id, project="local")
+
+
+def test_datasets_are_listed_from_the_oldest_when_asked(database: Database) -> None:
+    ids = sorted(insert(database, dataset_row(sha256=f"{number:064}")).id for number in range(4))
+    with database.read() as connection:
+        page = list_datasets(connection, project="local", oldest_first=True, after=ids[0], limit=2)
+        assert [dataset.id for dataset in page] == ids[1:3]
+
+
+def test_deleted_dataset_is_nowhere_until_its_bytes_come_again(database: Database) -> None:
+    dataset = insert(database, dataset_row())
+    other = insert(database, dataset_row(project="other"))
+    with database.write() as connection:
+        put_render_report(connection, dataset.id, "k", {"rows": 3})
+        mark_deleted(connection, dataset.id, START)
+        assert list_datasets(connection, project="local", limit=9) == []
+        with pytest.raises(NotFound):
+            get_dataset(connection, dataset.id, lock=True)
+        assert get_render_report(connection, dataset.id, "k") is None
+        lock_bytes(connection, dataset.sha256)
+        assert are_bytes_needed(connection, dataset.sha256)
+        mark_deleted(connection, other.id, START)
+        assert not are_bytes_needed(connection, dataset.sha256)
+    assert insert(database, dataset_row()) == dataset
+    with database.read() as connection:
+        assert get_dataset(connection, dataset.id) == dataset

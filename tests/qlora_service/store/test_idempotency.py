@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -9,7 +10,17 @@ import sqlalchemy as sa
 
 from qlora_service.errors import Conflict
 from qlora_service.store.database import Database
-from qlora_service.store.idempotency import DELETED_AT_ONCE, KEPT_FOR, Once, Replay, keep, recall, reserve
+from qlora_service.store.idempotency import (
+    DELETED_AT_ONCE,
+    KEPT_FOR,
+    RETRIED_FOR,
+    Attempt,
+    Once,
+    Replay,
+    keep,
+    recall,
+    reserve,
+)
 from qlora_service.store.tables import idempotency_keys
 from tests.control_plane import START
 
@@ -91,3 +102,51 @@ def test_old_keys_go_a_few_at_a_time(database: Database) -> None:
     assert len(kept_keys(database)) == DELETED_AT_ONCE + 2
     act(database, once("newer"), after=KEPT_FOR + timedelta(days=1))
     assert kept_keys(database) == ["new", "newer", f"old {DELETED_AT_ONCE:03}"]
+
+
+# --- clients that count their attempts instead of sending a key
+
+
+def attempt(retry: bool, after: timedelta = timedelta()) -> Once[int]:
+    """The same request as any other of these, sent for the first time or again."""
+    return replace(once(), attempt=Attempt(START + after, is_retry=retry))
+
+
+def answered(database: Database, request: Once[int], result: int, after: timedelta = timedelta()) -> int:
+    """What the client is told."""
+    try:
+        act(database, request, result, after)
+    except Replay as replay:
+        return int(replay.answer["body"]["result"])
+    return result
+
+
+def test_a_retry_is_answered_what_the_first_attempt_was(database: Database) -> None:
+    assert answered(database, attempt(retry=False), 1) == 1
+    later = timedelta(seconds=2)
+    assert answered(database, attempt(True, later), 2, later) == 1
+    with database.read() as connection, pytest.raises(Replay):
+        recall(connection, attempt(True, later))
+
+
+def test_first_attempts_are_requests_of_their_own(database: Database) -> None:
+    assert [answered(database, attempt(retry=False), result) for result in (1, 2)] == [1, 2]
+    assert answered(database, attempt(retry=True), 3) == 2
+
+
+def test_a_retry_whose_first_attempt_did_nothing_does_the_work(database: Database) -> None:
+    assert answered(database, attempt(retry=True), 1) == 1
+    assert answered(database, attempt(retry=True), 2) == 1
+
+
+def test_a_first_attempt_that_its_retry_has_overtaken_does_nothing(database: Database) -> None:
+    soon = timedelta(seconds=5)
+    assert answered(database, attempt(True, soon), 1, soon) == 1
+    assert answered(database, attempt(retry=False), 2, 2 * soon) == 1
+    assert answered(database, attempt(False, 3 * soon), 3, 3 * soon) == 3
+
+
+def test_an_answer_is_not_given_to_a_retry_of_long_after(database: Database) -> None:
+    assert answered(database, attempt(retry=False), 1) == 1
+    late = RETRIED_FOR + timedelta(seconds=1)
+    assert answered(database, attempt(True, late), 2, late) == 2

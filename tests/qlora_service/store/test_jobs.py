@@ -9,7 +9,17 @@ from qlora_service.jobs import JobStatus
 from qlora_service.queue import Progress, Queue
 from qlora_service.specs import JobSpec, parse_spec
 from qlora_service.store.database import Database
-from qlora_service.store.jobs import count_ahead, events_after, get_job, insert_job, list_jobs
+from qlora_service.store.jobs import (
+    count_ahead,
+    events_after,
+    events_before,
+    get_job,
+    insert_job,
+    list_jobs,
+    list_published,
+    mark_withdrawn,
+    unfinished_on,
+)
 from tests.control_plane import START, add_job, stored_rows
 
 SPEC = {
@@ -109,3 +119,62 @@ def test_another_projects_job_is_as_unknown_as_a_missing_one(database: Database)
             get_job(connection, "job_none", project="local")
         assert [job.id for job in list_jobs(connection, project="theirs", limit=9)] == [theirs]
     assert str(foreign.value).replace(theirs, "job_none") == str(missing.value)
+
+
+@pytest.mark.parametrize("key", ["who", 'a"b', "x.y", "k[0]", "$", "ü\\", "a,b}", "'"])
+def test_jobs_are_listed_by_any_metadata(database: Database, key: str) -> None:
+    wanted = add_job(database, metadata={key: "å'\"", "n": "1"})
+    add_job(database, metadata={key: "other", "n": "1"})
+    plain = add_job(database)
+    with database.read() as connection:
+        found = partial(listed, connection, limit=9)
+        assert [job.id for job in found(metadata={key: "å'\""})] == [wanted]
+        assert [job.id for job in found(metadata={key: "å'\"", "n": "1"})] == [wanted]
+        assert found(metadata={key: "å'\"", "n": "2"}) == found(metadata={f"{key}x": "å'\""}) == []
+        assert [job.id for job in found(metadata={})] == [plain]
+        assert len(found()) == 3
+
+
+def test_jobs_are_listed_from_the_oldest_when_asked(database: Database) -> None:
+    ids = sorted(add_job(database) for _ in range(4))
+    with database.read() as connection:
+        assert [job.id for job in listed(connection, oldest_first=True, after=ids[0], limit=2)] == ids[1:3]
+
+
+def test_a_dataset_is_needed_until_every_job_on_it_has_ended(database: Database, queue: Queue) -> None:
+    trained = add_job(database)
+    judged = add_job(database, project="other", validation={"dataset_id": "ds_judged"})
+    with database.write() as connection:
+        dataset_id = get_job(connection, trained).dataset_id
+        assert unfinished_on(connection, dataset_id) == trained
+        assert unfinished_on(connection, "ds_judged") == judged
+        for job_id in (trained, judged):
+            queue.request_cancel(connection, job_id)
+        assert unfinished_on(connection, dataset_id) is unfinished_on(connection, "ds_judged") is None
+
+
+def test_events_are_paged_from_the_newest(database: Database, queue: Queue) -> None:
+    job_id = add_job(database)
+    add_job(database, priority=-1)
+    claimed = queue.claim("worker")
+    assert claimed is not None
+    queue.report(claimed[0], Progress(), ("log", {"message": "hello"}))
+    with database.read() as connection:
+        before = partial(events_before, connection, job_id, types=("status", "log"), limit=2)
+        newest = before(None)
+        assert [event.type for event in newest] == ["log", "status"]
+        assert [event.data["status"] for event in before(newest[-1].seq)] == ["queued"]
+        assert [event.type for event in before(None, types=("log",))] == ["log"]
+
+
+def test_withdrawn_adapters_are_not_listed_as_published(database: Database, queue: Queue) -> None:
+    ids = [add_job(database) for _ in range(3)]
+    for _ in ids[:2]:
+        claimed = queue.claim("worker")
+        assert claimed is not None
+        queue.succeed(claimed[0], {"attempt": 1})
+    with database.write() as connection:
+        mark_withdrawn(connection, ids[0], START)
+        assert [job.id for job in list_published(connection, project="local", limit=9)] == [ids[1]]
+        assert list_published(connection, project="other", limit=9) == []
+        assert get_job(connection, ids[0]).withdrawn_at == START

@@ -1,4 +1,4 @@
-"""projects and their keys; deletion of datasets and adapters; uploads in parts; webhooks"""
+"""projects and their keys; deletion of datasets and adapters; uploads in parts; webhooks; chat"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -26,10 +26,11 @@ def upgrade() -> None:
     _create_api_keys()
     _create_uploads()
     _create_webhooks()
+    _create_inference()
 
 
 def downgrade() -> None:
-    for table in ("webhook_deliveries", "webhook_endpoints", "upload_parts", "uploads", "api_keys"):
+    for table in ("inference", "webhook_deliveries", "webhook_endpoints", "upload_parts", "uploads", "api_keys"):
         op.drop_table(table)
     if op.get_bind().dialect.name == "sqlite":
         _rebuild_datasets("sha256, container, shape", added=False)
@@ -161,4 +162,17 @@ def _create_webhooks() -> None:
     op.create_index(op.f("ix_webhook_deliveries_due_at"), "webhook_deliveries", ["due_at"])
     op.create_index(
         op.f("ix_webhook_deliveries_endpoint_id_webhook_deliveries_id"), "webhook_deliveries", ["endpoint_id", "id"]
+    )
+
+
+def _create_inference() -> None:
+    op.create_table(
+        "inference",
+        sa.Column("base_model", sa.String(length=200), nullable=False),
+        sa.Column("quantization", sa.String(length=200), nullable=False),
+        sa.Column("asked_at", sa.Float(), nullable=False),
+        sa.Column("asked_clock", sa.String(length=64), nullable=False),
+        sa.Column("worker", sa.String(length=200), nullable=True),
+        sa.Column("socket", sa.String(length=4096), nullable=True),
+        sa.PrimaryKeyConstraint("base_model", "quantization", name=op.f("pk_inference")),
     )

@@ -1,0 +1,88 @@
+"""The keys of the caller's project. Those of other projects are made where the service runs, with `qlora keys`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from api.auth import ADMIN_TAG, CallerOf
+from api.dependencies import AccessOf, KeyId
+from api.errors import error_responses
+from api.idempotency import Idempotency, IdempotencyOf
+from api.json_body import parse_body
+from api.schemas import Key, KeyRequest, Listing, NewKey
+from api.uploads import receive_bytes
+from qlora_service.access import Access
+from qlora_service.errors import Finding, InvalidRequest
+from qlora_service.keys import ApiKey
+
+router = APIRouter(prefix="/keys", tags=[ADMIN_TAG])
+
+_MAX_BODY_BYTES = 10_000
+_SCHEMA = KeyRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+del _SCHEMA["$defs"]  # the answers name them too
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": _SCHEMA, "example": {"name": "laptop", "scopes": ["submit"]}}},
+    }
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Make a key",
+    responses=error_responses(400, 409, 413, 422, 503),
+    openapi_extra=_BODY,
+)
+async def create_key(
+    request: Request, response: Response, caller: CallerOf, access: AccessOf, idempotency: IdempotencyOf
+) -> NewKey:
+    """A key of your own project. Its `secret` is shown this once: the service keeps a hash of it.
+
+    That also holds for an answer that is given again: then `secret` is null, and if the first answer was lost, revoke
+    the key and make another. Keys of other projects are made where the service runs, with `qlora keys create`.
+    """
+    body = await receive_bytes(request, _MAX_BODY_BYTES)
+    response.headers["Cache-Control"] = "no-store"
+    return await run_in_threadpool(_create, access, caller.project, idempotency, body)
+
+
+@router.get("", summary="List keys", responses=error_responses(422))
+def list_keys(caller: CallerOf, access: AccessOf) -> Listing[Key]:
+    """The keys of your project, newest first, also those that were revoked."""
+    return Listing(data=[Key.of(key) for key in access.list_keys(caller.project)])
+
+
+@router.delete("/{key_id}", summary="Revoke a key", responses=error_responses(404, 409, 422, 503))
+def revoke_key(key_id: KeyId, caller: CallerOf, access: AccessOf) -> Key:
+    """Within a second, requests under the key are refused. The project's last admin key cannot be revoked here."""
+    return Key.of(access.revoke_key(key_id, caller.project, keep_admin=True))
+
+
+def _create(access: Access, project: str, idempotency: Idempotency, body: bytes) -> NewKey:
+    document = parse_body(body)
+    asked = _parsed(document)
+    once = idempotency.once(_without_secret, status=201, content={"json": document})
+    key, secret = access.create_key(project, asked.name, asked.scopes, once=once)
+    return NewKey.of(key).model_copy(update={"secret": secret})
+
+
+def _without_secret(key: ApiKey) -> NewKey:
+    """What is stored for a request that is sent again: answers are kept as they are, and the key must not be."""
+    return NewKey.of(key)
+
+
+def _parsed(document: Any) -> KeyRequest:
+    """Raises: InvalidRequest."""
+    try:
+        return KeyRequest.model_validate(document)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_input=False)
+        findings = [Finding(fault["msg"], "".join(f"/{part}" for part in fault["loc"])) for fault in faults]
+        raise InvalidRequest(str(findings[0]), location=findings[0].pointer, findings=findings) from None

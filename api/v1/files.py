@@ -1,0 +1,206 @@
+"""Files on OpenAI's wire: datasets, and the metrics of jobs that have succeeded."""
+
+from __future__ import annotations
+
+import base64
+import heapq
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from api.dependencies import ServiceOf, UploadsOf
+from api.errors import located
+from api.idempotency import Idempotency, IdempotencyOf
+from api.multipart import MEDIA_TYPE as MULTIPART
+from api.multipart import Form
+from api.uploads import display_name
+from api.v1.ids import dataset_of_file, file_of_dataset, job_of_results, no_file, own_part, results_of_job
+from api.v1.rendering import seconds
+from api.v1.routes import After, FileId, openai_errors
+from api.v1.schemas import DeletedFile, File, ListPage, page_of
+from qlora_service.errors import Conflict, InvalidDataset, InvalidRequest
+from qlora_service.jobs import Job, JobStatus
+from qlora_service.metrics import metrics_csv
+from qlora_service.service import Service
+from qlora_service.store.datasets import Dataset
+
+router = APIRouter(prefix="/files", tags=["openai files"])
+
+PURPOSE = "fine-tune"
+_EXPIRES_AFTER = ("expires_after[anchor]", "expires_after[seconds]")
+_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            MULTIPART: {
+                "schema": {
+                    "type": "object",
+                    "required": ["purpose", "file"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "purpose": {"type": "string", "enum": [PURPOSE]},
+                        "file": {"type": "string", "format": "binary"},
+                    },
+                }
+            }
+        },
+    }
+}
+_CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The bytes that were uploaded; of results, the CSV in base64.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+@router.post("", summary="Upload a file", responses=openai_errors(409, 413, 503), openapi_extra=_FORM)
+async def create_file(request: Request, service: ServiceOf, uploads: UploadsOf, idempotency: IdempotencyOf) -> File:
+    """Check a dataset and store it; every format that POST /datasets takes is taken here too.
+
+    Rows that cannot be used are left out, and `status_details` says how many. A file without a usable row is refused
+    with what is wrong with it, and nothing is stored. The same bytes are the same file.
+    """
+    async with uploads.receive_form(request, files=["file"], fields=["purpose", *_EXPIRES_AFTER]) as form:
+        return await run_in_threadpool(_create, service, idempotency, form)
+
+
+@router.get("", summary="List files", responses=openai_errors())
+def list_files(
+    service: ServiceOf,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="Most items of a page.")] = 10_000,
+    order: Annotated[Literal["asc", "desc"], Query(description="Oldest or newest first.")] = "desc",
+    purpose: Annotated[str | None, Query(max_length=64, description="Only files of this purpose.")] = None,
+) -> ListPage[File]:
+    """Datasets and results; a job's results stand where the job was created."""
+    bound = None if after is None else own_part(after)
+    if after is not None and bound is None:
+        raise InvalidRequest(f"{after!r} is no file's id: send the last id of the page before", location="after")
+    ascending = order == "asc"
+    files: list[list[File]] = []
+    if purpose in (None, PURPOSE):
+        datasets = service.list_datasets(**_beyond("ds", bound, ascending), limit=limit + 1)
+        files.append([file_of(dataset) for dataset in datasets])
+    if purpose in (None, "fine-tune-results"):
+        beyond = _beyond("job", bound, ascending)
+        jobs = service.list_jobs(status=JobStatus.SUCCEEDED, **beyond, limit=limit + 1)
+        files.append([_results_file(service, job) for job in jobs])
+    merged = heapq.merge(*files, key=lambda file: own_part(file.id) or "", reverse=not ascending)
+    return page_of(list(merged), limit)
+
+
+@router.get("/{file_id}", summary="Look at a file", responses=openai_errors(404))
+def get_file(file_id: FileId, service: ServiceOf) -> File:
+    """Name, size and what is wrong with its rows."""
+    found = _find(service, file_id)
+    return _results_file(service, found) if isinstance(found, Job) else file_of(found)
+
+
+@router.get(
+    "/{file_id}/content",
+    summary="Download a file",
+    response_class=Response,
+    responses=_CONTENT | openai_errors(404),
+)
+def get_content(file_id: FileId, service: ServiceOf) -> Response:
+    """A dataset's bytes as they were uploaded; results in base64, as the hosted API sends them.
+
+    GET /jobs/{job_id}/metrics.csv has the results as they are.
+    """
+    found = _find(service, file_id)
+    if isinstance(found, Job):
+        return Response(base64.b64encode(_results(service, found)), media_type="application/octet-stream")
+    headers = {"Content-Length": str(found.report.bytes), "X-Content-Type-Options": "nosniff"}
+    return StreamingResponse(service.read_dataset(found), headers=headers, media_type="application/octet-stream")
+
+
+@router.delete("/{file_id}", summary="Delete a file", responses=openai_errors(404, 409, 503))
+def delete_file(file_id: FileId, service: ServiceOf, idempotency: IdempotencyOf) -> DeletedFile:
+    """A dataset, unless a job that has not ended needs it. Results are part of their job."""
+    dataset_id = dataset_of_file(file_id)
+    if dataset_id is None:
+        _find(service, file_id)
+        raise Conflict(f"{file_id} is made of its job's metrics: it is there as long as the job is", location="file_id")
+    return _deleted(service.delete_dataset(dataset_id, once=idempotency.once(_deleted)))
+
+
+def file_of(dataset: Dataset) -> File:
+    """The file that a dataset is."""
+    report = dataset.report
+    details = None
+    if report.finding_count:
+        details = f"{report.finding_count} of {report.rows} rows are left out. First: {report.findings[0]}"
+    return File(
+        id=file_of_dataset(dataset.id),
+        bytes=report.bytes,
+        created_at=seconds(dataset.created_at),
+        filename=dataset.filename or f"{dataset.id}.{report.container}",
+        purpose=PURPOSE,
+        status_details=details,
+    )
+
+
+def _create(service: Service, idempotency: Idempotency, form: Form) -> File:
+    """Raises: InvalidRequest, InvalidDataset."""
+    for field in _EXPIRES_AFTER:
+        if field in form.fields:
+            raise refuse_expiry()
+    purpose, file = form.text("purpose"), form.files.get("file")
+    if purpose != PURPOSE:
+        raise InvalidRequest(
+            f"the purpose is {(purpose or '')[:100]!r}: this service takes files to train on, with the purpose "
+            f"{PURPOSE!r}",
+            location="purpose",
+        )
+    if file is None:
+        raise InvalidRequest("the form has no part `file`: send the dataset in it", location="file")
+    once = idempotency.once(file_of, content=idempotency.form_content(form, {"purpose": purpose}))
+    with located({InvalidDataset: "file"}):
+        return file_of(service.add_dataset(file.path, filename=display_name(file.filename), once=once))
+
+
+def refuse_expiry() -> InvalidRequest:
+    return InvalidRequest(
+        "files stay until they are deleted: leave expires_after out, and DELETE the file when it is no longer needed",
+        location="expires_after",
+    )
+
+
+def _beyond(kind: str, bound: str | None, ascending: bool) -> dict[str, Any]:
+    """Which datasets or jobs come after the file with this own part."""
+    cursor = None if bound is None else f"{kind}_{bound}"
+    return {"after" if ascending else "before": cursor, "oldest_first": ascending}
+
+
+def _find(service: Service, file_id: str) -> Dataset | Job:
+    """The dataset that the file is, or the job whose results it is. Raises: NotFound."""
+    dataset_id, job_id = dataset_of_file(file_id), job_of_results(file_id)
+    if dataset_id is not None:
+        return service.get_dataset(dataset_id)
+    if job_id is not None and (job := service.get_job(job_id)).status is JobStatus.SUCCEEDED:
+        return job
+    raise no_file(file_id)
+
+
+def _results(service: Service, job: Job) -> bytes:
+    return metrics_csv(service.job_metrics(job.id), holds_out=job.spec.validation.holds_out).encode()
+
+
+def _results_file(service: Service, job: Job) -> File:
+    size = (job.result or {}).get("results_bytes")  # as the trainer counted: a list is not to make every table
+    return File(
+        id=results_of_job(job.id),
+        bytes=len(_results(service, job)) if size is None else size,
+        created_at=seconds(job.finished_at or job.created_at),
+        filename="step_metrics.csv",
+        purpose="fine-tune-results",
+        status_details=None,
+    )
+
+
+def _deleted(dataset: Dataset) -> DeletedFile:
+    return DeletedFile(id=file_of_dataset(dataset.id))

@@ -1,0 +1,163 @@
+"""Jobs, their events and checkpoints as OpenAI's wire has them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from api.schemas import Job as OwnJob
+from api.v1.ids import file_of_dataset, results_of_job
+from api.v1.schemas import (
+    CheckpointMetrics,
+    FineTuningCheckpoint,
+    FineTuningEvent,
+    FineTuningJob,
+    JobError,
+    ResolvedHyperparameters,
+    ResolvedMethod,
+)
+from api.v1.translation import default_rate
+from qlora_service.jobs import Job, JobEvent, JobStatus
+from qlora_service.metrics import METRICS, standing_metrics
+from qlora_service.tuned_models import tuned_model_name
+
+EVENT_TYPES = ("status", "log", *METRICS)
+
+_STATUS_MESSAGES = {
+    JobStatus.QUEUED: "The job is queued",
+    JobStatus.RUNNING: "The job has started",
+    JobStatus.PAUSED: "The job is paused",
+    JobStatus.SUCCEEDED: "The job has successfully completed",
+    JobStatus.FAILED: "The job has failed",
+    JobStatus.CANCELLED: "The job was cancelled",
+}
+
+
+def seconds(time: datetime) -> int:
+    """Seconds since 1970."""
+    return int(time.timestamp())
+
+
+def fine_tuning_job(job: Job, queue_position: int | None, now: datetime) -> FineTuningJob:
+    spec, judged = job.spec, job.spec.validation.dataset_id
+    hyperparameters = _hyperparameters(job)
+    objective = spec.objective.type
+    method = ResolvedMethod(type=objective)
+    if objective in {"supervised", "dpo"}:
+        method = ResolvedMethod.model_validate({"type": objective, objective: {"hyperparameters": hyperparameters}})
+    running = job.status is JobStatus.RUNNING and job.eta_s is not None
+    succeeded = job.status is JobStatus.SUCCEEDED
+    return FineTuningJob(
+        id=job.id,
+        created_at=seconds(job.created_at),
+        finished_at=None if job.finished_at is None else seconds(job.finished_at),
+        model=spec.base_model,
+        fine_tuned_model=tuned_model_name(job),
+        organization_id=job.project,
+        status=job.status.value,
+        training_file=file_of_dataset(job.dataset_id),
+        validation_file=None if judged is None else file_of_dataset(judged),
+        result_files=[results_of_job(job.id)] if succeeded else [],
+        trained_tokens=(job.result or {}).get("tokens"),
+        seed=spec.training.seed,
+        hyperparameters=hyperparameters,
+        method=method,
+        error=None if job.error is None else _job_error(job.error),
+        estimated_finish=seconds(now + timedelta(seconds=job.eta_s)) if running and job.eta_s is not None else None,
+        integrations=[],
+        metadata=spec.metadata,
+        qlora=OwnJob.of(job, queue_position),
+    )
+
+
+def _hyperparameters(job: Job) -> ResolvedHyperparameters:
+    training, objective = job.spec.training, job.spec.objective
+    multiplier = training.learning_rate / default_rate(job.spec.recipe)
+    return ResolvedHyperparameters(
+        n_epochs=training.epochs if training.max_steps is None else None,
+        batch_size=training.batch_size,
+        learning_rate_multiplier=round(multiplier, 9),  # without the quotient's last digits
+        beta=getattr(objective, "beta", None),
+    )
+
+
+def _job_error(error: dict[str, Any]) -> JobError:
+    code = error.get("details", {}).get("reason", error["code"])
+    param = "training_file" if error.get("findings") else None  # findings are about its rows
+    return JobError(code=str(code), message=error["message"], param=param)
+
+
+def fine_tuning_event(event: JobEvent, job: Job) -> FineTuningEvent:
+    level, message, data = "info", "", dict(event.data)
+    is_metrics = event.type in METRICS
+    if is_metrics:
+        data = _metrics(event.data, job) | {"total_steps": job.total_steps}
+        of_total = "" if job.total_steps is None else f"/{job.total_steps}"
+        message = f"Step {data['step']}{of_total}: {_loss(event.data, job)}"
+    elif event.type == "status":
+        status = JobStatus(event.data["status"])
+        told = (event.data.get("error") or event.data.get("hold") or {}).get("message", event.data.get("reason"))
+        message = f"{_STATUS_MESSAGES[status]}: {told}" if told else _STATUS_MESSAGES[status]
+        level = "error" if status is JobStatus.FAILED else "info"
+    else:
+        message = str(event.data.get("message", event.type))
+    return FineTuningEvent(
+        id=f"ftevent-{event.seq}",
+        created_at=seconds(event.at),
+        level=level,
+        message=message,
+        type="metrics" if is_metrics else "message",
+        data=data,
+    )
+
+
+def _loss(record: dict[str, Any], job: Job) -> str:
+    """The loss of a step or an evaluation, for people to read."""
+    judged = "validation loss" if job.spec.validation.holds_out else "loss on rows that are trained on"
+    name, loss = ("training loss", record["loss"]) if "loss" in record else (judged, record["eval_loss"])
+    return f"{name} is not finite" if loss is None or not math.isfinite(loss) else f"{name}={loss:.4f}"
+
+
+def _metrics(record: dict[str, Any], job: Job) -> dict[str, Any]:
+    """A record of a step or an evaluation under OpenAI's names. The held-out rows are always judged as a whole."""
+    if "loss" in record:
+        return {"step": record["step"], "train_loss": record["loss"]}
+    if not job.spec.validation.holds_out:
+        return {"step": record["step"]}
+    loss, accuracy = record["eval_loss"], record["eval_accuracy"]
+    return {
+        "step": record["step"],
+        "valid_loss": loss,
+        "valid_mean_token_accuracy": accuracy,
+        "full_valid_loss": loss,
+        "full_valid_mean_token_accuracy": accuracy,
+    }
+
+
+def fine_tuning_checkpoints(job: Job, events: Sequence[JobEvent]) -> list[FineTuningCheckpoint]:
+    """What exists: of a succeeded job what it published, of one under way the steps it would go on from."""
+    model = tuned_model_name(job)
+    if job.result is not None and job.withdrawn_at is None:
+        best = job.result.get("best_step")
+        step = int(job.result.get("steps", job.step) if best is None else best)
+    elif not job.status.terminal and job.checkpoint_step > 0:
+        step = job.checkpoint_step
+    else:
+        return []
+    metrics: dict[str, Any] = {"step": step}
+    for record in standing_metrics(events):
+        if record["step"] == step:
+            metrics |= _metrics(record, job)
+    made = [event.at for event in events if event.type in METRICS and event.data["step"] == step]
+    return [
+        FineTuningCheckpoint(
+            id=f"ftckpt-{job.id.removeprefix('job_')}-{step}",
+            created_at=seconds(made[-1] if made else job.created_at),
+            fine_tuned_model_checkpoint=model or f"ft:{job.spec.base_model}:{job.project}::ckpt-step-{step}",
+            fine_tuning_job_id=job.id,
+            step_number=step,
+            metrics=CheckpointMetrics(**metrics),
+        )
+    ]

@@ -1,0 +1,75 @@
+"""What the routes of OpenAI's wire share: strict JSON bodies, documented errors, parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
+
+from fastapi import Path, Query
+from fastapi.routing import APIRoute
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.auth import authenticate
+from api.errors import UnsupportedMediaType, error_responses
+from api.json_body import parse_body
+from api.openai_errors import OpenAIErrorResponse, on_openai_wire
+from api.uploads import receive_bytes
+from api.v1.schemas import FILE_ID, JOB_ID, TUNED_MODEL, UPLOAD_ID
+
+FileId = Annotated[str, Path(description="A file's id.", examples=[FILE_ID])]
+UploadId = Annotated[str, Path(description="An upload's id.", examples=[UPLOAD_ID])]
+FineTuningJobId = Annotated[str, Path(description="A job's id.", examples=[JOB_ID])]
+ModelId = Annotated[str, Path(description="A model's id.", examples=[TUNED_MODEL])]
+After = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="The last id of the page before.")]
+
+_SCHEMA = {"$ref": "#/components/schemas/OpenAIErrorResponse"}
+
+
+def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` of a route of OpenAI's wire that may answer with these errors; any may answer 400."""
+    documented: dict[int | str, dict[str, Any]] = {}
+    for status, response in error_responses(*({400, *statuses} - {422})).items():
+        ours = response["content"]["application/json"]["example"]["error"]
+        error, _, _ = on_openai_wire(ours, int(status))
+        documented[status] = {
+            "model": OpenAIErrorResponse,
+            "description": response["description"] if status != 400 else "The request cannot work as it is",
+            "content": {"application/json": {"schema": _SCHEMA, "example": {"error": error}}},
+        }
+    return documented
+
+
+class JsonRoute(APIRoute):
+    """A route whose body, if it declares one, is read as strictly as every other JSON here."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+
+        async def handle_json(request: Request) -> Response:
+            await authenticate(request)  # before a stranger's body is read
+            content_type = request.headers.get("content-type", "")
+            if content_type.partition(";")[0].strip().lower() != "application/json":
+                raise UnsupportedMediaType(
+                    f"Content-Type is {content_type[:100]!r}: send application/json", location="content-type"
+                )
+            body = await receive_bytes(request)
+            return await handle(_ReadRequest(request, body, parse_body(body)))
+
+        return handle_json
+
+
+class _ReadRequest(Request):
+    """A request whose body was read and understood."""
+
+    def __init__(self, request: Request, body: bytes, document: Any) -> None:
+        super().__init__(request.scope, request.receive)
+        self._read, self._document = body, document
+
+    async def body(self) -> bytes:
+        return self._read
+
+    async def json(self) -> Any:
+        return self._document

@@ -1,0 +1,131 @@
+"""Files that arrive in parts, on OpenAI's wire."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from api.dependencies import ServiceOf, UploadsOf
+from api.idempotency import Idempotency, IdempotencyOf
+from api.multipart import MEDIA_TYPE as MULTIPART
+from api.multipart import Form
+from api.uploads import display_name
+from api.v1 import schemas
+from api.v1.files import file_of, refuse_expiry
+from api.v1.rendering import seconds
+from api.v1.requests import CompleteUpload, CreateUpload
+from api.v1.routes import JsonRoute, UploadId, openai_errors
+from qlora_service.errors import InvalidRequest, TooLarge
+from qlora_service.part_uploads import ClosedUpload
+from qlora_service.service import Service
+from qlora_service.store.uploads import Part, Upload
+
+router = APIRouter(prefix="/uploads", tags=["openai uploads"], route_class=JsonRoute)
+
+MAX_PART_BYTES = 64 * 2**20
+_PART: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            MULTIPART: {
+                "schema": {
+                    "type": "object",
+                    "required": ["data"],
+                    "additionalProperties": False,
+                    "properties": {"data": {"type": "string", "format": "binary"}},
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("", summary="Begin an upload", responses=openai_errors(409, 413, 415, 503))
+def create_upload(
+    body: CreateUpload, request: Request, service: ServiceOf, idempotency: IdempotencyOf
+) -> schemas.Upload:
+    """For files larger than one request should be. Add parts, then complete it within an hour."""
+    if body.expires_after is not None:
+        raise refuse_expiry()
+    limit: int = request.app.state.settings.max_upload_bytes
+    if body.bytes > limit:
+        raise TooLarge(
+            f"a file of {body.bytes} bytes is larger than the {limit} that are accepted here: split it, or have "
+            "QLORA_MAX_UPLOAD_BYTES raised",
+            location="bytes",
+            max_bytes=limit,
+        )
+    name = display_name(body.filename)
+    if name is None:
+        raise InvalidRequest(f"{body.filename!r} cannot be a file's name", location="filename")
+    once = idempotency.once(_upload, content=body.model_dump(mode="json", exclude_unset=True))
+    return _upload(
+        service.uploads.begin(filename=name, size=body.bytes, purpose=body.purpose, mime_type=body.mime_type, once=once)
+    )
+
+
+@router.post(
+    "/{upload_id}/parts",
+    summary="Add a part",
+    responses=openai_errors(404, 409, 413, 503),
+    openapi_extra=_PART,
+)
+async def create_part(
+    request: Request, upload_id: UploadId, service: ServiceOf, uploads: UploadsOf, idempotency: IdempotencyOf
+) -> schemas.UploadPart:
+    """Up to 64 MiB of the file's bytes; parts may be sent side by side."""
+    async with uploads.receive_form(request, files=["data"], fields=[]) as form:
+        return await run_in_threadpool(_add_part, service, idempotency, upload_id, form)
+
+
+@router.post("/{upload_id}/complete", summary="Complete an upload", responses=openai_errors(404, 409, 413, 415, 503))
+def complete_upload(
+    upload_id: UploadId, body: CompleteUpload, service: ServiceOf, idempotency: IdempotencyOf
+) -> schemas.Upload:
+    """Join the parts in the order given; the whole is checked and stored like any other file."""
+    once = idempotency.once(_closed, content=body.model_dump(mode="json", exclude_unset=True))
+    return _closed(service.uploads.complete(upload_id, body.part_ids, body.md5, once=once))
+
+
+@router.post("/{upload_id}/cancel", summary="Cancel an upload", responses=openai_errors(404, 409, 503))
+def cancel_upload(upload_id: UploadId, service: ServiceOf, idempotency: IdempotencyOf) -> schemas.Upload:
+    """Its parts are removed."""
+    return _closed(service.uploads.cancel(upload_id, once=idempotency.once(_closed)))
+
+
+def _add_part(service: Service, idempotency: Idempotency, upload_id: str, form: Form) -> schemas.UploadPart:
+    data = form.files.get("data")
+    if data is None:
+        raise InvalidRequest("the form has no part `data`: send the bytes in it", location="data")
+    if data.path.stat().st_size > MAX_PART_BYTES:
+        raise TooLarge(
+            f"the part is larger than {MAX_PART_BYTES} bytes: send smaller ones",
+            location="data",
+            max_bytes=MAX_PART_BYTES,
+        )
+    once = idempotency.once(_part, content=idempotency.form_content(form, {}))
+    return _part(service.uploads.add_part(upload_id, data.path, once=once))
+
+
+def _part(part: Part) -> schemas.UploadPart:
+    return schemas.UploadPart(id=part.id, created_at=seconds(part.created_at), upload_id=part.upload_id)
+
+
+def _upload(upload: Upload) -> schemas.Upload:
+    return _closed(ClosedUpload(upload))
+
+
+def _closed(closed: ClosedUpload) -> schemas.Upload:
+    upload = closed.upload
+    return schemas.Upload(
+        id=upload.id,
+        bytes=upload.bytes,
+        created_at=seconds(upload.created_at),
+        expires_at=seconds(upload.expires_at),
+        filename=upload.filename,
+        status=upload.status.value,
+        file=None if closed.dataset is None else file_of(closed.dataset),
+    )

@@ -1,0 +1,124 @@
+"""Conversations → the tokens that a model goes on from: exactly those that stand before an answer in training."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from qlora_service.data.chat_template import PROBES
+from qlora_service.data.examples import Chat
+from qlora_service.data.rendering import PLAIN_TEMPLATE
+from qlora_service.data.template_process import TemplateProcess
+from qlora_service.data.tokenizer_settings import read_tokenizer_settings
+from qlora_service.errors import InvalidDataset, InvalidModel, InvalidRequest
+
+KEPT_TEMPLATES = 4
+"""Compiled chat templates, each in a process of its own"""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Where a model goes on from, and the tokens that end what it says."""
+
+    ids: tuple[int, ...]
+    stop_ids: frozenset[int]
+
+
+class Prompts:
+    """Makes prompts for one base model and the adapters on it; a context manager that leaves no process behind."""
+
+    def __init__(self, model_dir: Path, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        settings = read_tokenizer_settings(model_dir)
+        self.tokenizer: Tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self._clock = clock
+        self._tokens = dict(settings.special_tokens)
+        eos = self._token_id(self._tokens.get("eos_token"))
+        if eos is None and settings.eos_token_ids:
+            self._tokens["eos_token"] = self.tokenizer.id_to_token(min(settings.eos_token_ids)) or ""
+        self._tokens.setdefault("eos_token", "")
+        self._stop_ids = settings.eos_token_ids | ({eos} if eos is not None else set())
+        bos = self._token_id(self._tokens.get("bos_token"))
+        bos = settings.bos_token_id if bos is None else bos
+        if bos is not None:
+            self._tokens.setdefault("bos_token", self.tokenizer.id_to_token(bos) or "")
+        begins = list(self.tokenizer.encode("", add_special_tokens=True).ids[:1])
+        self._begin = begins if begins == [bos] else []
+        plain = ("{{ bos_token }}" if self._begin else "") + PLAIN_TEMPLATE
+        self._template = settings.chat_template or plain
+        self._processes: OrderedDict[tuple[str, object], TemplateProcess] = OrderedDict()
+
+    def __enter__(self) -> Prompts:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._processes.values():
+            process.__exit__(None, None, None)
+
+    def chat(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, template: str | None = None
+    ) -> Prompt:
+        """What stands before the answer that comes next; `template` is an adapter's own.
+
+        The conversation is rendered with an answer put behind it, as a training row is: whatever the template does,
+        the model sees what it was trained to answer.
+
+        Raises:
+            InvalidRequest: the chat template refuses the conversation.
+            InvalidModel: the template cannot be used at all.
+        """
+        answer = {"role": "assistant", "content": PROBES[0]}
+        trained = (*(False for _ in messages), True)
+        chat = Chat((*messages, answer), trained, None if tools is None else tuple(tools))
+        try:
+            (rendered,) = self._process(template or self._template).render([chat])
+        except InvalidDataset as error:
+            raise InvalidRequest(error.message, location="messages") from None
+        if rendered.error is not None:
+            raise InvalidRequest(rendered.error, location="messages")
+        start, answered = rendered.spans[0][0], rendered.text[rendered.spans[0][0] : rendered.spans[-1][1]]
+        behind = answered[answered.find(PROBES[0]) + len(PROBES[0]) :]
+        return Prompt(tuple(self._ids(rendered.text[:start])), self._stop_ids | self._turn_end(behind))
+
+    def text(self, text: str) -> Prompt:
+        """Plain text as it is trained: behind the token that texts begin with, if the model has one."""
+        ids = self._ids(text)
+        return Prompt(tuple(ids if ids[:1] == self._begin else self._begin + ids), self._stop_ids)
+
+    def _turn_end(self, behind: str) -> frozenset[int]:
+        """The special token that the template ends an answer with: it need not be an end of text."""
+        special = {token_id for token_id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        return frozenset([token_id for token_id in self._ids(behind) if token_id in special][:1])
+
+    def _process(self, template: str) -> TemplateProcess:
+        """A process for the template; templates may show the date, so it is for today."""
+        now = self._clock()
+        key = (template, now.date())
+        if key not in self._processes:
+            if len(self._processes) >= KEPT_TEMPLATES:
+                _, oldest = self._processes.popitem(last=False)
+                oldest.__exit__(None, None, None)
+            self._processes[key] = TemplateProcess(template, self._tokens, now)
+        self._processes.move_to_end(key)
+        return self._processes[key]
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+            raise InvalidModel(f"the base model's tokenizer.json cannot tokenize ({error})") from None
+        return ids
+
+    def _token_id(self, token: str | None) -> int | None:
+        token_id: int | None = None if token is None else self.tokenizer.token_to_id(token)
+        return token_id

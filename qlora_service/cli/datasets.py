@@ -1,0 +1,201 @@
+"""Commands about datasets: check, upload, list, show, preview, delete."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qlora_service.cli.dataset_check import ContainerOption, ShapeOption, check
+from qlora_service.cli.options import (
+    AsJson,
+    FaultsInFile,
+    Url,
+    connect,
+    print_json,
+    print_note,
+    print_table,
+    size,
+)
+
+if TYPE_CHECKING:
+    from qlora_service.client import Dataset, PreviewRow
+    from qlora_service.client.wire import PreviewDocument
+
+app = typer.Typer(help="Check, upload, look at and delete the rows that jobs train on.", no_args_is_help=True)
+app.command()(check)
+
+DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's id, as printed by upload and list.")]
+MaxSeqLen = Annotated[int | None, typer.Option(min=1, help="Longest row, in tokens; default: as in a job.")]
+
+
+@app.command()
+def upload(
+    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, readable=True)],
+    container: ContainerOption = None,
+    shape: ShapeOption = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a file of rows, for jobs that name it with --dataset-id. Prints the dataset's id."""
+    from qlora_service.client.wire import ServiceError
+
+    with connect(url) as client:
+        try:
+            dataset = client.upload(file, container=container, shape=shape)
+        except ServiceError as error:
+            if not any(finding.line for finding in error.findings):
+                raise
+            raise FaultsInFile(file, error.message, error.findings) from None
+    if as_json:
+        print_json(dataset.model_dump(mode="json"))
+        return
+    if dataset.finding_count:
+        print_note(f"warning: {dataset.finding_count} rows are left out: qlora datasets show {dataset.id}")
+    typer.echo(dataset.id)
+
+
+@app.command("list")
+def list_datasets(
+    limit: Annotated[int, typer.Option(min=1, help="How many to list.")] = 20,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """List datasets, newest first."""
+    with connect(url) as client:
+        datasets = list(islice(client.datasets(), limit))
+    if as_json:
+        print_json([dataset.model_dump(mode="json") for dataset in datasets])
+    elif datasets:
+        _print_list(datasets)
+    else:
+        print_note("no datasets yet. Add one: qlora datasets upload FILE")
+
+
+@app.command()
+def show(
+    dataset: DatasetId,
+    base_model: Annotated[str | None, typer.Option(help="Also show how long the rows are for this model.")] = None,
+    max_seq_len_tokens: MaxSeqLen = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a dataset's counts and findings; with --base-model also how long its rows are in tokens."""
+    with connect(url) as client:
+        shown = client.dataset(dataset, base_model=base_model, max_seq_len_tokens=max_seq_len_tokens)
+    if as_json:
+        print_json(shown.model_dump(mode="json"))
+    else:
+        _print_one(shown)
+
+
+@app.command()
+def preview(
+    dataset: DatasetId,
+    base_model: Annotated[str, typer.Option(help="Base model, as in `qlora models list`.")],
+    max_seq_len_tokens: MaxSeqLen = None,
+    too_long: Annotated[
+        Literal["refuse", "truncate", "drop"], typer.Option(help="As in a job's training.too_long.")
+    ] = "refuse",
+    train_on: Annotated[
+        Literal["assistant", "all"], typer.Option(help="As in a job's training.train_on.")
+    ] = "assistant",
+    skip: Annotated[int, typer.Option(min=0, help="Usable rows to pass over.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, max=50, help="Most rows shown.")] = 5,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print rows as they will be trained, after the chat template. What is learned stands in ⟦ ⟧."""
+    with connect(url) as client:
+        rows = client.preview(
+            dataset,
+            base_model,
+            max_seq_len_tokens=max_seq_len_tokens,
+            too_long=too_long,
+            train_on=train_on,
+            skip=skip,
+            limit=limit,
+        )
+    if as_json:
+        print_json([row.model_dump(mode="json") for row in rows])
+        return
+    for row in rows:
+        _print_row(row)
+
+
+@app.command()
+def delete(dataset: DatasetId, url: Url = None, as_json: AsJson = False) -> None:
+    """Delete a dataset. Jobs that were trained on it, and their adapters, are kept."""
+    with connect(url) as client:
+        client.delete_dataset(dataset)
+    if as_json:
+        print_json({"id": dataset, "deleted": True})
+    else:
+        print_note(f"deleted {dataset}")
+
+
+def _print_list(datasets: list[Dataset]) -> None:
+    rows = [
+        (
+            dataset.id,
+            dataset.filename or "",
+            f"{dataset.container} of {dataset.shape}",
+            f"{dataset.usable_rows}/{dataset.rows}",
+            size(dataset.bytes),
+            f"{dataset.created_at.astimezone():%Y-%m-%d %H:%M}",
+        )
+        for dataset in datasets
+    ]
+    print_table(("id", "file", "rows are", "usable", "size", "created"), rows)
+
+
+def _print_one(dataset: Dataset) -> None:
+    facts = [
+        ("id", dataset.id),
+        ("file", dataset.filename or ""),
+        ("sha256", dataset.sha256),
+        ("rows are", f"{dataset.container} of {dataset.shape}, {size(dataset.bytes)}"),
+        ("usable", f"{dataset.usable_rows} of {dataset.rows} rows"),
+    ]
+    findings = dataset.findings
+    if (lengths := dataset.lengths) is not None:
+        first = "" if lengths.complete else f", of the first {lengths.rows} rows"
+        facts += [
+            ("tokens", f"{lengths.tokens}, {lengths.trained_tokens} of them trained{first}"),
+            ("longest row", f"{lengths.longest_tokens} tokens"),
+            *((f"up to {length}", f"{rows} rows") for length, rows in lengths.histogram.items()),
+        ]
+        findings = [*findings, *lengths.findings]
+    for name, value in facts:
+        typer.echo(f"{name:<12}  {value}")
+    for finding in findings:
+        place = f"line {finding.get('line')}" + (f" at {finding['pointer']}" if finding.get("pointer") else "")
+        typer.echo(f"{place}: {finding['reason']}")
+
+
+def _print_row(row: PreviewRow) -> None:
+    if row.problem is not None:
+        typer.echo(f"--- line {row.line}: left out: {row.problem}")
+        return
+    typer.echo(f"--- line {row.line}: {_tokens(row)}\n{_marked(row)}")
+    if row.rejected is not None:
+        typer.echo(f"--- line {row.line}, rejected: {_tokens(row.rejected)}\n{_marked(row.rejected)}")
+
+
+def _tokens(document: PreviewRow | PreviewDocument) -> str:
+    learned = sum(token.trained for token in document.tokens)
+    cut = f", {document.cut_tokens} cut off" if document.cut_tokens else ""
+    return f"{len(document.tokens)} tokens, {learned} learned{cut}"
+
+
+def _marked(document: PreviewRow | PreviewDocument) -> str:
+    """The tokens' text, with each stretch that is learned in brackets."""
+    text, inside = "", False
+    for token in document.tokens:
+        if token.trained != inside:
+            text += "⟦" if token.trained else "⟧"
+            inside = token.trained
+        text += token.text
+    return text + ("⟧" if inside else "")

@@ -1,0 +1,210 @@
+"""What a user can do with webhook endpoints, one function per action."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, TypeVar
+
+from sqlalchemy.engine import Connection
+
+from qlora_service.errors import InvalidRequest, QuotaExceeded
+from qlora_service.ids import new_id
+from qlora_service.queue import utc_now
+from qlora_service.store import webhooks as rows
+from qlora_service.store.database import Database
+from qlora_service.store.idempotency import Once, recall, write_once
+from qlora_service.store.tables import LOCAL_PROJECT
+from qlora_service.store.webhooks import EVENT_TYPES, Delivery, Endpoint
+from qlora_service.webhooks.delivery import Deliverer, attempt
+from qlora_service.webhooks.sending import Sender
+from qlora_service.webhooks.signing import new_secret
+
+MAX_ENDPOINTS = 20
+"""Of one project: every job that ends writes a row for each."""
+MAX_NAME_CHARS = 64
+SAMPLE_JOB = "job_0000000000000000000000"
+"""What a test call says has ended."""
+
+Result = TypeVar("Result")
+
+
+class Webhooks:
+    """The endpoints of one project; safe to share between threads."""
+
+    def __init__(
+        self,
+        database: Database,
+        sender: Sender,
+        *,
+        clock: Callable[[], datetime] = utc_now,
+        project: str = LOCAL_PROJECT,
+    ) -> None:
+        self._database = database
+        self._sender = sender
+        self._clock = clock
+        self._project = project
+
+    def within(self, project: str) -> Webhooks:
+        """The same for another project."""
+        other = copy.copy(self)
+        other._project = project
+        return other
+
+    def create(
+        self, name: str, url: str, event_types: Sequence[str], *, once: Once[Endpoint] | None = None
+    ) -> Endpoint:
+        """A new endpoint, with its secret.
+
+        Raises:
+            InvalidRequest: name or event types cannot be used, or the URL may not be asked.
+            QuotaExceeded: the project has as many as may be.
+        """
+        self._recall(once)
+        _check_name(name)
+        types = _known(event_types)
+        self._sender.check(url)
+        endpoint = Endpoint(new_id("wh"), self._project, name, url, types, new_secret(), self._clock())
+
+        def insert(connection: Connection) -> Endpoint:
+            if rows.count_endpoints(connection, self._project) >= MAX_ENDPOINTS:
+                raise QuotaExceeded(
+                    f"there are {MAX_ENDPOINTS} webhook endpoints, which is as many as may be: delete one, or change "
+                    "it",
+                    max_webhook_endpoints=MAX_ENDPOINTS,
+                )
+            rows.insert_endpoint(connection, endpoint)
+            return endpoint
+
+        return self._write(once, insert)
+
+    def get(self, endpoint_id: str) -> Endpoint:
+        """Raises: NotFound."""
+        with self._database.read() as connection:
+            return rows.get_endpoint(connection, endpoint_id, project=self._project)
+
+    def list_endpoints(self, *, before: str | None = None, limit: int = 20) -> list[Endpoint]:
+        """Newest first, older than the id `before`."""
+        with self._database.read() as connection:
+            return rows.list_endpoints(connection, project=self._project, before=before, limit=limit)
+
+    def update(
+        self,
+        endpoint_id: str,
+        *,
+        name: str | None = None,
+        url: str | None = None,
+        event_types: Sequence[str] | None = None,
+        once: Once[Endpoint] | None = None,
+    ) -> Endpoint:
+        """The endpoint, with what is not None changed; one that was disabled is told again.
+
+        Raises:
+            NotFound; InvalidRequest, as `create` does.
+        """
+        self._recall(once)
+        self.get(endpoint_id)
+        changes: dict[str, Any] = {"name": name, "url": url, "event_types": event_types}
+        changes = {field: value for field, value in changes.items() if value is not None}
+        if name is not None:
+            _check_name(name)
+        if event_types is not None:
+            changes["event_types"] = _known(event_types)
+        if url is not None:
+            self._sender.check(url)
+
+        def change(connection: Connection) -> Endpoint:
+            old = rows.get_endpoint(connection, endpoint_id, project=self._project)
+            rows.update_endpoint(connection, endpoint_id, **changes, disabled_at=None)
+            return replace(old, **changes, disabled_at=None)
+
+        return self._write(once, change)
+
+    def delete(self, endpoint_id: str) -> None:
+        """Raises: NotFound."""
+        with self._database.write() as connection:
+            rows.get_endpoint(connection, endpoint_id, project=self._project)
+            rows.delete_endpoint(connection, endpoint_id)
+
+    def rotate_secret(self, endpoint_id: str, *, once: Once[Endpoint] | None = None) -> Endpoint:
+        """The endpoint with a new secret, which signs whatever is sent from now on. Raises: NotFound."""
+
+        def change(connection: Connection) -> Endpoint:
+            endpoint = rows.get_endpoint(connection, endpoint_id, project=self._project)
+            rows.update_endpoint(connection, endpoint_id, secret=(secret := new_secret()))
+            return replace(endpoint, secret=secret)
+
+        return self._write(once, change)
+
+    def test(self, endpoint_id: str, event_type: str, *, once: Once[Delivery] | None = None) -> Delivery:
+        """How the endpoint took a sample event, sent while the caller waits and never again.
+
+        Raises:
+            NotFound: no such endpoint.
+            InvalidRequest: there are no such events, or it did not answer.
+        """
+        self._recall(once)
+        endpoint = self.get(endpoint_id)
+        _known([event_type])
+        sample = rows.new_delivery(endpoint_id, event_type, SAMPLE_JOB, self._clock())
+        status = attempt(self._sender, sample, endpoint, self._clock())
+
+        def note(connection: Connection) -> Delivery:
+            rows.get_endpoint(connection, endpoint_id, project=self._project)
+            delivered_at = self._clock() if 200 <= status < 300 else None
+            told = replace(sample, due_at=None, attempts=1, last_status=status, delivered_at=delivered_at)
+            rows.insert_delivery(connection, told)
+            return told
+
+        return self._write(once, note)
+
+    def deliveries(self, endpoint_id: str, *, before: str | None = None, limit: int = 20) -> list[Delivery]:
+        """What the endpoint was told and is to be told, newest first. Raises: NotFound."""
+        with self._database.read() as connection:
+            rows.get_endpoint(connection, endpoint_id, project=self._project)
+            return rows.list_deliveries(connection, endpoint_id, before=before, limit=limit)
+
+    def _write(self, once: Once[Result] | None, action: Callable[[Connection], Result]) -> Result:
+        with self._database.write() as connection:
+            return write_once(connection, once, self._clock(), action)
+
+    def _recall(self, once: Once[Result] | None) -> None:
+        """Spares a request that was answered before what is done ahead of its `_write`. Raises: Replay, Conflict."""
+        if once is not None:
+            with self._database.read() as connection:
+                recall(connection, once)
+
+
+def _check_name(name: str) -> None:
+    """Raises: InvalidRequest."""
+    if not name.strip() or len(name) > MAX_NAME_CHARS or not name.isprintable():
+        raise InvalidRequest(f"an endpoint's name has 1 to {MAX_NAME_CHARS} printable characters", location="/name")
+
+
+def _known(event_types: Sequence[str]) -> list[str]:
+    """The event types, each once. Raises: InvalidRequest."""
+    known = list(EVENT_TYPES.values())
+    unknown = [type_ for type_ in event_types if type_ not in known]
+    if unknown or not event_types:
+        what = f"there are no events {unknown[0]!r}" if unknown else "an endpoint without event types is told nothing"
+        raise InvalidRequest(f"{what}: name some of {', '.join(known)}", location="/event_types")
+    return list(dict.fromkeys(event_types))
+
+
+@contextmanager
+def open_webhooks(database_url: str, *, private: bool) -> Iterator[Webhooks]:
+    """The endpoints in this database, which are told what is due while the context lasts.
+
+    `private` allows http, and addresses that are not on the internet.
+    """
+    database, sender = Database(database_url), Sender(private=private)
+    deliverer = Deliverer(database, sender)
+    deliverer.start()
+    try:
+        yield Webhooks(database, sender)
+    finally:
+        deliverer.stop()
+        database.close()

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from api.main import create_app
+from qlora_service.access import open_access
+from qlora_service.keys import Scope
+from qlora_service.settings import Settings
+from tests.api.conftest import URL
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[TestClient]:
+    """Asks under an admin key of the project team-a."""
+    access = open_access(settings.resolved_database_url)
+    _, secret = access.create_key("team-a", "admin", [Scope.ADMIN])
+    access.close()
+    app = create_app(settings.model_copy(update={"keys": "required"}))
+    with TestClient(app, URL, headers={"Authorization": f"Bearer {secret}"}) as client:
+        yield client
+
+
+def test_admin_makes_lists_and_revokes_keys_of_the_own_project(client: TestClient) -> None:
+    made = client.post("/keys", json={"name": "laptop", "scopes": ["read"]})
+    assert made.status_code == 201
+    assert made.headers["Cache-Control"] == "no-store"
+    key = made.json()
+    secret = key.pop("secret")
+    assert (key["project"], key["name"], key["scopes"], key["revoked_at"]) == ("team-a", "laptop", ["read"], None)
+    listed = client.get("/keys")
+    assert listed.json()["data"][0] == key
+    assert secret not in listed.text
+    assert client.get("/jobs", headers={"Authorization": f"Bearer {secret}"}).status_code == 200
+    revoked = client.delete(f"/keys/{key['id']}").json()
+    assert revoked["revoked_at"] is not None
+    assert client.get("/keys").json()["data"][0] == revoked
+
+
+def test_key_submits_unless_told_otherwise(client: TestClient) -> None:
+    assert client.post("/keys", json={"name": "laptop"}).json()["scopes"] == ["submit"]
+
+
+def test_key_that_is_asked_for_twice_is_made_once_and_its_secret_kept_nowhere(
+    client: TestClient, settings: Settings
+) -> None:
+    answers = [client.post("/keys", json={"name": "laptop"}, headers={"Idempotency-Key": "k"}) for _ in range(2)]
+    first, again = (answer.json() for answer in answers)
+    assert [answer.status_code for answer in answers] == [201, 201]
+    assert answers[1].headers["Idempotent-Replayed"] == "true"
+    secret = first.pop("secret")
+    assert again.pop("secret") is None
+    assert again == first
+    assert len(client.get("/keys").json()["data"]) == 2
+    for path in settings.resolved_data_dir.glob("state.db*"):
+        assert secret.encode() not in path.read_bytes()
+
+
+def test_last_admin_key_cannot_revoke_itself(client: TestClient) -> None:
+    (own,) = client.get("/keys").json()["data"]
+    refused = client.delete(f"/keys/{own['id']}")
+    assert refused.status_code == 409
+    assert "`qlora keys revoke`" in refused.json()["error"]["message"]
+    assert client.post("/keys", json={"name": "second", "scopes": ["admin"]}).status_code == 201
+    assert client.delete(f"/keys/{own['id']}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "location"),
+    [
+        (b"{", 400, None),
+        (b'{"name": "a", "name": "b"}', 400, "/name"),
+        (b"[]", 422, ""),
+        (b"{}", 422, "/name"),
+        (b'{"name": ""}', 422, "/name"),
+        (b'{"name": 1}', 422, "/name"),
+        (b'{"name": "\\n"}', 422, "name"),
+        (b'{"name": "a", "scopes": ["root"]}', 422, "/scopes/0"),
+        (b'{"name": "a", "scopes": []}', 422, "/scopes"),
+        (b'{"name": "a", "project": "team-b"}', 422, "/project"),
+        (b'{"name": "' + b"a" * 20_000 + b'"}', 413, None),
+    ],
+)
+def test_what_cannot_be_a_key_is_refused(client: TestClient, body: bytes, status: int, location: str | None) -> None:
+    refused = client.post("/keys", content=body, headers={"Content-Type": "application/json"})
+    assert refused.status_code == status, refused.text
+    error: dict[str, Any] = refused.json()["error"]
+    if status == 422:
+        assert error["location"] == location
+    assert len(client.get("/keys").json()["data"]) == 1

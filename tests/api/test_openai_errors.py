@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+from fastapi.testclient import TestClient
+
+from api.errors import status_of
+from api.openai_errors import on_openai_wire
+from qlora_service.errors import Conflict, Finding, InvalidSpec, NotFound, QLoRAError, QuotaExceeded, Unavailable
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (InvalidSpec("no", location="/qlora/training/lr"), 400, "invalid_request_error"),
+        (NotFound("no", location="file_id"), 404, "not_found_error"),
+        (Conflict("no"), 409, "invalid_request_error"),
+        (QuotaExceeded("no"), 429, "rate_limit_error"),
+        (Unavailable("no"), 503, "server_error"),
+        (QLoRAError("no"), 500, "server_error"),
+    ],
+)
+def test_each_error_has_the_status_its_client_expects(error: QLoRAError, status: int, kind: str) -> None:
+    body, given, headers = on_openai_wire(error.as_dict(), status_of(error))
+    assert (given, body["type"], body["code"], body["message"]) == (status, kind, error.code, "no")
+    assert headers == ({"x-should-retry": "false"} if status == 409 else {})
+
+
+@pytest.mark.parametrize(
+    ("location", "param"),
+    [("/method/type", "method.type"), ("file_id", "file_id"), (None, None), ("/", None), ("/model", "model")],
+)
+def test_places_are_named_as_parameters(location: str | None, param: str | None) -> None:
+    body, _, _ = on_openai_wire(InvalidSpec("no", location=location).as_dict(), 422)
+    assert body["param"] == param
+
+
+def test_findings_and_details_are_kept() -> None:
+    error = InvalidSpec("no", findings=[Finding("bad", "/a", 3, 7)], limit=4)
+    body, _, _ = on_openai_wire(error.as_dict(), 422)
+    assert body["findings"] == [{"reason": "bad", "pointer": "/a", "line": 3, "byte_offset": 7}]
+    assert body["details"] == {"limit": 4}
+
+
+def test_the_path_decides_the_shape(bare_client: TestClient) -> None:
+    ours = bare_client.get("/jobs/job_none")
+    theirs = bare_client.get("/v1/fine_tuning/jobs/job_none")
+    assert (ours.status_code, theirs.status_code) == (404, 404)
+    assert ours.json()["error"].keys() == {"code", "message", "location", "findings", "details"}
+    assert theirs.json()["error"].keys() == {"message", "type", "param", "code", "findings", "details"}
+    assert theirs.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status", "code"),
+    [
+        ("/v1/nothing", {}, 404, "not_found"),
+        ("/v1/files?limit=0", {}, 400, "invalid_request"),
+        ("/v1/files", {"Host": "evil.example"}, 403, "forbidden"),
+    ],
+)
+def test_errors_of_the_framework_and_of_middleware_have_the_shape_too(
+    bare_client: TestClient, path: str, headers: dict[str, str], status: int, code: str
+) -> None:
+    answer = bare_client.get(path, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert "type" in answer.json()["error"]

@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from api.main import create_app
+from qlora_service.queue import Progress, Queue
+from qlora_service.store.idempotency import RETRIED_FOR
+from tests.api.conftest import URL, chat_rows, settings_in, spec_of
+
+JOBS = "/v1/fine_tuning/jobs"
+LENGTH = {"training": {"max_seq_len_tokens": 128}}
+
+
+@pytest.fixture
+def file_id(dataset_id: str) -> str:
+    return dataset_id.replace("ds_", "file-")
+
+
+@pytest.fixture
+def create(client: TestClient, file_id: str) -> Callable[..., Any]:
+    """Posts a job on the stored file; the answer."""
+
+    def post(headers: dict[str, str] | None = None, **fields: Any) -> Any:
+        body = {"model": "tiny", "training_file": file_id, "qlora": LENGTH} | fields
+        return client.post(JOBS, json=body, headers=headers)
+
+    return post
+
+
+@pytest.fixture(scope="module")
+def refuse(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[Callable[..., Any]]:
+    """Posts a job that must not come about, to one application for all of them; status and error."""
+    with TestClient(create_app(settings_in(tmp_path_factory.mktemp("refusing"), models_dir)), URL) as client:
+        form = {"file": ("train.jsonl", chat_rows(8))}
+        file_id = client.post("/v1/files", data={"purpose": "fine-tune"}, files=form).json()["id"]
+
+        def post(**fields: Any) -> tuple[int, dict[str, Any]]:
+            body = {"model": "tiny", "training_file": file_id, "qlora": LENGTH} | fields
+            answer = client.post(JOBS, json=body)
+            assert client.get("/jobs").json()["data"] == []
+            return answer.status_code, answer.json()["error"]
+
+        yield post
+
+
+def supervised(**hyperparameters: object) -> dict[str, Any]:
+    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+
+def test_job_is_reported_with_what_auto_came_to(create: Callable[..., Any], file_id: str) -> None:
+    answer = create(suffix="orders", metadata={"team": "a"}, method=supervised(n_epochs="auto"))
+    job = answer.json()
+    assert answer.status_code == 200, answer.text
+    assert (job["object"], job["status"], job["model"], job["training_file"]) == (
+        "fine_tuning.job", "queued", "tiny", file_id,
+    )  # fmt: skip
+    resolved = {"n_epochs": 12, "batch_size": 16, "learning_rate_multiplier": 1.0, "beta": None}
+    assert job["hyperparameters"] == job["method"]["supervised"]["hyperparameters"] == resolved
+    for empty in ("finished_at", "fine_tuned_model", "validation_file", "trained_tokens", "error", "estimated_finish"):
+        assert job[empty] is None, empty
+    assert (job["result_files"], job["integrations"], job["metadata"]) == ([], [], {"team": "a"})
+    assert job["organization_id"] == "local"
+    spec = job["qlora"]["spec"]
+    assert (spec["name"], spec["validation"]["fraction"], spec["training"]["seed"]) == ("orders", 0.0, job["seed"])
+
+
+def test_both_wires_have_the_same_jobs(
+    client: TestClient, create: Callable[..., Any], submit: Callable[..., str]
+) -> None:
+    here, there = create(suffix="a").json()["id"], submit(objective={"type": "supervised"}, name="b")
+    assert [job["id"] for job in client.get(JOBS).json()["data"]] == [there, here]
+    assert [job["id"] for job in client.get("/jobs").json()["data"]] == [there, here]
+    assert client.get(f"{JOBS}/{there}").json()["qlora"] == client.get(f"/jobs/{there}").json()
+
+
+def test_seeds_are_chosen_anew_unless_given(create: Callable[..., Any]) -> None:
+    chosen = {create().json()["seed"] for _ in range(2)}
+    assert len(chosen) == 2
+    assert create(seed=0).json()["seed"] == 0
+
+
+def test_validation_file_judges_the_job(client: TestClient, create: Callable[..., Any]) -> None:
+    form = {"file": ("judged.jsonl", chat_rows(3, "Lyon"))}
+    judged = client.post("/v1/files", data={"purpose": "fine-tune"}, files=form).json()["id"]
+    job = create(validation_file=judged).json()
+    assert job["validation_file"] == judged
+    assert job["qlora"]["spec"]["validation"]["dataset_id"] == judged.replace("file-", "ds_")
+
+
+def test_preferences_are_trained_with_dpo(client: TestClient) -> None:
+    row = (
+        b'{"input": {"messages": [{"role": "user", "content": "Hi"}]}, '
+        b'"preferred_output": [{"role": "assistant", "content": "Hello"}], '
+        b'"non_preferred_output": [{"role": "assistant", "content": "No"}]}\n'
+    )
+    pairs = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("p.jsonl", row * 3)}).json()["id"]
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "n_epochs": 2}}}
+    answer = client.post(JOBS, json={"model": "tiny", "training_file": pairs, "method": method, "qlora": LENGTH})
+    assert answer.status_code == 200, answer.text
+    job = answer.json()
+    assert job["method"]["dpo"]["hyperparameters"] == job["hyperparameters"]
+    assert (job["hyperparameters"]["beta"], job["qlora"]["spec"]["objective"]["type"]) == (0.3, "dpo")
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code", "param"),
+    [
+        ({"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}}, 400, "unsupported_method", "method"),
+        ({"method": {"type": "magic"}}, 400, "invalid_request", "method.type"),
+        ({"method": supervised(n_epochs=51)}, 400, "invalid_request", "method.supervised.hyperparameters.n_epochs"),
+        ({"method": supervised(n_epochs=True)}, 400, "invalid_request", "method.supervised.hyperparameters.n_epochs"),
+        ({"hyperparameters": {"batch_size": "large"}}, 400, "invalid_request", "hyperparameters.batch_size"),
+        (
+            {"hyperparameters": {"learning_rate_multiplier": 5000.0}, "qlora": {"recipe": "lit-llama-alpaca"}}, 400,
+            "invalid_spec", "hyperparameters.learning_rate_multiplier",
+        ),
+        ({"hyperparameters": {}, "method": supervised(n_epochs=1)}, 400, "invalid_request", "hyperparameters"),
+        ({"method": {"type": "dpo"}}, 400, "invalid_spec", "method.type"),
+        ({"method": supervised() | {"type": "dpo"}}, 400, "invalid_request", "method.supervised"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, 400, "invalid_request", "integrations"),
+        ({"model": "gpt-4o-mini"}, 400, "invalid_model", "model"),
+        ({"training_file": "file-" + "0" * 22}, 404, "not_found", "training_file"),
+        ({"training_file": "x"}, 404, "not_found", "training_file"),
+        ({"validation_file": "file-" + "0" * 22}, 404, "not_found", "validation_file"),
+        ({"suffix": "x" * 65}, 400, "invalid_request", "suffix"),
+        ({"seed": -1}, 400, "invalid_request", "seed"),
+        ({"metadata": {"a": 1}}, 400, "invalid_request", "metadata.a"),
+        ({"surprise": 1}, 400, "invalid_request", "surprise"),
+        ({"qlora": {"training": {"lr": 1}}}, 400, "invalid_spec", "qlora.training.lr"),
+        ({"qlora": {"training": 3}}, 400, "invalid_spec", "qlora.training"),
+        ({"qlora": {"recipe": "magic"}}, 400, "invalid_spec", "qlora.recipe"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_with_its_place(
+    refuse: Callable[..., Any], fields: dict[str, Any], status: int, code: str, param: str
+) -> None:
+    answered, error = refuse(**fields)
+    assert (answered, error["code"], error["param"]) == (status, code, param), error
+
+
+@pytest.mark.parametrize(
+    ("fields", "places"),
+    [
+        ({"seed": 3, "qlora": {"training": {"seed": 3}}}, {"seed": "training.seed"}),
+        ({"suffix": "a", "qlora": {"name": "b"}}, {"suffix": "name"}),
+        ({"qlora": {"base_model": "tiny", "dataset": {}}}, {"model": "base_model", "training_file": "dataset"}),
+        (
+            {"hyperparameters": {"n_epochs": 2}, "qlora": {"training": {"max_steps": 3}}},
+            {"hyperparameters.n_epochs": "training.max_steps"},
+        ),
+        ({"method": {"type": "supervised"}, "qlora": {"objective": {"type": "kto"}}}, {"type": "objective.type"}),
+    ],
+)  # fmt: skip
+def test_what_is_said_twice_is_refused_with_both_places(
+    refuse: Callable[..., Any], fields: dict[str, Any], places: dict[str, str]
+) -> None:
+    status, error = refuse(**fields)
+    assert status == 400
+    findings = error["findings"]
+    assert [finding["pointer"] for finding in findings] == [f"/qlora/{p.replace('.', '/')}" for p in places.values()]
+    for finding, (theirs, ours) in zip(findings, places.items(), strict=True):
+        assert f"{theirs} and qlora.{ours} say the same" in finding["reason"]
+
+
+def test_auto_leaves_room_for_our_own_settings(create: Callable[..., Any]) -> None:
+    method = supervised(n_epochs="auto", batch_size="auto", learning_rate_multiplier=2)
+    ours = {"recipe": "lit-llama-alpaca", "training": {"batch_size": 8}, "validation": {"fraction": 0.25}}
+    job = create(method=method, qlora=ours).json()
+    spec = job["qlora"]["spec"]
+    assert (spec["training"]["batch_size"], spec["training"]["epochs"], spec["training"]["learning_rate"]) == (
+        8,
+        5.0,
+        6e-4,
+    )
+    assert spec["validation"]["fraction"] == 0.25
+    assert job["hyperparameters"] == {"n_epochs": 5.0, "batch_size": 8, "learning_rate_multiplier": 2.0, "beta": None}
+
+
+def test_steps_asked_for_leave_no_number_of_epochs(create: Callable[..., Any]) -> None:
+    job = create(qlora={"training": {"max_steps": 3, "max_seq_len_tokens": 128}}).json()
+    assert job["hyperparameters"]["n_epochs"] is None
+
+
+def test_jobs_are_paged_and_filtered(client: TestClient, create: Callable[..., Any]) -> None:
+    ids = [create(metadata={"team": team} if team else None).json()["id"] for team in ("a", "b", "a", None)][::-1]
+    first = client.get(JOBS, params={"limit": 3}).json()
+    assert ([job["id"] for job in first["data"]], first["has_more"], first["last_id"]) == (ids[:3], True, ids[2])
+    last = client.get(JOBS, params={"limit": 3, "after": ids[2]}).json()
+    assert ([job["id"] for job in last["data"]], last["has_more"]) == (ids[3:], False)
+    for query, found in (("metadata[team]=a", [ids[1], ids[3]]), ("metadata[team]=c", []), ("metadata=null", ids[:1])):
+        assert [job["id"] for job in client.get(f"{JOBS}?{query}").json()["data"]] == found
+
+
+@pytest.mark.parametrize(
+    "query", ["metadata=x", "metadata[a]=1&metadata=null", "metadata[a]=1&metadata[a]=2", "metadata[]=1", "after=%00"]
+)
+def test_filter_that_says_nothing_is_refused(bare_client: TestClient, query: str) -> None:
+    assert bare_client.get(f"{JOBS}?{query}").status_code == 400
+
+
+def test_job_is_paused_resumed_and_cancelled(client: TestClient, create: Callable[..., Any]) -> None:
+    job_id = create().json()["id"]
+    for verb, status in (("pause", "paused"), ("resume", "queued"), ("cancel", "cancelled")):
+        answer = client.post(f"{JOBS}/{job_id}/{verb}", headers={"Content-Type": "application/json"})
+        assert (answer.status_code, answer.json()["status"]) == (200, status)
+    refused = client.post(f"{JOBS}/{job_id}/pause")
+    assert (refused.status_code, refused.headers["x-should-retry"]) == (409, "false")
+
+
+def test_rows_that_are_trained_on_are_no_validation(
+    client: TestClient, create: Callable[..., Any], queue: Queue
+) -> None:
+    job_id = create().json()["id"]
+    claimed = queue.claim("worker")
+    assert claimed is not None
+    queue.report(claimed[0], Progress(), ("metrics", {"step": 1, "loss": float("nan")}))
+    queue.report(claimed[0], Progress(), ("evaluation", {"step": 1, "eval_loss": 2.25, "eval_accuracy": 0.5}))
+    evaluation, step = client.get(f"{JOBS}/{job_id}/events?limit=2").json()["data"]
+    assert evaluation["message"] == "Step 1: loss on rows that are trained on=2.2500"
+    assert evaluation["data"] == {"step": 1, "total_steps": None}
+    assert step["message"] == "Step 1: training loss is not finite"
+
+
+def test_events_are_told_newest_first_in_pages(client: TestClient, create: Callable[..., Any], queue: Queue) -> None:
+    job_id = create(qlora=LENGTH | {"validation": {"fraction": 0.25}}).json()["id"]
+    claimed = queue.claim("worker")
+    assert claimed is not None
+    claim = claimed[0]
+    queue.report(claim, Progress(phase="training", total_steps=8), ("log", {"message": "training"}))
+    queue.report(claim, Progress(step=1), ("metrics", {"step": 1, "loss": 2.5}))
+    queue.report(claim, Progress(), ("evaluation", {"step": 1, "eval_loss": 2.25, "eval_accuracy": 0.5}))
+    queue.report(claim, Progress(eta_s=70.0, checkpoint_step=1))
+    job = client.get(f"{JOBS}/{job_id}").json()
+    assert job["status"] == "running"
+    assert 60 <= job["estimated_finish"] - job["created_at"] <= 80
+    (checkpoint,) = client.get(f"{JOBS}/{job_id}/checkpoints").json()["data"]
+    assert checkpoint["fine_tuned_model_checkpoint"].endswith(":ckpt-step-1")
+    assert (checkpoint["metrics"]["train_loss"], checkpoint["metrics"]["full_valid_loss"]) == (2.5, 2.25)
+    queue.fail(claim, {"code": "job_failed", "message": "it broke", "details": {"reason": "not_finite"}})
+
+    events: list[dict[str, Any]] = []
+    more = True
+    while more:
+        query = {"limit": 2} | ({"after": events[-1]["id"]} if events else {})
+        page = client.get(f"{JOBS}/{job_id}/events", params=query).json()  # type: ignore[arg-type]
+        events += page["data"]
+        more = page["has_more"]
+    assert [event["message"] for event in events] == [
+        "The job has failed: it broke", "Step 1/8: validation loss=2.2500", "Step 1/8: training loss=2.5000",
+        "training", "The job has started", "The job is queued",
+    ]  # fmt: skip
+    assert [event["type"] for event in events] == ["message", "metrics", "metrics", "message", "message", "message"]
+    assert events[0]["level"] == "error"
+    assert events[2]["data"] == {"step": 1, "train_loss": 2.5, "total_steps": 8}
+    assert events[1]["data"]["full_valid_mean_token_accuracy"] == 0.5
+    failed = client.get(f"{JOBS}/{job_id}").json()
+    assert failed["error"] == {"code": "not_finite", "message": "it broke", "param": None}
+    assert client.get(f"{JOBS}/{job_id}/checkpoints").json()["data"] == []
+
+
+@pytest.mark.parametrize("what", ["", "/events", "/checkpoints"])
+def test_unknown_job_is_not_found(bare_client: TestClient, what: str) -> None:
+    answer = bare_client.get(f"{JOBS}/job_none{what}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_retry_of_a_create_is_the_same_job(client: TestClient, create: Callable[..., Any]) -> None:
+    def sent(count: int, **fields: Any) -> Any:
+        return create(headers={"X-Stainless-Retry-Count": str(count)}, **fields)
+
+    first = sent(0)
+    again = sent(1)
+    assert (again.json(), again.headers["Idempotent-Replayed"]) == (first.json(), "true")
+    assert sent(2).json() == first.json()
+    meant = sent(0).json()  # the same once more, on purpose
+    assert meant["id"] != first.json()["id"]
+    assert sent(1).json()["id"] == meant["id"]
+    assert sent(1, suffix="else").json()["id"] not in {meant["id"], first.json()["id"]}
+    assert RETRIED_FOR.total_seconds() == 600
+
+
+def test_retry_of_a_delete_is_answered_as_the_first(client: TestClient, file_id: str) -> None:
+    answers = [
+        client.delete(f"/v1/files/{file_id}", headers={"X-Stainless-Retry-Count": count}) for count in ("0", "1")
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json() == answers[1].json()
+
+
+def test_own_spec_posted_to_jobs_may_judge_with_a_dataset(client: TestClient, dataset_id: str) -> None:
+    judged = client.post("/datasets", content=chat_rows(3, "Lyon")).json()["id"]
+    job = client.post("/jobs", json=spec_of(dataset_id, validation={"dataset_id": judged})).json()
+    assert client.get(f"{JOBS}/{job['id']}").json()["validation_file"] == judged.replace("ds_", "file-")

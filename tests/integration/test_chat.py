@@ -1,0 +1,164 @@
+"""Chatting through the whole house: OpenAI's client, a real API and worker, real models and jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from qlora_service.chat.reception import Reception
+from qlora_service.chat.wire import Finished, GenerationRequest, Sampling
+from qlora_service.jobs import JobStatus
+from qlora_service.store.database import Database
+from tests.published import peft_answer
+from tests.running_api import RunningApi
+from tests.speaking_desk import TINY
+from tests.workspace import Workspace, processes_on
+
+QUESTION = [{"role": "user", "content": "Say 3"}]
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def workspace(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("chat") / "data", tiny_model)
+
+
+@pytest.fixture(scope="module")
+def client(workspace: Workspace) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client of a running API; a worker runs too."""
+    with (
+        RunningApi(workspace.settings.data_dir) as api,
+        workspace.worker(),
+        openai.OpenAI(base_url=f"{api.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def tuned(workspace: Workspace, client: openai.OpenAI) -> str:
+    """A short job that has succeeded."""
+    job_id = workspace.submit(max_steps=8, learning_rate=0.05)
+    assert workspace.wait_for_end(job_id).status is JobStatus.SUCCEEDED
+    return job_id
+
+
+def say(client: openai.OpenAI, model: str, max_tokens: int = TOKENS) -> str:
+    """The greedy answer, asked for as a whole."""
+    answer = client.chat.completions.create(model=model, messages=QUESTION, max_tokens=max_tokens, temperature=0)
+    return answer.choices[0].message.content or ""
+
+
+def inference_processes(workspace: Workspace) -> list[int]:
+    running = processes_on(workspace.settings.data_dir)
+    return [pid for pid, command in running.items() if "workers.inference" in command]
+
+
+def test_base_and_tuned_model_answer_as_their_files_do_elsewhere(
+    workspace: Workspace, client: openai.OpenAI, tuned: str, tmp_path: Path
+) -> None:
+    for artifact in workspace.service.artifacts(tuned):
+        (tmp_path / artifact.file.name).write_bytes(workspace.artifact(tuned, artifact.file.name))
+    base_path = workspace.catalog.get("tiny").path
+    name = client.fine_tuning.jobs.retrieve(tuned).fine_tuned_model
+    assert name is not None
+    base, adapted = say(client, "tiny"), say(client, name)
+    assert base == peft_answer(base_path, None, QUESTION, TOKENS)
+    assert adapted == peft_answer(base_path, tmp_path, QUESTION, TOKENS)
+    assert base != adapted
+    assert say(client, tuned) == adapted
+    # One base for all of them.
+    assert len(inference_processes(workspace)) == 1
+
+
+def test_the_pieces_of_a_stream_are_the_whole_answer(client: openai.OpenAI, tuned: str) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model=tuned,
+            messages=QUESTION,
+            max_tokens=TOKENS,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == say(client, tuned)
+    assert chunks[-2].choices[0].finish_reason in {"stop", "length"}
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens <= TOKENS
+
+
+def test_refusals_arrive_as_the_clients_own_errors(client: openai.OpenAI, tuned: str) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        say(client, "nobody")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as long:
+        say(client, tuned, max_tokens=10_000)
+    assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_a_job_takes_the_slot_from_an_idle_chat_and_a_chat_waits_for_the_job(
+    workspace: Workspace, client: openai.OpenAI, tuned: str
+) -> None:
+    say(client, tuned)
+    assert inference_processes(workspace)
+    job_id = workspace.submit(max_steps=100_000)
+    submitted_at = time.monotonic()
+    workspace.wait(job_id, lambda job: job.status is JobStatus.RUNNING, limit_s=10)
+    assert time.monotonic() - submitted_at < 8
+    assert inference_processes(workspace) == []
+    with pytest.raises(openai.InternalServerError) as refused:
+        say(client, tuned)
+    assert refused.value.status_code == 503
+    assert int(refused.value.response.headers["Retry-After"]) >= 1
+    assert job_id in refused.value.message
+    workspace.service.cancel(job_id)
+    workspace.wait_for_end(job_id)
+
+
+async def stream(workspace: Workspace, max_tokens: int) -> tuple[str, Finished | None]:
+    """What is said where chats may interrupt jobs."""
+    database = Database(workspace.settings.resolved_database_url)
+    reception = Reception(database, preempts=True)
+    request = GenerationRequest(messages=QUESTION, sampling=Sampling(max_tokens=max_tokens, temperature=0.0))
+    text, finished = "", None
+    async for answer in reception.answer(TINY, request, "local"):
+        text, finished = text + (answer.text or ""), answer.finished
+    database.close()
+    return text, finished
+
+
+def test_a_job_makes_way_for_a_chat_where_that_is_allowed_and_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "data", tiny_model)
+    job_id = workspace.submit(max_steps=100_000)
+    with workspace.worker(QLORA_CHAT_PREEMPTS="true", QLORA_CHECKPOINT_S="0"):
+        workspace.wait(job_id, lambda job: job.step >= 2)
+        _, finished = asyncio.run(stream(workspace, 5))
+        assert finished is not None
+        assert finished.completion_tokens == 5
+        before = workspace.service.get_job(job_id)
+        assert before.checkpoint_step >= 2
+        job = workspace.wait(job_id, lambda job: job.status is JobStatus.RUNNING and job.step > before.checkpoint_step)
+        assert (job.attempt, job.deaths) == (2, [])
+        workspace.service.cancel(job_id)
+        workspace.wait_for_end(job_id)
+
+
+def test_a_chat_process_that_is_killed_is_told_of_and_followed_by_another(
+    workspace: Workspace, client: openai.OpenAI, tuned: str
+) -> None:
+    chunks = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=450, temperature=0, stream=True)
+    assert next(chunk for chunk in chunks if chunk.choices[0].delta.content)
+    (pid,) = inference_processes(workspace)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="has ended"):
+        list(chunks)
+    assert say(client, "tiny")
+    assert inference_processes(workspace) != [pid]

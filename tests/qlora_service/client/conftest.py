@@ -1,0 +1,55 @@
+"""A running API with one base model, a client of it, and a proxy between the two that breaks connections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qlora_service.client import Client
+from qlora_service.models.catalog import Catalog
+from qlora_service.queue import Claim, Queue
+from tests.breaking_proxy import BreakingProxy
+from tests.running_api import RunningApi, open_queue, write_rows
+
+
+@pytest.fixture(scope="session")
+def api(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
+    data_dir = tmp_path_factory.mktemp("data")
+    Catalog(data_dir / "models").import_model("tiny", tiny_model)
+    with RunningApi(data_dir) as running:
+        yield running
+
+
+@pytest.fixture
+def client(api: RunningApi) -> Iterator[Client]:
+    with Client(api.url, patience_s=20) as client:
+        yield client
+
+
+@pytest.fixture
+def proxy(api: RunningApi) -> Iterator[BreakingProxy]:
+    with BreakingProxy(api.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def queue(api: RunningApi) -> Queue:
+    return open_queue(api.data_dir)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture
+def claim(client: Client, queue: Queue, rows: Path) -> Claim:
+    """A running job: the most urgent of all."""
+    spec = {"base_model": "tiny", "training": {"max_seq_len_tokens": 64}, "priority": 100}
+    job = client.submit(spec, rows)
+    claimed = queue.claim("test")
+    assert claimed is not None
+    assert claimed[1].id == job.id
+    return claimed[0]

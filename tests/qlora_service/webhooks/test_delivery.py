@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from qlora_service.ids import new_id
+from qlora_service.jobs import JobStatus
+from qlora_service.queue import Queue
+from qlora_service.store.database import Database
+from qlora_service.store.webhooks import (
+    EVENT_TYPES,
+    Delivery,
+    Endpoint,
+    get_endpoint,
+    insert_endpoint,
+    list_deliveries,
+    tell_end,
+)
+from qlora_service.webhooks.delivery import JITTER, MOST_AT_ONCE, PAUSES, Deliverer
+from qlora_service.webhooks.sending import Sender
+from qlora_service.webhooks.signing import new_secret, signed_headers
+from tests.control_plane import START, SteppedClock, add_job, clock, database, queue
+from tests.receiver import Receiver, receiving
+
+__all__ = ["clock", "database", "queue"]
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def endpoint(database: Database, receiver: Receiver) -> Endpoint:
+    types = list(EVENT_TYPES.values())
+    endpoint = Endpoint(new_id("wh"), "local", "told", receiver.url(), types, new_secret(), START)
+    with database.write() as connection:
+        insert_endpoint(connection, endpoint)
+    return endpoint
+
+
+@pytest.fixture
+def ended(database: Database, endpoint: Endpoint, clock: SteppedClock) -> Callable[[], str]:
+    """The id of one more job that has succeeded."""
+
+    def end() -> str:
+        job_id = add_job(database)
+        with database.write() as connection:
+            tell_end(connection, job_id, JobStatus.SUCCEEDED, clock())
+        return job_id
+
+    return end
+
+
+@pytest.fixture
+def deliverer(database: Database, clock: SteppedClock) -> Deliverer:
+    return Deliverer(database, Sender(private=True), clock=clock)
+
+
+def deliver(deliverer: Deliverer) -> int:
+    """How many messages were sent, all noted by now."""
+    threads = deliverer.deliver_due()
+    for thread in threads:
+        thread.join()
+    return len(threads)
+
+
+def logged(database: Database, endpoint: Endpoint) -> list[Delivery]:
+    """Oldest first."""
+    with database.read() as connection:
+        return list_deliveries(connection, endpoint.id, before=None, limit=100)[::-1]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_end_of_a_job_is_told_signed_and_once(
+    database: Database, queue: Queue, receiver: Receiver, endpoint: Endpoint, deliverer: Deliverer
+) -> None:
+    job_id = add_job(database)
+    claimed = queue.claim("worker")
+    assert claimed is not None
+    queue.succeed(claimed[0], {"attempt": 1})
+    assert deliver(deliverer) == 1
+    (received,) = receiver.received
+    event = json.loads(received.body)
+    assert event == {
+        "id": event["id"],
+        "object": "event",
+        "created_at": int(START.timestamp()),
+        "type": "fine_tuning.job.succeeded",
+        "data": {"id": job_id},
+    }
+    signed = signed_headers(endpoint.secret, event["id"], int(START.timestamp()), received.body)
+    assert signed.items() <= received.headers.items()
+    (delivery,) = logged(database, endpoint)
+    assert (delivery.delivered_at, delivery.due_at, delivery.last_status) == (START, None, 200)
+    assert deliver(deliverer) == 0
+
+
+def test_message_is_sent_again_later_under_its_id(
+    database: Database,
+    receiver: Receiver,
+    endpoint: Endpoint,
+    deliverer: Deliverer,
+    clock: SteppedClock,
+    ended: Callable[[], str],
+) -> None:
+    receiver.answers = [500, 302]
+    ended()
+    assert deliver(deliverer) == 1
+    (delivery,) = logged(database, endpoint)
+    assert (delivery.attempts, delivery.last_status, delivery.delivered_at) == (1, 500, None)
+    clock.advance(5 * (1 - JITTER) - 0.1)
+    assert deliver(deliverer) == 0
+    clock.advance(2.2)
+    assert deliver(deliverer) == 1
+    clock.advance(40)
+    assert deliver(deliverer) == 1
+    (delivery,) = logged(database, endpoint)
+    assert (delivery.attempts, delivery.last_status, delivery.delivered_at) == (3, 200, clock())
+    assert len({received.headers["webhook-id"] for received in receiver.received}) == 1
+    assert len({received.body for received in receiver.received}) == 1
+    # Each attempt is signed anew: a receiver refuses what is older than five minutes.
+    times = [int(received.headers["webhook-timestamp"]) for received in receiver.received]
+    assert times[0] < times[1] < times[2] == int(clock().timestamp())
+
+
+def test_pauses_grow_until_it_is_given_up(
+    database: Database,
+    receiver: Receiver,
+    endpoint: Endpoint,
+    deliverer: Deliverer,
+    clock: SteppedClock,
+    ended: Callable[[], str],
+) -> None:
+    receiver.answers = [503] * 20
+    ended()
+    for pause in PAUSES:
+        assert deliver(deliverer) == 1
+        due_at = logged(database, endpoint)[0].due_at
+        assert due_at is not None
+        assert (1 - JITTER) * pause <= due_at - clock() <= (1 + JITTER) * pause
+        clock.now = due_at
+    assert deliver(deliverer) == 1
+    (delivery,) = logged(database, endpoint)
+    assert (delivery.attempts, delivery.due_at, delivery.delivered_at) == (8, None, None)
+    clock.advance(7 * 86_400)
+    assert deliver(deliverer) == 0
+
+
+def test_receiver_that_is_not_there_is_named_in_the_log(
+    database: Database, endpoint: Endpoint, clock: SteppedClock, ended: Callable[[], str]
+) -> None:
+    ended()
+    # Without leave to ask private addresses, as after a restart with other settings.
+    assert deliver(Deliverer(database, Sender(), clock=clock)) == 1
+    (delivery,) = logged(database, endpoint)
+    assert delivery.last_status is None
+    assert "https://" in (delivery.last_error or "")
+    assert delivery.due_at is not None
+
+
+def test_answer_of_gone_disables_the_endpoint(
+    database: Database,
+    receiver: Receiver,
+    endpoint: Endpoint,
+    deliverer: Deliverer,
+    clock: SteppedClock,
+    ended: Callable[[], str],
+) -> None:
+    receiver.answers = [500, 410]
+    ended()
+    assert deliver(deliverer) == 1
+    ended()
+    assert deliver(deliverer) == 1
+    ended()
+    clock.advance(86_400)
+    assert deliver(deliverer) == 0
+    with database.read() as connection:
+        assert get_endpoint(connection, endpoint.id, project="local").disabled_at == START
+    assert [(delivery.attempts, delivery.due_at) for delivery in logged(database, endpoint)] == [(1, None)] * 2
+
+
+def test_message_that_was_sent_and_not_noted_is_sent_again_when_its_claim_runs_out(
+    database: Database,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    clock: SteppedClock,
+    ended: Callable[[], str],
+    endpoint: Endpoint,
+) -> None:
+    receiver.hold.clear()
+    ended()
+    # Never joined before the second: its process might as well be gone.
+    (lost,) = deliverer.deliver_due()
+    wait_for(lambda: len(receiver.received) == 1)
+    other = Deliverer(database, Sender(private=True), clock=clock)
+    clock.advance(59)
+    assert deliver(other) == 0
+    clock.advance(2)
+    (again,) = other.deliver_due()
+    wait_for(lambda: len(receiver.received) == 2)
+    receiver.answers = [500, 200]
+    receiver.hold.set()
+    lost.join()
+    again.join()
+    assert receiver.received[0].headers["webhook-id"] == receiver.received[1].headers["webhook-id"]
+    (delivery,) = logged(database, endpoint)
+    assert delivery.attempts == 2
+
+
+def test_only_so_many_are_sent_at_a_time(receiver: Receiver, deliverer: Deliverer, ended: Callable[[], str]) -> None:
+    for _ in range(MOST_AT_ONCE + 3):
+        ended()
+    receiver.hold.clear()
+    threads = deliverer.deliver_due()
+    assert len(threads) == MOST_AT_ONCE
+    assert deliverer.deliver_due() == []
+    receiver.hold.set()
+    for thread in threads:
+        thread.join()
+    assert deliver(deliverer) == 3
+
+
+def test_running_deliverer_sends_by_itself_and_stops_although_a_receiver_hangs(
+    database: Database, receiver: Receiver, endpoint: Endpoint, ended: Callable[[], str], clock: SteppedClock
+) -> None:
+    deliverer = Deliverer(database, Sender(private=True), clock=clock)
+    deliverer.start()
+    ended()
+    wait_for(lambda: any(delivery.delivered_at for delivery in logged(database, endpoint)))
+    receiver.hold.clear()
+    ended()
+    wait_for(lambda: len(receiver.received) == 2)
+    started = time.monotonic()
+    deliverer.stop(patience_s=0.5)
+    assert time.monotonic() - started < 3
+    receiver.hold.set()
+    wait_for(lambda: not any(thread.is_alive() for thread in deliverer._sending))
