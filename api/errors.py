@@ -26,7 +26,6 @@ from qlora_service.errors import (
     NotFound,
     QLoRAError,
     QuotaExceeded,
-    RateLimited,
     StorageFull,
     TooLarge,
     Unauthenticated,
@@ -216,10 +215,8 @@ def refusal(error: QLoRAError) -> JSONResponse:
 
 def _retry_after_s(error: QLoRAError) -> int | None:
     """When to send the request again; None where that would not help."""
-    if isinstance(error, RateLimited):
-        return int(error.details["retry_after_s"])
     waiting_helps = isinstance(error, Unavailable | QuotaExceeded) and not isinstance(error, StorageFull)
-    return RETRY_AFTER_S if waiting_helps else None
+    return int(error.details.get("retry_after_s", RETRY_AFTER_S)) if waiting_helps else None
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:

@@ -190,6 +190,14 @@ class Service(DatasetActions):
         with self._database.read() as connection:
             return job_rows.count_ahead(connection, job)
 
+    def queue_positions(self, jobs: Iterable[Job]) -> dict[str, int]:
+        """The same of every queued one among the jobs of a page, by id."""
+        queued = [job.id for job in jobs if job.status is JobStatus.QUEUED]
+        if not queued:
+            return {}
+        with self._database.read() as connection:
+            return job_rows.places_in_queue(connection, queued)
+
     def list_jobs(
         self,
         *,

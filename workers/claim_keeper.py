@@ -101,7 +101,7 @@ class ClaimKeeper:
         if self._request is StopRequest.PAUSE:
             raise Interrupted("paused until it is resumed", hold=HoldReason.USER)
         if self._request is StopRequest.PREEMPT:
-            raise Interrupted("a more urgent job takes the slot")
+            raise Interrupted("it makes way, as it was asked to")
 
     def _renew(self) -> None:
         while not self._ended.wait(self._interval_s):

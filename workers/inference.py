@@ -46,7 +46,7 @@ from qlora_service.chat.wire import (
 from qlora_service.errors import QLoRAError, QuotaExceeded, Unavailable
 from qlora_service.logs import configure_logging
 from qlora_service.models.catalog import Catalog
-from qlora_service.models.staging import staging_directory
+from qlora_service.models.staging import reap_stale, staging_directory
 from qlora_service.settings import Settings
 from qlora_service.specs import Quantization
 from workers.exit_codes import SUPERVISOR_GONE
@@ -241,6 +241,7 @@ def _show(desk: Desk, visitor: Visitor, text: str) -> None:
 
 def load(base_model: str, quantization: str, device: str, scratch: Path, settings: Settings) -> Engine:
     """The base on the device. Raises: QLoRAError."""
+    base = Catalog(settings.models_dir).get(base_model)  # before torch is imported, which takes seconds
     from transformers.utils.logging import disable_progress_bar
 
     from qlora_service.training.device import is_out_of_memory
@@ -249,7 +250,7 @@ def load(base_model: str, quantization: str, device: str, scratch: Path, setting
     disable_progress_bar()  # a log is no terminal
     try:
         return Engine(
-            Catalog(settings.models_dir).get(base_model),
+            base,
             Quantization.model_validate_json(quantization),
             ArtifactStore(settings.resolved_artifact_url),
             scratch,
@@ -267,6 +268,7 @@ def main(base_model: str, quantization: str, device: str, listener: socket.socke
     desk = Desk(listener)
     desk.open()
     began = time.monotonic()
+    reap_stale(settings.tmp_dir)  # what a process left that was killed
     with staging_directory(settings.tmp_dir) as scratch:
         try:
             engine = load(base_model, quantization, device, scratch.path, settings)

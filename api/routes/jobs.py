@@ -121,14 +121,16 @@ def list_jobs(
 ) -> Page[Job]:
     """Jobs, newest first."""
     found = service.list_jobs(status=status, base_model=base_model, before=after, limit=limit + 1)
-    data = [_view(service, job) for job in found[:limit]]
+    positions = service.queue_positions(found)
+    data = [Job.of(job, positions.get(job.id)) for job in found[:limit]]
     return Page(data=data, next=data[-1].id if len(found) > limit else None)
 
 
 @router.get("/{job_id}", summary="Look at a job", responses=error_responses(404, 422))
 def get_job(job_id: JobId, service: ServiceOf) -> Job:
     """Status, progress, time to go, the latest metrics; what went wrong, if it failed."""
-    return _view(service, service.get_job(job_id))
+    job = service.get_job(job_id)
+    return Job.of(job, service.queue_position(job))
 
 
 @router.post("/{job_id}/cancel", summary="Cancel a job", responses=_CHANGE_ERRORS)
@@ -222,10 +224,6 @@ def _in_body(finding: Finding) -> Finding:
     if finding.line is None:
         return finding
     return Finding(finding.reason, f"/dataset/rows/{finding.line - 1}{finding.pointer}")
-
-
-def _view(service: Service, job: DomainJob) -> Job:
-    return Job.of(job, service.queue_position(job))
 
 
 # What the POSTs answer is made of what their transaction returned, and of nothing that may change after it.

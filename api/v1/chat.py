@@ -15,14 +15,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from api.dependencies import ServiceOf
-from api.errors import RETRY_AFTER_S, status_of
+from api.errors import status_of
 from api.openai_errors import on_openai_wire
 from api.v1.chat_answers import ChatCompletion, ChatWriter, Completion, TextWriter
 from api.v1.chat_requests import CreateChatCompletion, CreateCompletion
 from api.v1.routes import JsonRoute, openai_errors
 from qlora_service.chat.reception import Reception
 from qlora_service.chat.wire import AdapterRef, Answer
-from qlora_service.errors import InvalidModel, NotFound, QLoRAError, Unavailable
+from qlora_service.errors import InvalidModel, NotFound, QLoRAError
 from qlora_service.jobs import Job, JobStatus
 from qlora_service.service import Service
 from qlora_service.specs import Quantization
@@ -124,9 +124,6 @@ async def _answer(
         first = await _while_connected(request, anext(answers))
         if not asked.stream:
             return await _while_connected(request, _whole(first, answers, writer))
-    except Unavailable as error:
-        await answers.aclose()
-        return _busy(request, error)
     except BaseException:
         await answers.aclose()
         raise
@@ -189,14 +186,6 @@ async def _while_connected(request: Request, work: Awaitable[Result]) -> Result:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _busy(request: Request, error: Unavailable) -> Response:
-    """The refusal, with the time after which it may be another: the end of a job is known better than of an outage."""
-    request.state.error_code = error.code
-    body, status, headers = _on_wire(error)
-    retry_after_s = error.details.get("retry_after_s", RETRY_AFTER_S)
-    return JSONResponse({"error": body}, status, headers | {"Retry-After": str(retry_after_s)})
 
 
 def _on_wire(error: QLoRAError) -> tuple[dict[str, Any], int, dict[str, str]]:

@@ -18,7 +18,7 @@ from api.v1.translation import in_request, to_spec
 from qlora_service.errors import InvalidRequest
 from qlora_service.jobs import Job
 from qlora_service.queue import utc_now
-from qlora_service.service import Service, Submission
+from qlora_service.service import Submission
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["openai fine-tuning"], route_class=JsonRoute)
 
@@ -61,13 +61,15 @@ def list_jobs(
 ) -> ListPage[FineTuningJob]:
     """Jobs, newest first."""
     found = service.list_jobs(metadata=_metadata_filter(request), before=after, limit=limit + 1)
-    return page_of([_view(service, job) for job in found], limit)
+    positions, now = service.queue_positions(found), utc_now()
+    return page_of([fine_tuning_job(job, positions.get(job.id), now) for job in found], limit)
 
 
 @router.get("/{fine_tuning_job_id}", summary="Look at a fine-tuning job", responses=openai_errors(404))
 def get_job(fine_tuning_job_id: FineTuningJobId, service: ServiceOf) -> FineTuningJob:
     """Status and times; under `qlora` all that GET /jobs/{id} shows."""
-    return _view(service, service.get_job(fine_tuning_job_id))
+    job = service.get_job(fine_tuning_job_id)
+    return fine_tuning_job(job, service.queue_position(job), utc_now())
 
 
 @router.post("/{fine_tuning_job_id}/cancel", summary="Cancel a fine-tuning job", responses=_CHANGE_ERRORS)
@@ -134,10 +136,6 @@ def _metadata_filter(request: Request) -> dict[str, str] | None:
             raise InvalidRequest("give metadata=null or metadata[key]=value, not both", location="metadata")
         return {}
     return wanted or None
-
-
-def _view(service: Service, job: Job) -> FineTuningJob:
-    return fine_tuning_job(job, service.queue_position(job), utc_now())
 
 
 def _submitted(submission: Submission) -> FineTuningJob:

@@ -13,7 +13,8 @@ ASIDE = ("removed-", "bad-")
 
 
 def unflushed_at_answer(calls: Sequence[Call]) -> list[str]:
-    """What a power cut right after the answer could take away, and checkpoints that had their name too early.
+    """What a power cut right after the answer could take away; checkpoints that had their name too early, or lost it
+    before that of the one in their place was on the disk.
 
     A file has to be flushed after its last write, and a directory after a name in it was changed.
     """
@@ -35,6 +36,8 @@ def unflushed_at_answer(calls: Sequence[Call]) -> list[str]:
             if call.name.startswith("rename"):
                 # A checkpoint that is about to be removed need not have its new name for good.
                 if PurePath(path).name.startswith(ASIDE):
+                    if str(PurePath(path).parent) in dirty_directories:
+                        early.append(f"{PurePath(path).parent} was not flushed before {call}")
                     continue
                 dirty_files = {_moved(file, source, path) for file in dirty_files}
                 dirty_directories = {_moved(directory, source, path) for directory in dirty_directories}

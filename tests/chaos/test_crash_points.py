@@ -85,10 +85,12 @@ def test_what_is_answered_is_on_the_disk_and_a_checkpoint_has_its_name_last(samp
 
 WRITE, FSYNC = Call("write", ("new/a",)), Call("fsync", ("new/a",))
 NAMES, RENAME, NAME = Call("fsync", ("new",)), Call("rename", ("new", "step-1")), Call("fsync", (".",))
+REMOVE = Call("rename", ("step-0", "removed-step-0"))
 
 
 def test_flushed_in_order_is_on_the_disk() -> None:
     assert unflushed_at_answer([Call("mkdir", ("new",)), WRITE, FSYNC, NAMES, RENAME, NAME, ANSWERED]) == []
+    assert unflushed_at_answer([Call("mkdir", ("new",)), WRITE, FSYNC, NAMES, RENAME, NAME, REMOVE, ANSWERED]) == []
     assert unflushed_at_answer([Call("pwrite64", ("wal",)), Call("fdatasync", ("wal",)), ANSWERED]) == []
     assert unflushed_at_answer([Call("write", ("tmp/upload",)), ANSWERED]) == []
 
@@ -100,7 +102,8 @@ def test_flushed_in_order_is_on_the_disk() -> None:
     ([WRITE, NAMES, RENAME, Call("fsync", ("step-1/a",)), NAME], ["new/a was not flushed before rename"]),
     ([WRITE, FSYNC, WRITE, NAMES], [". was not", "new/a was not flushed before the answer"]),
     ([NAMES, NAME, Call("pwrite64", ("wal",))], ["wal was not flushed before the answer"]),
-], ids=["file", "names in it", "its name", "too late", "written again", "commit"])  # fmt: skip
+    ([WRITE, FSYNC, NAMES, RENAME, REMOVE, NAME], [". was not flushed before rename(step-0, removed-step-0)"]),
+], ids=["file", "names in it", "its name", "too late", "written again", "commit", "removed"])  # fmt: skip
 def test_a_missing_flush_is_noticed(calls: list[Call], noticed: list[str]) -> None:
     found = unflushed_at_answer([Call("mkdir", ("new",)), *calls, ANSWERED])
     assert len(found) == len(noticed)

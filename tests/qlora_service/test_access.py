@@ -6,7 +6,7 @@ import pytest
 
 from qlora_service.access import Access, open_access
 from qlora_service.errors import Conflict, InvalidRequest, NotFound, Unauthenticated
-from qlora_service.keys import Caller, Scope, new_secret
+from qlora_service.keys import Caller, Scope
 from qlora_service.store.database import Database
 from qlora_service.store.tables import LOCAL_PROJECT
 from tests.control_plane import START, SteppedClock, clock, each_database, run_together
@@ -25,7 +25,7 @@ def test_key_opens_its_project_with_its_scopes(access: Access) -> None:
     assert (key.name, key.created_at, key.revoked_at) == ("laptop", START, None)
 
 
-@pytest.mark.parametrize("secret", ["", "qk_", "sk-1", new_secret(), "qk_\udc80", "qk_" + 10_000 * "x"])
+@pytest.mark.parametrize("secret", ["", "qk_", "sk-1", "qk_" + 43 * "0", "qk_\udc80", "qk_" + 10_000 * "x"])
 def test_unknown_key_is_nobody(access: Access, secret: str) -> None:
     access.create_key("team-a", "laptop")
     with pytest.raises(Unauthenticated, match="not known: `qlora keys create`") as caught:

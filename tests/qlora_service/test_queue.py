@@ -64,6 +64,16 @@ def work(url):
     return done
 """
 
+CLAIM_TWENTY = """
+from qlora_service.queue import Queue
+from qlora_service.store.database import Database
+
+def work(url, max_running):
+    queue = Queue(Database(url), lease_s=600, max_running=int(max_running) or None)
+    claims = [queue.claim("worker") for _ in range(20)]
+    return [claimed and claimed[0].job_id for claimed in claims]
+"""
+
 
 Ask = Callable[[Connection, str], Job]
 
@@ -148,6 +158,27 @@ def test_six_processes_run_each_of_200_jobs_once(database: Database) -> None:
         assert status_history(database, job_id) == ["queued", "running", "succeeded"]
 
 
+def test_processes_that_claim_at_once_find_a_job_each_while_there_are_enough(database: Database) -> None:
+    ids = [add_job(database) for _ in range(120)]
+    shares = run_together(CLAIM_TWENTY, database.url, "0", processes=6)
+    assert sorted(job_id for share in shares for job_id in share) == sorted(ids)
+
+
+def test_job_whose_configuration_cannot_be_read_fails_and_the_next_one_is_claimed(
+    queue: Queue, database: Database
+) -> None:
+    unreadable, next_job = add_job(database, priority=1), add_job(database)
+    with database.write() as connection:
+        connection.execute(sa.update(jobs).where(jobs.c.id == unreadable).values(spec={"of": "another version"}))
+    assert queue.claim("host:1:0") is None
+    assert claim_next(queue).job_id == next_job
+    assert status_history(database, unreadable) == ["queued", "failed"]
+    error = job_events(database, unreadable)[-1].data["error"]
+    assert error["details"]["reason"] == FailureReason.INVALID_INPUT
+    assert unreadable in error["message"]
+    assert "post it again" in error["message"]
+
+
 # --- a running attempt
 
 
@@ -195,6 +226,24 @@ def test_events_are_numbered_in_the_order_things_happened(queue: Queue, database
         steps = [event.data["step"] for event in events if event.type == "metrics"]
         assert steps == [1, 2, 3]
         assert [event.type for event in events] == ["status", "status", "metrics", "metrics", "metrics", "status"]
+
+
+@pytest.mark.parametrize("verb", ["claim", *sorted(VERBS.keys() - {"renew"})])
+def test_what_cannot_be_told_as_an_event_has_not_happened(queue: Queue, database: Database, verb: str) -> None:
+    add_job(database)
+    act: Callable[[], object] = lambda: queue.claim("host:1:0")  # noqa: E731
+    if verb != "claim":
+        claim = claim_next(queue)
+        act = lambda: VERBS[verb](queue, claim)  # noqa: E731
+    before = stored_rows(database)
+    with database.write() as connection:
+        connection.exec_driver_sql("ALTER TABLE events RENAME TO away")
+    with pytest.raises(sa.exc.DBAPIError):
+        act()
+    with database.write() as connection:
+        connection.exec_driver_sql("ALTER TABLE away RENAME TO events")
+    assert stored_rows(database) == before
+    act()  # it was only that
 
 
 # --- fencing: who has no claim writes nothing
@@ -423,6 +472,16 @@ def test_race_of_cancels_and_claims_leaves_every_job_with_one_story(database: Da
         assert status_history(database, job_id) == ["queued", *(["running"] if was_claimed else []), "cancelled"]
 
 
+@pytest.mark.parametrize("verb", ["release", "died", "pause"])
+def test_job_that_does_not_run_stands_where_its_checkpoint_is(queue: Queue, database: Database, verb: str) -> None:
+    job_id = add_job(database)
+    claim = claim_next(queue)
+    queue.report(claim, Progress(step=7, checkpoint_step=5))
+    queue.report(claim, Progress(step=9))
+    VERBS[verb](queue, claim)
+    assert job_of(database, job_id).step == 5
+
+
 # --- pausing
 
 
@@ -595,6 +654,22 @@ def test_lost_leases_count_as_deaths(queue: Queue, database: Database, clock: St
     assert job_of(database, job_id).status is JobStatus.FAILED
 
 
+@pytest.mark.parametrize("wish", ["cancel", "pause"])
+def test_third_death_of_a_job_whose_user_stops_it_is_no_failure(queue: Queue, database: Database, wish: str) -> None:
+    job_id = add_job(database)
+    for _ in range(2):
+        queue.died(claim_next(queue), {"message": "killed"})
+    claim = claim_next(queue)
+    request, status = {
+        "cancel": (queue.request_cancel, JobStatus.CANCELLED),
+        "pause": (queue.request_pause, JobStatus.PAUSED),
+    }[wish]
+    ask(database, request, job_id)
+    assert queue.died(claim, {"message": "killed"}) is status
+    job = job_of(database, job_id)
+    assert (job.status, job.error, len(job.deaths)) == (status, None, 3)
+
+
 def test_a_stopped_worker_is_no_death(queue: Queue, database: Database) -> None:
     job_id = add_job(database)
     for _ in range(5):
@@ -663,7 +738,54 @@ def test_preempted_job_is_next_among_its_equals(queue: Queue, database: Database
     assert claim_by(queue, "a").job_id == first
 
 
+def test_youngest_of_the_least_urgent_jobs_makes_room(queue: Queue, database: Database) -> None:
+    ids = sorted(add_job(database) for _ in range(3))
+    for worker in "abc":
+        claim_by(queue, worker)
+    add_job(database, priority=1)
+    assert queue.preempt(["a", "b", "c"]) == ids[-1]
+
+
+def test_while_one_job_stops_no_other_is_asked_to(queue: Queue, database: Database) -> None:
+    stopping = add_job(database, priority=1)
+    add_job(database)
+    claim_by(queue, "a")
+    less_urgent = claim_by(queue, "b")
+    ask(database, queue.request_cancel, stopping)
+    add_job(database, priority=9)
+    assert queue.preempt(["a", "b"]) is None
+    assert queue.renew(less_urgent) is None
+
+
+def test_resuming_a_job_that_makes_room_keeps_nobody_waiting(queue: Queue, database: Database) -> None:
+    job_id = add_job(database)
+    claim = claim_by(queue, "a")
+    add_job(database, priority=1)
+    queue.preempt(["a"])
+    ask(database, queue.resume, job_id)
+    assert queue.renew(claim) is StopRequest.PREEMPT
+
+
+def test_job_that_is_paused_while_it_makes_room_stays_paused(queue: Queue, database: Database) -> None:
+    job_id = add_job(database)
+    claim = claim_by(queue, "a")
+    add_job(database, priority=1)
+    queue.preempt(["a"])
+    ask(database, queue.request_pause, job_id)
+    assert queue.renew(claim) is StopRequest.PAUSE
+    queue.release(claim, "made room")
+    assert job_of(database, job_id).status is JobStatus.PAUSED
+
+
 # --- quotas
+
+
+def test_processes_that_claim_at_once_run_no_more_jobs_than_allowed(database: Database) -> None:
+    ids = [add_job(database) for _ in range(8)]
+    shares = run_together(CLAIM_TWENTY, database.url, "2", processes=6)
+    claimed = [job_id for share in shares for job_id in share if job_id]
+    assert len(claimed) == len(set(claimed)) == 2
+    assert set(claimed) <= set(ids)
 
 
 def test_project_runs_no_more_jobs_at_a_time_than_allowed(database: Database, clock: SteppedClock) -> None:

@@ -30,7 +30,14 @@ from workers.claim_keeper import ClaimKeeper
 
 url, job_id, lease_s, hang_s = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
 queue = Queue(Database(url), lease_s=lease_s)
-keeper = ClaimKeeper(queue, Claim(job_id, 1), interval_s=0.1, lease_s=lease_s, hang_s=hang_s)
+keeper = ClaimKeeper(
+    queue,
+    Claim(job_id, 1),
+    interval_s=0.1,
+    lease_s=lease_s,
+    hang_s=hang_s,
+    make_room=lambda: print("made room", flush=True),
+)
 keeper.start()
 print("started", flush=True)
 def where_it_stood():
@@ -86,6 +93,59 @@ def test_patience_is_learned_from_the_longest_sign_so_far(database: Database) ->
     process = start(database, signs, hang_s=0.5)
     assert "alive" in stderr_at_end(process, 10)
     assert process.returncode == 0
+
+
+def test_patience_is_longer_while_the_pace_is_not_known(database: Database) -> None:
+    process = start(database, "time.sleep(1.5); keeper.check(); print('alive')", hang_s=0.5)
+    assert "alive" in stderr_at_end(process, 10)
+    assert process.returncode == 0
+
+
+def test_the_pace_of_one_phase_says_nothing_about_the_next(database: Database) -> None:
+    # The 0.6 s that a sign took would allow for 12 s.
+    slow = "time.sleep(0.6); keeper.check(); keeper.enter_phase(); "
+    quick = "[keeper.check() or time.sleep(0.01) for _ in range(20)]; time.sleep(60)"
+    process = start(database, slow + quick, hang_s=0.5)
+    stderr_at_end(process, 8)
+    assert process.returncode == exit_codes.HUNG
+
+
+def test_a_trainer_that_renews_its_claim_outlives_many_leases(database: Database) -> None:
+    process = start(database, "time.sleep(3.5); print('alive')", lease_s=1.5)
+    assert "alive" in stderr_at_end(process, 10)
+    assert process.returncode == 0
+
+
+def test_a_lease_still_holds_when_the_process_that_lost_hold_of_it_is_gone(database: Database) -> None:
+    # The claim is renewed a few times; then no Python thread runs any more.
+    process = start(database, "time.sleep(0.5); __import__('re').match(r'(a*)*b', 'a' * 40)", lease_s=3)
+    stderr_at_end(process, 10)
+    assert process.returncode == 1
+    assert Queue(database, lease_s=3).requeue_lost() == []
+
+
+def test_a_trainer_without_a_database_says_so_before_its_lease_ends(database: Database) -> None:
+    process = start(database, "time.sleep(60)", lease_s=3)
+    time.sleep(0.5)  # the claim is renewed a few times
+    with database.write() as connection:
+        connection.exec_driver_sql("ALTER TABLE jobs RENAME TO away")
+    printed = stderr_at_end(process, 10)
+    assert process.returncode == exit_codes.NO_DATABASE
+    assert "claim_not_renewed" in printed
+    with database.write() as connection:
+        connection.exec_driver_sql("ALTER TABLE away RENAME TO jobs")
+    assert Queue(database, lease_s=3).requeue_lost() == []
+
+
+def test_a_renewal_that_finds_the_disk_full_makes_room_and_holds_the_job(database: Database) -> None:
+    process = start(database, "time.sleep(1); keeper.check()")
+    with database.write() as connection:
+        connection.exec_driver_sql(
+            "CREATE TRIGGER no_room BEFORE UPDATE ON jobs BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
+        )
+    printed = stderr_at_end(process, 10)
+    assert "made room" in printed
+    assert "Interrupted: the disk is full" in printed
 
 
 def test_a_process_that_holds_the_interpreters_lock_does_not_outlive_its_lease(database: Database) -> None:
@@ -169,5 +229,5 @@ def test_a_pause_that_was_taken_back_stops_nothing(database: Database) -> None:
 
 
 def test_exit_codes_have_their_meaning_in_words() -> None:
-    numbers = {value for name, value in vars(exit_codes).items() if name.isupper() and isinstance(value, int)}
-    assert numbers == set(exit_codes.CAUSES)
+    numbers = [value for name, value in vars(exit_codes).items() if name.isupper() and isinstance(value, int)]
+    assert sorted(numbers) == sorted(exit_codes.CAUSES)

@@ -9,7 +9,9 @@ from qlora_service.jobs import HoldReason, JobStatus, StopRequest
 from qlora_service.queue import Claim, Queue
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import get_job
+from qlora_service.training.checkpoint_space import Ballast
 from tests.control_plane import LEASE_S, SteppedClock, add_job
+from workers.disk_space import BALLAST
 from workers.housekeeping import Housekeeping
 
 
@@ -103,6 +105,19 @@ def test_of_a_job_that_has_ended_only_what_it_published_stays(
     assert b"".join(artifacts.read(published)) == b"bytes"
     assert not (tmp_path / "artifacts" / lost).exists()
     assert not unfinished.exists()
+
+
+def test_room_that_a_dead_attempt_held_is_given_up_and_its_checkpoints_are_not(
+    housekeeping: Housekeeping, queue: Queue, database: Database, tmp_path: Path
+) -> None:
+    add_job(database)
+    claim = claim_next(queue)
+    directory = tmp_path / "checkpoints" / claim.job_id
+    (directory / "step-00000001.a1").mkdir(parents=True)
+    Ballast(directory / BALLAST).reserve(2**20)
+    for _ in range(2):
+        housekeeping.make_room(claim)
+    assert [path.name for path in directory.iterdir()] == ["step-00000001.a1"]
 
 
 def test_what_a_failed_job_kept_stays(

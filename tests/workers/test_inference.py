@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +25,7 @@ from qlora_service.chat.wire import (
     listen,
 )
 from qlora_service.errors import InvalidRequest
+from tests.workspace import ROOT
 from workers.inference import MAX_IN_LINE, ClientGone, Desk, serve
 
 FINISHED = Finished(reason="stop", prompt_tokens=1, completion_tokens=1)
@@ -255,6 +259,27 @@ def test_what_is_no_request_is_hung_up_on(path: Path, desk: Desk, sent: bytes) -
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
         assert connection.recv(100) == b""
+
+
+def test_a_base_that_cannot_be_loaded_is_told_to_who_waits_and_ends_the_process(path: Path, tmp_path: Path) -> None:
+    with listen(path) as listener:
+        waiting = Visit(path)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "workers.inference", "nobody", "{}", "cpu", str(listener.fileno())],
+            cwd=ROOT,
+            env=os.environ | {"QLORA_DATA_DIR": str(tmp_path / "data")},
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[listener.fileno()],
+        )
+    (told,) = waiting.answers()
+    waiting.leave()
+    assert told.error is not None
+    assert told.error["code"] == "invalid_model"
+    assert process.wait(10) == 0
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def test_the_socket_is_its_owners_alone_however_deep_it_lies(tmp_path: Path) -> None:

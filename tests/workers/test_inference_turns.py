@@ -275,5 +275,3 @@ def test_a_job_takes_the_slot_of_a_base_that_is_being_loaded(house: House) -> No
         job_id = house.workspace.submit()
         house.workspace.wait(job_id, lambda job: job.attempt == 1, limit_s=8)
         assert house.processes() == []
-        house.workspace.service.cancel(job_id)
-        house.workspace.wait_for_end(job_id)

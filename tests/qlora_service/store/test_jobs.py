@@ -18,6 +18,7 @@ from qlora_service.store.jobs import (
     list_jobs,
     list_published,
     mark_withdrawn,
+    places_in_queue,
     unfinished_on,
 )
 from tests.control_plane import START, add_job, stored_rows
@@ -84,7 +85,11 @@ def test_count_ahead_is_the_number_of_claims_before_it(database: Database, queue
         add_job(database, priority=priority)
     queue.claim("host:1:0")  # a running job is ahead of none
     with database.read() as connection:
-        expected = {job.id: count_ahead(connection, job) for job in listed(connection, limit=9) if not job.attempt}
+        jobs = listed(connection, limit=9)
+        expected = {job.id: count_ahead(connection, job) for job in jobs if not job.attempt}
+        assert places_in_queue(connection, [job.id for job in jobs]) == expected
+        first = next(iter(expected))
+        assert places_in_queue(connection, [first]) == {first: expected[first]}
     order = []
     while (claimed := queue.claim("host:1:0")) is not None:
         order.append(claimed[0].job_id)

@@ -17,7 +17,7 @@ def test_ballast_takes_up_blocks_of_the_disk_and_gives_them_up_piece_by_piece(tm
     assert path.stat().st_blocks * 512 >= 3 * MIB
     ballast.shrink(MIB)
     assert path.stat().st_blocks * 512 <= 2 * MIB + 4096
-    assert Ballast(path).held_bytes == 2 * MIB
+    assert Ballast(path).held_bytes == ballast.wanted_bytes == 2 * MIB
     ballast.shrink(2 * MIB)
     assert not path.exists()
     ballast.shrink(MIB)
@@ -33,8 +33,9 @@ def test_reserving_again_replaces_what_was_held(tmp_path: Path) -> None:
     assert not (tmp_path / "ballast").exists()
 
 
-def test_more_than_the_disk_has_is_an_error_and_nothing_is_held(tmp_path: Path) -> None:
+def test_more_than_the_disk_has_is_an_error_and_nothing_is_held_but_what_is_wanted_is_known(tmp_path: Path) -> None:
     ballast = Ballast(tmp_path / "ballast")
     with pytest.raises(OSError, match=r"No space left|too large"):
         ballast.reserve(2**43)
     assert not (tmp_path / "ballast").exists()
+    assert ballast.wanted_bytes == 2**43

@@ -258,6 +258,24 @@ def test_a_disk_that_takes_no_more_is_told_to_the_training_and_harms_nothing(tmp
     assert loaded_step(tmp_path) == 4
 
 
+def test_a_host_without_memory_says_nothing_about_a_checkpoint(tmp_path: Path) -> None:
+    large = replace(state(2), parameters={"a.lora_A.weight": torch.zeros(64 * 2**20, dtype=torch.uint8)})
+    checkpoints = saved(tmp_path, 1)
+    checkpoints.save(large, b"", {})
+    checkpoints.flush()
+    del large
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**25, limits[1]))
+    try:
+        with pytest.raises(MemoryError):
+            Checkpoints(tmp_path, 2).latest()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert names(tmp_path) == ["step-00000001.a1", "step-00000002.a1"]
+    assert loaded_step(tmp_path) == 2
+
+
 # --- what one takes
 
 

@@ -213,6 +213,39 @@ def test_the_change_stays_and_is_part_of_what_is_resumed(tiny_model: Path, tmp_p
     assert all(torch.equal(again[name], weight) for name, weight in expected.items())
 
 
+def test_a_change_is_kept_though_its_step_was_not_completed(tiny_model: Path, tmp_path: Path) -> None:
+    class StoppedByTheChange(Keeper):
+        def check(self) -> None:
+            if self.changes:
+                raise Interrupted("enough")
+
+    control = StoppedByTheChange(Checkpoints(tmp_path, 1), Recorder())
+    control.is_due = True
+    # The first step has room, the second has not: states are kept before and after the first evaluation, and then.
+    device = SmallDevice(
+        network(load(tiny_model)), lambda documents, mine: control.saves == 3 and over(150)(documents, mine)
+    )
+    with pytest.raises(Interrupted):
+        trained(device.network, tmp_path, control=control)
+    (change,) = control.changes
+    found = Checkpoints(tmp_path, 2).latest()
+    assert found is not None
+    assert (found[0].step, found[0].micro_batch_tokens) == (1, change["to"])
+
+
+def test_a_step_done_again_draws_the_masks_of_one_that_was_begun_so(tiny_model: Path, tmp_path: Path) -> None:
+    """A killed attempt's plan says how the next one begins, and that has to come to the same bytes."""
+
+    def with_dropout() -> Network:
+        return network(load(tiny_model, adapter=Lora(r=4, lora_dropout=0.1)))
+
+    found, control = trained(SmallDevice(with_dropout(), over(150)).network, tmp_path / "again", steps=1)
+    training = TRAINING.model_copy(update={"micro_batch_tokens": control.changes[-1]["to"]})
+    expected, other = trained(with_dropout(), tmp_path / "so", steps=1, training=training)
+    assert other.changes == []
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
 def test_a_failed_pass_leaves_nothing_in_memory(tiny_model: Path, tmp_path: Path) -> None:
     """Its traceback would hold the activations, and the next try would have no more room than the last."""
     alive: list[int] = []

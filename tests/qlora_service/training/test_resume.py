@@ -18,11 +18,11 @@ import torch
 from qlora_service.errors import Interrupted, JobCancelled, JobFailed
 from qlora_service.specs import AdaLora, Adapter, Dpo, Kto, Lora, Objective, Training
 from qlora_service.training.checkpoints import Checkpoints
-from qlora_service.training.held_out import trainable_copies
-from qlora_service.training.loop import LossNotFinite, Outcome, StepMetrics
+from qlora_service.training.held_out import EvaluationMetrics, trainable_copies
+from qlora_service.training.loop import LossNotFinite, Outcome, StepMetrics, Unattended
 from qlora_service.training.micro_batch import LabelledRow, PreferencePair, TrainingExample
 from qlora_service.training.row_losses import RowLosses
-from qlora_service.training.state import TrainingState, random_state
+from qlora_service.training.state import TrainingState, from_files, random_state, to_files
 from tests.tiny_training import CPU, Keeper, Recorder, load, rows, run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -223,6 +223,59 @@ def test_interrupted_again_and_again_it_ends_with_the_same_bytes(tiny_model: Pat
         assert token > 3
         return assert_same(ended, expected)
     pytest.fail("it never ended")
+
+
+class Holding(Unattended):
+    """Keeps every state that it is offered, and what its files were then."""
+
+    def __init__(self) -> None:
+        self.states: list[TrainingState] = []
+        self.files: list[dict[str, bytes]] = []
+
+    def checkpoint_is_due(self) -> bool:
+        return True
+
+    def save(self, state: TrainingState) -> None:
+        self.states.append(state)
+        self.files.append(to_files(state))
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_torch", "AdaLoRA", "early stopping"])
+def test_every_state_stays_as_it_was_handed_over_and_follows_from_the_one_before(tiny_model: Path, name: str) -> None:
+    """States are written while the next steps are taken."""
+    case = CASES[name]
+
+    def states(start: TrainingState | None = None) -> Holding:
+        model, control = load(tiny_model, adapter=case.adapter, total_steps=STEPS), Holding()
+        training = TRAINING.model_copy(update=case.changes)
+        run(model, rows(16), training, steps=STEPS, evaluate_every=1, start=start, control=control)
+        return control
+
+    whole = states()
+    assert [to_files(state) for state in whole.states] == whole.files
+    # Three: after the first step, and before its evaluation.
+    assert (whole.states[2].step, whole.states[2].held_out.measured_step) == (1, 0)
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert states(from_files(whole.files[2])).files == whole.files[3:]
+
+
+def test_an_evaluation_that_was_told_is_not_made_again(tiny_model: Path, tmp_path: Path) -> None:
+    case = PAGED["paged_adamw_32bit"]
+    expected = attempt(tiny_model, case, Recorder())
+
+    class Stopping(Recorder):
+        def on_evaluation(self, metrics: EvaluationMetrics) -> None:
+            super().on_evaluation(metrics)
+            if metrics.step == 2:
+                raise Interrupted("enough")
+
+    recorder, again = Stopping(), Recorder()
+    with pytest.raises(Interrupted):
+        attempt(tiny_model, case, recorder, Keeper(Checkpoints(tmp_path, 1), recorder))
+    assert_same(attempt(tiny_model, case, again, resume=Checkpoints(tmp_path, 2)), expected)
+    assert [metrics.step for metrics in [*recorder.evaluations, *again.evaluations]] == [0, 2, 4, 6]
 
 
 def test_an_observer_interrupts_after_a_completed_step(tiny_model: Path, tmp_path: Path) -> None:
