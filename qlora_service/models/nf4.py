@@ -37,7 +37,7 @@ def load_base(
         model, loaded = AutoModelForCausalLM.from_pretrained(
             model_dir,
             dtype=compute_dtype,
-            quantization_config=_bitsandbytes_config(quantization, compute_dtype),
+            quantization_config=bitsandbytes_config(quantization, compute_dtype),
             device_map={"": device},
             trust_remote_code=False,
             local_files_only=True,
@@ -58,7 +58,7 @@ def load_base(
     return model
 
 
-def _bitsandbytes_config(quantization: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def bitsandbytes_config(quantization: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if quantization.type == "none":
         return None
     if quantization.type == "int8":

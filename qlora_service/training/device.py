@@ -6,6 +6,9 @@ import gc
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import psutil
@@ -16,6 +19,24 @@ from qlora_service.jobs import FailureReason
 
 OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "alloc_failed")
 """What cuBLAS, bitsandbytes' managed memory and torch's allocator on a CPU say, in errors of no type of their own."""
+
+
+_stands_for_cpu: ContextVar[bool] = ContextVar("stands_for_cpu", default=False)
+
+
+def computes_as_cpu(x: torch.Tensor) -> bool:
+    """Whether a CPU's way is taken for this tensor. Tensors without values stand for a GPU's, but `standing_for_cpu`."""
+    return x.device.type == "cpu" or (x.is_meta and _stands_for_cpu.get())
+
+
+@contextmanager
+def standing_for_cpu() -> Iterator[None]:
+    """Tensors without values (device "meta") stand for a CPU's."""
+    token = _stands_for_cpu.set(True)
+    try:
+        yield
+    finally:
+        _stands_for_cpu.reset(token)
 
 
 def choose_device(needs_gpu: bool = False) -> torch.device:
@@ -89,13 +110,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 def has_flash_attention(x: torch.Tensor) -> bool:
     """Whether torch's flash attention takes these heads (…, head_dim): half precision, from Ampere on, up to 256.
 
+    Heads without values are taken to be on such a GPU.
+
     Source: torch 2.13, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, `check_flash_attention_hardware_support`
     and `check_head_dim_size_flash`.
     """
     halves = x.dtype in {torch.float16, torch.bfloat16}
-    return (
-        halves and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256 and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    )
+    if not halves or x.shape[-1] % 8 or x.shape[-1] > 256:
+        return False
+    return x.is_meta or torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
-from qlora_service.training.device import has_flash_attention
+from qlora_service.training.device import computes_as_cpu, has_flash_attention
 
 BLOCK = 128
 """Queries of the backward pass computed at a time; keys behind the block are never touched."""
@@ -40,7 +40,7 @@ def document_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], shape: AttentionShape
 ) -> torch.Tensor:
     """(tokens, heads, head_dim) of queries (tokens, heads, head_dim), keys and values (tokens, kv_heads, head_dim)."""
-    if q.device.type == "cpu":
+    if computes_as_cpu(q):
         mixed: torch.Tensor = BlockAttention.apply(q, k, v, tuple(lengths), shape)
         return mixed
     if has_flash_attention(q):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from qlora_service.training.device import computes_as_cpu
 from qlora_service.training.elementwise import wide
 
 CHUNK = 256
@@ -80,7 +81,7 @@ class FrozenHead(torch.autograd.Function):
 def _exponentiate_(logits: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
     """exp(logits - highest) in place, and its sum over the vocabulary, taken before rounding, (rows, 1)."""
     total = torch.empty_like(highest)
-    step = CPU_ROWS if logits.device.type == "cpu" else logits.shape[0]
+    step = CPU_ROWS if computes_as_cpu(logits) else logits.shape[0]
     for start in range(0, logits.shape[0], step):
         rows = slice(start, start + step)
         exponent = wide(logits[rows]).sub(highest[rows]).exp_()

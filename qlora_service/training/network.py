@@ -225,7 +225,7 @@ class Network:
             return embedded
         assert self._noise is not None
         lengths = torch.tensor(batch.lengths, device=self.device)
-        of_token = lengths.repeat_interleave(lengths)[None, :, None]
+        of_token = lengths.repeat_interleave(lengths, output_size=sum(batch.lengths))[None, :, None]
         return embedded + torch.empty_like(embedded).uniform_(-1, 1) * (
             self._noise / (of_token * embedded.shape[-1]).sqrt()
         ).to(embedded.dtype)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from qlora_service.specs import Training
 from qlora_service.training.device import is_out_of_memory, release_memory
 from qlora_service.training.micro_batch import TrainingExample
 from qlora_service.training.network import Network
-from qlora_service.training.objectives import TrainingObjective
+from qlora_service.training.objectives import Share, TrainingObjective
 
 PlanChanged = Callable[[dict[str, Any]], None]
 
@@ -66,18 +66,13 @@ class StepGradients:
     def _compute(self, step: int, examples: Sequence[TrainingExample]) -> StepLoss:
         # Dropout masks follow (seed, step), so an attempt that starts in the middle draws the same ones.
         torch.manual_seed(step_seed(self._seed, step))
-        share_of = self._objective.of_step(self._network, examples, self._network.losses)
-        shares, order = [], []
-        for members in pack(example_tokens(examples), self.micro_batch_tokens):
-            share = share_of([examples[index] for index in members])
-            share.total.backward()
-            shares.append((share.total.detach(), share.each))
-            order += members
-        if (penalty := regularization(self._network.model)) is not None:
-            penalty.backward()
+        shares = []
+        cut = pack(example_tokens(examples), self.micro_batch_tokens)
+        for share in backward_passes(self._network, self._objective, examples, cut):
+            shares.append((share.total, share.each))
         total = math.fsum(float(total) for total, _ in shares)
         of_example = torch.cat([each for _, each in shares]).tolist()
-        return StepLoss(total, [examples[index].line for index in order], of_example)
+        return StepLoss(total, [examples[index].line for members in cut for index in members], of_example)
 
     def _give_way(self, step: int, examples: Sequence[TrainingExample], why: str) -> None:
         """Take the next rung of the ladder. Raises: JobFailed, at its end."""
@@ -105,6 +100,22 @@ class StepGradients:
             line=example.line,
             tokens=tokens,
         )
+
+
+def backward_passes(
+    network: Network, objective: TrainingObjective, examples: Sequence[TrainingExample], cut: Sequence[Sequence[int]]
+) -> Iterator[Share]:
+    """A step's forward and backward passes, one for each micro-batch of `cut`; each one's share of the loss, detached."""
+    share_of = objective.of_step(network, examples, network.losses)
+    for members in cut:
+        share = share_of([examples[index] for index in members])
+        share.total.backward()
+        done = replace(share, total=share.total.detach())
+        # bitsandbytes' int8 products keep their inputs as long as the graph is there.
+        del share
+        yield done
+    if (penalty := regularization(network.model)) is not None:
+        penalty.backward()
 
 
 def example_tokens(examples: Sequence[TrainingExample]) -> list[int]:

@@ -27,12 +27,21 @@ from qlora_service.models.adapters import load_adapter
 from qlora_service.models.nf4 import load_base
 from qlora_service.specs import JobSpec, parse_spec
 from qlora_service.training.checkpoint_space import Ballast
+from qlora_service.training.checkpoints import Checkpoints
 from qlora_service.training.loop import EvaluationMetrics, Outcome, StepMetrics
 from qlora_service.training.network import Network
 from qlora_service.training.objectives import Evaluation
 from tests.tiny_training import Recorder
 from tests.workspace import ROWS, Workspace, job_spec
-from workers.attempt import AttemptInputs, certify, make_network, outcome_warnings, run_attempt, totals
+from workers.attempt import (
+    DATABASE_ROOM,
+    AttemptInputs,
+    certify,
+    make_network,
+    outcome_warnings,
+    run_attempt,
+    totals,
+)
 from workers.disk_space import is_disk_full
 from workers.trainer import as_failure
 
@@ -581,6 +590,52 @@ def test_an_attempt_interrupted_after_the_training_does_none_of_it_again(workspa
     result = run(next_attempt(first, told.plan, workspace), reporter=reporter)
     assert reporter.steps == []
     assert (reporter.resumed_at, result["steps"], result["certificate"]["difference"]) == (4, 4, 0.0)
+
+
+def test_an_attempt_after_one_that_left_no_checkpoint_begins_anew_by_its_plan_and_says_so(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = attempt(workspace, workspace.submit(max_steps=1, batch_size=8))
+    told = AttemptRecorder()
+    run(first, reporter=told)
+    losses = Network.losses
+
+    def limited(network: Network, documents: Any, **options: Any) -> Any:
+        if network.model.training and sum(len(document.input_ids) for document in documents) > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses(network, documents, **options)
+
+    monkeypatch.setattr(Network, "losses", limited)
+    shutil.rmtree(first.checkpoint_dir)
+    reporter = AttemptRecorder()
+    run(next_attempt(first, told.plan | {"micro_batch_tokens": 64}, workspace), reporter=reporter)
+    assert reporter.resumed_at == 0
+    assert reporter.plan["changes"] == []
+    assert [metrics.step for metrics in reporter.steps] == [1]
+
+
+def test_room_is_held_for_what_is_not_on_the_disk_yet_and_given_up_for_what_is_published(workspace: Workspace) -> None:
+    first = attempt(workspace, workspace.submit(max_steps=4))
+    held: list[dict[str, int]] = [{}, {}]
+
+    def note(number: int, inputs: AttemptInputs) -> Callable[[str], object]:
+        ballast = Ballast(inputs.checkpoint_dir / "ballast")
+        return lambda phase: held[number].update({phase: ballast.held_bytes})
+
+    def stop(phase: str) -> None:
+        note(0, first)(phase)
+        if phase == "publishing":
+            raise Interrupted("enough")
+
+    told = AttemptRecorder(stop)
+    with pytest.raises(Interrupted):
+        run(first, reporter=told)
+    taken = Checkpoints(first.checkpoint_dir, 2).bytes_on_disk()
+    second = next_attempt(first, told.plan, workspace)
+    run(second, note(1, second))
+    assert held[1]["training"] == held[0]["training"] - taken
+    assert held[1]["training"] > DATABASE_ROOM
+    assert (held[1]["publishing"] > 0, held[1]["certifying"]) == (True, 0)
 
 
 def test_the_plan_is_chosen_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 
+import pytest
+
 from qlora_service.jobs import HoldReason
 from workers.disk_space import LEAST_ROOM, disk_full_hold, is_disk_full
 
@@ -13,11 +15,10 @@ def test_a_full_disk_is_known_behind_the_error_of_whoever_cleaned_up_after_it() 
         finally:
             raise ValueError("the file is closed")
 
-    try:
+    with pytest.raises(ValueError, match="closed") as raised:
         write()
-    except ValueError as error:
-        assert error.__cause__ is None
-        assert is_disk_full(error)
+    assert raised.value.__cause__ is None
+    assert is_disk_full(raised.value)
 
 
 def test_a_job_waits_for_its_own_room_and_some_more() -> None:

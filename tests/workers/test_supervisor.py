@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tests.tiny_model import build_tiny_model
 from tests.workspace import ROOT, Workspace, no_trainer_within, trainer_pids
 from workers import exit_codes
 from workers.__main__ import make_slots
+from workers.slot_lock import SlotLock
 from workers.supervisor import Slot, death
 
 ENDLESS = {"max_steps": 100_000}
@@ -169,14 +171,96 @@ def test_a_second_worker_waits_for_the_slot(workspace: Workspace) -> None:
     first_job, second_job = workspace.submit(**ENDLESS), workspace.submit(**ENDLESS)
     with workspace.worker() as first:
         workspace.wait(first_job, lambda job: job.step >= 1)
+        trainers = trainer_pids(first_job)
         with workspace.worker():
             time.sleep(3)
             assert workspace.service.get_job(second_job).status is JobStatus.QUEUED
+            assert trainer_pids(first_job) == trainers
             first.kill()
             first.wait()
             # Whichever is first in the queue: somebody runs again, on a slot that is free.
             workspace.wait(first_job, lambda job: job.attempt == 2)
             assert len(trainer_pids(first_job) + trainer_pids(second_job)) == 1
+
+
+def stand_still(workspace: Workspace, job_id: str) -> int:
+    """The job's trainer, stopped where it does not hold SQLite's write lock, for which everybody would wait."""
+    (pid,) = trainer_pids(job_id)
+    while True:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.05)
+        with (
+            closing(
+                sqlite3.connect(workspace.settings.data_dir / "state.db", timeout=0.3, isolation_level=None)
+            ) as free,
+            suppress(sqlite3.OperationalError),
+        ):
+            free.execute("BEGIN IMMEDIATE")
+            return pid
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.02)
+
+
+def test_a_trainer_that_stands_still_past_its_lease_is_followed_by_another(workspace: Workspace) -> None:
+    job_id = workspace.submit(**ENDLESS)
+    with workspace.worker():
+        workspace.wait(job_id, lambda job: job.step >= 1)
+        frozen = stand_still(workspace, job_id)
+        workspace.wait(job_id, lambda job: job.attempt == 2, limit_s=25)
+        assert frozen not in trainer_pids(job_id)
+
+
+def test_a_slot_is_taken_over_from_a_dead_worker_once_its_trainer_that_stands_still_is_gone(
+    workspace: Workspace,
+) -> None:
+    job_id = workspace.submit(**ENDLESS)
+    with workspace.worker() as first:
+        workspace.wait(job_id, lambda job: job.step >= 1)
+        frozen = stand_still(workspace, job_id)
+        first.kill()
+        first.wait()
+        lock = SlotLock(workspace.settings.resolved_lock_dir, "cpu-0")
+        assert not lock.acquire()
+        assert lock.other_holders() == [frozen]
+        lock.close()
+        with workspace.worker():
+            workspace.wait(job_id, lambda job: job.attempt == 2, limit_s=25)
+            assert frozen not in trainer_pids(job_id)
+
+
+def test_a_trainer_that_ends_well_without_an_outcome_has_died(workspace: Workspace, tmp_path: Path) -> None:
+    leaving = "import os, sys\nif 'workers.trainer' in sys.orig_argv:\n    os._exit(0)\n"
+    (tmp_path / "sitecustomize.py").write_text(leaving)
+    with workspace.worker(PYTHONPATH=str(tmp_path), QLORA_LEASE_S="600"):
+        job = workspace.wait(workspace.submit(), lambda job: job.status.terminal, limit_s=30)
+    assert job.status is JobStatus.FAILED
+    assert [death["exit_code"] for death in job.deaths] == [0, 0, 0]
+
+
+def test_a_trainer_killed_while_the_kernel_counted_one_ran_out_of_the_hosts_memory(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    counter = tmp_path / "vmstat"
+    counter.write_text("oom_kill 7\n")
+    script = (
+        f"import pathlib, workers.host_memory as host; host.VMSTAT = pathlib.Path({str(counter)!r}); "
+        "from workers.__main__ import main; main()"
+    )
+    environment = os.environ | {"QLORA_DATA_DIR": str(workspace.settings.data_dir), "QLORA_LEASE_S": "60"}
+    job_id, reasons = workspace.submit(**ENDLESS), list[str]()
+    worker = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        for attempt in (1, 2):
+            workspace.wait(job_id, lambda job, attempt=attempt: job.attempt == attempt and trainer_pids(job_id) != [])
+            if attempt == 1:
+                counter.write_text("oom_kill 8\n")
+            os.kill(trainer_pids(job_id)[0], signal.SIGKILL)
+            job = workspace.wait(job_id, lambda job, attempt=attempt: len(job.deaths) == attempt)
+            reasons.append(job.deaths[-1]["reason"])
+    finally:
+        worker.terminate()
+        worker.wait(30)
+    assert reasons == [FailureReason.HOST_OUT_OF_MEMORY, FailureReason.TRAINER_DIED]
 
 
 def test_death_says_how() -> None:
@@ -267,7 +351,8 @@ def test_a_trainer_that_hangs_does_not_hold_up_the_workers_stop(workspace: Works
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(12) == 0
         assert not trainer_pids(job_id)
-        assert workspace.service.get_job(job_id).status is JobStatus.QUEUED
+        job = workspace.service.get_job(job_id)
+        assert (job.status, job.deaths) == (JobStatus.QUEUED, [])
 
 
 @pytest.fixture

@@ -455,5 +455,5 @@ def test_15_compute_dtype_left_at_float32(
 
     assert compute_dtypes() == {(dtype, dtype)}
     forgotten = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type)
-    monkeypatch.setattr("qlora_service.models.nf4._bitsandbytes_config", lambda *_: forgotten)
+    monkeypatch.setattr("qlora_service.models.nf4.bitsandbytes_config", lambda *_: forgotten)
     assert compute_dtypes() == {(torch.float32, dtype)}
