@@ -23,10 +23,10 @@ from qlora_service.errors import (
     Conflict,
     Finding,
     InvalidRequest,
+    NoRoom,
     NotFound,
     QLoRAError,
     QuotaExceeded,
-    StorageFull,
     TooLarge,
     Unauthenticated,
     Unavailable,
@@ -215,7 +215,7 @@ def refusal(error: QLoRAError) -> JSONResponse:
 
 def _retry_after_s(error: QLoRAError) -> int | None:
     """When to send the request again; None where that would not help."""
-    waiting_helps = isinstance(error, Unavailable | QuotaExceeded) and not isinstance(error, StorageFull)
+    waiting_helps = isinstance(error, Unavailable | QuotaExceeded) and not isinstance(error, NoRoom)
     return int(error.details.get("retry_after_s", RETRY_AFTER_S)) if waiting_helps else None
 
 
@@ -229,9 +229,12 @@ async def _answer_validation_error(request: Request, error: Exception) -> JSONRe
     """Path, query and header parameters; bodies are parsed by the routes."""
     assert isinstance(error, RequestValidationError)
     places = [".".join(str(part) for part in fault["loc"][1:]) for fault in error.errors()]
-    findings = [Finding(reason=f"{place}: {fault['msg']}") for place, fault in zip(places, error.errors(), strict=True)]
+    findings = [
+        Finding(f"{place}: {fault['msg']}" if place else "the body has to be a JSON object")
+        for place, fault in zip(places, error.errors(), strict=True)
+    ]
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
-    invalid = InvalidRequest(f"{findings[0].reason}{more}", location=places[0], findings=findings)
+    invalid = InvalidRequest(f"{findings[0].reason}{more}", location=places[0] or None, findings=findings)
     return await _answer_error(request, invalid)
 
 
@@ -263,5 +266,6 @@ class _ErrorAnswer(JSONResponse):
         if not scope["path"].startswith(OPENAI_PREFIX):
             await super().__call__(scope, receive, send)
             return
-        error, status, more = on_openai_wire(self._error, self.status_code)
+        waiting_helps = self.status_code != 429 or "Retry-After" in self._given
+        error, status, more = on_openai_wire(self._error, self.status_code, waiting_helps=waiting_helps)
         await JSONResponse({"error": error}, status, self._given | more)(scope, receive, send)

@@ -53,6 +53,7 @@ TAGS = [
     {"name": "openai uploads", "description": "For OpenAI's client: datasets that arrive in parts."},
     {"name": "openai fine-tuning", "description": "For OpenAI's client: the same jobs as under /jobs."},
     {"name": "openai models", "description": "For OpenAI's client: base models and fine-tuned ones."},
+    {"name": "chat", "description": "For OpenAI's client: try a model, streamed or not; one answer at a time."},
     {"name": "health", "description": "For load balancers and containers."},
 ]
 

@@ -28,7 +28,9 @@ class OpenAIErrorResponse(BaseModel):
     error: OpenAIError
 
 
-def on_openai_wire(error: dict[str, Any], status: int) -> tuple[dict[str, Any], int, dict[str, str]]:
+def on_openai_wire(
+    error: dict[str, Any], status: int, *, waiting_helps: bool = True
+) -> tuple[dict[str, Any], int, dict[str, str]]:
     """The error, its status and further headers, of an error in our own shape."""
     status = 400 if status == 422 else status  # the client's BadRequestError
     kind = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
@@ -40,8 +42,9 @@ def on_openai_wire(error: dict[str, Any], status: int) -> tuple[dict[str, Any], 
         "findings": error["findings"],
         "details": error["details"],
     }
-    # The client would send a conflicting request twice more.
-    return body, status, {"x-should-retry": "false"} if status == 409 else {}
+    # The client would send these twice more, a file that there is no room for among them.
+    futile = status == 409 or not waiting_helps
+    return body, status, {"x-should-retry": "false"} if futile else {}
 
 
 def _param(location: str | None) -> str | None:

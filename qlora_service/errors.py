@@ -10,7 +10,8 @@
     ├── Conflict              it exists, but its state forbids the action
     ├── TooLarge              over a configured limit
     ├── QuotaExceeded         the project has as much of it as is allowed at a time
-    │   ├── StorageFull       of stored bytes: waiting does not help, deleting does
+    │   ├── NoRoom            of what stays: waiting does not help, deleting does
+    │   │   └── StorageFull   of stored bytes
     │   └── RateLimited       of requests: `details["retry_after_s"]` says when to go on
     ├── Unavailable           try again later
     ├── ClaimLost             a newer claim owns the job; stop and write nothing
@@ -126,8 +127,12 @@ class QuotaExceeded(QLoRAError):
     code = "quota_exceeded"
 
 
-class StorageFull(QuotaExceeded):
+class NoRoom(QuotaExceeded):
     """Keeps its base's code: for programs it is one more quota."""
+
+
+class StorageFull(NoRoom):
+    pass
 
 
 class RateLimited(QuotaExceeded):

@@ -23,8 +23,8 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(
         Path("data"),
-        description="Everything the service owns: state.db, artifacts/, models/, checkpoints/, logs/, locks/, tmp/. "
-        "Local disk only.",
+        description="Everything the service owns: state.db, artifacts/, models/, cache/, checkpoints/, logs/, locks/, "
+        "tmp/. Local disk only.",
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the data directory.")
     artifact_url: str | None = Field(None, description="obstore URL; default: artifacts/ in the data directory.")
@@ -52,6 +52,12 @@ class Settings(BaseSettings):
         10.0,
         ge=0.1,
         description="A request's head, and the beginning of its body, must arrive within this many seconds.",
+    )
+    cache_bytes: int = Field(
+        50 * GIB,
+        ge=0,
+        description="Most bytes of quantized base models kept for the next job; the least recently used go first. "
+        "0: every job quantizes its own.",
     )
     max_queued_jobs: int | None = Field(None, ge=1, description="Most queued jobs of one project; default: no limit.")
     max_stored_bytes: int | None = Field(
@@ -130,6 +136,11 @@ class Settings(BaseSettings):
     @property
     def models_dir(self) -> Path:
         return self.resolved_data_dir / "models"
+
+    @property
+    def cache_dir(self) -> Path:
+        """Quantized base models: all of it may be deleted at any time."""
+        return self.resolved_data_dir / "cache" / "quantized"
 
     @property
     def checkpoint_dir(self) -> Path:

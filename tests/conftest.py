@@ -11,7 +11,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Also of the services that tests start; those about keys say otherwise.
 os.environ["QLORA_KEYS"] = "off"
 
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
 from tests.postgres import postgres, postgres_url
 from tests.tiny_model import tiny_model
 
 __all__ = ["postgres", "postgres_url", "tiny_model"]
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """What a test configures, such as an entry point run in this process, holds for that test alone."""
+    yield
+    structlog.reset_defaults()

@@ -22,8 +22,10 @@ from qlora_service.errors import Finding, JobFailed
 from qlora_service.jobs import FailureReason, Job
 from qlora_service.metrics import metrics_csv
 from qlora_service.models.adapters import attach, detach, load_adapter
+from qlora_service.models.cached_base import load_cached_base
 from qlora_service.models.catalog import BaseModel
-from qlora_service.models.nf4 import base_fingerprint, load_base
+from qlora_service.models.nf4 import base_fingerprint
+from qlora_service.models.quantized_cache import QuantizedCache
 from qlora_service.specs import JobSpec, Training
 from qlora_service.store.datasets import Dataset
 from qlora_service.training.attention import Isolation, isolate_documents
@@ -69,6 +71,8 @@ class AttemptInputs:
     """The slot is a GPU: never train on the CPU instead, for weeks."""
     validation: Dataset | None = None
     """Where the held-out rows are, if not in the dataset itself"""
+    cache: QuantizedCache | None = None
+    """Where quantized bases are kept for the next job; None for nowhere"""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def run_attempt(
     environment = describe_environment(device)
     plan = take_over(inputs.job.plan, environment)
     dtype = compute_dtype(plan.get("compute_dtype", quantization.compute_dtype), device)
-    base = load_base(inputs.base.path, quantization, dtype, device)
+    base, base_source = load_cached_base(inputs.cache, inputs.base, quantization, dtype, device)
     isolation = isolate_documents(base)
     fingerprint = base_fingerprint(base)
     plan |= {
@@ -142,7 +146,7 @@ def run_attempt(
     }
     network = make_network(base, inputs.job.spec, isolation, prepared, plan)
     manifest, outcome, scores = _train_and_publish(
-        inputs, prepared, network, plan, environment, reporter, check, ballast, metrics_file
+        inputs, prepared, network, plan, base_source, environment, reporter, check, ballast, metrics_file
     )
 
     reporter.enter_phase("certifying", prepared.total_steps)
@@ -154,7 +158,7 @@ def run_attempt(
         # These are the only references: the changed base goes before the new one comes.
         del base, network
         release_memory(device)
-        base = load_base(inputs.base.path, quantization, dtype, device)
+        base, _ = load_cached_base(inputs.cache, inputs.base, quantization, dtype, device)
         isolate_documents(base)
     reloaded = Network(load_adapter(base, published), isolation, ways=ways)
     with checking(reloaded, check):
@@ -162,6 +166,7 @@ def run_attempt(
     certificate = certify(measured.loss, outcome.after.loss) | {"base_reused": reused}
     return {
         "attempt": inputs.token,
+        "base": base_source,
         "published_bytes": manifest.total_bytes,
         "held_out": {"before": asdict(outcome.before), "after": asdict(outcome.after)},
         "generation": scores,
@@ -180,6 +185,7 @@ def _train_and_publish(
     prepared: PreparedRows,
     network: Network,
     plan: dict[str, Any],
+    base_source: str,
     environment: dict[str, Any],
     reporter: Reporter,
     check: Callable[[], None],
@@ -204,7 +210,8 @@ def _train_and_publish(
     # which has to say so when the disk is full.
     room_at_end = checkpoint_bytes + DATABASE_ROOM
     ballast.reserve(max(0, (KEPT + 1) * checkpoint_bytes - checkpoints.bytes_on_disk()) + room_at_end)
-    reporter.choose_plan(plan)
+    # Not a part of the plan, which is the same however fast its base came.
+    reporter.choose_plan(plan, f"base: {base_source}")
     if inputs.token > 1:
         reporter.resumed(start.step if start else 0, metrics, [change_note(change) for change in plan["changes"]])
     control = Checkpointing(

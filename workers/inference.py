@@ -46,6 +46,7 @@ from qlora_service.chat.wire import (
 from qlora_service.errors import QLoRAError, QuotaExceeded, Unavailable
 from qlora_service.logs import configure_logging
 from qlora_service.models.catalog import Catalog
+from qlora_service.models.quantized_cache import QuantizedCache
 from qlora_service.models.staging import reap_stale, staging_directory
 from qlora_service.settings import Settings
 from qlora_service.specs import Quantization
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from workers.inference_engine import Engine
 
 MAX_IN_LINE = 16
+LINGER_S = 0.5
+"""How long a process whose base cannot be loaded stays to say so to those at its door."""
 RECEIPT_S = 10.0
 """A request has arrived within this time: it comes from this machine."""
 SEND_S = 30.0
@@ -254,6 +257,7 @@ def load(base_model: str, quantization: str, device: str, scratch: Path, setting
             Quantization.model_validate_json(quantization),
             ArtifactStore(settings.resolved_artifact_url),
             scratch,
+            cache=QuantizedCache(settings.cache_dir, settings.cache_bytes),
             needs_gpu=device == "cuda",
         )
     except Exception as error:
@@ -275,6 +279,7 @@ def main(base_model: str, quantization: str, device: str, listener: socket.socke
         except QLoRAError as error:
             log.error("base_not_loaded", base_model=base_model, exc_info=error)
             desk.leave(error)
+            time.sleep(LINGER_S)
             return
         with engine:
             log.info("base_loaded", base_model=base_model, seconds=round(time.monotonic() - began, 2))

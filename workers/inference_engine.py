@@ -24,8 +24,9 @@ from qlora_service.chat.text import TextStream
 from qlora_service.chat.wire import AdapterRef, ContextTooLong, Finished, GenerationRequest, Sampling
 from qlora_service.errors import InvalidRequest, JobFailed, QLoRAError, Unavailable
 from qlora_service.models.adapters import CONFIG, NAME, WEIGHTS, detach, load_adapter
+from qlora_service.models.cached_base import load_cached_base
 from qlora_service.models.catalog import BaseModel
-from qlora_service.models.nf4 import load_base
+from qlora_service.models.quantized_cache import QuantizedCache
 from qlora_service.specs import Quantization
 from qlora_service.training.device import choose_device, has_bf16, is_out_of_memory, release_memory
 from workers.publishing import fetch_published
@@ -50,7 +51,14 @@ class Engine:
     """Continues conversations and texts, one at a time; a context manager."""
 
     def __init__(
-        self, base: BaseModel, quantization: Quantization, artifacts: ArtifactStore, scratch: Path, *, needs_gpu: bool
+        self,
+        base: BaseModel,
+        quantization: Quantization,
+        artifacts: ArtifactStore,
+        scratch: Path,
+        *,
+        cache: QuantizedCache | None = None,
+        needs_gpu: bool,
     ) -> None:
         """Loads the base. Raises: InvalidModel, JobFailed."""
         self._device = choose_device(needs_gpu)
@@ -59,7 +67,7 @@ class Engine:
         dtype = wanted.get(quantization.compute_dtype, fitting)
         self._weights_sha256 = base.weights_sha256
         self._artifacts, self._scratch = artifacts, scratch
-        self._adapters = Adapters(load_base(base.path, quantization, dtype, self._device))
+        self._adapters = Adapters(load_cached_base(cache, base, quantization, dtype, self._device).model)
         self._positions = base.max_positions or sys.maxsize
         self._prompts = Prompts(base.path)
 

@@ -113,7 +113,9 @@ class Supervisor:
             thread.start()
         log.info("supervisor_ready", slots=[slot.name for slot in self._slots])
         for thread in threads:
-            thread.join()
+            # Never without a limit: a signal that came just before such a wait is handled when it ends.
+            while thread.is_alive():
+                thread.join(IDLE_POLL_S)
         log.info("supervisor_stopped")
 
     def _forever(self, work: Callable[[], None]) -> None:

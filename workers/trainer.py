@@ -27,6 +27,7 @@ from qlora_service.errors import ClaimLost, Interrupted, JobCancelled, JobFailed
 from qlora_service.jobs import FailureReason, HoldReason
 from qlora_service.logs import configure_logging
 from qlora_service.models.catalog import Catalog
+from qlora_service.models.quantized_cache import QuantizedCache
 from qlora_service.queue import USER_HOLD, Claim, Queue
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database, persist
@@ -106,6 +107,7 @@ def _run(
         checkpoint_s=settings.checkpoint_s,
         needs_gpu=device == "cuda",
         validation=validation,
+        cache=QuantizedCache(settings.cache_dir, settings.cache_bytes),
     )
     if inputs.base.weights_sha256 != job.base_weights_sha256:
         raise JobFailed(

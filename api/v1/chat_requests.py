@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from api.v1.requests import Part
+from api.v1.requests import Part, saying
 from api.v1.schemas import TUNED_MODEL
 from qlora_service.chat.wire import AdapterRef, GenerationRequest, Sampling
 from qlora_service.data.strict_json import RowProblem
@@ -26,6 +26,7 @@ from qlora_service.data.turns import OPENAI, read_tools, read_turns
 from qlora_service.errors import InvalidRequest
 
 MAX_STOPS = 16
+MAX_STOP_CHARS = 1000
 MAX_TOKENS = 2**31 - 1
 MAX_SEED = 2**63 - 1
 
@@ -44,7 +45,7 @@ def _only(what: str) -> WrapValidator:
 
 Zero = Annotated[float, Field(strict=True, ge=0, le=0)]
 Nothing = Annotated[JsonValue, Field(max_length=0)]
-Stop = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=1000)]
+Stop = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=MAX_STOP_CHARS)]
 Temperature = Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[StrictInt, Field(ge=1, le=MAX_TOKENS)]
@@ -68,9 +69,10 @@ class _Asked(Part):
     seed: Annotated[StrictInt, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = Field(
         None, description="The same seed gives the same answer, on the same machine."
     )
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = Field(
-        None, description="Text that ends the answer, and is not part of it."
-    )
+    stop: Annotated[
+        Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None,
+        saying(f"a text of 1 to {MAX_STOP_CHARS} characters, or a list of up to {MAX_STOPS} of them"),
+    ] = Field(None, description="Text that ends the answer, and is not part of it.")
     stream: StrictBool | None = Field(None, description="Send the answer as it is generated.")
     stream_options: StreamOptions | None = None
 
@@ -169,6 +171,7 @@ class CreateCompletion(_Asked):
     prompt: Annotated[
         Annotated[str, StringConstraints(strict=True)]
         | Annotated[list[Annotated[str, StringConstraints(strict=True)]], Field(min_length=1, max_length=1)],
+        saying("one text, or a list of one: token ids and several prompts are not supported"),
         Field(description="Plain text to continue, without the chat template; or a list of one."),
     ]
     max_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_TOKENS)] | None = Field(None, description="Default 16.")

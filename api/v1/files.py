@@ -17,7 +17,7 @@ from api.idempotency import Idempotency, IdempotencyOf
 from api.multipart import MEDIA_TYPE as MULTIPART
 from api.multipart import Form
 from api.uploads import display_name
-from api.v1.ids import dataset_of_file, file_of_dataset, job_of_results, no_file, own_part, results_of_job
+from api.v1.ids import asked_for, dataset_of_file, file_of_dataset, job_of_results, no_file, own_part, results_of_job
 from api.v1.rendering import seconds
 from api.v1.routes import After, FileId, openai_errors
 from api.v1.schemas import DeletedFile, File, ListPage, page_of
@@ -125,7 +125,8 @@ def delete_file(file_id: FileId, service: ServiceOf, idempotency: IdempotencyOf)
     if dataset_id is None:
         _find(service, file_id)
         raise Conflict(f"{file_id} is made of its job's metrics: it is there as long as the job is", location="file_id")
-    return _deleted(service.delete_dataset(dataset_id, once=idempotency.once(_deleted)))
+    with asked_for(file_id):
+        return _deleted(service.delete_dataset(dataset_id, once=idempotency.once(_deleted)))
 
 
 def file_of(dataset: Dataset) -> File:
@@ -179,10 +180,11 @@ def _beyond(kind: str, bound: str | None, ascending: bool) -> dict[str, Any]:
 def _find(service: Service, file_id: str) -> Dataset | Job:
     """The dataset that the file is, or the job whose results it is. Raises: NotFound."""
     dataset_id, job_id = dataset_of_file(file_id), job_of_results(file_id)
-    if dataset_id is not None:
-        return service.get_dataset(dataset_id)
-    if job_id is not None and (job := service.get_job(job_id)).status is JobStatus.SUCCEEDED:
-        return job
+    with asked_for(file_id):
+        if dataset_id is not None:
+            return service.get_dataset(dataset_id)
+        if job_id is not None and (job := service.get_job(job_id)).status is JobStatus.SUCCEEDED:
+            return job
     raise no_file(file_id)
 
 

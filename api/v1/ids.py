@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from qlora_service.errors import NotFound
+from qlora_service.errors import Conflict, NotFound
 
 _OWN_PART = re.compile(r"file-([0-9a-f]{22})(-results)?")
 
@@ -37,3 +39,17 @@ def own_part(file_id: str) -> str | None:
 
 def no_file(file_id: str, location: str = "file_id") -> NotFound:
     return NotFound(f"there is no file {file_id[:100]!r}: POST it to /v1/files first", location=location)
+
+
+@contextmanager
+def asked_for(file_id: str) -> Iterator[None]:
+    """What a dataset or a job has against it is said of the file that the client knows."""
+    try:
+        yield
+    except NotFound:
+        raise no_file(file_id) from None
+    except Conflict as error:
+        if error.location == "dataset_id":
+            error.message = error.message.replace(f"dataset {dataset_of_file(file_id)}", f"file {file_id}")
+            error.location = "file_id"
+        raise

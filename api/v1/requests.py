@@ -30,30 +30,30 @@ class UnsupportedMethod(InvalidRequest):
     code = "unsupported_method"
 
 
-def _saying(what: str) -> WrapValidator:
+def saying(what: str) -> WrapValidator:
     """One message in place of one for each branch of a union."""
 
     def validate(value: Any, handler: Callable[[Any], Any]) -> Any:
         try:
             return handler(value)
         except ValidationError:
-            raise PydanticCustomError("auto_or_number", f"this must be {what}") from None
+            raise PydanticCustomError("none_of_these", f"this must be {what}") from None
 
     return WrapValidator(validate)
 
 
 Auto = Literal["auto"]
-Epochs = Annotated[Auto | Annotated[StrictInt, Field(ge=1, le=50)], _saying('"auto" or a whole number from 1 to 50')]
+Epochs = Annotated[Auto | Annotated[StrictInt, Field(ge=1, le=50)], saying('"auto" or a whole number from 1 to 50')]
 BatchSize = Annotated[
-    Auto | Annotated[StrictInt, Field(ge=1, le=256)], _saying('"auto" or a whole number from 1 to 256')
+    Auto | Annotated[StrictInt, Field(ge=1, le=256)], saying('"auto" or a whole number from 1 to 256')
 ]
 Multiplier = Annotated[
     Auto | Annotated[float, Field(strict=True, gt=0, le=5000, allow_inf_nan=False)],
-    _saying('"auto" or a number above 0'),
+    saying('"auto" or a number above 0'),
 ]
 Beta = Annotated[
     Auto | Annotated[float, Field(strict=True, gt=0, le=2, allow_inf_nan=False)],
-    _saying('"auto" or a number above 0, up to 2'),
+    saying('"auto" or a number above 0, up to 2'),
 ]
 
 
@@ -126,7 +126,10 @@ class CreateFineTuningJob(Part):
         ]
         | None
     ) = Field(None, max_length=16)
-    integrations: list[dict[str, JsonValue]] | None = Field(None, max_length=0, description="None are supported.")
+    integrations: Annotated[
+        Annotated[list[dict[str, JsonValue]], Field(max_length=0)] | None,
+        saying("left out: no integrations are supported"),
+    ] = Field(None, description="None are supported.")
     method: Method | None = None
     hyperparameters: Hyperparameters | None = Field(None, description="Deprecated: say it in `method`.")
     qlora: dict[str, JsonValue] | None = Field(

@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 
 from api.v1.ids import dataset_of_file, no_file
 from api.v1.requests import MAX_SEED, CreateFineTuningJob, DpoHyperparameters, Hyperparameters, UnsupportedMethod
-from qlora_service.errors import Finding, InvalidDataset, InvalidModel, InvalidRequest, InvalidSpec, QLoRAError
+from qlora_service.errors import (
+    Finding,
+    InvalidDataset,
+    InvalidModel,
+    InvalidRequest,
+    InvalidSpec,
+    NotFound,
+    QLoRAError,
+)
 from qlora_service.service import Service
 from qlora_service.specs import RECIPES, JobSpec, Training, parse_spec
 
@@ -81,6 +89,8 @@ def in_request(body: CreateFineTuningJob) -> Iterator[None]:
         places = {f"/{'/'.join(one.place)}": one.where for one in _said(body, {})}
         if (location := error.location or default) is not None and location.startswith("/"):
             error.location = _sent(location, places)
+        if isinstance(error, NotFound) and error.location in ("/training_file", "/validation_file"):
+            raise no_file(getattr(body, error.location[1:]), error.location) from None
         if isinstance(error, InvalidSpec):
             error.findings = tuple(
                 replace(finding, pointer=_sent(finding.pointer, places)) for finding in error.findings

@@ -15,7 +15,9 @@ from qlora_service.errors import QLoRAError
 app = typer.Typer(
     name="qlora",
     help="Fine-tune language models with QLoRA: submit rows, watch the training, download the adapter.",
-    epilog="Exit codes: " + "; ".join(f"{code.value} {meaning}" for code, meaning in MEANINGS.items()) + ".",
+    epilog="QLORA_URL and QLORA_API_KEY say which service, and with which key. Exit codes: "
+    + "; ".join(f"{code.value} {meaning}" for code, meaning in MEANINGS.items())
+    + ".",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from rich.text import Text
 from qlora_service import lifeline
 from qlora_service.cli.demo_data import Order, orders, write_demo_dataset
 from qlora_service.cli.keys import DEFAULT_PROJECT, local_access
-from qlora_service.cli.serving import STOP_S, pick_port
+from qlora_service.cli.serving import STOP_S, environment_of_children, pick_port
 from qlora_service.cli.watching import duration, watch_job
 from qlora_service.client import Client
 from qlora_service.errors import Conflict, InvalidModel, JobFailed, Unavailable
@@ -149,7 +148,7 @@ def ask(model_dir: Path, adapter_dir: Path, questions: list[str]) -> dict[str, l
     child = subprocess.run(
         [sys.executable, "-m", "qlora_service.training.answers"],
         input=json.dumps(request),
-        env=_environment(),
+        env=environment_of_children(),
         capture_output=True,
         text=True,
         check=False,
@@ -184,7 +183,7 @@ def _service(data_dir: Path, log: Path) -> Iterator[Client]:
     with local_access(data_dir) as access:
         _, key = access.create_key(DEFAULT_PROJECT, "demo")
     with log.open("wb") as output:
-        process = lifeline.start_python(command, environment=_environment(), output=output)
+        process = lifeline.start_python(command, environment=environment_of_children(), output=output)
     try:
         with Client(url, api_key=key) as client:
             deadline = time.monotonic() + START_S
@@ -196,11 +195,6 @@ def _service(data_dir: Path, log: Path) -> Iterator[Client]:
     finally:
         # Longer than the service gives its own children.
         lifeline.stop(process, STOP_S + 10.0)
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with one core left free: threads that have to share all of them are up to ten times slower."""
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) - 1)), **os.environ}
 
 
 def _print_answers(console: Console, asked: list[Order], answers: dict[str, list[str]]) -> None:

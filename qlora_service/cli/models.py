@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qlora_service.cli.options import AsJson, DataDir, Url, connect, open_catalog, print_json, print_note, print_table
 
+if TYPE_CHECKING:
+    from qlora_service.models.quantized_cache import QuantizedCache
+
 app = typer.Typer(help="List, import and remove the base models that jobs can train on.", no_args_is_help=True)
+cache = typer.Typer(help="Base models in 4 or 8 bits, kept so that a job need not quantize them.", no_args_is_help=True)
+app.add_typer(cache, name="cache")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The model's name in the catalog.")]
 
@@ -61,6 +67,41 @@ def remove_model(name: Name, data_dir: DataDir = None, as_json: AsJson = False) 
         print_json({"name": name, "removed": True})
     else:
         print_note(f"removed {name}")
+
+
+@cache.command("list")
+def list_cache(data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """List the quantized base models of the data directory, the least recently used first."""
+    entries = [entry.as_dict() for entry in _open_cache(data_dir).entries()]
+    if as_json:
+        print_json(entries)
+    elif entries:
+        shown = ("base_model", "quantization", "compute_dtype", "device", "last_used")
+        rows = [(*(str(entry[name] or "?") for name in shown), f"{entry['bytes'] / 1e9:.2f} GB") for entry in entries]
+        print_table(("name", "quantization", "compute dtype", "device", "last used", "size"), rows)
+    else:
+        print_note("nothing is cached: the first job on a base model quantizes it")
+
+
+@cache.command("clear")
+def clear_cache(data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """Delete the quantized base models that no job is loading right now; the next jobs quantize theirs again."""
+    removed = _open_cache(data_dir).clear()
+    freed = sum(entry.size_bytes for entry in removed)
+    if as_json:
+        print_json({"removed": len(removed), "bytes": freed})
+    else:
+        print_note(f"removed {len(removed)} quantized base models, {freed / 1e9:.2f} GB")
+
+
+def _open_cache(data_dir: Path | None) -> QuantizedCache:
+    from qlora_service.logs import configure_logging
+    from qlora_service.models.quantized_cache import QuantizedCache
+    from qlora_service.settings import read_settings
+
+    configure_logging("WARNING")
+    settings = read_settings(data_dir=data_dir)
+    return QuantizedCache(settings.cache_dir, settings.cache_bytes)
 
 
 def _print_table(models: list[dict[str, Any]]) -> None:

@@ -40,12 +40,14 @@ def submit(
     name: Annotated[str | None, typer.Option(help="A name for the job.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=TRAINING)] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the rows.", rich_help_panel=TRAINING)] = None,
-    learning_rate: Annotated[float | None, typer.Option(rich_help_panel=TRAINING)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Such as 2e-4.", rich_help_panel=TRAINING)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step.", rich_help_panel=TRAINING)] = None,
     max_seq_len_tokens: Annotated[
         int | None, typer.Option(help="Longest row, in tokens.", rich_help_panel=TRAINING)
     ] = None,
-    seed: Annotated[int | None, typer.Option(rich_help_panel=TRAINING)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Decides split, order, start and dropout.", rich_help_panel=TRAINING)
+    ] = None,
     r: Annotated[int | None, typer.Option("--r", help="Rank of the adapter.", rich_help_panel=TRAINING)] = None,
     lora_alpha: Annotated[
         float | None, typer.Option(help="The update is scaled by lora_alpha / r.", rich_help_panel=TRAINING)

@@ -222,8 +222,9 @@ def _keep_dtypes(model: PeftModel) -> None:
     """
     dtype = model.get_base_model().dtype
     for module in model.modules():
-        if isinstance(module, IA3Layer | AdaptedAttention) and dtype is torch.bfloat16:
-            device = next(module.parameters()).device.type
+        device = next(module.parameters(), torch.empty(0)).device.type
+        # Tensors without values ("meta") know no autocast; whoever simulates with them casts for it.
+        if isinstance(module, IA3Layer | AdaptedAttention) and dtype is torch.bfloat16 and device != "meta":
             setattr(module, "forward", torch.autocast(device, dtype)(module.forward))  # noqa: B010 - a method
         if isinstance(module, IA3Layer | AdaLoraLayer):
             module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))

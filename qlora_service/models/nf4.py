@@ -32,17 +32,34 @@ def load_base(
     Raises:
         InvalidModel: transformers cannot load the directory.
     """
+    config = bitsandbytes_config(quantization, compute_dtype)
+    return _load(model_dir, compute_dtype, device, {} if config is None else {"quantization_config": config})
+
+
+def load_quantized(directory: Path, compute_dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The base that was saved after `load_base` had quantized it for this dtype and kind of device: the same bits.
+
+    Raises:
+        InvalidModel: transformers cannot load the directory.
+    """
+    # Its own config says how it is quantized; a second opinion, even None, would be taken instead.
+    return _load(directory, compute_dtype, device, {})
+
+
+def _load(
+    model_dir: Path, compute_dtype: torch.dtype, device: torch.device, options: dict[str, Any]
+) -> PreTrainedModel:
     try:
         model: PreTrainedModel
         model, loaded = AutoModelForCausalLM.from_pretrained(
             model_dir,
             dtype=compute_dtype,
-            quantization_config=bitsandbytes_config(quantization, compute_dtype),
             device_map={"": device},
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, KeyError) as error:
         raise InvalidModel(f"the base model at {model_dir.name} cannot be loaded: {error}") from error

@@ -7,6 +7,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+import transformers
 from bitsandbytes.functional import QuantState
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
@@ -17,6 +18,7 @@ from qlora_service.specs import Quantization
 BLOCK, CONSTANTS_BLOCK = 64, 256
 """Weights for each constant, and constants for each of theirs: bitsandbytes 0.50, functional.py"""
 CODES, CONSTANT_CODES = 16, 256
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 META = torch.device("meta")
 
 
@@ -26,13 +28,15 @@ def simulated_base(
     """The frozen model on device "meta", its linear layers quantized as asked.
 
     Raises:
-        ValueError, KeyError, …: transformers does not know the architecture, or cannot build it from this.
+        ValueError: transformers does not know the architecture. What it raises where a config does not fit one
+            is left as it is.
     """
-    fields = {name: value for name, value in config.items() if name not in {"model_type", "quantization_config"}}
-    kind = CONFIG_MAPPING[config["model_type"]]
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"transformers {transformers.__version__} does not know the architecture {kind!r}")
     with META:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            kind(**fields), dtype=compute_dtype, trust_remote_code=False
+            CONFIG_MAPPING[kind].from_dict(dict(config)), dtype=compute_dtype, trust_remote_code=False
         )
         if (settings := bitsandbytes_config(quantization, compute_dtype)) is not None:
             quantizer = AutoHfQuantizer.from_config(settings)
@@ -50,8 +54,23 @@ def simulated_base(
     return model
 
 
+def shortened(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The config of a model with the first `layers` only."""
+    short = dict(config)
+    if isinstance(short.get("text_config"), Mapping):
+        short["text_config"] = shortened(short["text_config"], layers)
+    name = next((name for name in LAYER_COUNTS if name in short), None)
+    if name is None or short[name] <= layers:
+        return short
+    total, short[name] = short[name], layers
+    return {
+        key: value[:layers] if isinstance(value, list) and len(value) == total else value
+        for key, value in short.items()
+    }
+
+
 def _pack_4bit(module: Any, quantization: Quantization) -> None:
-    """Give the layer what quantizing would have given it: `Params4bit` itself would want values."""
+    """Give the layer what quantizing would have given it."""
     shape = torch.Size((module.out_features, module.in_features))
     blocks = -(-shape.numel() // BLOCK)
     state = QuantState(
@@ -71,17 +90,18 @@ def _pack_4bit(module: Any, quantization: Quantization) -> None:
             blocksize=CONSTANTS_BLOCK,
             dtype=torch.float32,
         )
-    packed: Any = torch.nn.Parameter(
-        torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8), requires_grad=False
+    packed = bnb.nn.Params4bit(
+        torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8),
+        quant_state=state,
+        compress_statistics=quantization.double_quant,
+        quant_type=quantization.type,
+        bnb_quantized=True,
+        module=module,
     )
-    packed.quant_state, packed.compress_statistics = state, quantization.double_quant
-    packed.quant_type, packed.blocksize, packed.bnb_quantized = quantization.type, BLOCK, True
     module._parameters["weight"], module.quant_state = packed, state
 
 
 def _pack_8bit(module: Any) -> None:
-    packed: Any = torch.nn.Parameter(
-        torch.empty(module.out_features, module.in_features, dtype=torch.int8), requires_grad=False
-    )
-    packed.CB, packed.SCB, packed.has_fp16_weights = packed.data, torch.empty(module.out_features), False
-    module._parameters["weight"] = packed
+    codes = torch.empty(module.out_features, module.in_features, dtype=torch.int8)
+    scales = torch.empty(module.out_features)
+    module._parameters["weight"] = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)

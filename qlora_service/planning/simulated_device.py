@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_service.planning.allocator import rounded
@@ -20,53 +20,63 @@ from qlora_service.training.device import has_flash_attention, standing_for_cpu
 
 aten = torch.ops.aten
 
+_LINEAR, _DROPOUT, _ATTENTION = F.linear, F.dropout, F.scaled_dot_product_attention
+
 CUBLAS_WORKSPACE_BYTES = (2 * 4096 + 8 * 16) * 1024
 """Taken once from torch's allocator, up to Ada (aten/src/ATen/cuda/CublasHandlePool.cpp, 2.13)"""
 
 
-@contextmanager
-def simulated_device(*, cuda: bool) -> Iterator[None]:
-    """Tensors without values take the ways of a CUDA device from Ampere on, or of a CPU."""
-    with ExitStack() as stack:
-        if not cuda:
-            stack.enter_context(standing_for_cpu())
-        stack.enter_context(_int8_products(cuda))
-        stack.enter_context(_Kernels(cuda))
-        stack.enter_context(_NoValues())
-        yield
+class Answers(TorchDispatchMode):
+    """Whoever asks for a value is told 0, and for a truth `truth`. No shape depends on a value."""
 
-
-class _NoValues(TorchDispatchMode):
-    """Whoever asks for a value is told 0: probabilities of a schedule, masks, losses. No shape depends on one."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.truth = True
+        """transformers asks whether every token is attended to, and whether no documents are packed"""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default and args[0].is_meta:
-            return 0
+            return self.truth if args[0].dtype is torch.bool else 0
         return func(*args, **(kwargs or {}))
 
 
-class _Kernels(TorchFunctionMode):
-    """What torch chooses by device, chosen as on the simulated one."""
+@contextmanager
+def simulated_device(*, cuda: bool) -> Iterator[Answers]:
+    """Tensors without values take the ways of a CUDA device from Ampere on, or of a CPU."""
+    answers = Answers()
+    with ExitStack() as stack:
+        if not cuda:
+            stack.enter_context(standing_for_cpu())
+        # A TorchFunctionMode would be off in the backward pass, where layers are computed again.
+        stack.enter_context(replaced(F, "scaled_dot_product_attention", partial(_attention, cuda)))
+        stack.enter_context(replaced(F, "linear", _linear))
+        if cuda:
+            stack.enter_context(replaced(F, "dropout", _fused_dropout))
+        stack.enter_context(replaced(bnb, "matmul", partial(_int8_product, cuda)))
+        stack.enter_context(answers)
+        yield answers
 
-    def __init__(self, cuda: bool) -> None:
-        super().__init__()
-        self._cuda = cuda
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            mixed = _attention(self._cuda, *args, **kwargs)
-            if mixed is not None:
-                return mixed
-        if func is F.dropout and self._cuda:
-            return _fused_dropout(*args, **kwargs)
-        return func(*args, **kwargs)
+@contextmanager
+def replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """The module's function is another."""
+    original = getattr(module, name)
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """In the weight's precision, as autocast would have it; tensors without values know no autocast."""
+    return _LINEAR(input.to(weight.dtype), weight, bias)
 
 
 def _fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     """On a GPU the mask is of bytes, elsewhere of the input's type."""
     if not training or p in {0.0, 1.0} or inplace:
-        return F.dropout(x, p, training, inplace)
+        return _DROPOUT(x, p, training, inplace)
     return torch.native_dropout(x, p, True)[0]
 
 
@@ -80,8 +90,8 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> torch.Tensor | None:
-    """By the kernel that the device would take; None for plain products, which any device can."""
+) -> torch.Tensor:
+    """By the kernel that the device would take."""
     if not cuda:
         mask = None if attn_mask is None else _additive(attn_mask, query)
         cpu = aten._scaled_dot_product_flash_attention_for_cpu
@@ -92,7 +102,9 @@ def _attention(
         mixed = flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
         return mixed
     if query.shape[1] != key.shape[1]:
-        return None  # the memory-efficient kernel knows no heads that share a key
+        # The memory-efficient kernel knows no heads that share a key: what is left are plain products.
+        mixed = _ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return mixed
     bias = None if attn_mask is None else _padded(_additive(attn_mask, query), query, key)
     efficient = aten._scaled_dot_product_efficient_attention
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
@@ -114,24 +126,16 @@ def _padded(bias: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch
     return bias.expand(query.shape[0], query.shape[1], query.shape[2], tokens)
 
 
-@contextmanager
-def _int8_products(cuda: bool) -> Iterator[None]:
-    """bitsandbytes chooses its int8 product by the input's device, which is neither here."""
-    original = bnb.matmul
-
-    def matmul(x: Any, weight: Any, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None) -> Any:
-        return (MatMul8bitLt if cuda else MatMul8bitFp).apply(x, weight, out, bias, state)
-
-    bnb.matmul = matmul
-    try:
-        yield
-    finally:
-        bnb.matmul = original
+def _int8_product(
+    cuda: bool, x: torch.Tensor, weight: Any, out: Any = None, state: Any = None, bias: Any = None, **_: Any
+) -> Any:
+    """bitsandbytes chooses by the input's device, which is neither here."""
+    return (MatMul8bitLt if cuda else MatMul8bitFp).apply(x, weight, out, bias, state)
 
 
-def workspaces(*, cuda: bool) -> Mapping[str, Workspace]:
+def workspaces(*, cuda: bool) -> dict[str, Workspace]:
     """What a device's kernels take for themselves, by operator."""
-    unpacked = {"bitsandbytes::gemm_4bit": (Category.DEQUANTIZATION, _unpacked_bytes)}
+    unpacked: dict[str, Workspace] = {"bitsandbytes::gemm_4bit": (Category.DEQUANTIZATION, _unpacked_bytes)}
     if not cuda:
         return unpacked
     return unpacked | {

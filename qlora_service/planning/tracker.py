@@ -91,7 +91,7 @@ class Tracker(TorchDispatchMode):
         return reserved_bytes(self._events)
 
     def _category(self, name: str, args: Sequence[Any], output: torch.Tensor) -> Category:
-        if name in DEQUANTIZING or _is_unpacked_int8(args, output):
+        if name in DEQUANTIZING or (name == "aten::_to_copy" and _is_unpacked_int8(args, output)):
             return Category.DEQUANTIZATION
         if self._vocabulary is not None and output.dim() > 0 and output.shape[-1] == self._vocabulary:
             return Category.LOGITS

@@ -100,7 +100,7 @@ class JobSpec(SpecPart):
         None, description="What to call the job; also the adapter's title."
     )
     metadata: dict[MetadataKey, MetadataValue] = Field(
-        {}, max_length=16, description="Up to 16 words of your own, kept with the job."
+        {}, max_length=16, description="Up to 16 names with values of your own, kept with the job."
     )
     priority: StrictInt = Field(0, ge=-100, le=100, description="Higher runs first.")
 

@@ -25,7 +25,7 @@ _stands_for_cpu: ContextVar[bool] = ContextVar("stands_for_cpu", default=False)
 
 
 def computes_as_cpu(x: torch.Tensor) -> bool:
-    """Whether a CPU's way is taken for this tensor. Tensors without values stand for a GPU's, but `standing_for_cpu`."""
+    """Whether a CPU's way is taken for it; tensors without values stand for a GPU's, but inside `standing_for_cpu`."""
     return x.device.type == "cpu" or (x.is_meta and _stands_for_cpu.get())
 
 

@@ -67,6 +67,7 @@ class FrozenHead(torch.autograd.Function):
             if of_hidden is not None:
                 # Normalized after the product: on (chunk, hidden) instead of (chunk, vocabulary).
                 of_hidden[rows] = (wide(logits @ weight) / total - wide(weight[target[:, 0]])).to(hidden.dtype)
+            del logits  # else the next chunk's are made beside them
         ctx.save_for_backward(of_hidden)
         ctx.mark_non_differentiable(hits)
         return nll, hits

@@ -100,6 +100,7 @@ def project_backward(
         for gradient, part in zip(gradients, parts, strict=True):
             weight = part.weight(gradient.dtype)
             of_x = gradient @ weight if of_x is None else of_x.addmm_(gradient, weight)
+            del weight  # else the next one is unpacked beside it
     of_lora: list[torch.Tensor | None] = [None] * len(lora)
     if inner is None:
         return of_x, None, of_lora

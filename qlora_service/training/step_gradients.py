@@ -105,7 +105,7 @@ class StepGradients:
 def backward_passes(
     network: Network, objective: TrainingObjective, examples: Sequence[TrainingExample], cut: Sequence[Sequence[int]]
 ) -> Iterator[Share]:
-    """A step's forward and backward passes, one for each micro-batch of `cut`; each one's share of the loss, detached."""
+    """A step's forward and backward passes, one for each micro-batch of `cut`; its shares of the loss, detached."""
     share_of = objective.of_step(network, examples, network.losses)
     for members in cut:
         share = share_of([examples[index] for index in members])

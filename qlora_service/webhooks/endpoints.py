@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.engine import Connection
 
-from qlora_service.errors import InvalidRequest, QuotaExceeded
+from qlora_service.errors import InvalidRequest, NoRoom
 from qlora_service.ids import new_id
 from qlora_service.queue import utc_now
 from qlora_service.store import webhooks as rows
@@ -61,7 +61,7 @@ class Webhooks:
 
         Raises:
             InvalidRequest: name or event types cannot be used, or the URL may not be asked.
-            QuotaExceeded: the project has as many as may be.
+            NoRoom: the project has as many as may be.
         """
         self._recall(once)
         _check_name(name)
@@ -71,7 +71,7 @@ class Webhooks:
 
         def insert(connection: Connection) -> Endpoint:
             if rows.count_endpoints(connection, self._project) >= MAX_ENDPOINTS:
-                raise QuotaExceeded(
+                raise NoRoom(
                     f"there are {MAX_ENDPOINTS} webhook endpoints, which is as many as may be: delete one, or change "
                     "it",
                     max_webhook_endpoints=MAX_ENDPOINTS,

@@ -60,7 +60,8 @@ def parse_target(url: str, *, private: bool) -> Target:
     except ValueError:
         raise _refused(f"{url!r} is no URL") from None
     if parts.scheme not in PORTS or (parts.scheme == "http" and not private):
-        raise _refused(f"{url!r} does not begin with https://")
+        hint = "" if parts.scheme != "http" else ", or have QLORA_WEBHOOK_PRIVATE=true set where the service runs"
+        raise _refused(f"{url!r} does not begin with https://: use a URL that does{hint}")
     if parts.username is not None or parts.password is not None:
         raise _refused("leave user and password out of the URL: every message is signed")
     if parts.fragment or not _HOST.fullmatch(host):

@@ -252,6 +252,13 @@ def test_every_key_has_its_own_number_of_requests(settings: Settings) -> None:
         assert client.get("/healthz").status_code == 200
 
 
+def test_what_a_key_may_not_do_counts_as_a_request_too(settings: Settings) -> None:
+    secret = make_key(settings, Scope.READ)[1]
+    with TestClient(create_app(settings.model_copy(update={"max_requests_per_minute": 2})), URL) as client:
+        answers = [client.post("/jobs", json={}, headers=bearer(secret)) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [403, 403, 429]
+
+
 # --- without keys
 
 

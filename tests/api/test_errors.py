@@ -12,7 +12,7 @@ from obstore.exceptions import GenericError
 from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
-from api.errors import located, status_of
+from api.errors import located, refusal, status_of
 from api.main import create_app
 from api.request_log import RequestLog
 from qlora_service import errors
@@ -35,6 +35,7 @@ SHAPE = {"code", "message", "location", "findings", "details"}
         (errors.Conflict, 409),
         (errors.TooLarge, 413),
         (errors.QuotaExceeded, 429),
+        (errors.NoRoom, 429),
         (errors.Unavailable, 503),
         (errors.JobFailed, 500),
     ],
@@ -67,6 +68,14 @@ def test_wrong_parameters_are_all_named(bare_client: TestClient) -> None:
     error = bare_client.get("/jobs?status=done&limit=0").json()["error"]
     assert error["location"] == "status"
     assert [finding["reason"].partition(":")[0] for finding in error["findings"]] == ["status", "limit"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "helps"),
+    [(errors.Unavailable, True), (errors.QuotaExceeded, True), (errors.NoRoom, False), (errors.StorageFull, False)],
+)
+def test_only_where_waiting_helps_it_is_said_for_how_long(kind: type[QLoRAError], helps: bool) -> None:
+    assert ("Retry-After" in refusal(kind("…")).headers) is helps
 
 
 def test_unavailable_says_when_to_try_again(settings: Settings) -> None:

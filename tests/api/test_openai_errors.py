@@ -41,6 +41,12 @@ def test_findings_and_details_are_kept() -> None:
     assert body["details"] == {"limit": 4}
 
 
+def test_what_waiting_does_not_help_is_not_sent_again() -> None:
+    refused = QuotaExceeded("no").as_dict()
+    assert on_openai_wire(refused, 429, waiting_helps=False)[2] == {"x-should-retry": "false"}
+    assert on_openai_wire(refused, 429, waiting_helps=True)[2] == {}
+
+
 def test_the_path_decides_the_shape(bare_client: TestClient) -> None:
     ours = bare_client.get("/jobs/job_none")
     theirs = bare_client.get("/v1/fine_tuning/jobs/job_none")

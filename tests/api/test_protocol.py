@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from api.protocol import MAX_HEAD_BYTES, receipt_protocol
+from api.protocol import MAX_HEAD_BYTES, MIN_BYTES_PER_S, receipt_protocol
 from tests.running_api import RunningApi
 
 RECEIPT_S = 0.8
@@ -223,6 +223,14 @@ def test_client_that_waits_for_the_application_is_not_late() -> None:
             assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
             connection.sendall(b"abc")
             assert b"200 OK" in connection.recv(1000)
+
+
+def test_fast_start_buys_no_long_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.protocol.MAX_CREDIT_S", 0.2)
+    with serving(delay_s=0, receipt_s=0.3) as port:
+        client = SlowClient(port, POST + b"Content-Length: 9000000\r\n\r\n" + b"x" * 20 * MIN_BYTES_PER_S).end()
+    assert client.closed_after_s < LATE_S
+    assert client.status == 408
 
 
 def test_one_connection_too_many_is_answered_503() -> None:

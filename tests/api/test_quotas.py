@@ -53,6 +53,7 @@ def test_what_has_no_room_is_refused_before_it_is_stored(client: TestClient, set
     assert f"may keep {2 * len(ROWS) - 1}: delete datasets" in error["message"]
     # Waiting does not help.
     assert "Retry-After" not in refused.headers
+    assert refused.headers.get("x-should-retry") == ("false" if refused.request.url.path.startswith("/v1/") else None)
     assert stored_files(settings) == before
     assert client.delete(f"/datasets/{first.json()['id']}").status_code == 200
     assert WAYS[way](client).is_success

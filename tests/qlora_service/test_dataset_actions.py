@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from qlora_service.artifacts.store import ArtifactStore, dataset_key
-from qlora_service.errors import Conflict, NotFound
+from qlora_service.errors import Conflict, NotFound, StorageFull
 from qlora_service.models.catalog import Catalog
 from qlora_service.queue import Queue
 from qlora_service.service import Service
@@ -21,8 +22,10 @@ from tests.control_plane import START, SteppedClock
 
 
 @pytest.fixture
-def service(database: Database, queue: Queue, clock: SteppedClock, tmp_path: Path) -> Service:
-    return Service(
+def open_service(database: Database, queue: Queue, clock: SteppedClock, tmp_path: Path) -> Callable[..., Service]:
+    """Every service over the same database and files."""
+    return partial(
+        Service,
         database=database,
         artifacts=ArtifactStore((tmp_path / "artifacts").as_uri()),
         catalog=Catalog(tmp_path / "models"),
@@ -30,6 +33,11 @@ def service(database: Database, queue: Queue, clock: SteppedClock, tmp_path: Pat
         tmp_dir=tmp_path / "tmp",
         clock=clock,
     )
+
+
+@pytest.fixture
+def service(open_service: Callable[..., Service]) -> Service:
+    return open_service()
 
 
 @pytest.fixture
@@ -92,6 +100,16 @@ def test_dataset_is_kept_while_a_job_needs_it(
         service.delete_dataset(dataset.id)
     service.cancel("job_1")
     service.delete_dataset(dataset.id)
+
+
+def test_bytes_that_another_project_has_stored_already_need_room_too(
+    open_service: Callable[..., Service], add: Callable[[Service], Dataset]
+) -> None:
+    add(open_service())
+    full = open_service(max_stored_bytes=1).within("other")
+    with pytest.raises(StorageFull):
+        add(full)
+    assert full.list_datasets() == []
 
 
 def test_bytes_survive_when_one_deletes_and_another_adds(service: Service, add: Callable[[Service], Dataset]) -> None:

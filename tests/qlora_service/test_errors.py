@@ -23,8 +23,11 @@ def test_every_class_is_drawn_in_the_tree_under_its_parent() -> None:
     assert drawn == {kind.__name__: kind.__mro__[1].__name__ for kind in CLASSES}
 
 
-def test_codes_are_distinct() -> None:
-    assert len({kind.code for kind in CLASSES}) == len(CLASSES)
+def test_codes_are_distinct_but_for_kinds_of_a_quota() -> None:
+    kinds_of_quota = {errors.NoRoom, errors.StorageFull}
+    assert {kind.code for kind in kinds_of_quota} == {errors.QuotaExceeded.code}
+    others = [kind.code for kind in CLASSES if kind not in kinds_of_quota]
+    assert len(set(others)) == len(others)
 
 
 @pytest.mark.parametrize("kind", CLASSES)

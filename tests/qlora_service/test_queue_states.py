@@ -210,7 +210,6 @@ class QueueStates(RuleBasedStateMachine):
                 assert job.finished_at is None
             assert (job.hold is not None) == (job.status is JobStatus.PAUSED)
             assert job.checkpoint_step == self.checkpoint[job_id]
-            assert len(job.deaths) <= MAX_DEATHS
 
     @invariant()
     def the_events_tell_a_legal_story(self) -> None:

@@ -26,6 +26,15 @@ def test_a_name_leads_back_to_its_job(database: Database, queue: Queue, name: st
     assert job_id_in(called) == job_id
 
 
+def test_a_name_says_whose_it_is(database: Database, queue: Queue) -> None:
+    job_id = add_job(database, project="team-b", name="orders")
+    claimed = queue.claim("worker")
+    assert claimed is not None
+    queue.succeed(claimed[0], {"attempt": 1})
+    with database.read() as connection:
+        assert tuned_model_name(get_job(connection, job_id)) == f"ft:tiny:team-b:orders:{job_id[4:]}"
+
+
 @pytest.mark.parametrize(
     "name", ["tiny", "", "ft:a:b:c:d", "ft:a:b:c:" + "0" * 23, "ft:a:b:" + "0" * 22, "job_" + "0" * 22]
 )

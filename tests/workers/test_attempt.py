@@ -24,7 +24,8 @@ from qlora_service.errors import Interrupted, InvalidModel, JobFailed, NotFound
 from qlora_service.jobs import FailureReason
 from qlora_service.metrics import metrics_csv
 from qlora_service.models.adapters import load_adapter
-from qlora_service.models.nf4 import load_base
+from qlora_service.models.cached_base import LoadedBase, load_cached_base
+from qlora_service.models.quantized_cache import QuantizedCache
 from qlora_service.specs import JobSpec, parse_spec
 from qlora_service.training.checkpoint_space import Ballast
 from qlora_service.training.checkpoints import Checkpoints
@@ -249,11 +250,12 @@ def test_a_changed_base_is_loaded_anew(workspace: Workspace, monkeypatch: pytest
     inputs = attempt(workspace, workspace.submit())
     bases: list[torch.nn.Module] = []
 
-    def keep(*arguments: Any) -> Any:
-        bases.append(load_base(*arguments))
-        return bases[-1]
+    def keep(*arguments: Any) -> LoadedBase:
+        loaded = load_cached_base(*arguments)
+        bases.append(loaded.model)
+        return loaded
 
-    monkeypatch.setattr("workers.attempt.load_base", keep)
+    monkeypatch.setattr("workers.attempt.load_cached_base", keep)
 
     def change(phase: str) -> None:
         if phase == "certifying":
@@ -264,6 +266,18 @@ def test_a_changed_base_is_loaded_anew(workspace: Workspace, monkeypatch: pytest
     assert len(bases) == 2
     assert certificate["base_reused"] is False
     assert certificate["difference"] == 0.0
+
+
+def test_the_next_job_on_a_base_finds_it_quantized_and_ends_with_the_same_bytes(workspace: Workspace) -> None:
+    cache = QuantizedCache(workspace.settings.cache_dir, workspace.settings.cache_bytes)
+    attempts = [replace(attempt(workspace, workspace.submit()), cache=cache) for _ in range(2)]
+    reporters = [AttemptRecorder() for _ in attempts]
+    results = [run(inputs, reporter=reporter) for inputs, reporter in zip(attempts, reporters, strict=True)]
+    assert [result["base"] for result in results] == ["quantized", "cached"]
+    assert [reporter.messages for reporter in reporters] == [["base: quantized"], ["base: cached"]]
+    assert reporters[0].plan == reporters[1].plan
+    first, second = (published(inputs, "adapter_model.safetensors") for inputs in attempts)
+    assert first == second
 
 
 @pytest.mark.parametrize("loss", [0.5011, float("nan")])

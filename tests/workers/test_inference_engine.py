@@ -134,6 +134,15 @@ def test_a_seed_repeats_an_answer_and_temperature_changes_it(engine: Engine) -> 
     assert answer(engine, JOBS[0], likeliest) == answer(engine, JOBS[0])
 
 
+def test_a_seed_says_nothing_about_the_answers_after_it(engine: Engine) -> None:
+    seeded, unseeded = Sampling(max_tokens=16, temperature=1.0, seed=7), Sampling(max_tokens=16, temperature=1.0)
+    after = []
+    for _ in range(2):
+        answer(engine, JOBS[0], seeded)
+        after.append(answer(engine, JOBS[0], unseeded))
+    assert after[0] != after[1]
+
+
 def test_plain_text_is_continued_without_a_template(engine: Engine) -> None:
     _, finished = ask(engine, text="seven days", sampling=Sampling(max_tokens=1))
     assert finished.prompt_tokens < 6

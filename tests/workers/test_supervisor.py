@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -99,6 +99,29 @@ def test_cancel_stops_a_running_job_at_the_next_step(workspace: Workspace) -> No
         assert no_trainer_within(job_id, 5)
 
 
+# Another thread takes the signal, as when it comes just before the main thread begins to wait: nothing wakes that.
+SIGNALLED_ASIDE = """
+import signal, threading, time
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+from workers.__main__ import main
+main()
+"""
+
+
+def test_a_worker_ends_however_a_stop_signal_comes_in(tmp_path: Path) -> None:
+    environment = os.environ | {"QLORA_DATA_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", SIGNALLED_ASIDE]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as worker:
+        try:
+            assert worker.stderr is not None
+            assert any("supervisor_ready" in line for line in worker.stderr)
+            worker.terminate()
+            worker.wait(10)
+        finally:
+            worker.kill()
+
+
 def test_a_stopped_worker_loses_no_completed_step(workspace: Workspace) -> None:
     undisturbed, stopped = workspace.submit(max_steps=60), workspace.submit(max_steps=60)
     with workspace.worker() as worker:
@@ -169,10 +192,10 @@ def test_a_killed_worker_takes_its_trainer_along_and_the_next_worker_goes_on_at_
 
 def test_a_second_worker_waits_for_the_slot(workspace: Workspace) -> None:
     first_job, second_job = workspace.submit(**ENDLESS), workspace.submit(**ENDLESS)
-    with workspace.worker() as first:
+    with workspace.worker(QLORA_LEASE_S="60") as first:
         workspace.wait(first_job, lambda job: job.step >= 1)
         trainers = trainer_pids(first_job)
-        with workspace.worker():
+        with workspace.worker(QLORA_LEASE_S="60"):
             time.sleep(3)
             assert workspace.service.get_job(second_job).status is JobStatus.QUEUED
             assert trainer_pids(first_job) == trainers
@@ -183,31 +206,34 @@ def test_a_second_worker_waits_for_the_slot(workspace: Workspace) -> None:
             assert len(trainer_pids(first_job) + trainer_pids(second_job)) == 1
 
 
-def stand_still(workspace: Workspace, job_id: str) -> int:
+@contextmanager
+def standing_still(workspace: Workspace, job_id: str) -> Iterator[int]:
     """The job's trainer, stopped where it does not hold SQLite's write lock, for which everybody would wait."""
     (pid,) = trainer_pids(job_id)
+    database = workspace.settings.data_dir / "state.db"
     while True:
         os.kill(pid, signal.SIGSTOP)
         time.sleep(0.05)
-        with (
-            closing(
-                sqlite3.connect(workspace.settings.data_dir / "state.db", timeout=0.3, isolation_level=None)
-            ) as free,
-            suppress(sqlite3.OperationalError),
-        ):
-            free.execute("BEGIN IMMEDIATE")
-            return pid
+        other = sqlite3.connect(database, timeout=0.3, isolation_level=None)
+        with closing(other), suppress(sqlite3.OperationalError):
+            other.execute("BEGIN IMMEDIATE")
+            break
         os.kill(pid, signal.SIGCONT)
         time.sleep(0.02)
+    try:
+        yield pid
+    finally:
+        if pid in trainer_pids(job_id):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_trainer_that_stands_still_past_its_lease_is_followed_by_another(workspace: Workspace) -> None:
     job_id = workspace.submit(**ENDLESS)
     with workspace.worker():
         workspace.wait(job_id, lambda job: job.step >= 1)
-        frozen = stand_still(workspace, job_id)
-        workspace.wait(job_id, lambda job: job.attempt == 2, limit_s=25)
-        assert frozen not in trainer_pids(job_id)
+        with standing_still(workspace, job_id) as frozen:
+            workspace.wait(job_id, lambda job: job.attempt == 2, limit_s=25)
+            assert frozen not in trainer_pids(job_id)
 
 
 def test_a_slot_is_taken_over_from_a_dead_worker_once_its_trainer_that_stands_still_is_gone(
@@ -216,16 +242,16 @@ def test_a_slot_is_taken_over_from_a_dead_worker_once_its_trainer_that_stands_st
     job_id = workspace.submit(**ENDLESS)
     with workspace.worker() as first:
         workspace.wait(job_id, lambda job: job.step >= 1)
-        frozen = stand_still(workspace, job_id)
-        first.kill()
-        first.wait()
-        lock = SlotLock(workspace.settings.resolved_lock_dir, "cpu-0")
-        assert not lock.acquire()
-        assert lock.other_holders() == [frozen]
-        lock.close()
-        with workspace.worker():
-            workspace.wait(job_id, lambda job: job.attempt == 2, limit_s=25)
-            assert frozen not in trainer_pids(job_id)
+        with standing_still(workspace, job_id) as frozen:
+            first.kill()
+            first.wait()
+            lock = SlotLock(workspace.settings.resolved_lock_dir, "cpu-0")
+            assert not lock.acquire()
+            assert lock.other_holders() == [frozen]
+            lock.close()
+            with workspace.worker():
+                workspace.wait(job_id, lambda job: job.attempt == 2, limit_s=25)
+                assert frozen not in trainer_pids(job_id)
 
 
 def test_a_trainer_that_ends_well_without_an_outcome_has_died(workspace: Workspace, tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ def test_what_changes_nothing_is_accepted(client: TestClient, desk: SpeakingDesk
         ({"top_k": 40}, "top_k"),
         ({"temperature": 2.5}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
         ({"messages": [{"role": "nobody", "content": "x"}]}, "messages.0.role"),
@@ -144,6 +146,14 @@ def test_what_would_change_the_answer_and_is_not_supported_is_refused(
     response = bare_client.post(CHAT, json=asked(**changes))
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("prompt", [[], ["one", "two"], [1, 2], 3])
+def test_what_is_not_one_text_to_continue_is_refused(bare_client: TestClient, prompt: object) -> None:
+    response = bare_client.post(TEXT, json={"model": "tiny", "prompt": prompt})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "prompt")
+    assert "one text, or a list of one" in error["message"]
 
 
 def test_a_model_that_is_not_there_is_not_found(

@@ -117,6 +117,8 @@ def test_pages_hold_every_file_once_in_either_order(
             assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], seen[-1])
             more = page["has_more"]
         assert seen == expected
+    whole = client.get("/v1/files", params={"limit": 5}).json()
+    assert (len(whole["data"]), whole["has_more"]) == (5, False)
     assert len(ids(client, purpose="fine-tune")) == 3
     assert len(ids(client, purpose="fine-tune-results")) == 2
     assert ids(client, purpose="batch") == []
@@ -128,7 +130,9 @@ def test_cursor_that_is_no_files_id_is_refused(bare_client: TestClient, after: s
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "after")
 
 
-@pytest.mark.parametrize("file_id", ["file-none", "ds_019a9c2f8d31c4e55f0a7b", "file-" + "0" * 22, "file-x-results"])
+@pytest.mark.parametrize(
+    "file_id", ["file-none", "ds_019a9c2f8d31c4e55f0a7b", "file-" + "0" * 22, f"file-{22 * '0'}-results"]
+)
 def test_unknown_file_is_not_found(bare_client: TestClient, file_id: str) -> None:
     for answer in (
         bare_client.get(f"/v1/files/{file_id}"),
@@ -136,6 +140,9 @@ def test_unknown_file_is_not_found(bare_client: TestClient, file_id: str) -> Non
         bare_client.delete(f"/v1/files/{file_id}"),
     ):
         assert answer.status_code == 404
+        error = answer.json()["error"]
+        assert error["param"] == "file_id"
+        assert error["message"].startswith(f"there is no file '{file_id}'")
 
 
 def test_deleted_file_is_gone_from_both_wires(client: TestClient, settings: Any) -> None:
@@ -152,7 +159,10 @@ def test_deleted_file_is_gone_from_both_wires(client: TestClient, settings: Any)
 def test_file_that_a_job_needs_is_kept(client: TestClient, submit: Callable[..., str], dataset_id: str) -> None:
     job_id = submit()
     file_id = dataset_id.replace("ds_", "file-")
-    assert client.delete(f"/v1/files/{file_id}").status_code == 409
+    refused = client.delete(f"/v1/files/{file_id}")
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (409, "file_id")
+    assert error["message"].startswith(f"file {file_id} is needed by job {job_id}")
     assert client.delete(f"/datasets/{dataset_id}").status_code == 409
     assert client.post(f"/jobs/{job_id}/cancel").json()["status"] == JobStatus.CANCELLED
     assert client.delete(f"/v1/files/{file_id}").status_code == 200

@@ -141,6 +141,17 @@ def test_what_cannot_work_is_refused_with_its_place(
 ) -> None:
     answered, error = refuse(**fields)
     assert (answered, error["code"], error["param"]) == (status, code, param), error
+    if status == 404:
+        assert error["message"].startswith(f"there is no file '{fields[param]}'")
+
+
+@pytest.mark.parametrize("body", ["null", "[]", '"job"'])
+def test_body_that_is_no_object_is_told_so(bare_client: TestClient, body: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = bare_client.post("/v1/fine_tuning/jobs", content=body, headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, None)
+    assert error["message"] == "the body has to be a JSON object"
 
 
 @pytest.mark.parametrize(
@@ -240,6 +251,8 @@ def test_events_are_told_newest_first_in_pages(client: TestClient, create: Calla
     assert 60 <= job["estimated_finish"] - job["created_at"] <= 80
     (checkpoint,) = client.get(f"{JOBS}/{job_id}/checkpoints").json()["data"]
     assert checkpoint["fine_tuned_model_checkpoint"].endswith(":ckpt-step-1")
+    behind = client.get(f"{JOBS}/{job_id}/checkpoints", params={"after": checkpoint["id"]}).json()
+    assert (behind["data"], behind["has_more"]) == ([], False)
     assert (checkpoint["metrics"]["train_loss"], checkpoint["metrics"]["full_valid_loss"]) == (2.5, 2.25)
     queue.fail(claim, {"code": "job_failed", "message": "it broke", "details": {"reason": "not_finite"}})
 

@@ -95,6 +95,9 @@ def test_few_templates_are_kept_and_they_show_the_days_date(tiny_model: Path) ->
         assert prompts.tokenizer.decode(list(prompts.chat(QUESTION, None, template).ids)).startswith("02 Jan")
         now = datetime(2026, 1, 3, tzinfo=UTC)
         assert prompts.tokenizer.decode(list(prompts.chat(QUESTION, None, template).ids)).startswith("03 Jan")
+        children = {process._process for process in prompts._processes.values()}
         for number in range(KEPT_TEMPLATES + 1):
             prompts.chat(QUESTION, None, f"{number}{template}")
         assert len(prompts._processes) == KEPT_TEMPLATES
+        # What is not kept leaves no process behind.
+        assert [child is not None and child.poll() is not None for child in children] == [True, True]

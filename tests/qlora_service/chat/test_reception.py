@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from qlora_service.store import inference
 from qlora_service.store.database import Database
 from qlora_service.store.inference import Holder
 from tests.control_plane import database
-from tests.speaking_desk import TINY, SpeakingDesk
+from tests.speaking_desk import ENDLESS, TINY, TOO_LONG, SpeakingDesk
 
 __all__ = ["database"]
 
@@ -90,6 +91,26 @@ def test_too_many_chats_at_a_time_are_refused(
     monkeypatch.setattr(reception, "MAX_CHATS", 0)
     with SpeakingDesk(database.url, tmp_path / "inference"), pytest.raises(QuotaExceeded):
         answers(database)
+
+
+def test_a_chat_that_ended_however_it_did_makes_room_for_the_next(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception, "MAX_CHATS", 1)
+
+    async def chat() -> list[str | None]:
+        desk, said = Reception(database, preempts=False), []
+        for text in (ENDLESS, TOO_LONG, "once"):
+            answers = desk.answer(TINY, GenerationRequest(text=text), "local")
+            with suppress(ContextTooLong):
+                said.append((await anext(answers)).text)
+                with pytest.raises(QuotaExceeded):
+                    await anext(desk.answer(TINY, GenerationRequest(text="meanwhile"), "local"))
+            await answers.aclose()
+        return said
+
+    with SpeakingDesk(database.url, tmp_path / "inference"):
+        assert asyncio.run(chat()) == ["for", "once"]
 
 
 def holder(status: JobStatus = JobStatus.RUNNING, eta_s: float | None = 120.4, project: str = "local") -> Holder:

@@ -65,8 +65,18 @@ def test_nothing_is_shown_of_a_stop_string_nor_behind_it(tokenizer: Tokenizer, s
     assert "".join(pieces) == text.partition(stop)[0]
 
 
+def test_nothing_is_shown_of_a_stop_string_that_comes_letter_by_letter(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, ("END",))
+    letters = [tokenizer.encode(letter, add_special_tokens=False).ids for letter in "an ENEND"]
+    pieces = [stream.add(token_id) for (token_id,) in letters]
+    assert stream.stopped
+    assert pieces == ["a", "n", " ", "", "", "EN", "", ""]
+
+
 def test_the_first_of_several_stop_strings_counts(tokenizer: Tokenizer) -> None:
     assert "".join(shown(tokenizer, "one two three four", ("three", "two"))) == "one "
+    # Both are there at once.
+    assert "".join(shown(tokenizer, "xab", ("b", "ab"))) == "x"
 
 
 def test_what_only_began_like_a_stop_string_is_shown(tokenizer: Tokenizer) -> None:

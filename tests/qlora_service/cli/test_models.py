@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qlora_service.models.quantized_cache import Ingredients, QuantizedCache
+
 
 def qlora(data_dir: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "qlora_service.cli", *(str(argument) for argument in arguments)]
@@ -35,6 +37,22 @@ def test_refused_model_lists_every_finding(tiny_model: Path, tmp_path: Path) -> 
     assert "auto_map" in outcome.stderr
     assert "code.py" in outcome.stderr
     assert "Traceback" not in outcome.stderr
+
+
+def test_the_cache_of_quantized_models_is_listed_and_cleared(run: Any, tmp_path: Path) -> None:
+    def cache(*arguments: object) -> Any:
+        return run("models", "cache", *arguments, "--data-dir", tmp_path)
+
+    assert "nothing is cached" in cache("list").stderr
+    made_of = Ingredients("w", "c", "nf4", True, "bfloat16", "cpu", {})
+    with QuantizedCache(tmp_path / "cache" / "quantized", 2**30).open(made_of) as entry:
+        entry.lock_for_writing()
+        entry.store("org/tiny", 0, lambda to: (to / "config.json").write_text("{}"))
+    (listed,) = json.loads(cache("list", "--json").stdout)
+    assert (listed["base_model"], listed["quantization"], listed["compute_dtype"]) == ("org/tiny", "nf4", "bfloat16")
+    assert "org/tiny  nf4" in cache("list").stdout
+    assert "removed 1" in cache("clear").stderr
+    assert json.loads(cache("list", "--json").stdout) == []
 
 
 def test_models_of_a_running_service_are_listed(run: Any, api: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qlora_service.errors import InvalidRequest, NotFound, QuotaExceeded
+from qlora_service.errors import InvalidRequest, NoRoom, NotFound
 from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Once, Replay
 from qlora_service.store.webhooks import Endpoint, disable_endpoint
@@ -95,7 +95,7 @@ def test_private_address_is_refused_when_made_and_when_changed(database: Databas
 def test_only_so_many_endpoints_may_be(webhooks: Webhooks) -> None:
     for _ in range(MAX_ENDPOINTS):
         webhooks.create("told", PUBLIC, TYPES)
-    with pytest.raises(QuotaExceeded, match="delete one"):
+    with pytest.raises(NoRoom, match="delete one"):
         webhooks.create("told", PUBLIC, TYPES)
     assert webhooks.within("other").create("told", PUBLIC, TYPES).project == "other"
 
