@@ -21,6 +21,8 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 # Their query, key and value layers have biases whatever the config says.
 _BIASED = {"qwen2"}
+# Their head is the embedding unless the config says otherwise (transformers 5.23).
+_TIED = ("gemma", "gpt2", "cohere", "smollm3")
 _HEAD_NORMED = {"qwen3"}
 
 
@@ -67,8 +69,7 @@ class ModelShape:
             or _optional(values, _INTERMEDIATE)
             or 4 * hidden,
             vocabulary=_size(values, ("vocab_size",)),
-            # Absent, it is transformers' default of the architecture: true for the small ones that share, as Gemma.
-            tied=bool(values.get("tie_word_embeddings", kind.startswith("gemma"))),
+            tied=bool(values.get("tie_word_embeddings", kind.startswith(_TIED))),
             max_positions=_optional(values, _POSITIONS),
             attention_bias=bool(values.get("attention_bias")) or kind in _BIASED,
             head_norms=kind in _HEAD_NORMED,
