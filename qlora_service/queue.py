@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection, Row
 from qlora_service.errors import ClaimLost, Conflict, JobFailed
 from qlora_service.jobs import FailureReason, HoldReason, Job, JobStatus, StopRequest
 from qlora_service.store.database import Database
-from qlora_service.store.jobs import append_event, get_job, job_from_row
+from qlora_service.store.jobs import append_event, claimable, get_job, job_from_row
 from qlora_service.store.lease_clock import LeaseClock, lease_clock
 from qlora_service.store.tables import jobs
 from qlora_service.store.webhooks import tell_end
@@ -298,17 +298,10 @@ class Queue:
 
     def _head(self, connection: Connection) -> sa.Select[tuple[str]]:
         """The id of the queued job that is next: the most urgent, then the oldest, whose project may run one more."""
-        query = sa.select(jobs.c.id).where(jobs.c.status == JobStatus.QUEUED)
-        if self._max_running is not None:
-            if connection.dialect.name == "postgresql":
-                # Two claims at once would count the same running jobs.
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(CLAIM_LOCK)))
-            other = jobs.alias()
-            running = sa.select(sa.func.count()).where(
-                other.c.status == JobStatus.RUNNING, other.c.project == jobs.c.project
-            )
-            query = query.where(running.scalar_subquery() < self._max_running)
-        return query.order_by(jobs.c.priority.desc(), jobs.c.id).limit(1)
+        if self._max_running is not None and connection.dialect.name == "postgresql":
+            # Two claims at once would count the same running jobs.
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(CLAIM_LOCK)))
+        return claimable(self._max_running).order_by(jobs.c.priority.desc(), jobs.c.id).limit(1)
 
     def _renewed(self, connection: Connection) -> dict[str, Any]:
         name, now = self._leases(connection)

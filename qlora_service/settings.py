@@ -23,8 +23,8 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(
         Path("data"),
-        description="Everything the service owns: state.db, artifacts/, models/, cache/, checkpoints/, logs/, locks/, "
-        "tmp/. Local disk only.",
+        description="Everything the service owns: state.db, artifacts/, models/, cache/, checkpoints/, "
+        "inference/, logs/, locks/, tmp/. Local disk only.",
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the data directory.")
     artifact_url: str | None = Field(None, description="obstore URL; default: artifacts/ in the data directory.")

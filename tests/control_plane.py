@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
 from qlora_service.data.checks import DatasetReport
 from qlora_service.ids import new_id
-from qlora_service.jobs import JobEvent
-from qlora_service.queue import Queue
+from qlora_service.jobs import TRANSITIONS, HoldReason, Job, JobEvent, JobStatus
+from qlora_service.queue import Claim, Progress, Queue
 from qlora_service.specs import JobSpec
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import Dataset, insert_dataset
-from qlora_service.store.jobs import events_after, insert_job
+from qlora_service.store.jobs import events_after, get_job, insert_job
 from qlora_service.store.tables import LOCAL_PROJECT, metadata
 
 LEASE_S = 30.0
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 REPOSITORY = Path(__file__).parents[1]
+
+DISK_FULL = {"reason": HoldReason.DISK_FULL, "message": "no space left", "needs_bytes": 1000}
+ERROR = {"code": "job_failed", "message": "it died"}
+
+# Every write of a running attempt.
+VERBS: dict[str, Callable[[Queue, Claim], object]] = {
+    "renew": lambda queue, claim: queue.renew(claim),
+    "report": lambda queue, claim: queue.report(claim, Progress(step=7, metrics={"loss": 1}), ("metrics", {"step": 7})),
+    "succeed": lambda queue, claim: queue.succeed(claim, {"attempt": claim.token}),
+    "fail": lambda queue, claim: queue.fail(claim, ERROR),
+    "cancelled": lambda queue, claim: queue.cancelled(claim),
+    "release": lambda queue, claim: queue.release(claim, "the worker was stopped"),
+    "pause": lambda queue, claim: queue.pause(claim, DISK_FULL),
+    "died": lambda queue, claim: queue.died(claim, {"message": "it was killed"}),
+}
+
+Ask = Callable[[Connection, str], Job]
 
 
 class SteppedClock:
@@ -130,3 +149,28 @@ def run_together(script: str, *arguments: str, processes: int) -> list[Any]:
     assert ended.returncode == 0, ended.stderr
     results: list[Any] = json.loads(ended.stdout)
     return results
+
+
+def ask(database: Database, verb: Ask, job_id: str) -> Job:
+    """What a user wants, in a transaction of its own."""
+    with database.write() as connection:
+        return verb(connection, job_id)
+
+
+def claim_next(queue: Queue) -> Claim:
+    claimed = queue.claim("host:1:0")
+    assert claimed is not None
+    return claimed[0]
+
+
+def job_of(database: Database, job_id: str) -> Job:
+    with database.read() as connection:
+        return get_job(connection, job_id)
+
+
+def assert_history_is_legal(database: Database, job_id: str) -> None:
+    history = [JobStatus(status) for status in status_history(database, job_id)]
+    assert history[0] is JobStatus.QUEUED
+    for before, after in itertools.pairwise(history):
+        assert after in TRANSITIONS[before], history
+    assert history[-1] is job_of(database, job_id).status

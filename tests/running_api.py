@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import pytest
 
 from qlora_service.artifacts.manifest import Manifest, ManifestFile
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.cli.serving import pick_port
 from qlora_service.client import Client
+from qlora_service.models.catalog import Catalog
 from qlora_service.queue import Claim, Queue
 from qlora_service.store.database import Database
 
@@ -124,3 +127,22 @@ def succeed(data_dir: Path, queue: Queue, claim: Claim, files: dict[str, bytes])
 def write_rows(path: Path, rows: list[dict[str, str]] = ROWS) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def api(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
+    """With the one base model `tiny`."""
+    data_dir = tmp_path_factory.mktemp("data")
+    Catalog(data_dir / "models").import_model("tiny", tiny_model)
+    with RunningApi(data_dir) as running:
+        yield running
+
+
+@pytest.fixture
+def queue(api: RunningApi) -> Queue:
+    return open_queue(api.data_dir)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl")

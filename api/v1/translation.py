@@ -23,8 +23,8 @@ from qlora_service.errors import (
 from qlora_service.service import Service
 from qlora_service.specs import RECIPES, JobSpec, Training, parse_spec
 
-# The rule that the hosted API's cookbook gives for its own default ("Data preparation and analysis for chat model
-# fine-tuning"): three epochs, with at least 100 and at most 25,000 examples in all, where 1 to 25 epochs allow it.
+# "auto" is three epochs, with at least 100 and at most 25,000 examples in all, where 1 to 25 epochs allow it: a small
+# file is seen often enough, and a large one ends.
 TARGET_EPOCHS, MAX_EPOCHS = 3, 25
 MIN_EXAMPLES, MAX_EXAMPLES = 100, 25_000
 

@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 
 from qlora_service.jobs import JobStatus, StopRequest
 from qlora_service.store.conflicts import insert
-from qlora_service.store.jobs import append_event
+from qlora_service.store.jobs import append_event, claimable
 from qlora_service.store.lease_clock import LeaseClock, lease_clock
 from qlora_service.store.tables import inference, jobs
 
@@ -96,14 +96,7 @@ def forget(connection: Connection, socket: str) -> None:
 
 def job_waits(connection: Connection, max_running: int | None) -> bool:
     """Whether a job could be claimed now; `max_running` is how many of one project may run at a time."""
-    query = sa.select(jobs.c.id).where(jobs.c.status == JobStatus.QUEUED)
-    if max_running is not None:
-        other = jobs.alias()
-        running = sa.select(sa.func.count()).where(
-            other.c.status == JobStatus.RUNNING, other.c.project == jobs.c.project
-        )
-        query = query.where(running.scalar_subquery() < max_running)
-    return connection.execute(query.limit(1)).one_or_none() is not None
+    return connection.execute(claimable(max_running).limit(1)).one_or_none() is not None
 
 
 def job_ahead(connection: Connection) -> Holder | None:

@@ -110,6 +110,16 @@ def mark_withdrawn(connection: Connection, job_id: str, now: datetime) -> None:
     connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(withdrawn_at=now))
 
 
+def claimable(max_running: int | None) -> sa.Select[tuple[str]]:
+    """The ids of queued jobs that may run; `max_running` is how many of one project may at a time."""
+    query = sa.select(jobs.c.id).where(jobs.c.status == JobStatus.QUEUED)
+    if max_running is None:
+        return query
+    other = jobs.alias()
+    running = sa.select(sa.func.count()).where(other.c.status == JobStatus.RUNNING, other.c.project == jobs.c.project)
+    return query.where(running.scalar_subquery() < max_running)
+
+
 def count_ahead(connection: Connection, job: Job) -> int:
     """Queued jobs that will be claimed before `job`."""
     ahead = sa.or_(

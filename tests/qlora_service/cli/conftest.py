@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from qlora_service.cli import main
 from qlora_service.client import Client
-from qlora_service.models.catalog import Catalog
-from qlora_service.queue import Queue
-from tests.running_api import RunningApi, open_queue, write_rows
+from tests.running_api import RunningApi, api, queue, rows
+
+__all__ = ["api", "queue", "rows"]
 
 
 @dataclass(frozen=True)
@@ -25,28 +24,10 @@ class Outcome:
 Run = Callable[..., Outcome]
 
 
-@pytest.fixture(scope="session")
-def api(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
-    data_dir = tmp_path_factory.mktemp("data")
-    Catalog(data_dir / "models").import_model("tiny", tiny_model)
-    with RunningApi(data_dir) as running:
-        yield running
-
-
 @pytest.fixture
 def client(api: RunningApi) -> Iterator[Client]:
     with Client(api.url) as client:
         yield client
-
-
-@pytest.fixture
-def queue(api: RunningApi) -> Queue:
-    return open_queue(api.data_dir)
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl")
 
 
 @pytest.fixture

@@ -97,6 +97,7 @@ def test_end_of_one_program_stops_the_other(serve: Served, dies: str, stays: str
 
 def test_killed_service_leaves_no_process_behind(serve: Served) -> None:
     children = serve.children()
+    assert alive(children.values())
     serve.process.kill()
     serve.process.wait()
     wait_until(lambda: not alive(children.values()))

@@ -8,18 +8,11 @@ from pathlib import Path
 import pytest
 
 from qlora_service.client import Client
-from qlora_service.models.catalog import Catalog
 from qlora_service.queue import Claim, Queue
 from tests.breaking_proxy import BreakingProxy
-from tests.running_api import RunningApi, open_queue, write_rows
+from tests.running_api import RunningApi, api, queue, rows
 
-
-@pytest.fixture(scope="session")
-def api(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
-    data_dir = tmp_path_factory.mktemp("data")
-    Catalog(data_dir / "models").import_model("tiny", tiny_model)
-    with RunningApi(data_dir) as running:
-        yield running
+__all__ = ["api", "queue", "rows"]
 
 
 @pytest.fixture
@@ -32,16 +25,6 @@ def client(api: RunningApi) -> Iterator[Client]:
 def proxy(api: RunningApi) -> Iterator[BreakingProxy]:
     with BreakingProxy(api.port) as proxy:
         yield proxy
-
-
-@pytest.fixture
-def queue(api: RunningApi) -> Queue:
-    return open_queue(api.data_dir)
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl")
 
 
 @pytest.fixture

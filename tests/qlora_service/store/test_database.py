@@ -19,6 +19,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError, St
 
 from qlora_service.store import database as module
 from qlora_service.store.database import Database, is_full, is_outage, persist
+from qlora_service.store.jobs import get_job
 from qlora_service.store.tables import LOCAL_PROJECT, datasets, events, jobs, metadata
 from tests.control_plane import START, add_job, run_together, stored_rows
 from tests.postgres import PostgresServer
@@ -420,6 +421,8 @@ def test_connections_that_the_server_closed_are_replaced_unnoticed(
     job_id = add_job(postgresql)
     postgres.admin("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid != pg_backend_pid()")
     run_sql(postgresql, f"UPDATE jobs SET step = 7 WHERE id = '{job_id}'")
+    with postgresql.read() as connection:
+        assert get_job(connection, job_id).step == 7
 
 
 def test_write_is_persisted_over_a_restart_of_the_server(postgresql: Database, postgres: PostgresServer) -> None:
@@ -469,7 +472,9 @@ def test_url_of_another_database_is_refused() -> None:
 
 def test_postgres_is_a_name_of_postgresql_too(postgres_url: str) -> None:
     database = Database(postgres_url.replace("postgresql:", "postgres:"))
-    add_job(database)
+    job_id = add_job(database)
+    with database.read() as connection:
+        assert get_job(connection, job_id).id == job_id
     database.close()
 
 

@@ -22,7 +22,7 @@ from qlora_service.store.idempotency import (
     reserve,
 )
 from qlora_service.store.tables import idempotency_keys
-from tests.control_plane import START
+from tests.control_plane import START, stored_rows
 
 
 def once(key: str = "k", *, project: str = "local", fingerprint: str = "f") -> Once[int]:
@@ -61,6 +61,7 @@ def test_another_request_under_a_known_key_is_a_conflict(database: Database) -> 
 def test_projects_do_not_share_keys(database: Database) -> None:
     act(database, once())
     act(database, once(project="somebody", fingerprint="g"))
+    assert [row[:2] for row in stored_rows(database)["idempotency_keys"]] == [("local", "k"), ("somebody", "k")]
     with database.read() as connection:
         recall(connection, once(project="nobody"))
 
