@@ -157,8 +157,8 @@ def ask(database: Database, verb: Ask, job_id: str) -> Job:
         return verb(connection, job_id)
 
 
-def claim_next(queue: Queue) -> Claim:
-    claimed = queue.claim("host:1:0")
+def claim_next(queue: Queue, worker: str = "host:1:0") -> Claim:
+    claimed = queue.claim(worker)
     assert claimed is not None
     return claimed[0]
 

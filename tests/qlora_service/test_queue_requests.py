@@ -251,16 +251,10 @@ def test_user_who_pauses_a_job_without_room_keeps_it_paused(queue: Queue, databa
 # --- making room
 
 
-def claim_by(queue: Queue, worker: str) -> Claim:
-    claimed = queue.claim(worker)
-    assert claimed is not None
-    return claimed[0]
-
-
 def test_more_urgent_job_makes_the_least_urgent_running_one_stop(queue: Queue, database: Database) -> None:
     add_job(database, priority=2)
     add_job(database, priority=1)
-    first, second = claim_by(queue, "a"), claim_by(queue, "b")
+    first, second = claim_next(queue, "a"), claim_next(queue, "b")
     assert queue.preempt(["a", "b"]) is None
     add_job(database, priority=1)
     assert queue.preempt(["a", "b"]) is None
@@ -270,26 +264,26 @@ def test_more_urgent_job_makes_the_least_urgent_running_one_stop(queue: Queue, d
     assert queue.preempt(["a", "b"]) is None  # one at a time
     assert (queue.renew(first), queue.renew(second)) == (None, StopRequest.PREEMPT)
     queue.release(second, "made room")
-    assert claim_by(queue, "b").job_id == urgent
+    assert claim_next(queue, "b").job_id == urgent
     job = job_of(database, second.job_id)
     assert (job.status, job.stop_request) == (JobStatus.QUEUED, None)
 
 
 def test_preempted_job_is_next_among_its_equals(queue: Queue, database: Database, clock: SteppedClock) -> None:
     first = add_job(database)
-    claim = claim_by(queue, "a")
+    claim = claim_next(queue, "a")
     add_job(database)
     add_job(database, priority=1)
     queue.preempt(["a"])
     queue.release(claim, "made room")
-    queue.succeed(claim_by(queue, "a"), {})
-    assert claim_by(queue, "a").job_id == first
+    queue.succeed(claim_next(queue, "a"), {})
+    assert claim_next(queue, "a").job_id == first
 
 
 def test_youngest_of_the_least_urgent_jobs_makes_room(queue: Queue, database: Database) -> None:
     ids = sorted(add_job(database) for _ in range(3))
     for worker in "abc":
-        claim_by(queue, worker)
+        claim_next(queue, worker)
     add_job(database, priority=1)
     assert queue.preempt(["a", "b", "c"]) == ids[-1]
 
@@ -297,8 +291,8 @@ def test_youngest_of_the_least_urgent_jobs_makes_room(queue: Queue, database: Da
 def test_while_one_job_stops_no_other_is_asked_to(queue: Queue, database: Database) -> None:
     stopping = add_job(database, priority=1)
     add_job(database)
-    claim_by(queue, "a")
-    less_urgent = claim_by(queue, "b")
+    claim_next(queue, "a")
+    less_urgent = claim_next(queue, "b")
     ask(database, queue.request_cancel, stopping)
     add_job(database, priority=9)
     assert queue.preempt(["a", "b"]) is None
@@ -307,7 +301,7 @@ def test_while_one_job_stops_no_other_is_asked_to(queue: Queue, database: Databa
 
 def test_resuming_a_job_that_makes_room_keeps_nobody_waiting(queue: Queue, database: Database) -> None:
     job_id = add_job(database)
-    claim = claim_by(queue, "a")
+    claim = claim_next(queue, "a")
     add_job(database, priority=1)
     queue.preempt(["a"])
     ask(database, queue.resume, job_id)
@@ -316,7 +310,7 @@ def test_resuming_a_job_that_makes_room_keeps_nobody_waiting(queue: Queue, datab
 
 def test_job_that_is_paused_while_it_makes_room_stays_paused(queue: Queue, database: Database) -> None:
     job_id = add_job(database)
-    claim = claim_by(queue, "a")
+    claim = claim_next(queue, "a")
     add_job(database, priority=1)
     queue.preempt(["a"])
     ask(database, queue.request_pause, job_id)

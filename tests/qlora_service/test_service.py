@@ -31,7 +31,7 @@ from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Once, Replay
 from qlora_service.store.tables import render_reports
 from qlora_service.tuned_models import tuned_model_name
-from tests.control_plane import LEASE_S, SteppedClock, job_events, stored_rows
+from tests.control_plane import LEASE_S, SteppedClock, claim_next, job_events, stored_rows
 from tests.tiny_model import MAX_POSITIONS
 
 ROWS = [{"prompt": f"What is {n} + {n}? ", "completion": f"It is {2 * n}."} for n in range(20)]
@@ -402,12 +402,6 @@ def test_look_at_what_is_not_there_says_so(service: Service, upload: Callable[..
 def running(service: Service, queue: Queue) -> Claim:
     submit(service, dataset={"rows": ROWS})
     return claim_next(queue)
-
-
-def claim_next(queue: Queue) -> Claim:
-    claimed = queue.claim("host:1:0")
-    assert claimed is not None
-    return claimed[0]
 
 
 def test_queue_position_counts_the_jobs_before(service: Service, queue: Queue) -> None:

@@ -16,7 +16,7 @@ from qlora_service.queue import Claim, Progress, Queue
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database
 from tests.api.conftest import Server, chat_rows, spec_of
-from tests.control_plane import add_job
+from tests.control_plane import add_job, claim_next
 from tests.running_api import RunningApi, open_queue
 
 Event = dict[str, Any]
@@ -48,12 +48,6 @@ def stream(url: str, last_event_id: str | None = None) -> Iterator[Iterator[str]
 def following(url: str, job_id: str, last_event_id: str | None = None) -> Iterator[Iterator[Event]]:
     with stream(f"{url}/jobs/{job_id}/events", last_event_id) as lines:
         yield parse(lines)
-
-
-def claim_next(queue: Queue) -> Claim:
-    claimed = queue.claim("worker")
-    assert claimed is not None
-    return claimed[0]
 
 
 def report(queue: Queue, claim: Claim, step: int) -> None:

@@ -26,7 +26,7 @@ from qlora_service.store.webhooks import (
     note_attempt,
     tell_end,
 )
-from tests.control_plane import START, add_job, clock, each_database, queue
+from tests.control_plane import START, add_job, claim_next, clock, each_database, queue
 
 __all__ = ["clock", "each_database", "queue"]
 
@@ -43,12 +43,6 @@ def add_endpoint(database: Database, types: Sequence[str] = ALL, project: str = 
 def told(database: Database, endpoint: Endpoint) -> list[Delivery]:
     with database.read() as connection:
         return list_deliveries(connection, endpoint.id, before=None, limit=100)
-
-
-def claim_next(queue: Queue) -> Claim:
-    claimed = queue.claim("worker")
-    assert claimed is not None
-    return claimed[0]
 
 
 def die_three_times(queue: Queue, claim: Claim) -> None:
