@@ -95,6 +95,10 @@ class Job:
     """Why a paused job waits: `reason`, `message`, and of a full disk `needs_bytes`."""
     plan: dict[str, Any] | None
     """What the first attempt chose for this machine; later attempts take it over."""
+    forecast: dict[str, Any] | None
+    """What was predicted when it was posted: memory, and time where this machine has a history."""
+    measured: dict[str, Any] | None
+    """What its attempts took of memory and time, beside what was predicted for them."""
     step: int
     checkpoint_step: int
     """Steps that a lost attempt would not have to do again."""

@@ -57,6 +57,7 @@ class Progress:
     eta_s: float | None = None
     metrics: dict[str, Any] | None = None
     plan: dict[str, Any] | None = None
+    measured: dict[str, Any] | None = None
     checkpoint_step: int | None = None
     """Steps that are durable; when they become more, the job got further, and earlier deaths no longer count."""
 

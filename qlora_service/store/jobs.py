@@ -239,6 +239,8 @@ def job_from_row(row: Row[Any]) -> Job:
         stop_request=None if row.stop_request is None else StopRequest(row.stop_request),
         hold=row.hold,
         plan=row.plan,
+        forecast=row.forecast,
+        measured=row.measured,
         checkpoint_step=row.checkpoint_step,
         deaths=row.deaths,
         step=row.step,

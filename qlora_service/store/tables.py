@@ -110,6 +110,11 @@ jobs = Table(
     Column("hold", JSON(none_as_null=True)),
     Column("deaths", JSON, nullable=False, server_default="[]"),
     Column("plan", JSON(none_as_null=True)),
+    # What was predicted when it was posted, and what its attempts measured.
+    Column("forecast", JSON(none_as_null=True)),
+    Column("measured", JSON(none_as_null=True)),
+    # How often a younger job was claimed before it, because its base was loaded.
+    Column("overtaken", Integer, nullable=False, server_default="0"),
     Column("checkpoint_step", Integer, nullable=False, server_default="0"),
     Column("phase", String(32)),
     Column("step", Integer, nullable=False, default=0),
@@ -200,6 +205,9 @@ webhook_endpoints = Table(
     Column("url", String(2048), nullable=False),
     Column("event_types", JSON, nullable=False),
     Column("secret", String(128), nullable=False),
+    # Signs too, until then: receivers have a day to change over.
+    Column("old_secret", String(128)),
+    Column("old_secret_until", UtcDateTime),
     Column("created_at", UtcDateTime, nullable=False),
     Column("disabled_at", UtcDateTime),
     Index(None, "project", "id"),
@@ -236,4 +244,16 @@ inference = Table(
     # Whose child it is and where that listens; null while nobody has it loaded.
     Column("worker", String(200)),
     Column("socket", String(4096)),
+)
+
+# Single steps that a plan asked for, to be timed when a slot is free; their results answer later plans.
+probes = Table(
+    "probes",
+    metadata,
+    Column("key", String(64), primary_key=True),
+    Column("request", JSON, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("worker", String(200)),
+    Column("result", JSON(none_as_null=True)),
+    Index(None, "created_at"),
 )

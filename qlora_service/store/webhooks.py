@@ -38,6 +38,9 @@ class Endpoint:
     created_at: datetime
     disabled_at: datetime | None = None
     """When it said that it is gone."""
+    old_secret: str | None = None
+    """Signs too, until `old_secret_until`."""
+    old_secret_until: datetime | None = None
 
 
 @dataclass(frozen=True)
