@@ -52,7 +52,8 @@ def projection_of(module: Any) -> Projection | None:
     if base is None or len(names) != 1 or names[0] not in module.lora_A or module.lora_variant:
         return None
     a, b = module.lora_A[names[0]], module.lora_B[names[0]]
-    if a.bias is not None or b.bias is not None or getattr(module, "fan_in_fan_out", False):
+    is_shared = not isinstance(a.weight, torch.nn.Parameter)  # a head's, which uses its embedding's
+    if is_shared or a.bias is not None or b.bias is not None or getattr(module, "fan_in_fan_out", False):
         return None
     return Projection(base.base, a.weight, b.weight, module.scaling[names[0]])
 
