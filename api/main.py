@@ -17,7 +17,7 @@ from api.openapi import Application
 from api.origins import OriginGuard
 from api.parameters import refuse_nul
 from api.request_log import RequestLog
-from api.routes import artifacts, datasets, docs, events, health, jobs, keys, models, recipes
+from api.routes import accuracy, artifacts, datasets, docs, events, health, jobs, keys, models, plans, recipes
 from api.uploads import Uploads
 from qlora_service.access import Access
 from qlora_service.models.staging import reap_stale, staging_directory
@@ -44,6 +44,7 @@ key, it takes effect once and is answered the same.
 TAGS = [
     {"name": "jobs", "description": "Submit a fine-tuning job, follow it, pause, resume or cancel it."},
     {"name": "artifacts", "description": "What a succeeded job published."},
+    {"name": "plans", "description": "Will it fit, and how would it run?"},
     {"name": "datasets", "description": "Upload rows, see what is wrong with them and how they will be trained."},
     {"name": "models", "description": "The base models that jobs can name."},
     {"name": "recipes", "description": "Named settings that a job can start from."},
@@ -77,7 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestLog)  # the last one added is the outermost
     install_handlers(app)
     app.add_exception_handler(Replay, answer_again)
-    for routes in (jobs, events, artifacts, datasets, models, recipes, keys, v1):
+    for routes in (jobs, events, artifacts, plans, accuracy, datasets, models, recipes, keys, v1):
         app.include_router(routes.router, dependencies=[Depends(authenticated), Depends(refuse_nul)])
     for routes in (health, docs):  # open to everybody
         app.include_router(routes.router)
@@ -98,6 +99,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             lease_s=settings.lease_s,
             max_queued_jobs=settings.max_queued_jobs,
             max_stored_bytes=settings.max_stored_bytes,
+            plan_device=settings.plan_device,
+            plan_cache_dir=settings.plan_cache_dir,
         )
         # With connections of its own: those who may ask are told so also while others wait for the rest.
         access = Access(Database(settings.resolved_database_url))

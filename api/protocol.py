@@ -7,6 +7,7 @@ apart that sends a byte a second to hold a connection, a scratch file or a threa
 from __future__ import annotations
 
 import asyncio
+import re
 import resource
 from enum import Enum
 from typing import Any, ClassVar
@@ -31,7 +32,46 @@ MAX_CONNECTIONS = 4096
 SPARE_FILES = 128
 """File descriptors for everything but connections: the database, uploads, downloads."""
 
+_END_OF_HEAD = re.compile(rb"\n\r?\n")
+_ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)
+
 log = structlog.get_logger("api")
+
+
+class ServerConnection(h11.Connection):
+    """HTTP/1.1 as h11 reads it, but no head above `max_head_bytes`, and targets as applications expect them.
+
+    h11 by itself bounds only a head that has yet to end, and leaves it to its callers what a target is.
+    """
+
+    def __init__(self, max_head_bytes: int) -> None:
+        super().__init__(h11.SERVER, max_head_bytes)
+        self._max_head_bytes = max_head_bytes
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """Raises: h11.RemoteProtocolError."""
+        if self.their_state is h11.IDLE:
+            received, _ = self.trailing_data
+            end = _END_OF_HEAD.search(received)
+            if end is not None and end.end() > self._max_head_bytes:
+                raise h11.RemoteProtocolError("the head is too large")
+        event = super().next_event()
+        return _in_origin_form(event) if isinstance(event, h11.Request) else event
+
+
+def _in_origin_form(request: h11.Request) -> h11.Request:
+    """The request; the host of a target such as http://host/path stands in its Host header, as RFC 9112, 3.2.2 says."""
+    absolute = _ABSOLUTE.fullmatch(request.target)
+    if absolute is None:
+        return request
+    authority, path = absolute.groups()
+    headers = [(name, value) for name, value in request.headers if name != b"host"]
+    return h11.Request(
+        method=request.method,
+        target=path if path.startswith(b"/") else b"/" + path,
+        headers=[(b"host", authority), *headers],
+        http_version=request.http_version,
+    )
 
 
 class Awaited(Enum):
@@ -58,6 +98,7 @@ class ReceiptProtocol(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.conn = ServerConnection(MAX_HEAD_BYTES)
         self._awaited: Awaited | None = None
         self._due = 0.0
         self._alarm: asyncio.TimerHandle | None = None

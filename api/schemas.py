@@ -231,14 +231,30 @@ class Job(BaseModel):
     base_model: str
     dataset_id: str
     metrics: dict[str, Any] = Field(description="The latest, by name.", examples=[{"step": 7, "loss": 1.25}])
+    forecast: dict[str, Any] | None = Field(description="What was predicted when it was posted: memory and time.")
+    measured: dict[str, Any] | None = Field(
+        description="What its attempts took, as far as they got: `actual` beside `predicted` (bytes and seconds), "
+        "seconds by phase, tokens per second, and each ETA that was promised against what came."
+    )
     error: dict[str, Any] | None = Field(description="Of a failed job: an error as in `Error`.")
     result: dict[str, Any] | None = Field(description="Of a succeeded job: held-out losses, certificate.")
-    spec: JobSpec
+    spec: JobSpec | None = Field(
+        description="As it was asked for, with its defaults. Null when another version stored it, in a form that this "
+        "one cannot read; `unreadable` says so."
+    )
+    unreadable: str | None = Field(description="Why there is no `spec`, and what to do.")
     metadata: dict[str, str]
 
     @classmethod
     def of(cls, job: DomainJob, queue_position: int | None) -> Job:
         return cls.model_validate(job_fields(job, queue_position))
+
+
+class Metrics(BaseModel):
+    """Records by step. `next` is the `after` of the next page; null on the last."""
+
+    data: list[dict[str, Any]] = Field(examples=[[{"step": 7, "loss": 1.25}]])
+    next: int | None
 
 
 class SubmittedJob(Job):
@@ -257,15 +273,48 @@ def job_fields(job: DomainJob, queue_position: int | None) -> dict[str, Any]:
     )
     shared = (
         "id", "status", "phase", "created_at", "started_at", "finished_at", "attempt", "stop_request", "hold",
-        "checkpoint_step", "dataset_id", "metrics", "error", "result", "spec",
+        "checkpoint_step", "dataset_id", "metrics", "forecast", "measured", "error", "result", "unreadable",
     )  # fmt: skip
     return {name: getattr(job, name) for name in shared} | {
         "name": job.spec.name,
         "base_model": job.spec.base_model,
         "metadata": job.spec.metadata,
+        "spec": None if job.unreadable else job.spec,
         "progress": progress,
         "queue_position": queue_position,
     }
+
+
+# --- plans
+
+
+class Distribution(BaseModel):
+    """Of actual over predicted: 1 is as predicted, 1.1 a tenth more than that."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    jobs: int = Field(description="That have both.")
+    min: float
+    p10: float
+    p50: float
+    p90: float
+    max: float
+
+
+class DeviceAccuracy(BaseModel):
+    """How near predictions came to what the newest jobs on a device took. Null where no job has both."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    device: str = Field(examples=["NVIDIA GeForce RTX 3090"])
+    jobs: int
+    allocated: Distribution | None = Field(
+        description="Peak bytes of tensors: on CUDA over the whole job, on a CPU of its largest step."
+    )
+    reserved: Distribution | None = Field(description="Peak bytes held by torch's allocator, on CUDA.")
+    time: Distribution | None = Field(description="Seconds, over those forecast when the job was posted.")
+    eta: Distribution | None = Field(description="Seconds from the first step on, over those promised then.")
+    margin: float = Field(description="What plans for the device multiply predicted bytes with: learned, 1 at least.")
 
 
 # --- artifacts

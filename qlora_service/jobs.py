@@ -116,6 +116,9 @@ class Job:
     """Of a succeeded job: the attempt that published, losses, certificate."""
     withdrawn_at: datetime | None
     """When its adapter was deleted."""
+    unreadable: str | None = None
+    """Why the stored spec cannot be read; then `spec` holds base model, name, metadata and priority, and no more of
+    what was asked for."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from sqlalchemy.engine import Connection, Row
 
 from qlora_service.errors import ClaimLost, Conflict, JobFailed
 from qlora_service.jobs import FailureReason, HoldReason, Job, JobStatus, StopRequest
+from qlora_service.models.needed_base import NeededBase
+from qlora_service.overtaking import count_overtaken, find_overtaker
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import append_event, claimable, get_job, job_from_row
 from qlora_service.store.lease_clock import LeaseClock, lease_clock
@@ -83,14 +85,19 @@ class Queue:
 
     # --- by workers
 
-    def claim(self, worker: str) -> tuple[Claim, Job] | None:
-        """The most urgent queued job, now running under a new token; None when nothing is queued."""
+    def claim(self, worker: str, warm: NeededBase | None = None) -> tuple[Claim, Job] | None:
+        """The most urgent queued job, now running under a new token; None when nothing is queued.
+
+        Among equally urgent ones the oldest, or, where the worker has the base `warm` loaded, the oldest that runs on
+        it; but no job is overtaken more than `MAX_OVERTAKEN` times.
+        """
         now = self._clock()
         with self._database.write() as connection:
             head = self._head(connection).with_for_update(skip_locked=True).scalar_subquery()
+            overtaker = None if warm is None else self._overtaker(connection, warm)
             statement = (
                 sa.update(jobs)
-                .where(jobs.c.id == head, jobs.c.status == JobStatus.QUEUED)
+                .where(jobs.c.id == (overtaker or head), jobs.c.status == JobStatus.QUEUED)
                 .values(
                     status=JobStatus.RUNNING,
                     attempt=jobs.c.attempt + 1,
@@ -299,10 +306,22 @@ class Queue:
 
     def _head(self, connection: Connection) -> sa.Select[tuple[str]]:
         """The id of the queued job that is next: the most urgent, then the oldest, whose project may run one more."""
-        if self._max_running is not None and connection.dialect.name == "postgresql":
-            # Two claims at once would count the same running jobs.
+        if connection.dialect.name == "postgresql":
+            # Two claims at once would count the same running jobs, and the same jobs as overtaken.
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(CLAIM_LOCK)))
         return claimable(self._max_running).order_by(jobs.c.priority.desc(), jobs.c.id).limit(1)
+
+    def _overtaker(self, connection: Connection, warm: NeededBase) -> str | None:
+        """The id of the job that is claimed for the loaded base, locked, with all that it overtakes counted."""
+        job_id = find_overtaker(connection, self._max_running, warm)
+        if job_id is None:
+            return None
+        query = sa.select(jobs.c.priority).where(jobs.c.id == job_id, jobs.c.status == JobStatus.QUEUED)
+        row = connection.execute(query.with_for_update(skip_locked=True)).one_or_none()
+        if row is None:  # its owner changes it just now
+            return None
+        count_overtaken(connection, self._max_running, job_id, row.priority)
+        return job_id
 
     def _renewed(self, connection: Connection) -> dict[str, Any]:
         name, now = self._leases(connection)

@@ -20,13 +20,16 @@ from qlora_service.artifacts.manifest import NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest, ManifestFile
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.data.examples import Container
-from qlora_service.data.rendering import RenderRules
-from qlora_service.dataset_actions import DatasetActions
+from qlora_service.data.rendering import RenderReport, RenderRules
 from qlora_service.errors import Conflict, InvalidSpec, NotFound, QuotaExceeded, Unavailable
 from qlora_service.ids import new_id
 from qlora_service.jobs import Job, JobEvent, JobStatus
 from qlora_service.metrics import METRICS, standing_metrics
 from qlora_service.models.catalog import BaseModel, Catalog
+from qlora_service.plan_actions import PlanActions
+from qlora_service.planning.duration import Work
+from qlora_service.planning.plan import Plan
+from qlora_service.planning.planner import AUTO, Planner
 from qlora_service.queue import Queue, utc_now
 from qlora_service.specs import DatasetRef, JobSpec
 from qlora_service.store import datasets as dataset_rows
@@ -34,6 +37,7 @@ from qlora_service.store import jobs as job_rows
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import Dataset
 from qlora_service.store.idempotency import Once
+from qlora_service.store.queue_times import seconds_to_end
 from qlora_service.store.tables import LOCAL_PROJECT
 from qlora_service.submission import (
     check_fit,
@@ -66,7 +70,7 @@ class Artifact:
     key: str
 
 
-class Service(DatasetActions):
+class Service(PlanActions):
     """All actions of one project over one data directory's state; safe to share between threads.
 
     What belongs to another project is not there: it is NotFound, and in no list.
@@ -83,6 +87,7 @@ class Service(DatasetActions):
         catalog: Catalog,
         queue: Queue,
         tmp_dir: Path,
+        planner: Planner | None = None,
         clock: Callable[[], datetime] = utc_now,
         max_queued_jobs: int | None = None,
         max_stored_bytes: int | None = None,
@@ -99,6 +104,7 @@ class Service(DatasetActions):
             project=project,
         )
         self._queue = queue
+        self._planner = planner or Planner()
         self._max_queued_jobs = max_queued_jobs
 
     @property
@@ -141,11 +147,13 @@ class Service(DatasetActions):
         upload: Path | None = None,
         filename: str | None = None,
         *,
+        force: bool = False,
         once: Once[Submission] | None = None,
     ) -> Submission:
         """A queued job on a stored dataset, on the spec's inline rows, or on the file at `upload`.
 
-        What can be known to fail is refused here, and then nothing is stored.
+        What can be known to fail is refused here, and then nothing is stored. With `force`, a job that should not fit
+        the device is queued with a warning.
 
         Raises:
             InvalidSpec, InvalidModel, InvalidDataset, NotFound: with the place and what to do.
@@ -160,7 +168,9 @@ class Service(DatasetActions):
             check_objective(spec, dataset.report.shape)
             report = self._render_report(dataset, path, model, RenderRules.of(spec.training), keep=not is_new)
             check_trainable(report, spec, model)
-            self._check_validation(spec, dataset, model, scratch)
+            judged = self._check_validation(spec, dataset, model, scratch)
+            work = Work.of(spec, report, dataset_rows=dataset.report.usable_rows, validation=judged)
+            forecast = self._forecast(spec, model, report, work, force=force)
             if is_new:
                 self._check_room_for(dataset)
                 self._store_bytes(dataset, path)
@@ -173,8 +183,9 @@ class Service(DatasetActions):
                     stored = self._named(connection, dataset.id, "/dataset/id", lock=True)
                 if spec.validation.dataset_id is not None:
                     self._named(connection, spec.validation.dataset_id, VALIDATION_PLACE, lock=True)
-                job = self._insert_job(connection, spec, stored, model)
-                return Submission(job, job_rows.count_ahead(connection, job), submission_warnings(report, stored, spec))
+                job = self._insert_job(connection, spec, stored, model, forecast)
+                warnings = submission_warnings(report, stored, spec, forecast)
+                return Submission(job, job_rows.count_ahead(connection, job), warnings)
 
             return self._write(once, insert)
 
@@ -197,6 +208,14 @@ class Service(DatasetActions):
             return {}
         with self._database.read() as connection:
             return job_rows.places_in_queue(connection, queued)
+
+    def seconds_to_end(self, jobs: Iterable[Job]) -> dict[str, float]:
+        """Until each of the queued ones among the jobs ends, by id; where somebody ahead has no forecast, nothing."""
+        queued = {job.id for job in jobs if job.status is JobStatus.QUEUED}
+        if not queued:
+            return {}
+        with self._database.read() as connection:
+            return seconds_to_end(connection, queued)
 
     def list_jobs(
         self,
@@ -341,11 +360,22 @@ class Service(DatasetActions):
                     return job
         raise NotFound(f"there is no model {name[:100]!r}; GET /v1/models lists them", location="model")
 
-    def _insert_job(self, connection: Connection, spec: JobSpec, dataset: Dataset, model: BaseModel) -> Job:
+    def _insert_job(
+        self, connection: Connection, spec: JobSpec, dataset: Dataset, model: BaseModel, forecast: Plan | None
+    ) -> Job:
         """The queued job. Raises: QuotaExceeded."""
         job_id = new_id("job")
         stored = spec.model_copy(update={"dataset": DatasetRef(id=dataset.id)})
-        job_rows.insert_job(connection, job_id, self._project, stored, dataset.id, model.weights_sha256, self._clock())
+        job_rows.insert_job(
+            connection,
+            job_id,
+            self._project,
+            stored,
+            dataset.id,
+            model.weights_sha256,
+            self._clock(),
+            forecast=None if forecast is None else forecast.as_dict(),
+        )
         job = job_rows.get_job(connection, job_id)
         if (
             self._max_queued_jobs is not None
@@ -409,11 +439,17 @@ class Service(DatasetActions):
             error.location = place
             raise
 
-    def _check_validation(self, spec: JobSpec, dataset: Dataset, model: BaseModel, scratch: Path) -> None:
-        """Raises: NotFound, InvalidSpec, InvalidDataset, when the dataset to judge with cannot be used."""
+    def _check_validation(
+        self, spec: JobSpec, dataset: Dataset, model: BaseModel, scratch: Path
+    ) -> RenderReport | None:
+        """What rendering the dataset to judge with gives; None without one.
+
+        Raises:
+            NotFound, InvalidSpec, InvalidDataset: it cannot be used.
+        """
         wanted = spec.validation.dataset_id
         if wanted is None:
-            return
+            return None
         with self._database.read() as connection:
             judged = self._named(connection, wanted, VALIDATION_PLACE)
         if judged.sha256 == dataset.sha256:
@@ -426,6 +462,7 @@ class Service(DatasetActions):
         rules = RenderRules.of(spec.training)
         report = self._render_report(judged, self._local(judged, scratch), model, rules, keep=True)
         check_rows(report, spec, model, VALIDATION_PLACE)
+        return report
 
 
 def open_service(
@@ -437,8 +474,14 @@ def open_service(
     lease_s: float,
     max_queued_jobs: int | None = None,
     max_stored_bytes: int | None = None,
+    plan_device: str = AUTO,
+    plan_cache_dir: Path | None = None,
 ) -> Service:
-    """The service over its stores, with the database's schema brought up to date."""
+    """The service over its stores, with the database's schema brought up to date.
+
+    Raises:
+        InvalidRequest: there is no such `plan_device`.
+    """
     database = Database(database_url)
     database.migrate()
     return Service(
@@ -446,6 +489,7 @@ def open_service(
         artifacts=ArtifactStore(artifact_url),
         catalog=Catalog(models_dir),
         queue=Queue(database, lease_s=lease_s),
+        planner=Planner(plan_device, plan_cache_dir),
         tmp_dir=tmp_dir,
         max_queued_jobs=max_queued_jobs,
         max_stored_bytes=max_stored_bytes,

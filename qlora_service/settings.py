@@ -66,6 +66,12 @@ class Settings(BaseSettings):
     max_requests_per_minute: int | None = Field(
         None, ge=1, description="Most requests of one key in a minute, which may come all at once; default: no limit."
     )
+    plan_device: str = Field(
+        "auto",
+        description="What jobs are planned for. auto: the smallest GPU that this process sees, else its CPU if torch "
+        "is installed here; a card's name or size, such as RTX 3090 or 24GB, where the workers are elsewhere; unknown: "
+        "no job is refused for its memory.",
+    )
     slots: int | None = Field(None, ge=1, description="Most trainers at a time; default: one per GPU, one on a CPU.")
     lease_s: float = Field(30.0, gt=1.0, description="A claim not renewed for this long is lost.")
     heartbeat_s: float = Field(2.0, gt=0.0, description="How often a trainer renews its claim.")
@@ -80,6 +86,12 @@ class Settings(BaseSettings):
         gt=0.0,
         description="A trainer without a sign of progress for this long, and for 20 times what one took so far, is "
         "ended with its stacks in its log.",
+    )
+    warm_s: float = Field(
+        300.0,
+        ge=0.0,
+        description="How long a base model stays loaded after a job, for the next one on it; 0: every job loads its "
+        "own, in a new process.",
     )
     max_running_jobs: int | None = Field(None, ge=1, description="Most jobs of one project that run at a time.")
     max_deaths: int = Field(
@@ -141,6 +153,11 @@ class Settings(BaseSettings):
     def cache_dir(self) -> Path:
         """Quantized base models: all of it may be deleted at any time."""
         return self.resolved_data_dir / "cache" / "quantized"
+
+    @property
+    def plan_cache_dir(self) -> Path:
+        """Simulations of jobs' memory: all of it may be deleted at any time."""
+        return self.resolved_data_dir / "cache" / "plans"
 
     @property
     def checkpoint_dir(self) -> Path:

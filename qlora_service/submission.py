@@ -8,6 +8,7 @@ from qlora_service.data.shapes import objective_misfit
 from qlora_service.errors import Finding, InvalidDataset, InvalidSpec
 from qlora_service.models.catalog import BaseModel
 from qlora_service.models.compatibility import Modules, misfits, positions_taken
+from qlora_service.planning.plan import Plan
 from qlora_service.specs import JobSpec, Training
 from qlora_service.store.datasets import Dataset
 
@@ -84,7 +85,9 @@ def check_rows(report: RenderReport, spec: JobSpec, model: BaseModel, place: str
         )
 
 
-def submission_warnings(report: RenderReport, dataset: Dataset, spec: JobSpec) -> tuple[str, ...]:
+def submission_warnings(
+    report: RenderReport, dataset: Dataset, spec: JobSpec, forecast: Plan | None = None
+) -> tuple[str, ...]:
     """What the submitter of a job that will run should know; `dataset` is the stored one."""
     warnings = []
     bad = dataset.report.finding_count
@@ -98,4 +101,6 @@ def submission_warnings(report: RenderReport, dataset: Dataset, spec: JobSpec) -
         warnings.append(f"{report.cut_rows} rows are truncated to {spec.training.max_seq_len_tokens} tokens")
     if not report.complete:
         warnings.append(f"only the first {report.rows} rows were checked; the trainer checks the rest")
+    if forecast is not None and forecast.verdict != "fits":
+        warnings.append(f"it is not expected to fit: {forecast.reason}")
     return tuple(warnings)

@@ -18,7 +18,6 @@ from qlora_service.queue import Claim
 from qlora_service.service import Service, open_service
 from qlora_service.settings import Settings
 from qlora_service.specs import parse_spec
-from workers.supervisor import claim_of_trainer
 
 ROOT = Path(__file__).parent.parent
 ROWS = [{"instruction": f"Say {index}", "output": f"The number is {index}."} for index in range(40)]
@@ -98,14 +97,34 @@ def job_spec(**training: Any) -> dict[str, Any]:
     }
 
 
-def trainers_of(worker: int) -> dict[int, Claim]:
-    """The trainer processes that the worker with this pid has, and what each of them claims to own."""
-    found = {}
+def trainers() -> dict[int, Claim | None]:
+    """The trainer processes of this machine, and what each of them works on: its log is called so. None: on nothing."""
+    found: dict[int, Claim | None] = {}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (claim := claim_of_trainer(int(entry.name))) is not None:
-            with suppress(OSError):
-                if parent_of(int(entry.name)) == worker:
-                    found[int(entry.name)] = claim
+        with suppress(OSError):
+            if entry.name.isdigit() and b"workers.trainer" in (entry / "cmdline").read_bytes().split(b"\0"):
+                job_id, _, token = (entry / "fd" / "1").readlink().stem.rpartition("-")
+                found[int(entry.name)] = Claim(job_id, int(token)) if token.isdigit() else None
+    return found
+
+
+def trainers_of(worker: int) -> dict[int, Claim]:
+    """The trainer processes that the worker with this pid has working, and what each of them claims to own."""
+    found = {}
+    for pid, claim in trainers().items():
+        with suppress(OSError):
+            if claim is not None and parent_of(pid) == worker:
+                found[pid] = claim
+    return found
+
+
+def waiting_trainers_of(worker: int) -> list[int]:
+    """The trainer processes of the worker that wait with their base for the next claim."""
+    found = []
+    for pid, claim in trainers().items():
+        with suppress(OSError):
+            if claim is None and parent_of(pid) == worker:
+                found.append(pid)
     return found
 
 
@@ -122,17 +141,8 @@ def processes_on(data_dir: Path) -> dict[int, str]:
 
 
 def trainer_pids(job_id: str) -> list[int]:
-    """Trainer processes of a job on this machine."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                arguments = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"workers.trainer" in arguments and job_id.encode() in arguments:
-                found.append(int(entry.name))
-    return found
+    """Trainer processes on this machine that work on a job."""
+    return [pid for pid, claim in trainers().items() if claim is not None and claim.job_id == job_id]
 
 
 def parent_of(pid: int) -> int:

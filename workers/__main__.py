@@ -7,10 +7,10 @@ import signal
 
 from qlora_service.artifacts.store import ArtifactStore
 from qlora_service.logs import configure_logging
+from qlora_service.planning.hardware import gpus
 from qlora_service.queue import Queue
 from qlora_service.settings import read_settings
 from qlora_service.store.database import Database
-from workers.gpu import gpu_uuids
 from workers.housekeeping import Housekeeping
 from workers.inference_turns import ChatRules
 from workers.supervisor import Slot, Supervisor
@@ -34,7 +34,7 @@ def main() -> None:
     supervisor = Supervisor(
         database=database,
         queue=queue,
-        slots=make_slots(settings.slots, gpu_uuids(os.environ.get("CUDA_VISIBLE_DEVICES"))),
+        slots=make_slots(settings.slots, [gpu.uuid for gpu in gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))]),
         housekeeping=Housekeeping(
             database=database,
             queue=queue,
@@ -54,6 +54,7 @@ def main() -> None:
         log_dir=settings.resolved_data_dir / "logs",
         cancel_grace_s=settings.cancel_grace_s,
         lease_s=settings.lease_s,
+        warm_s=settings.warm_s,
     )
     signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())
     signal.signal(signal.SIGINT, lambda *_: supervisor.stop())

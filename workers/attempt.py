@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,36 +23,37 @@ from qlora_service.errors import Finding, JobFailed
 from qlora_service.jobs import FailureReason, Job
 from qlora_service.metrics import metrics_csv
 from qlora_service.models.adapters import attach, detach, load_adapter
-from qlora_service.models.cached_base import load_cached_base
 from qlora_service.models.catalog import BaseModel
-from qlora_service.models.nf4 import base_fingerprint
+from qlora_service.models.needed_base import may_change_base
 from qlora_service.models.quantized_cache import QuantizedCache
+from qlora_service.planning.duration import JUDGED_TRAINING_ROWS, Kind, Work, evaluation_interval, later_phases
+from qlora_service.planning.job_times import readable
 from qlora_service.specs import JobSpec, Training
 from qlora_service.store.datasets import Dataset
-from qlora_service.training.attention import Isolation, isolate_documents
+from qlora_service.training.attention import Isolation
 from qlora_service.training.checkpoint_space import Ballast
 from qlora_service.training.checkpoints import KEPT, Checkpoints, expected_bytes
-from qlora_service.training.device import choose_device, has_bf16, release_memory
+from qlora_service.training.device import choose_device, device_name, forget_peaks, has_bf16
 from qlora_service.training.generation import evaluate_generation, question_ids
-from qlora_service.training.loop import LossNotFinite, Outcome, checking, train
+from qlora_service.training.loop import AroundStep, LossNotFinite, Outcome, checking, train
 from qlora_service.training.micro_batch import TrainingExample
 from qlora_service.training.network import Network, Ways
 from qlora_service.training.objectives import Evaluation, evaluate, make_objective
+from qlora_service.training.optimizer import leaves_paged_memory
 from qlora_service.training.row_losses import RowLosses
 from qlora_service.training.rows import RenderedRows, store_rendered
 from workers.checkpointing import Checkpointing, Reporter
 from workers.environment import change_note, describe_environment, environment_changes, take_over
 from workers.publishing import fetch_published, publish, write_adapter
+from workers.settings_choice import starting_settings
+from workers.step_memory import TrackedStep, largest_step, peak_memory, predicted_memory
+from workers.warm_base import BaseHolder, BaseRequest
 
 Rendered = TypeVar("Rendered")
-EVALUATIONS = 10
-"""Held-out evaluations over a job, where the spec names no interval."""
 CERTIFICATE_TOLERANCE = 1e-4
 """Nats. The same code on the same device gives the same loss; this leaves room for non-deterministic kernels."""
 DATABASE_ROOM = 16 * 2**20
 """Bytes"""
-TRAINING_ROWS_JUDGED = 32
-"""Rows the loss is measured on when none are held out."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ class AttemptInputs:
     """Where the held-out rows are, if not in the dataset itself"""
     cache: QuantizedCache | None = None
     """Where quantized bases are kept for the next job; None for nowhere"""
+    plan_cache: Path | None = None
+    """Where simulated memory is kept"""
+    history: Sequence[dict[str, Any]] = ()
+    """What jobs on the same base measured"""
 
 
 @dataclass(frozen=True)
@@ -84,13 +90,14 @@ class PreparedRows:
     validation: RenderedRows | None
     """Rows of a dataset of their own, of which `split` says which are held out"""
     report: RenderReport
+    validation_report: RenderReport | None
     training: Training
     chat_template: str
 
     @cached_property
     def judged(self) -> list[TrainingExample]:
         """The held-out rows; without any, the first training rows."""
-        positions = self.split.held_out or self.split.train[:TRAINING_ROWS_JUDGED]
+        positions = self.split.held_out or self.split.train[:JUDGED_TRAINING_ROWS]
         rows = self.rows if self.validation is None else self.validation
         return [rows[position] for position in positions]
 
@@ -99,21 +106,34 @@ class PreparedRows:
         training = self.training
         return total_steps(len(self.split.train), training.batch_size, training.epochs, training.max_steps)
 
-    def examples_of_step(self, step: int) -> list[TrainingExample]:
-        """The examples of step `step` (from 0)."""
+    def rows_of_step(self, step: int) -> list[int]:
+        """Where the examples of step `step` (from 0) are among the rows."""
         train, training = self.split.train, self.training
         size, seed = training.batch_size, training.seed
-        return [
-            self.rows[train[i]] for i in step_rows(step, len(train), size, training.epochs, training.max_steps, seed)
-        ]
+        return [train[i] for i in step_rows(step, len(train), size, training.epochs, training.max_steps, seed)]
+
+    def examples_of_step(self, step: int) -> list[TrainingExample]:
+        """The examples of step `step` (from 0)."""
+        return [self.rows[row] for row in self.rows_of_step(step)]
+
+    @property
+    def longest_tokens(self) -> int:
+        """Of the rows as they are trained on; of a pair, the longer side."""
+        return min(self.report.longest_tokens, self.training.max_seq_len_tokens)
 
 
 def run_attempt(
-    inputs: AttemptInputs, reporter: Reporter, check: Callable[[], None], ballast: Ballast, metrics_file: Path
+    inputs: AttemptInputs,
+    reporter: Reporter,
+    check: Callable[[], None],
+    ballast: Ballast,
+    metrics_file: Path,
+    bases: BaseHolder,
 ) -> dict[str, Any]:
     """Train, publish and certify; the job's result. Goes on from the job's last whole checkpoint, if it has one.
 
-    `check()` is asked often, and raises what ends the attempt; `ballast` holds disk space that nothing else may take.
+    `check()` is asked often, and raises what ends the attempt; `ballast` holds disk space that nothing else may take;
+    `bases` has the base that an earlier job left loaded, and may have an adapter on it afterwards.
 
     Raises:
         Interrupted: what was completed is in a checkpoint.
@@ -132,19 +152,29 @@ def run_attempt(
 
     reporter.enter_phase("loading", prepared.total_steps)
     device = choose_device(inputs.needs_gpu)
+    forget_peaks(device)
     environment = describe_environment(device)
     plan = take_over(inputs.job.plan, environment)
     dtype = compute_dtype(plan.get("compute_dtype", quantization.compute_dtype), device)
-    base, base_source = load_cached_base(inputs.cache, inputs.base, quantization, dtype, device)
-    isolation = isolate_documents(base)
-    fingerprint = base_fingerprint(base)
+    wanted = BaseRequest(inputs.base, quantization, dtype, device, inputs.cache)
+    warm, base_source = bases.get(wanted)
+    isolation = warm.isolation
     plan |= {
         **environment,
         "compute_dtype": str(dtype).removeprefix("torch."),
         "total_steps": prepared.total_steps,
-        "base_fingerprint": fingerprint,
+        "base_fingerprint": warm.fingerprint,
     }
-    network = make_network(base, inputs.job.spec, isolation, prepared, plan)
+    adapter = inputs.job.spec.adapter.model_dump_json()
+    if adapter in warm.ways:
+        # Found on this base with such an adapter; of an attempt before, the plan has them too.
+        plan = asdict(warm.ways[adapter]) | plan
+    network = make_network(warm.model, inputs.job.spec, isolation, prepared, plan)
+    warm.ways.setdefault(adapter, network.ways)
+    if may_change_base(inputs.job.spec.adapter):
+        bases.retire("the job's adapter may change its base")
+    if leaves_paged_memory(network.model, inputs.job.spec.training, device):
+        bases.retire("the job's optimizer pages")
     manifest, outcome, scores = _train_and_publish(
         inputs, prepared, network, plan, base_source, environment, reporter, check, ballast, metrics_file
     )
@@ -153,19 +183,19 @@ def run_attempt(
     published = inputs.scratch / "published"
     fetch_published(manifest, inputs.artifacts, published)
     ways = network.ways
-    reused = base_fingerprint(base) == fingerprint
+    reused = warm.restore()
     if not reused:
-        # These are the only references: the changed base goes before the new one comes.
-        del base, network
-        release_memory(device)
-        base, _ = load_cached_base(inputs.cache, inputs.base, quantization, dtype, device)
-        isolate_documents(base)
-    reloaded = Network(load_adapter(base, published), isolation, ways=ways)
+        # These are the only other references: the changed base goes before the new one comes.
+        del warm, network
+        warm = bases.replace_changed(wanted)
+    reloaded = Network(load_adapter(warm.model, published), isolation, ways=ways)
     with checking(reloaded, check):
         measured = evaluate(reloaded, make_objective(inputs.job.spec.objective), prepared.judged)
     certificate = certify(measured.loss, outcome.after.loss) | {"base_reused": reused}
+    reporter.note(memory=peak_memory(device))
     return {
         "attempt": inputs.token,
+        "measured": reporter.finish(),
         "base": base_source,
         "published_bytes": manifest.total_bytes,
         "held_out": {"before": asdict(outcome.before), "after": asdict(outcome.after)},
@@ -227,6 +257,9 @@ def _train_and_publish(
         plan=plan,
     )
     row_losses = RowLosses()
+    evaluate_every = spec.evaluation.every_steps or evaluation_interval(steps)
+    _tell_what_is_expected(inputs, prepared, network, plan, reporter, evaluate_every)
+    around_step = _around_step(prepared, network, plan, reporter, range(start.step if start else 0, steps))
     reporter.enter_phase("training", steps)
     failure: LossNotFinite | None = None
     try:
@@ -236,12 +269,13 @@ def _train_and_publish(
             prepared.examples_of_step,
             prepared.judged,
             total_steps=steps,
-            evaluate_every=spec.evaluation.every_steps or max(1, steps // EVALUATIONS),
+            evaluate_every=evaluate_every,
             training=training,
             observer=reporter,
             row_losses=row_losses,
             start=start,
             control=control,
+            around_step=around_step,
         )
     except LossNotFinite as error:
         if error.outcome is None:
@@ -299,6 +333,48 @@ def _train_and_publish(
     return manifest, outcome, scores
 
 
+def _tell_what_is_expected(
+    inputs: AttemptInputs,
+    prepared: PreparedRows,
+    network: Network,
+    plan: dict[str, Any],
+    reporter: Reporter,
+    evaluate_every: int,
+) -> None:
+    """What the job is to take with the settings that its plan has come to, for what it takes to be held against."""
+    spec, device = inputs.job.spec, device_name(network.device)
+    work = Work.of(
+        spec, prepared.report, dataset_rows=inputs.dataset.report.usable_rows, validation=prepared.validation_report
+    )
+    kind = Kind.of(
+        spec,
+        work,
+        micro_batch_tokens=plan["micro_batch_tokens"],
+        checkpointing=plan["gradient_checkpointing"],
+    )
+    predicted = predicted_memory(
+        inputs.base.path,
+        spec,
+        plan,
+        longest_tokens=prepared.longest_tokens,
+        cuda=network.device.type == "cuda",
+        cache_dir=inputs.plan_cache,
+    )
+    reporter.note(device=device, kind=asdict(kind), work=asdict(work), predicted=predicted)
+    later = later_phases(work, readable(inputs.history, device))
+    reporter.expect(prepared.total_steps, evaluate_every, later)
+
+
+def _around_step(
+    prepared: PreparedRows, network: Network, plan: dict[str, Any], reporter: Reporter, steps: range
+) -> AroundStep:
+    """On a CPU, what tracks the bytes of the largest of the steps; CUDA's allocator counts by itself."""
+    if network.device.type == "cuda" or not steps:
+        return lambda *_: nullcontext()
+    largest = largest_step(prepared.rows.tokens(), prepared.rows_of_step, plan["micro_batch_tokens"], steps)
+    return TrackedStep(network, largest, lambda memory: reporter.note(memory=memory))
+
+
 def make_network(
     base: PreTrainedModel, spec: JobSpec, isolation: Isolation, prepared: PreparedRows, plan: dict[str, Any]
 ) -> Network:
@@ -314,13 +390,11 @@ def make_network(
         ways=Ways(**known) if known else None,
         neftune_noise_alpha=training.neftune_noise_alpha,
     )
-    tokens = plan.setdefault("micro_batch_tokens", training.micro_batch_tokens)
-    # A row longer than a micro-batch is one of its own; of a pair, both sides are.
-    longest = min(prepared.report.longest_tokens, training.max_seq_len_tokens)
-    if spec.objective.type in {"dpo", "orpo"}:
-        longest *= 2
-    wanted = plan.get("gradient_checkpointing", training.gradient_checkpointing)
-    if wanted is True or (wanted == "auto" and not network.fits(max(tokens, longest))):
+    if "micro_batch_tokens" not in plan:
+        choice = starting_settings(network, spec, prepared.longest_tokens)
+        plan["micro_batch_tokens"] = choice.micro_batch_tokens
+        plan["gradient_checkpointing"] = choice.gradient_checkpointing
+    if plan["gradient_checkpointing"]:
         network.checkpoint()
     plan |= asdict(network.ways) | {"gradient_checkpointing": network.checkpointing}
     return network
@@ -423,7 +497,7 @@ def prepare_rows(inputs: AttemptInputs, check: Callable[[], None]) -> PreparedRo
             split = replace(split, held_out=sample_rows(len(judged[0]), validation.max_rows, training.seed))
     except ValueError as error:
         raise JobFailed(str(error), reason=FailureReason.INVALID_INPUT, findings=findings) from None
-    return PreparedRows(rows, split, judged and judged[0], rendered, training, chat_template)
+    return PreparedRows(rows, split, judged and judged[0], rendered, judged and judged[1], training, chat_template)
 
 
 def _rendered(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,15 @@ class Reporter(Observer, Protocol):
     def resumed(self, step: int, metrics: bytes, notes: Sequence[str]) -> None: ...
 
     def saved(self, step: int) -> None: ...
+
+    def note(self, **figures: Any) -> None:
+        """Figures for the record of what the attempt took; see `workers.measuring`."""
+
+    def expect(self, total_steps: int, evaluate_every: int, later: Mapping[str, float]) -> None:
+        """What is to be done, and the seconds that the phases behind the training are likely to take."""
+
+    def finish(self) -> dict[str, Any]:
+        """All that the attempt took, which is stored; nothing else is to come."""
 
 
 class Checkpointing:

@@ -1,4 +1,4 @@
-"""Keeps a trainer's claim, and ends the process when it has none, or no progress, or no supervisor."""
+"""Keeps a trainer's claim, and ends the process when it has none, or no progress."""
 
 from __future__ import annotations
 
@@ -50,16 +50,20 @@ class ClaimKeeper:
         self._request: StopRequest | None = None
         self._stopping = threading.Event()
         self._ended = threading.Event()
+        self._watching = threading.Lock()
+        self._is_closed = False
         self._renewed_at = self._alive_at = time.monotonic()
         self._longest_s, self._signs = 0.0, 0
 
     def start(self) -> None:
-        """From now on the process does not outlive its claim."""
+        """Returns once the claim is renewed; from then on the process does not outlive it."""
         # Asked by the supervisor for where we stand, before it kills us.
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         self._watch_lease()
+        # Until then the lease counts from the claim, which may have been long before this process.
+        while not self._renewed() and not self._disk_is_full:
+            time.sleep(self._interval_s)
         threading.Thread(target=self._renew, name="claim", daemon=True).start()
-        threading.Thread(target=self._watch_supervisor, name="supervisor", daemon=True).start()
 
     def stop(self) -> None:
         """Ask for a stop at the next step boundary; safe in a signal handler."""
@@ -70,8 +74,16 @@ class ClaimKeeper:
         self._ended.set()
 
     def close(self) -> None:
-        """The outcome is written."""
-        faulthandler.cancel_dump_traceback_later()
+        """The outcome is written: the process may live on."""
+        self._ended.set()
+        with self._watching:
+            self._is_closed = True
+            faulthandler.cancel_dump_traceback_later()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the process was asked to stop."""
+        return self._stopping.is_set()
 
     def heard(self, request: StopRequest | None) -> None:
         """Note what the queue asked for when something was reported to it."""
@@ -107,23 +119,28 @@ class ClaimKeeper:
         while not self._ended.wait(self._interval_s):
             if time.monotonic() - self._alive_at > self._patience_s():
                 self._exit(exit_codes.HUNG, "trainer_hangs", patience_s=self._patience_s())
-            began_at = time.monotonic()
-            try:
-                self.heard(self._queue.renew(self._claim))
-                self._renewed_at = began_at
-                self._watch_lease()
-            except ClaimLost:
-                if not self._ended.is_set():
-                    log.error("claim_lost", job=self._claim.job_id, token=self._claim.token)
-                    os._exit(exit_codes.CLAIM_LOST)
-            except Exception as error:  # noqa: BLE001 - a locked database passes; a lost claim is told above
-                log.warning("renew_failed", job=self._claim.job_id, error=str(error))
-                if is_disk_full(error):
-                    self._disk_is_full = True
-                    self._make_room()
-                    continue
-                if time.monotonic() - self._renewed_at > RENEW_SHARE * self._lease_s:
-                    self._exit(exit_codes.NO_DATABASE, "claim_not_renewed")
+            self._renewed()
+
+    def _renewed(self) -> bool:
+        """Whether the claim was renewed just now; ends the process when it is lost, or has to be taken for lost."""
+        began_at = time.monotonic()
+        try:
+            self.heard(self._queue.renew(self._claim))
+            self._renewed_at = began_at
+            self._watch_lease()
+            return True
+        except ClaimLost:
+            if not self._ended.is_set():
+                log.error("claim_lost", job=self._claim.job_id, token=self._claim.token)
+                os._exit(exit_codes.CLAIM_LOST)
+        except Exception as error:  # noqa: BLE001 - a locked database passes; a lost claim is told above
+            log.warning("renew_failed", job=self._claim.job_id, error=str(error))
+            if is_disk_full(error):
+                self._disk_is_full = True
+                self._make_room()
+            elif not self._ended.is_set() and time.monotonic() - self._renewed_at > RENEW_SHARE * self._lease_s:
+                self._exit(exit_codes.NO_DATABASE, "claim_not_renewed")
+        return False
 
     def _patience_s(self) -> float:
         """How long the next sign of progress may take."""
@@ -132,16 +149,11 @@ class ClaimKeeper:
 
     def _watch_lease(self) -> None:
         left = KILL_SHARE * self._lease_s - (time.monotonic() - self._renewed_at)
-        faulthandler.dump_traceback_later(max(left, 0.001), exit=True)
+        with self._watching:
+            if not self._is_closed:  # a renewal that took long would set the watchdog on what comes after
+                faulthandler.dump_traceback_later(max(left, 0.001), exit=True)
 
     def _exit(self, code: int, event: str, **values: object) -> None:
         log.error(event, job=self._claim.job_id, token=self._claim.token, **values)
         faulthandler.dump_traceback(all_threads=True)
         os._exit(code)
-
-    def _watch_supervisor(self) -> None:
-        # The supervisor holds the other end and never writes: reading ends when it is gone, however it went.
-        while os.read(0, 1):
-            pass
-        if not self._ended.is_set():
-            os._exit(exit_codes.SUPERVISOR_GONE)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import structlog
 
-from qlora_service.artifacts.store import ArtifactStore
+from qlora_service.artifacts.store import ArtifactStore, dataset_key
 from qlora_service.errors import NotFound
 from qlora_service.jobs import Job
-from qlora_service.queue import Claim, Queue
+from qlora_service.queue import Claim, Queue, utc_now
 from qlora_service.store.database import Database
+from qlora_service.store.datasets import all_needed_bytes, are_bytes_needed, first_stored_at, lock_bytes
 from qlora_service.store.jobs import get_job
+from qlora_service.store.probes import drop_old
 from workers.disk_space import BALLAST
 
 REAP_EVERY_S = 60.0
@@ -60,7 +62,7 @@ class Housekeeping:
         self._reap_checkpoints(claim.job_id)
 
     def _reap(self) -> None:
-        """Remove what attempts left behind whose supervisor was killed, and checkpoints of jobs that have ended."""
+        """Remove what killed supervisors' attempts left behind, checkpoints of jobs that have ended, and old probes."""
         for path in self._tmp_dir.glob("job_*-*"):
             job_id, _, token = path.name.rpartition("-")
             if token.isdigit() and not self._queue.is_running(Claim(job_id, int(token))):
@@ -68,6 +70,25 @@ class Housekeeping:
         for path in self._checkpoint_dir.glob("job_*"):
             self._reap_checkpoints(path.name)
         self._artifacts.remove_unfinished(UNFINISHED_S)
+        with self._database.write() as connection:
+            drop_old(connection, utc_now())
+        self._reap_datasets()
+
+    def _reap_datasets(self) -> None:
+        """Remove bytes that were stored for a dataset whose row was never written: whoever stored them died before."""
+        with self._database.read() as connection:
+            needed, first = all_needed_bytes(connection), first_stored_at(connection)
+        if first is None:
+            return
+        # What is older than all that this database knows was stored under another one; not ours to remove.
+        for sha256 in self._artifacts.datasets_since(first.timestamp(), UNFINISHED_S):
+            if sha256 in needed:
+                continue
+            with self._database.write() as connection:
+                lock_bytes(connection, sha256)
+                if not are_bytes_needed(connection, sha256):
+                    self._artifacts.remove(dataset_key(sha256))
+                    log.info("dataset_bytes_removed", sha256=sha256, reason="no dataset was made of them")
 
     def _reap_checkpoints(self, job_id: str) -> None:
         directory = self._checkpoint_dir / job_id

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,32 +11,59 @@ from typing import TYPE_CHECKING, Any
 from qlora_service.queue import Claim, Progress, Queue
 from qlora_service.store.database import persist
 from workers.claim_keeper import ClaimKeeper
+from workers.measuring import Measuring
 
 if TYPE_CHECKING:
     from qlora_service.training.held_out import EvaluationMetrics
     from qlora_service.training.loop import StepMetrics
 
-ETA_STEPS = 20
-"""The ETA follows the mean of so many steps."""
-
 
 class JobReporter:
     """Writes progress and metrics under the claim, and to the metrics file that is published."""
 
-    def __init__(self, queue: Queue, claim: Claim, keeper: ClaimKeeper, metrics_file: Path, patience_s: float) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        claim: Claim,
+        keeper: ClaimKeeper,
+        metrics_file: Path,
+        patience_s: float,
+        measuring: Measuring,
+    ) -> None:
         self._patience_s = patience_s
         self._queue, self._claim, self._keeper = queue, claim, keeper
         self._file = metrics_file.open("w", encoding="utf-8")
-        self._total_steps = 0
-        self._ends: deque[float] = deque(maxlen=ETA_STEPS + 1)
+        self._measuring = measuring
+        self._is_trained = False
         self._latest: dict[str, Any] = {}
 
     def enter_phase(self, phase: str, total_steps: int | None) -> None:
-        self._total_steps = total_steps or 0
+        self._measuring.enter_phase(phase)
         self._keeper.enter_phase()
-        self._tell(Progress(phase=phase, total_steps=total_steps), phase)
+        eta = self._measuring.later_s if self._is_trained else None
+        self._tell(
+            Progress(
+                phase=phase, total_steps=total_steps, eta_s=eta and round(eta, 1), measured=self._measuring.record()
+            ),
+            phase,
+        )
+        self._is_trained = self._is_trained or phase == "training"
         self._keeper.check()
-        self._ends.append(time.monotonic())
+
+    def close(self) -> None:
+        """Nothing else is to be written."""
+        self._file.close()
+
+    def note(self, **figures: Any) -> None:
+        self._measuring.note(**figures)
+
+    def expect(self, total_steps: int, evaluate_every: int, later: Mapping[str, float]) -> None:
+        self._measuring.expect(total_steps, evaluate_every, later)
+
+    def finish(self) -> dict[str, Any]:
+        measured = self._measuring.finish()
+        self._tell(Progress(measured=measured))
+        return measured
 
     def choose_plan(self, plan: dict[str, Any], message: str | None = None) -> None:
         """The plan that every later attempt takes over, and why it is not the one before."""
@@ -57,16 +82,12 @@ class JobReporter:
         self._tell(Progress(checkpoint_step=step))
 
     def on_step(self, metrics: StepMetrics) -> None:
-        self._ends.append(time.monotonic())
-        per_step = (self._ends[-1] - self._ends[0]) / max(1, len(self._ends) - 1)
-        eta = per_step * (self._total_steps - metrics.step)
+        eta = self._measuring.on_step(metrics.step, metrics.tokens)
         self._record("metrics", asdict(metrics), Progress(step=metrics.step, eta_s=round(eta, 1)))
 
     def on_evaluation(self, metrics: EvaluationMetrics) -> None:
+        self._measuring.on_evaluation()
         self._record("evaluation", asdict(metrics), Progress())
-        if metrics.step == 0:
-            self._ends.clear()
-            self._ends.append(time.monotonic())
 
     def _record(self, kind: str, values: dict[str, Any], progress: Progress) -> None:
         self._file.write(json.dumps(values) + "\n")

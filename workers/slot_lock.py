@@ -38,15 +38,16 @@ class SlotLock:
         """Other processes on this machine that have the lock file open."""
         found = []
         for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != os.getpid() and self._is_open_in(entry):
+            if entry.name.isdigit() and int(entry.name) != os.getpid() and self.is_open_in(int(entry.name)):
                 found.append(int(entry.name))
         return found
 
+    def is_open_in(self, pid: int) -> bool:
+        """Whether a process has the lock file open; False of one that has ended, or is somebody else's."""
+        try:
+            return any(link.readlink() == self.path for link in Path(f"/proc/{pid}/fd").iterdir())
+        except OSError:
+            return False
+
     def close(self) -> None:
         os.close(self.descriptor)
-
-    def _is_open_in(self, process: Path) -> bool:
-        try:
-            return any(link.readlink() == self.path for link in (process / "fd").iterdir())
-        except OSError:  # it has ended, or is somebody else's
-            return False

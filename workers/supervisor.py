@@ -1,4 +1,4 @@
-"""The supervisor: claims jobs, spawns one trainer process per slot, sees each one's end. It never imports torch.
+"""The supervisor: claims jobs, has one trainer process per slot run them, sees each one's end. It never imports torch.
 
 Between the jobs a slot has room for a process that answers chats (`inference_turns`).
 """
@@ -9,8 +9,6 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,15 +20,16 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_service.errors import ClaimLost
-from qlora_service.jobs import FailureReason, StopRequest
-from qlora_service.lifeline import kill_group
+from qlora_service.jobs import FailureReason, Job, StopRequest
 from qlora_service.queue import Claim, Queue
 from qlora_service.store.database import Database, is_outage, persist
 from workers.exit_codes import CAUSES
 from workers.host_memory import oom_kills
 from workers.housekeeping import Housekeeping
 from workers.inference_turns import ChatRules, ChatTurns
+from workers.probe_turns import ProbeTurns
 from workers.slot_lock import SlotLock
+from workers.slot_trainer import SlotTrainer
 
 log = structlog.get_logger()
 
@@ -42,9 +41,9 @@ STOP_GRACE_S = 7.0
 """A trainer that has not stopped so long after SIGTERM is killed; its job goes back to the queue. A worker is gone
 within 8 s, and the second that is left is for the database."""
 
-End = Literal["ended", "stopped", "overdue", "lost"]
-"""Why nobody waits for a trainer any more: it ended by itself, the worker stops, it did not do what was asked of it in
-time, or its claim is another's."""
+End = Literal["waits", "ended", "stopped", "overdue", "lost"]
+"""Why nobody waits for an attempt any more: the trainer is done with it and waits for the next, or ended by itself; the
+worker stops; it did not do what was asked of it in time, or its claim is another's."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,9 @@ class Supervisor:
         log_dir: Path,
         cancel_grace_s: float,
         lease_s: float,
+        warm_s: float,
     ) -> None:
+        """`warm_s` is how long a base stays loaded for the next job; 0 for a new trainer each time."""
         self._database = database
         self._queue = queue
         self._slots = slots
@@ -95,6 +96,7 @@ class Supervisor:
         self._log_dir = log_dir
         self._cancel_grace_s = cancel_grace_s
         self._lease_s = lease_s
+        self._warm_s = warm_s
         self._busy: set[str] = set()
         self._stop = threading.Event()
         log_dir.mkdir(parents=True, exist_ok=True)
@@ -147,11 +149,28 @@ class Supervisor:
             socket_dir=self._socket_dir,
             log_dir=self._log_dir,
         )
-        self._forever(lambda: self._serve(slot, lock, chats))
+        trainer = SlotTrainer(
+            slot=slot.name,
+            device=slot.device,
+            environment=slot.environment(),
+            lock=lock.descriptor,
+            log_dir=self._log_dir,
+            warm_s=self._warm_s,
+        )
+        probes = ProbeTurns(
+            self._database,
+            slot=slot.name,
+            device=slot.device,
+            environment=slot.environment(),
+            log_dir=self._log_dir,
+            max_running=self._chat_rules.max_running,
+        )
+        self._forever(lambda: self._serve(slot, lock, chats, probes, trainer))
+        trainer.release()
         lock.close()
 
-    def _serve(self, slot: Slot, lock: SlotLock, chats: ChatTurns) -> None:
-        """Claim one job and see it through, or have a base loaded to chat with, or wait a moment."""
+    def _serve(self, slot: Slot, lock: SlotLock, chats: ChatTurns, probes: ProbeTurns, trainer: SlotTrainer) -> None:
+        """Claim one job and see it through, or have a base loaded to chat with, or a step timed, or wait a moment."""
         if not lock.acquire():
             # Another worker has the slot, or what is left of one.
             self._end_zombies(lock)
@@ -162,20 +181,23 @@ class Supervisor:
         for job_id in self._queue.requeue_of(worker):
             log.warning("job_requeued", job=job_id, reason="its worker was killed")
         if (base := chats.first(worker)) is not None:
+            trainer.release()
             chats.run(base, worker, lock.descriptor, self._stop)
             return
-        claimed = self._queue.claim(worker)
+        claimed = self._queue.claim(worker, trainer.warm)
         if claimed is None:
             if (base := chats.wanted(worker)) is not None:
+                trainer.release()
                 chats.run(base, worker, lock.descriptor, self._stop)
-            else:
+            elif not probes.run_next(worker, lock.descriptor, self._stop, make_room=trainer.release):
+                trainer.release_if_idle()
                 self._stop.wait(IDLE_POLL_S)
             return
-        claim, _ = claimed
+        claim, job = claimed
         log.info("job_claimed", job=claim.job_id, token=claim.token, slot=slot.name)
         self._busy.add(worker)
         try:
-            self._run_trainer(claim, slot, lock, lambda: chats.consider(claim, worker))
+            self._run(claim, job, trainer, lambda: chats.consider(claim, worker))
         except OSError as error:
             # No room for the log, no process to be had.
             cause = {"message": f"the trainer could not be started: {error}", "reason": FailureReason.INTERNAL}
@@ -186,58 +208,46 @@ class Supervisor:
             self._housekeeping.after_attempt(claim)
 
     def _end_zombies(self, lock: SlotLock) -> None:
-        """Kill processes in our slot that nobody owns any more: one that stands still cannot end by itself.
-
-        That is a trainer without its claim, and an inference process without its supervisor.
-        """
-        holders = lock.other_holders()
-        for pid in holders:
-            claim = claim_of_trainer(pid)
-            is_lost = claim is not None and not self._queue.is_running(claim)
-            if is_lost or (is_inference(pid) and parent_of(pid) not in holders):
-                log.warning("zombie_killed", claim=None if claim is None else claim.name, pid=pid)
+        """Kill processes in our slot whose supervisor is gone: one that stands still cannot end by itself."""
+        for pid in lock.other_holders():
+            parent = parent_of(pid)
+            if is_ours(pid) and parent is not None and not lock.is_open_in(parent):
+                log.warning("zombie_killed", pid=pid)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
-    def _run_trainer(self, claim: Claim, slot: Slot, lock: SlotLock, consider_chats: Callable[[], None]) -> None:
-        log_path = self._log_dir / f"{claim.name}.log"
+    def _run(self, claim: Claim, job: Job, trainer: SlotTrainer, consider_chats: Callable[[], None]) -> None:
+        """See the claim's attempt through; afterwards the trainer waits for the next one, or there is none."""
         oom_kills_before = oom_kills()
-        with log_path.open("wb") as output:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "workers.trainer", claim.job_id, str(claim.token), slot.device],
-                stdin=subprocess.PIPE,  # never written to: its closing tells the trainer that we are gone
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=slot.environment(),
-                pass_fds=[lock.descriptor],
-                start_new_session=True,
-            )
+        trainer.begin(claim, job)
+        how: End = "ended"
+        code = 0
         try:
-            how = self._wait(child, claim, consider_chats)
+            how = self._wait(trainer, claim, consider_chats)
         finally:
-            kill_group(child)
-            child.wait()
-            assert child.stdin is not None
-            child.stdin.close()
+            if how != "waits":
+                code = trainer.end()
             self._housekeeping.make_room(claim)
-        if child.returncode != 0 or self._queue.is_running(claim):
-            host_oom = oom_kills() > oom_kills_before
-            cause = death(child.returncode, how, log_path.name, host_oom=host_oom)
-            persist(lambda: self._record_end(claim, how, cause), self._lease_s)
+        if code == 0 and not self._queue.is_running(claim):
+            return
+        trainer.end()
+        host_oom = oom_kills() > oom_kills_before
+        cause = death(code, how, f"{claim.name}.log", host_oom=host_oom)
+        persist(lambda: self._record_end(claim, how, cause), self._lease_s)
 
-    def _wait(self, child: subprocess.Popen[bytes], claim: Claim, consider_chats: Callable[[], None]) -> End:
-        """Wait for the trainer's end, or for a reason to end it."""
+    def _wait(self, trainer: SlotTrainer, claim: Claim, consider_chats: Callable[[], None]) -> End:
+        """Wait for the attempt's end, or for a reason to end it."""
         deadline: float | None = None
         how: End = "ended"
         next_look = time.monotonic() + REQUEST_POLL_S
         while not self._stop.is_set():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(CHILD_POLL_S)
-                return "ended"
+            state = trainer.wait(CHILD_POLL_S)
+            if state != "works":
+                return state
             now = time.monotonic()
             if deadline is not None and now > deadline:
                 log.warning("trainer_overdue", job=claim.job_id, token=claim.token, why=how)
-                dump_stacks(child)
+                dump_stacks(trainer)
                 return how
             if deadline is None and now > next_look:
                 next_look = now + REQUEST_POLL_S
@@ -250,9 +260,8 @@ class Supervisor:
                     how, deadline = "lost", now + STOP_GRACE_S
                 except SQLAlchemyError as error:  # no reason to end a trainer; it is asked again
                     log.warning("database_unavailable", error=str(error))
-        child.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(STOP_GRACE_S)
+        trainer.send_signal(signal.SIGTERM)
+        trainer.wait_for_end(STOP_GRACE_S)
         return "stopped"
 
     def _record_end(self, claim: Claim, how: End, cause: dict[str, Any]) -> None:
@@ -270,25 +279,15 @@ class Supervisor:
             log.info("outcome_recorded_elsewhere", job=claim.job_id, token=claim.token)
 
 
-def dump_stacks(trainer: subprocess.Popen[bytes]) -> None:
+def dump_stacks(trainer: SlotTrainer) -> None:
     """Have the trainer write where its threads are into its log, before it is killed."""
     trainer.send_signal(signal.SIGUSR1)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        trainer.wait(CHILD_POLL_S)
+    trainer.wait_for_end(CHILD_POLL_S)
 
 
-def claim_of_trainer(pid: int) -> Claim | None:
-    """The claim of a trainer process, by its command line; None of any other process."""
-    arguments = _arguments(pid)
-    if "workers.trainer" not in arguments[:-2]:
-        return None
-    job_id, token = arguments[arguments.index("workers.trainer") + 1 :][:2]
-    return Claim(job_id, int(token)) if token.isdigit() else None
-
-
-def is_inference(pid: int) -> bool:
-    """Whether the process is one that answers chats, by its command line."""
-    return "workers.inference" in _arguments(pid)
+def is_ours(pid: int) -> bool:
+    """Whether the process is a trainer, a probe, or one that answers chats, by its command line."""
+    return not {"workers.trainer", "workers.inference", "workers.probe"}.isdisjoint(_arguments(pid))
 
 
 def parent_of(pid: int) -> int | None:

@@ -1,8 +1,11 @@
-"""The trainer: a child process that runs one attempt (`python -m workers.trainer JOB TOKEN DEVICE`).
+"""The trainer: a child process that runs attempts (`python -m workers.trainer DEVICE REPORT_DESCRIPTOR`).
 
 It alone imports torch, and may die of anything; the supervisor sees that and says so. It ends itself when its claim
 is lost, or when the supervisor is gone (its stdin closes). The claim is kept from the first moment on: importing torch
 alone may take longer than a lease.
+
+After an attempt that left the base as it was loaded, it waits with it for the next claim (`supervisor_line`). In any
+doubt it ends: what a new process does is what is right.
 """
 
 from __future__ import annotations
@@ -11,9 +14,14 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
+from contextlib import closing
+from contextvars import copy_context
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before the libraries read them: no network, no progress bars, no forked tokenizer threads.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,114 +35,174 @@ from qlora_service.errors import ClaimLost, Interrupted, JobCancelled, JobFailed
 from qlora_service.jobs import FailureReason, HoldReason
 from qlora_service.logs import configure_logging
 from qlora_service.models.catalog import Catalog
+from qlora_service.models.needed_base import NeededBase
 from qlora_service.models.quantized_cache import QuantizedCache
 from qlora_service.queue import USER_HOLD, Claim, Queue
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database, persist
 from qlora_service.store.datasets import get_dataset
+from qlora_service.store.history import measured_on
 from qlora_service.store.jobs import get_job
 from qlora_service.training.checkpoint_space import Ballast
 from workers import exit_codes
 from workers.claim_keeper import ClaimKeeper
 from workers.disk_space import BALLAST, disk_full_hold, is_disk_full
+from workers.measuring import Measuring
 from workers.reporter import JobReporter
+from workers.supervisor_line import SupervisorLine
+
+if TYPE_CHECKING:
+    from workers.warm_base import BaseHolder
 
 log = structlog.get_logger()
 
 
-def main(job_id: str, token: int, device: str, settings: Settings) -> None:
-    """Run the attempt on `device` (cuda or cpu) and write its outcome under the claim."""
-    claim = Claim(job_id, token)
-    database = Database(settings.resolved_database_url)
-    queue = Queue(database, lease_s=settings.lease_s)
-    ballast = Ballast(settings.checkpoint_dir / job_id / BALLAST)
-    keeper = ClaimKeeper(
-        queue,
-        claim,
-        interval_s=settings.heartbeat_s,
-        lease_s=settings.lease_s,
-        hang_s=settings.hang_s,
-        make_room=ballast.release,
-    )
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
-    keeper.start()
-    scratch = settings.tmp_dir / claim.name
-    try:
-        write_outcome = _outcome(
-            queue, claim, ballast, lambda: _run(database, queue, claim, keeper, ballast, device, scratch, settings)
+@dataclass(frozen=True)
+class _Outcome:
+    """How an attempt ended."""
+
+    write: Callable[[], object]
+    """Writes it under the claim. Raises: ClaimLost"""
+    is_orderly: bool = False
+    """The job ended, or stopped where it was asked to: another one may follow in this process"""
+
+
+class Trainer:
+    """Runs one attempt after the other, on the base that the first one loaded."""
+
+    def __init__(self, device: str, settings: Settings, line: SupervisorLine) -> None:
+        """`device` is cuda or cpu: what to train on."""
+        self._device, self._settings, self._line = device, settings, line
+        self._database = Database(settings.resolved_database_url)
+        self._queue = Queue(self._database, lease_s=settings.lease_s)
+        self._bases: BaseHolder | None = None
+
+    def serve(self) -> None:
+        """Run what the supervisor has claimed, until there is a reason to end."""
+        while True:
+            assignment = self._line.next_assignment()
+            print_to(assignment.log_path)
+            base = self.run(assignment.claim)
+            if base is None:
+                return
+            print_to(Path(os.devnull))
+            self._line.wait_with(base)
+
+    def run(self, claim: Claim) -> NeededBase | None:
+        """Run the attempt and write its outcome; the base that is loaded for the next one, or None: it is time to end.
+
+        Exits when the claim is lost.
+        """
+        ballast = Ballast(self._settings.checkpoint_dir / claim.job_id / BALLAST)
+        keeper = ClaimKeeper(
+            self._queue,
+            claim,
+            interval_s=self._settings.heartbeat_s,
+            lease_s=self._settings.lease_s,
+            hang_s=self._settings.hang_s,
+            make_room=ballast.release,
         )
-        keeper.end()
-        shutil.rmtree(scratch, ignore_errors=True)
-        # A database that is locked or away is waited for, as long as the claim may last.
-        persist(write_outcome, settings.lease_s)
-    except ClaimLost:
-        log.error("claim_lost", job=job_id, token=token)
-        sys.exit(exit_codes.CLAIM_LOST)
-    finally:
-        ballast.release()
-        keeper.close()
+        keeper.start()
+        scratch = self._settings.tmp_dir / claim.name
+        needed: list[NeededBase] = []
+        try:
+            # A context of its own: what the job sets there is gone with it.
+            attempt = partial(copy_context().run, self._attempt, claim, keeper, ballast, scratch, needed.append)
+            outcome = _outcome(self._queue, claim, ballast, attempt)
+            with self._line.finishing():
+                keeper.end()
+                shutil.rmtree(scratch, ignore_errors=True)
+                # A database that is locked or away is waited for, as long as the claim may last.
+                persist(outcome.write, self._settings.lease_s)
+        except ClaimLost:
+            log.error("claim_lost", job=claim.job_id, token=claim.token)
+            sys.exit(exit_codes.CLAIM_LOST)
+        finally:
+            ballast.release()
+            keeper.close()
+        # From here on nothing would be lost again.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        stays = outcome.is_orderly and self._settings.warm_s > 0 and not keeper.is_stopping
+        return needed[0] if stays and self._settled() else None
 
+    def _settled(self) -> bool:
+        """Whether nothing of the last job is left, and the base is the one that was loaded."""
+        from workers.clean_slate import release_all
 
-def _run(
-    database: Database,
-    queue: Queue,
-    claim: Claim,
-    keeper: ClaimKeeper,
-    ballast: Ballast,
-    device: str,
-    scratch: Path,
-    settings: Settings,
-) -> dict[str, Any]:
-    """The job's result. Raises what `run_attempt` does."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    with database.read() as connection:
-        job = get_job(connection, claim.job_id)
-        dataset = get_dataset(connection, job.dataset_id)
-        judged = job.spec.validation.dataset_id
-        validation = None if judged is None else get_dataset(connection, judged)
-    from workers.attempt import AttemptInputs, run_attempt
+        is_clean = self._bases is not None and self._bases.settle()
+        release_all()
+        return is_clean
 
-    # Until here nothing would be lost, and a library that is being imported does not listen: SIGTERM ends the process.
-    signal.signal(signal.SIGTERM, lambda *_: keeper.stop())
-    inputs = AttemptInputs(
-        job=job,
-        token=claim.token,
-        dataset=dataset,
-        base=Catalog(settings.models_dir).get(job.spec.base_model),
-        artifacts=ArtifactStore(settings.resolved_artifact_url),
-        scratch=scratch,
-        checkpoint_dir=settings.checkpoint_dir / claim.job_id,
-        checkpoint_s=settings.checkpoint_s,
-        needs_gpu=device == "cuda",
-        validation=validation,
-        cache=QuantizedCache(settings.cache_dir, settings.cache_bytes),
-    )
-    if inputs.base.weights_sha256 != job.base_weights_sha256:
-        raise JobFailed(
-            f"base model {inputs.base.name} has other weights than when the job was posted: post the job again",
-            reason=FailureReason.INVALID_INPUT,
+    def _attempt(
+        self,
+        claim: Claim,
+        keeper: ClaimKeeper,
+        ballast: Ballast,
+        scratch: Path,
+        tell_base: Callable[[NeededBase], object],
+    ) -> dict[str, Any]:
+        """The job's result. Raises what `run_attempt` does."""
+        started_at = time.monotonic()
+        scratch.mkdir(parents=True, exist_ok=True)
+        with self._database.read() as connection:
+            job = get_job(connection, claim.job_id)
+            history = measured_on(connection, job.base_weights_sha256)
+            dataset = get_dataset(connection, job.dataset_id)
+            judged = job.spec.validation.dataset_id
+            validation = None if judged is None else get_dataset(connection, judged)
+        from workers.attempt import AttemptInputs, run_attempt
+        from workers.clean_slate import clean_slate
+        from workers.warm_base import BaseHolder
+
+        # Until here nothing would be lost, and a library that is being imported does not listen: SIGTERM ends the
+        # process.
+        signal.signal(signal.SIGTERM, lambda *_: keeper.stop())
+        inputs = AttemptInputs(
+            job=job,
+            token=claim.token,
+            dataset=dataset,
+            base=Catalog(self._settings.models_dir).get(job.spec.base_model),
+            artifacts=ArtifactStore(self._settings.resolved_artifact_url),
+            scratch=scratch,
+            checkpoint_dir=self._settings.checkpoint_dir / claim.job_id,
+            checkpoint_s=self._settings.checkpoint_s,
+            needs_gpu=self._device == "cuda",
+            validation=validation,
+            cache=QuantizedCache(self._settings.cache_dir, self._settings.cache_bytes),
+            plan_cache=self._settings.plan_cache_dir,
+            history=history,
         )
-    metrics_file = scratch / "metrics.jsonl"
-    reporter = JobReporter(queue, claim, keeper, metrics_file, settings.lease_s)
-    return run_attempt(inputs, reporter, keeper.check, ballast, metrics_file)
+        if inputs.base.weights_sha256 != job.base_weights_sha256:
+            raise JobFailed(
+                f"base model {inputs.base.name} has other weights than when the job was posted: post the job again",
+                reason=FailureReason.INVALID_INPUT,
+            )
+        metrics_file = scratch / "metrics.jsonl"
+        measuring = Measuring(claim.token, job.forecast, job.measured, started_at)
+        reporter = JobReporter(self._queue, claim, keeper, metrics_file, self._settings.lease_s, measuring)
+        tell_base(NeededBase.of(job.spec, job.base_weights_sha256))
+        self._bases = self._bases or BaseHolder()
+        with clean_slate(), closing(reporter):
+            return run_attempt(inputs, reporter, keeper.check, ballast, metrics_file, self._bases)
 
 
-def _outcome(
-    queue: Queue, claim: Claim, ballast: Ballast, attempt: Callable[[], dict[str, Any]]
-) -> Callable[[], object]:
-    """What writes the attempt's outcome, whichever it is. Raises: ClaimLost."""
+def _outcome(queue: Queue, claim: Claim, ballast: Ballast, attempt: Callable[[], dict[str, Any]]) -> _Outcome:
+    """Run the attempt. Raises: ClaimLost."""
     try:
         result = attempt()
-        return lambda: queue.succeed(claim, result)
+        return _Outcome(lambda: queue.succeed(claim, result), is_orderly=True)
     except JobCancelled:
-        return lambda: queue.cancelled(claim)
+        return _Outcome(lambda: queue.cancelled(claim), is_orderly=True)
     except Interrupted as interruption:
         holds: dict[Any, dict[str, Any]] = {
             HoldReason.USER: USER_HOLD,
             HoldReason.DISK_FULL: disk_full_hold(ballast.wanted_bytes),
         }
         why, hold = interruption.message, holds.get(interruption.details.get("hold"))
-        return lambda: queue.release(claim, why) if hold is None else queue.pause(claim, hold)
+        return _Outcome(
+            lambda: queue.release(claim, why) if hold is None else queue.pause(claim, hold),
+            is_orderly=hold is None or hold is USER_HOLD,
+        )
     except ClaimLost:
         raise
     except Exception as error:
@@ -142,11 +210,24 @@ def _outcome(
             ballast.release()  # the database may be on the same disk
             log.error("disk_full", job=claim.job_id, token=claim.token, exc_info=error)
             hold = disk_full_hold(ballast.wanted_bytes)
-            return lambda: queue.pause(claim, hold)
+            return _Outcome(lambda: queue.pause(claim, hold))
         failure = as_failure(error, f"logs/{claim.name}.log")
         reason = failure.details["reason"]
         log.error("attempt_failed", job=claim.job_id, token=claim.token, reason=reason, exc_info=error)
-        return lambda: queue.fail(claim, failure.as_dict())
+        return _Outcome(lambda: queue.fail(claim, failure.as_dict()))
+
+
+def print_to(path: Path) -> None:
+    """Have everything that this process prints, also from C, in the file from now on.
+
+    By this file's name it can be seen from outside what the process works on.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    output = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
 
 
 def as_failure(error: Exception, log_name: str) -> JobFailed:
@@ -177,4 +258,7 @@ def as_failure(error: Exception, log_name: str) -> JobFailed:
 if __name__ == "__main__":
     _settings = Settings()
     configure_logging(_settings.log_level)
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], _settings)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    _line = SupervisorLine(int(sys.argv[2]))
+    _line.start()
+    Trainer(sys.argv[1], _settings, _line).serve()

@@ -13,11 +13,12 @@ from starlette.requests import Request
 
 from api.dependencies import After, JobId, Limit, ServiceOf, UploadsOf
 from api.errors import UnsupportedMediaType, error_responses, located
+from api.force import take_force
 from api.idempotency import Idempotency, IdempotencyOf
 from api.json_body import parse_body
 from api.multipart import MEDIA_TYPE as MULTIPART
 from api.multipart import Form, is_multipart
-from api.schemas import Job, Listing, Page, SubmittedJob, job_fields
+from api.schemas import Job, Metrics, Page, SubmittedJob, job_fields
 from api.uploads import display_name, receive_bytes
 from qlora_service.errors import Finding, InvalidDataset, InvalidModel, InvalidRequest, QLoRAError
 from qlora_service.jobs import Job as DomainJob
@@ -31,12 +32,14 @@ router = APIRouter(prefix="/jobs", tags=["jobs"])
 # Where in the spec the errors belong that do not say so themselves.
 _PLACES: dict[type[QLoRAError], str] = {InvalidModel: "/base_model", InvalidDataset: "/dataset"}
 
+MAX_STEP = 2**31 - 1
+
 _CHANGE_ERRORS = error_responses(404, 409, 422, 503)
 
 _TABLE: dict[int | str, dict[str, Any]] = {
     200: {"description": "The table.", "content": {"text/csv": {"schema": {"type": "string"}}}}
 }
-_SPEC_SCHEMA = {"$ref": "#/components/schemas/JobSpec"}
+_SPEC_SCHEMA = {"$ref": "#/components/schemas/JobRequest"}
 _JOB_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -93,7 +96,8 @@ async def create_job(
     """Queue a fine-tuning job on a stored dataset, on rows sent inline, or on a file sent along.
 
     As JSON (`dataset` holds `id` or `rows`), or as a form with the parts `dataset` (a file) and `config` (JSON).
-    What can be known to fail is refused here, and then neither the job nor its dataset is stored.
+    What can be known to fail is refused here, and then neither the job nor its dataset is stored. That goes for a job
+    that does not fit into the device's memory, too (`error.details` has its plan), but not with `force`.
     """
     content_type = request.headers.get("content-type", "")
     if is_multipart(content_type):
@@ -158,12 +162,23 @@ def resume_job(job_id: JobId, service: ServiceOf, idempotency: IdempotencyOf) ->
 
 
 @router.get("/{job_id}/metrics", summary="All metrics of a job", responses=error_responses(404, 422))
-def get_metrics(job_id: JobId, service: ServiceOf) -> Listing[dict[str, Any]]:
+def get_metrics(
+    job_id: JobId,
+    service: ServiceOf,
+    after: Annotated[int | None, Query(ge=0, le=MAX_STEP, description="Only records of steps after this one.")] = None,
+    limit: Annotated[int | None, Query(ge=1, description="Most steps of a page; default: all there are.")] = None,
+) -> Metrics:
     """One record per step and per evaluation that the job has done, by step.
 
     A job that was interrupted goes on from its last saved step: `attempt` says which attempt did a step.
     """
-    return Listing(data=service.job_metrics(job_id))
+    records = [record for record in service.job_metrics(job_id) if after is None or record["step"] > after]
+    steps = list(dict.fromkeys(record["step"] for record in records))
+    if limit is None or len(steps) <= limit:
+        return Metrics(data=records, next=None)
+    # A step's records stay together: its number says where the next page begins.
+    last = steps[limit - 1]
+    return Metrics(data=[record for record in records if record["step"] <= last], next=last)
 
 
 @router.get(
@@ -187,7 +202,7 @@ def _submit_form(service: Service, idempotency: Idempotency, form: Form) -> Subm
     config = form.fields.get("config")
     if config is None:
         raise InvalidRequest("the form has no part `config`: send the job's JSON in it", location="config")
-    document, file = parse_body(config), form.files.get("dataset")
+    document, file = parse_body(config, "config"), form.files.get("dataset")
     content = idempotency.form_content(form, {"config": document})
     if file is None:
         return _submit(service, idempotency, document, content)
@@ -202,10 +217,11 @@ def _submit(
     path: Path | None = None,
     filename: str | None = None,
 ) -> Submission:
+    document, force = take_force(document)
     spec = parse_spec(document)
     once = idempotency.once(_submitted, status=201, content=content, location=_location)
     with located(_PLACES), _rows_located(inline=spec.dataset.rows is not None):
-        return service.submit(spec, path, filename, once=once)
+        return service.submit(spec, path, filename, force=force, once=once)
 
 
 @contextmanager

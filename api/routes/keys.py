@@ -13,7 +13,7 @@ from api.auth import ADMIN_TAG, CallerOf
 from api.dependencies import AccessOf, KeyId
 from api.errors import error_responses
 from api.idempotency import Idempotency, IdempotencyOf
-from api.json_body import parse_body
+from api.json_body import parse_body, reason_of
 from api.schemas import Key, KeyRequest, Listing, NewKey
 from api.uploads import receive_bytes
 from qlora_service.access import Access
@@ -84,5 +84,8 @@ def _parsed(document: Any) -> KeyRequest:
         return KeyRequest.model_validate(document)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_input=False)
-        findings = [Finding(fault["msg"], "".join(f"/{part}" for part in fault["loc"])) for fault in faults]
+        findings = [
+            Finding(reason_of(fault, fault["loc"], KeyRequest), "".join(f"/{part}" for part in fault["loc"]))
+            for fault in faults
+        ]
         raise InvalidRequest(str(findings[0]), location=findings[0].pointer, findings=findings) from None

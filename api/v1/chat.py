@@ -106,6 +106,8 @@ def _tuned(job: Job) -> tuple[LoadedBase, AdapterRef]:
         raise ModelNotFound(f"job {job.id} is {job.status}: it has a model once it has succeeded", location="model")
     if job.withdrawn_at is not None:
         raise ModelNotFound(f"the model of job {job.id} was deleted", location="model")
+    if job.unreadable is not None:
+        raise ModelNotFound(job.unreadable, location="model")
     base = LoadedBase(job.spec.base_model, job.spec.quantization.model_dump_json())
     return base, AdapterRef(job_id=job.id, attempt=job.result["attempt"])
 

@@ -49,10 +49,10 @@ PageLimit = Annotated[int, Query(ge=1, le=100, description="Most items of a page
 @router.post("", summary="Create a fine-tuning job", responses=openai_errors(404, 409, 413, 415, 503))
 def create_job(body: CreateFineTuningJob, service: ServiceOf, idempotency: IdempotencyOf) -> FineTuningJob:
     """Queue a job. Rows, lengths, model and fields are checked now: `validating_files` is a status no job has."""
-    spec = to_spec(body, service)
+    spec, force = to_spec(body, service)
     once = idempotency.once(_submitted, content=body.model_dump(mode="json", exclude_unset=True))
     with in_request(body):
-        return _submitted(service.submit(spec, once=once))
+        return _submitted(service.submit(spec, force=force, once=once))
 
 
 @router.get("", summary="List fine-tuning jobs", responses=openai_errors(), openapi_extra=_METADATA_FILTER)
@@ -61,15 +61,16 @@ def list_jobs(
 ) -> ListPage[FineTuningJob]:
     """Jobs, newest first."""
     found = service.list_jobs(metadata=_metadata_filter(request), before=after, limit=limit + 1)
-    positions, now = service.queue_positions(found), utc_now()
-    return page_of([fine_tuning_job(job, positions.get(job.id), now) for job in found], limit)
+    positions, ends, now = service.queue_positions(found), service.seconds_to_end(found), utc_now()
+    return page_of([fine_tuning_job(job, positions.get(job.id), now, ends.get(job.id)) for job in found], limit)
 
 
 @router.get("/{fine_tuning_job_id}", summary="Look at a fine-tuning job", responses=openai_errors(404))
 def get_job(fine_tuning_job_id: FineTuningJobId, service: ServiceOf) -> FineTuningJob:
     """Status and times; under `qlora` all that GET /jobs/{id} shows."""
     job = service.get_job(fine_tuning_job_id)
-    return fine_tuning_job(job, service.queue_position(job), utc_now())
+    ends_in_s = service.seconds_to_end([job]).get(job.id)
+    return fine_tuning_job(job, service.queue_position(job), utc_now(), ends_in_s)
 
 
 @router.post("/{fine_tuning_job_id}/cancel", summary="Cancel a fine-tuning job", responses=_CHANGE_ERRORS)

@@ -40,14 +40,17 @@ def seconds(time: datetime) -> int:
     return int(time.timestamp())
 
 
-def fine_tuning_job(job: Job, queue_position: int | None, now: datetime) -> FineTuningJob:
+def fine_tuning_job(
+    job: Job, queue_position: int | None, now: datetime, ends_in_s: float | None = None
+) -> FineTuningJob:
+    """`ends_in_s` is of a queued job, where the forecasts of those ahead tell."""
     spec, judged = job.spec, job.spec.validation.dataset_id
     hyperparameters = _hyperparameters(job)
     objective = spec.objective.type
     method = ResolvedMethod(type=objective)
     if objective in {"supervised", "dpo"}:
         method = ResolvedMethod.model_validate({"type": objective, objective: {"hyperparameters": hyperparameters}})
-    running = job.status is JobStatus.RUNNING and job.eta_s is not None
+    to_go = job.eta_s if job.status is JobStatus.RUNNING else ends_in_s
     succeeded = job.status is JobStatus.SUCCEEDED
     return FineTuningJob(
         id=job.id,
@@ -61,11 +64,11 @@ def fine_tuning_job(job: Job, queue_position: int | None, now: datetime) -> Fine
         validation_file=None if judged is None else file_of_dataset(judged),
         result_files=[results_of_job(job.id)] if succeeded else [],
         trained_tokens=(job.result or {}).get("tokens"),
-        seed=spec.training.seed,
+        seed=None if job.unreadable else spec.training.seed,
         hyperparameters=hyperparameters,
         method=method,
         error=None if job.error is None else _job_error(job.error),
-        estimated_finish=seconds(now + timedelta(seconds=job.eta_s)) if running and job.eta_s is not None else None,
+        estimated_finish=None if to_go is None else seconds(now + timedelta(seconds=to_go)),
         integrations=[],
         metadata=spec.metadata,
         qlora=OwnJob.of(job, queue_position),
@@ -73,6 +76,8 @@ def fine_tuning_job(job: Job, queue_position: int | None, now: datetime) -> Fine
 
 
 def _hyperparameters(job: Job) -> ResolvedHyperparameters:
+    if job.unreadable:
+        return ResolvedHyperparameters(n_epochs=None, batch_size=None, learning_rate_multiplier=None, beta=None)
     training, objective = job.spec.training, job.spec.objective
     multiplier = training.learning_rate / default_rate(job.spec.recipe)
     return ResolvedHyperparameters(

@@ -135,7 +135,8 @@ class CreateFineTuningJob(Part):
     qlora: dict[str, JsonValue] | None = Field(
         None,
         description=f"Any part of a JobSpec, as POST /jobs takes it, such as a recipe ({', '.join(RECIPES)}). The "
-        "client sends it with `extra_body`. What is said here and in another field is an error.",
+        "client sends it with `extra_body`. Its `force` queues a job that should not fit the device. What is said "
+        "here and in another field is an error.",
     )
 
 

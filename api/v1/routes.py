@@ -6,13 +6,15 @@ from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 from fastapi import Path, Query
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
 from api.auth import authenticate
 from api.errors import UnsupportedMediaType, error_responses
-from api.json_body import parse_body
+from api.json_body import parse_body, reason_of
 from api.openai_errors import OpenAIErrorResponse, on_openai_wire
 from api.uploads import receive_bytes
 from api.v1.schemas import FILE_ID, JOB_ID, TUNED_MODEL, UPLOAD_ID
@@ -47,6 +49,9 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
         if self.body_field is None:
             return handle
+        model = self.body_field.field_info.annotation
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
 
         async def handle_json(request: Request) -> Response:
             await authenticate(request)  # before a stranger's body is read
@@ -56,9 +61,18 @@ class JsonRoute(APIRoute):
                     f"Content-Type is {content_type[:100]!r}: send application/json", location="content-type"
                 )
             body = await receive_bytes(request)
-            return await handle(_ReadRequest(request, body, parse_body(body)))
+            try:
+                return await handle(_ReadRequest(request, body, parse_body(body)))
+            except RequestValidationError as error:
+                raise RequestValidationError([_said(fault, model) for fault in error.errors()]) from None
 
         return handle_json
+
+
+def _said(fault: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """The fault, saying what is wrong with the body in our own words."""
+    where, *path = fault["loc"]
+    return fault | {"msg": reason_of(fault, path, model)} if where == "body" and path else fault
 
 
 class _ReadRequest(Request):

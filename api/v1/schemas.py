@@ -90,11 +90,11 @@ class UploadPart(Identified):
 
 
 class ResolvedHyperparameters(BaseModel):
-    """What the job is trained with: never "auto"."""
+    """What the job is trained with: never "auto". All null where `qlora.unreadable` says that it is not known."""
 
     n_epochs: float | None = Field(description="Null where qlora.training.max_steps decides.")
-    batch_size: int
-    learning_rate_multiplier: float = Field(description="Times the rate that the job would have by itself.")
+    batch_size: int | None
+    learning_rate_multiplier: float | None = Field(description="Times the rate that the job would have by itself.")
     beta: float | None = Field(None, description="Of preference objectives.")
 
 
@@ -125,7 +125,7 @@ class FineTuningJob(Identified):
     validation_file: str | None
     result_files: list[str] = Field(description="Once it has succeeded: a CSV of its metrics, base64 at its content.")
     trained_tokens: int | None = Field(description="Tokens that its steps went through, once it has succeeded.")
-    seed: int
+    seed: int | None = Field(description="Null where `qlora.unreadable` says that it is not known.")
     hyperparameters: ResolvedHyperparameters
     method: ResolvedMethod
     error: JobError | None

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from api.force import take_force
 from api.v1.ids import dataset_of_file, no_file
 from api.v1.requests import MAX_SEED, CreateFineTuningJob, DpoHyperparameters, Hyperparameters, UnsupportedMethod
 from qlora_service.errors import (
@@ -39,8 +40,10 @@ class Said(NamedTuple):
     value: Any
 
 
-def to_spec(body: CreateFineTuningJob, service: Service) -> JobSpec:
+def to_spec(body: CreateFineTuningJob, service: Service) -> tuple[JobSpec, bool]:
     """The spec of the job that is asked for, with everything that was left to "auto" but what a spec's defaults say.
+
+    And whether `qlora.force` says that it is to be queued also if it does not fit.
 
     Raises:
         UnsupportedMethod: reinforcement.
@@ -48,7 +51,8 @@ def to_spec(body: CreateFineTuningJob, service: Service) -> JobSpec:
         InvalidSpec: the spec cannot be; with the places in the request.
         NotFound: there is no such file.
     """
-    ours: dict[str, Any] = copy.deepcopy(body.qlora) if body.qlora else {}
+    with in_request(body):
+        ours, force = take_force(copy.deepcopy(body.qlora) if body.qlora else {})
     said = _said(body, ours)
     _refuse_twice_said(said, ours)
     for _, place, value in said:
@@ -61,7 +65,7 @@ def to_spec(body: CreateFineTuningJob, service: Service) -> JobSpec:
         if not asked and "epochs" not in _recipe_values(ours.get("recipe")):
             rows = service.get_dataset(ours["dataset"]["id"]).report.usable_rows
             _put(ours, ("training", "epochs"), auto_epochs(rows))
-        return parse_spec(ours)
+        return parse_spec(ours), force
 
 
 def auto_epochs(rows: int) -> int:

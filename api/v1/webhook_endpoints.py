@@ -110,9 +110,14 @@ def delete_endpoint(webhook_endpoint_id: EndpointId, webhooks: WebhooksOf) -> De
 def rotate_secret(
     webhook_endpoint_id: EndpointId, asked: RotateSecret, webhooks: WebhooksOf, idempotency: IdempotencyOf
 ) -> WebhookEndpointWithSecret:
-    """A new secret, which signs every message from now on, also those that are sent again."""
+    """A new secret, which signs every message from now on, also those that are sent again.
+
+    With `keep_old_secret_active_for_24_hours`, `webhook-signature` holds two signatures for a day, the new secret's and
+    the old one's, with a blank between them.
+    """
     once = idempotency.once(WebhookEndpointWithSecret.of, content={"json": asked.model_dump()})
-    return WebhookEndpointWithSecret.of(webhooks.rotate_secret(webhook_endpoint_id, once=once))
+    keep_old = asked.keep_old_secret_active_for_24_hours
+    return WebhookEndpointWithSecret.of(webhooks.rotate_secret(webhook_endpoint_id, keep_old=keep_old, once=once))
 
 
 @router.post(
@@ -125,7 +130,7 @@ def send_test(
 ) -> WebhookTest:
     """A signed message about a job that does not exist, sent at once and only once; what the endpoint answered.
 
-    Where there was no answer, the error says why.
+    Where there was no answer, the error says why; the endpoint's deliveries list it too.
     """
     once = idempotency.once(WebhookTest.of, content={"json": asked.model_dump()})
     return WebhookTest.of(webhooks.test(webhook_endpoint_id, asked.event_type, once=once))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import BaseModel, Field, StrictBool, StringConstraints
 
 from api.v1.requests import Part
 from api.v1.schemas import Identified
@@ -124,9 +124,10 @@ class ChangeWebhookEndpoint(Part):
 
 
 class RotateSecret(Part):
-    keep_old_secret_active_for_24_hours: Literal[False] = Field(
+    keep_old_secret_active_for_24_hours: StrictBool = Field(
         False,
-        description="Only false: what a receiver refuses while it still has the old secret is sent again.",
+        description="Whether every message is signed with both for a day, so that a receiver may change over at any "
+        "time of it. Without it, what a receiver refuses while it still has the old secret is sent again.",
     )
 
 

@@ -124,6 +124,19 @@ class ArtifactStore:
                 if time.time() - path.stat().st_mtime > older_than_s:
                     path.unlink()
 
+    def datasets_since(self, stored_at: float, older_than_s: float) -> list[str]:
+        """The SHA-256 of datasets in the local store: kept since `stored_at` (seconds since 1970), and for so long.
+
+        A bucket may be another service's too, so none is listed there.
+        """
+        found = []
+        for path in self._root.glob("datasets/*") if self._root is not None else ():
+            with suppress(FileNotFoundError):
+                kept_since = path.stat().st_mtime
+                if "#" not in path.name and stored_at <= kept_since < time.time() - older_than_s:
+                    found.append(path.name)
+        return found
+
     def _read(self, key: str, start: int, end: int) -> Iterator[bytes]:
         while start < end:
             stop = min(start + READ_CHUNK_BYTES, end)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from qlora_service.cli import chat, datasets, events, jobs, keys, local, models, recipes, submission
+from qlora_service.cli import chat, datasets, events, jobs, keys, local, models, plan, recipes, submission
 from qlora_service.cli.exit_codes import MEANINGS, of_error
 from qlora_service.cli.options import FaultsInFile, print_error
 from qlora_service.client.wire import ServiceError
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(local.serve)
+app.command()(plan.plan)
 app.command()(submission.submit)
 app.command()(jobs.watch)
 app.command()(events.logs)

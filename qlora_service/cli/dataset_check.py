@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora_service.cli.exit_codes import ExitCode
-from qlora_service.cli.options import AsJson, DataDir, in_file, open_catalog, print_json, print_note
+from qlora_service.cli.options import AsJson, DataDir, in_file, open_catalog, print_json, print_note, told_below
 from qlora_service.errors import Finding, InvalidDataset, Unavailable
 from qlora_service.specs import Container, Shape
 
@@ -121,7 +121,7 @@ def _print(file: Path, checked: Checked) -> None:
     if unseen:
         print_note(f"… and {unseen} more findings: correct these, and check again")
     if checked.refusal is not None:
-        print_note(f"error: {checked.refusal}")
+        print_note(f"error: {told_below(checked.refusal, checked.findings)}")
     if checked.report is not None:
         print_note(f"{file}: {_summary(checked.report, checked.lengths)}")
 

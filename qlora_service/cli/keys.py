@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_service.cli.options import AsJson, DataDir, print_json, print_note, print_table
+from qlora_service.cli.options import AsJson, DataDir, WrongUsage, print_json, print_note, print_table
 from qlora_service.errors import Unavailable
 from qlora_service.keys import DEFAULT_SCOPES, ApiKey, Scope
+from qlora_service.keys import PREFIX as SECRET_PREFIX
 
 if TYPE_CHECKING:
     from qlora_service.access import Access
@@ -80,6 +81,8 @@ def revoke_key(
     as_json: AsJson = False,
 ) -> None:
     """Revoke a key: a running service refuses it within a second. What was made with it stays."""
+    if key_id.startswith(SECRET_PREFIX):
+        raise WrongUsage("this is a key itself: revoke it by its id, which `qlora keys list` shows")
     with local_access(data_dir) as access:
         key = access.revoke_key(key_id)
     if as_json:

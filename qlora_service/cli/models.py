@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_service.cli.options import AsJson, DataDir, Url, connect, open_catalog, print_json, print_note, print_table
+from qlora_service.cli.options import AsJson, DataDir, connect, open_catalog, print_json, print_note, print_table
 
 if TYPE_CHECKING:
     from qlora_service.models.quantized_cache import QuantizedCache
@@ -19,10 +19,19 @@ app.add_typer(cache, name="cache")
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The model's name in the catalog.")]
 
 
+ServiceUrl = Annotated[
+    str | None,
+    typer.Option("--url", help="Address of the service; default: $QLORA_URL, else no service is asked."),
+]
+
+
 @app.command("list")
-def list_models(url: Url = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
-    """List base models: those of the data directory or, with --url, those of a running service."""
-    if url is not None:
+def list_models(url: ServiceUrl = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """List base models: a service's, if --url or $QLORA_URL names one, else those of the data directory.
+
+    With --data-dir, those of that directory, whatever $QLORA_URL says.
+    """
+    if url is not None or (data_dir is None and _names_service()):
         with connect(url) as client:
             models = [model.model_dump(mode="json") for model in client.models()]
     else:
@@ -92,6 +101,12 @@ def clear_cache(data_dir: DataDir = None, as_json: AsJson = False) -> None:
         print_json({"removed": len(removed), "bytes": freed})
     else:
         print_note(f"removed {len(removed)} quantized base models, {freed / 1e9:.2f} GB")
+
+
+def _names_service() -> bool:
+    from qlora_service.settings import read_settings
+
+    return read_settings().url is not None
 
 
 def _open_cache(data_dir: Path | None) -> QuantizedCache:

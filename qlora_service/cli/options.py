@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_service.errors import Finding, QLoRAError
+from qlora_service.errors import Finding, InvalidRequest, QLoRAError
 
 if TYPE_CHECKING:
     from qlora_service.client import Client
@@ -50,6 +50,10 @@ JobId = Annotated[
 ]
 
 
+class WrongUsage(InvalidRequest):
+    """What was typed, or set in the environment, makes no command: nothing was asked of anybody."""
+
+
 class FaultsInFile(Exception):
     """What a user's file has wrong; the findings' lines are lines of that file."""
 
@@ -61,14 +65,21 @@ class FaultsInFile(Exception):
 
 
 def connect(url: str | None, *, patience_s: float | None = None) -> Client:
-    """The service at `url` or where the settings say, asked with the settings' key; waiting for it is said."""
+    """The service at `url` or where the settings say, asked with the settings' key; waiting for it is said.
+
+    Raises:
+        WrongUsage: that is no address, or no key.
+    """
     from qlora_service.client import PATIENCE_S, Client
     from qlora_service.settings import read_settings
 
     settings = read_settings(url=url)
     key = None if settings.api_key is None else settings.api_key.get_secret_value()
     patience_s = PATIENCE_S if patience_s is None else patience_s
-    return Client(settings.base_url, api_key=key or None, patience_s=patience_s, on_drop=_say_waiting)
+    try:
+        return Client(settings.base_url, api_key=key or None, patience_s=patience_s, on_drop=_say_waiting)
+    except InvalidRequest as error:
+        raise WrongUsage(error.message) from None
 
 
 def open_catalog(data_dir: Path | None) -> Catalog:
@@ -98,7 +109,7 @@ def print_note(text: str) -> None:
 
 def print_error(message: str, findings: Sequence[Finding], file: Path | None = None) -> None:
     """Prints one error, and its findings one a line: `file:line: pointer: reason` where they are of a file."""
-    lines = [f"error: {message}"]
+    lines = [f"error: {message if file is None else told_below(message, findings)}"]
     for finding in findings[:SHOWN_FINDINGS]:
         if file is None and str(finding) in message:
             continue  # the message is this one finding
@@ -107,6 +118,14 @@ def print_error(message: str, findings: Sequence[Finding], file: Path | None = N
         lines.append(f"  … and {len(findings) - SHOWN_FINDINGS} more")
     sys.stdout.flush()
     print_note("\n".join(lines))
+
+
+def told_below(message: str, findings: Iterable[Finding]) -> str:
+    """The message without the findings that it quotes, which get lines of their own: with their lines' numbers only."""
+    for finding in findings:
+        if finding.line is not None:
+            message = message.replace(str(finding), f"line {finding.line}")
+    return message
 
 
 def in_file(finding: Finding, file: Path) -> str:

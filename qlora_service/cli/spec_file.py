@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from qlora_service.cli.options import FaultsInFile
-from qlora_service.errors import Finding, InvalidRequest
+from qlora_service.cli.options import FaultsInFile, WrongUsage
+from qlora_service.errors import Finding
 
 Lines = dict[str, int]
 """The line of each field by its JSON pointer."""
@@ -19,12 +19,12 @@ def read_spec_file(path: Path) -> tuple[dict[str, Any], Lines]:
 
     Raises:
         FaultsInFile: it is neither YAML nor JSON, names a field twice, is no mapping, or has no end.
-        InvalidRequest: it cannot be read.
+        WrongUsage: it cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{path} cannot be read: {error}") from None
+        raise WrongUsage(f"{path} cannot be read: {error}") from None
     lines: Lines = {}
     try:
         # JSON is YAML too, so one reader gives the lines of both.

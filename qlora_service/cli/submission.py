@@ -11,8 +11,8 @@ import typer
 import yaml
 
 from qlora_service.cli.jobs import watch_to_end
-from qlora_service.cli.options import AsJson, FaultsInFile, Url, connect, print_json, print_note
-from qlora_service.errors import InvalidRequest, InvalidSpec
+from qlora_service.cli.options import AsJson, FaultsInFile, Url, WrongUsage, connect, print_json, print_note
+from qlora_service.errors import InvalidSpec
 
 if TYPE_CHECKING:
     from qlora_service.client import Client
@@ -52,6 +52,9 @@ def submit(
     lora_alpha: Annotated[
         float | None, typer.Option(help="The update is scaled by lora_alpha / r.", rich_help_panel=TRAINING)
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Queue it also if it should not fit into the device's memory.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
     url: Url = None,
     as_json: AsJson = False,
@@ -74,20 +77,20 @@ def submit(
         "adapter.lora_alpha": lora_alpha,
     }
     given = {field: value for field, value in flags.items() if value is not None}
-    document, spec = _read_spec(config, {**given, **_assignments(set_fields or [])})
+    document, spec = read_spec(config, {**given, **assignments(set_fields or [])})
     _check_one_dataset(file, document)
     with connect(url) as client:
-        job = _send(client, spec, file)
+        job = _send(client, spec, file, force=force)
         _print_job(job, watch=watch, as_json=as_json)
         if watch:
             watch_to_end(client, job.id, as_json)
 
 
-def _read_spec(config: Path | None, given: Document) -> tuple[Document, JobSpec]:
+def read_spec(config: Path | None, given: Document) -> tuple[Document, JobSpec]:
     """The spec that the file and the `given` fields over it describe, as they say it and checked.
 
     Raises:
-        FaultsInFile, InvalidSpec, InvalidRequest: with the lines of the file.
+        FaultsInFile, InvalidSpec, WrongUsage: with the lines of the file.
     """
     from qlora_service.specs import parse_spec
 
@@ -98,6 +101,8 @@ def _read_spec(config: Path | None, given: Document) -> tuple[Document, JobSpec]
     for field, value in given.items():
         _set(document, field, value)
         lines.pop(_pointer(field), None)
+    if config is None and document.get("base_model") is None:
+        raise WrongUsage("no base model: give --base-model; `qlora models list` shows which there are")
     try:
         return document, parse_spec(document)
     except InvalidSpec as error:
@@ -107,12 +112,12 @@ def _read_spec(config: Path | None, given: Document) -> tuple[Document, JobSpec]
         raise FaultsInFile(config, "the configuration is refused", findings) from None
 
 
-def _send(client: Client, spec: JobSpec, file: Path | None) -> Job:
+def _send(client: Client, spec: JobSpec, file: Path | None, *, force: bool) -> Job:
     """The queued job. Raises: ServiceError, FaultsInFile."""
     from qlora_service.client.wire import ServiceError
 
     try:
-        return client.submit(spec, file)
+        return client.submit(spec, file, force=force)
     except ServiceError as error:
         if file is None or not any(finding.line for finding in error.findings):
             raise
@@ -137,38 +142,38 @@ def _read_config(config: Path | None) -> tuple[Document, dict[str, int]]:
 
 
 def _check_one_dataset(file: Path | None, document: Document) -> None:
-    """Raises: InvalidRequest."""
+    """Raises: WrongUsage."""
     dataset = document.get("dataset") or {}
     named = dataset.get("id") is not None or dataset.get("rows") is not None
     if file is None and not named:
-        raise InvalidRequest("no dataset: give a FILE of rows, or --dataset-id")
+        raise WrongUsage("no dataset: give a FILE of rows, or --dataset-id")
     if file is not None and named:
-        raise InvalidRequest(f"two datasets: {file} and the one that the spec names; leave one of them out")
+        raise WrongUsage(f"two datasets: {file} and the one that the spec names; leave one of them out")
     if file is not None and not file.is_file():
-        raise InvalidRequest(f"{file} is no file: give one with rows to train on")
+        raise WrongUsage(f"{file} is no file: give one with rows to train on")
 
 
-def _assignments(pairs: list[str]) -> Document:
-    """The fields and values of `--set`. Raises: InvalidRequest."""
+def assignments(pairs: list[str]) -> Document:
+    """The fields and values of `--set`. Raises: WrongUsage."""
     values: Document = {}
     for pair in pairs:
         field, sign, text = pair.partition("=")
         if not sign or not field:
-            raise InvalidRequest(f"--set {pair}: write FIELD=VALUE, e.g. training.optim=adamw_torch")
+            raise WrongUsage(f"--set {pair}: write FIELD=VALUE, e.g. training.optim=adamw_torch")
         try:
             values[field] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise InvalidRequest(f"--set {pair}: the value cannot be read: {error}") from None
+            raise WrongUsage(f"--set {pair}: the value cannot be read: {error}") from None
     return values
 
 
 def _set(document: Document, field: str, value: object) -> None:
-    """Puts the value at the dotted field. Raises: InvalidRequest."""
+    """Puts the value at the dotted field. Raises: WrongUsage."""
     *groups, last = field.split(".")
     for group in groups:
         document = document.setdefault(group, {})
         if not isinstance(document, dict):
-            raise InvalidRequest(f"{field} cannot be set: {group} holds no fields")
+            raise WrongUsage(f"{field} cannot be set: {group} holds no fields")
     document[last] = value
 
 

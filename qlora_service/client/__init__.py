@@ -33,6 +33,7 @@ from qlora_service.client.wire import (
     Event,
     Job,
     Model,
+    Plan,
     PreviewRow,
     Recipe,
     ServiceError,
@@ -49,6 +50,7 @@ __all__ = [
     "Event",
     "Job",
     "Model",
+    "Plan",
     "PreviewRow",
     "Recipe",
     "ServiceError",
@@ -154,9 +156,30 @@ class Client:
 
     # --- jobs
 
-    def submit(self, spec: JobSpec | Mapping[str, Any], dataset_file: str | Path | None = None) -> Job:
-        """The queued job, with the service's `warnings`; the rows come from `dataset_file` or from `spec`'s dataset."""
-        document = spec.model_dump(mode="json", exclude_unset=True) if isinstance(spec, JobSpec) else dict(spec)
+    def plan(
+        self,
+        spec: JobSpec | Mapping[str, Any],
+        *,
+        config: Mapping[str, Any] | None = None,
+        device: str | None = None,
+        free_bytes: int | None = None,
+    ) -> Plan:
+        """Whether the job would fit, on the service's device or on a named card, and how it would run.
+
+        `config` is a model's config.json, in place of `spec`'s base model.
+        """
+        options = {"config": config, "device": device, "free_bytes": free_bytes}
+        given = {name: value for name, value in options.items() if value is not None}
+        return Plan.model_validate(self._transport.post("/plans", json=_document(spec) | given))
+
+    def submit(
+        self, spec: JobSpec | Mapping[str, Any], dataset_file: str | Path | None = None, *, force: bool = False
+    ) -> Job:
+        """The queued job, with the service's `warnings`; the rows come from `dataset_file` or from `spec`'s dataset.
+
+        With `force` it is queued also if it should not fit into the device's memory.
+        """
+        document = _document(spec) | ({"force": True} if force else {})
         if dataset_file is None:
             return Job.model_validate(self._transport.post("/jobs", json=document, patient=True))
         with _readable(dataset_file) as file:
@@ -296,6 +319,10 @@ def _readable(path: str | Path) -> Iterator[BinaryIO]:
         raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
     with file:
         yield file
+
+
+def _document(spec: JobSpec | Mapping[str, Any]) -> dict[str, Any]:
+    return spec.model_dump(mode="json", exclude_unset=True) if isinstance(spec, JobSpec) else dict(spec)
 
 
 def _given(**values: str | int | None) -> dict[str, str]:

@@ -100,6 +100,32 @@ class Recipe(Answer):
     values: dict[str, dict[str, Any]]
 
 
+class Plan(Answer):
+    """Whether a job would fit, and how it would run."""
+
+    verdict: str
+    """fits | fits_if | does_not_fit"""
+    reason: str
+    device: dict[str, Any]
+    settings: dict[str, Any]
+    """The fastest that fits; if none does, what needs least."""
+    longest_tokens: int
+    memory: dict[str, Any]
+    """Bytes, by category and in all."""
+    source: str
+    """simulation | formula"""
+    is_sure: bool
+    alternatives: list[dict[str, Any]]
+    """Fields to set with which it would fit, each entry by itself."""
+    largest: dict[str, Any] | None
+    trained_parameters: int
+    storage: dict[str, int]
+    bf16_lora_bytes: int
+    full_fine_tuning_bytes: int
+    notes: list[str]
+    time: dict[str, Any] | None
+
+
 class Progress(Answer):
     step: int
     total_steps: int | None
@@ -128,6 +154,8 @@ class Job(Answer):
     metrics: dict[str, Any]
     error: dict[str, Any] | None
     result: dict[str, Any] | None
+    unreadable: str | None = None
+    """Why the service cannot read what the job was asked to do."""
     warnings: list[str] = []
 
     @property

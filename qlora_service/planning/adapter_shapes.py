@@ -44,7 +44,7 @@ class AdapterShape:
     frozen: int = 0
     """Elements that are not trained"""
     unsaved: int = 0
-    """Elements, of either kind, that the published file does not need"""
+    """Elements, of either kind, that the published file does not need; less than 0 where it has some twice"""
     ranks: Mapping[str, int] = field(default_factory=dict)
     """LoRA's, by module: features of x Aᵀ"""
 
@@ -125,12 +125,13 @@ def _targeted(adapter: TargetedAdapter, shape: ModelShape) -> AdapterShape:
             }
             # Trained tokens start from a copy of the base's.
             copied = len(adapter.trainable_token_indices or ()) * shape.hidden
+            elsewhere, published_twice = _lora_elsewhere(adapter, shape, rank)
             return AdapterShape(
                 shape.layers,
                 tensors,
-                _lora_elsewhere(adapter, shape, rank),
+                elsewhere,
                 frozen=copied,
-                unsaved=copied,
+                unsaved=copied - published_twice,
                 ranks=dict.fromkeys(matrices, rank),
             )
         case AdaLora():
@@ -153,10 +154,14 @@ def _targeted(adapter: TargetedAdapter, shape: ModelShape) -> AdapterShape:
     raise AssertionError(f"no shapes for {adapter!r}")
 
 
-def _lora_elsewhere(adapter: Lora, shape: ModelShape, rank: int) -> tuple[int, ...]:
-    """LoRA of the embedding and the head, of both where they share a weight; and tokens that are trained."""
+def _lora_elsewhere(adapter: Lora, shape: ModelShape, rank: int) -> tuple[tuple[int, ...], int]:
+    """LoRA of the embedding and the head, one for both where they share a weight; and tokens that are trained.
+
+    With the elements that the published file has twice: of a shared one, it has the embedding's and the head's.
+    """
     named = EMBEDDINGS.intersection([] if isinstance(adapter.target_modules, str) else adapter.target_modules)
-    pairs = len(EMBEDDINGS) if shape.tied and named else len(named)
+    pair = (rank * shape.vocabulary, shape.hidden * rank)
+    pairs = pair * (bool(named) if shape.tied else len(named))
     tokens = adapter.trainable_token_indices
     own = () if tokens is None else (len(tokens) * shape.hidden,)
-    return (rank * shape.vocabulary, shape.hidden * rank) * pairs + own
+    return pairs + own, sum(pair) if shape.tied and named else 0

@@ -52,7 +52,8 @@ def simulate(
     """What the job takes on a CUDA device from Ampere on, or on a CPU, where its largest step needs most.
 
     `longest_tokens` is the longest row there is, if that is known; else rows are as long as the spec admits.
-    `compute_dtype` is what "auto" comes to; None: bfloat16 on CUDA, float32 on a CPU.
+    `compute_dtype` is what "auto" comes to; None: bfloat16 on CUDA, float32 on a CPU. With a `timeout_s` of 0, only
+    what was kept in `cache_dir` is looked up.
 
     Raises:
         CannotSimulate: transformers, peft or torch cannot build or run it, or it took longer than `timeout_s`.
@@ -89,6 +90,8 @@ def simulate(
 
 def _ask(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     """The child's answer. Raises: CannotSimulate."""
+    if timeout_s <= 0:
+        raise CannotSimulate("nobody simulated it before")
     try:
         child = subprocess.run(
             [sys.executable, "-m", CHILD],

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
+from torch.utils.hooks import RemovableHandle
 
 from qlora_service.models.adapters import NAME as ADAPTER_NAME
 from qlora_service.models.adapters import after_step, allocation_state, trainable
 from qlora_service.planning.largest_step import LargestStep
 from qlora_service.planning.memory import Category
+from qlora_service.planning.simulated_device import workspaces
 from qlora_service.planning.tracker import Tracker
 from qlora_service.specs import JobSpec, Objective
 from qlora_service.training.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
@@ -35,8 +39,8 @@ def examples_of(step: LargestStep, objective: Objective) -> list[TrainingExample
     return list(rows)
 
 
-def own_model(tracker: Tracker, model: PeftModel) -> None:
-    """Show the tracker what is there before the first step, and gradients when they appear."""
+def own_model(tracker: Tracker, model: PeftModel) -> list[RemovableHandle]:
+    """The hooks that show the tracker gradients when they appear; what is there before the first step, it is shown."""
     for name, module in model.named_modules():
         for own_name, parameter in module.named_parameters(recurse=False):
             tracker.own(parameter, _category(f"{name}.{own_name}", module, parameter))
@@ -44,8 +48,24 @@ def own_model(tracker: Tracker, model: PeftModel) -> None:
                 tracker.own(constant, Category.CONSTANTS)
         for own_name, buffer in module.named_buffers(recurse=False):
             tracker.own(buffer, _category(f"{name}.{own_name}", module, buffer))
-    for parameter in trainable(model):
+    return [
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.own(p.grad, Category.GRADIENTS))
+        for parameter in trainable(model)
+    ]
+
+
+@contextmanager
+def tracking(model: PeftModel, optimizer: torch.optim.Optimizer) -> Iterator[Tracker]:
+    """The tracker, active over a step of a training on a CPU that is under way. The step computes the same."""
+    tracker = Tracker(vocabulary=model.config.get_text_config().vocab_size, workspaces=workspaces(cuda=False))
+    hooks = own_model(tracker, model)
+    _own_state(tracker, optimizer, model, can_page=False)
+    try:
+        with tracker:
+            yield tracker
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def run_largest_step(network: Network, spec: JobSpec, step: LargestStep, tracker: Tracker, *, cuda: bool) -> int:

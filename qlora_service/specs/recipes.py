@@ -64,7 +64,7 @@ RECIPES: dict[RecipeName, Recipe] = {
             },
             "training": {
                 "batch_size": 16, "learning_rate": 2e-4, "lr_scheduler_type": "linear", "warmup_ratio": 0.03,
-                "loraplus_lr_ratio": 4.0, "optim": "paged_adamw_8bit", "micro_batch_tokens": 2048,
+                "loraplus_lr_ratio": 4.0, "optim": "paged_adamw_8bit", "micro_batch_tokens": "auto",
                 "gradient_checkpointing": "auto",
             },
         },

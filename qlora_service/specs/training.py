@@ -9,6 +9,8 @@ from pydantic import Field, StrictBool, StrictInt, StringConstraints, model_vali
 from qlora_service.specs.part import SpecPart
 
 Question = Annotated[str, StringConstraints(min_length=1, max_length=10_000)]
+PLAIN_MICRO_BATCH_TOKENS = 2048
+"""What "auto" comes to on a CPU, and where nobody has looked at the device's memory"""
 
 
 class Training(SpecPart):
@@ -62,17 +64,15 @@ class Training(SpecPart):
         "assistant",
         description="Tokens that are learned: the answers only, or every token; preferences have the answers only.",
     )
-    micro_batch_tokens: StrictInt = Field(
-        2048,
-        ge=1,
-        le=1_048_576,
+    micro_batch_tokens: Annotated[StrictInt, Field(ge=1, le=1_048_576)] | Literal["auto"] = Field(
+        "auto",
         description="Tokens computed at a time; a longer row is computed by itself. Changes speed and memory, never "
-        "the maths of a step.",
+        "the maths of a step. auto: as many as fit on the GPU, up to 8192; on a CPU 2048.",
     )
     gradient_checkpointing: StrictBool | Literal["auto"] = Field(
         "auto",
         description="Recompute activations instead of storing them: less memory, about a third more work. auto: only "
-        "when a micro-batch's activations would take more than half of the free memory.",
+        "when it would not fit otherwise, or a micro-batch's activations take more than half of the free memory.",
     )
     neftune_noise_alpha: float | None = Field(
         None,
@@ -87,6 +87,11 @@ class Training(SpecPart):
         False, description="Publish the adapter of the evaluation with the lowest held-out loss, not the last one."
     )
     seed: StrictInt = Field(0, ge=0, le=2**31 - 1, description="Decides split, order, the adapter's start and dropout.")
+
+    @property
+    def resolved_micro_batch_tokens(self) -> int:
+        """`micro_batch_tokens`; of "auto", what it comes to on a CPU."""
+        return PLAIN_MICRO_BATCH_TOKENS if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Training:

@@ -113,6 +113,17 @@ def are_bytes_needed(connection: Connection, sha256: str) -> bool:
     return connection.execute(query).one_or_none() is not None
 
 
+def first_stored_at(connection: Connection) -> datetime | None:
+    """When the oldest dataset was made, be it deleted by now; None if there never was one."""
+    first: datetime | None = connection.execute(sa.select(sa.func.min(datasets.c.created_at))).scalar_one()
+    return first
+
+
+def all_needed_bytes(connection: Connection) -> set[str]:
+    """The SHA-256 of every dataset's bytes."""
+    return set(connection.execute(sa.select(datasets.c.sha256).where(datasets.c.deleted_at.is_(None))).scalars())
+
+
 def get_render_report(connection: Connection, dataset_id: str, key: str) -> dict[str, Any] | None:
     query = sa.select(render_reports.c.report).where(
         render_reports.c.dataset_id == dataset_id, render_reports.c.key == key

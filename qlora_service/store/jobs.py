@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 from sqlalchemy.engine import Connection, Row
 
 from qlora_service.errors import NotFound
@@ -25,6 +27,8 @@ def insert_job(
     dataset_id: str,
     base_sha256: str,
     now: datetime,
+    *,
+    forecast: dict[str, Any] | None = None,
 ) -> None:
     connection.execute(
         jobs.insert().values(
@@ -37,6 +41,7 @@ def insert_job(
             dataset_id=dataset_id,
             priority=spec.priority,
             created_at=now,
+            forecast=forecast,
             metrics={},
         )
     )
@@ -44,7 +49,7 @@ def insert_job(
 
 
 def get_job(connection: Connection, job_id: str, *, project: str | None = None, lock: bool = False) -> Job:
-    """The job; with `lock`, nobody else changes it before the transaction ends.
+    """The job; with `lock`, nobody else changes it before the transaction ends. Its spec may be `unreadable`.
 
     Raises:
         NotFound: there is none, or it belongs to another project than `project`.
@@ -55,7 +60,7 @@ def get_job(connection: Connection, job_id: str, *, project: str | None = None, 
     row = connection.execute(query.with_for_update() if lock else query).one_or_none()
     if row is None:
         raise NotFound(f"there is no job {job_id!r}; GET /jobs lists them", location="job_id")
-    return job_from_row(row)
+    return _shown(row)
 
 
 def list_jobs(
@@ -72,7 +77,8 @@ def list_jobs(
 ) -> list[Job]:
     """Up to `limit` jobs, newest first unless told otherwise, whose ids lie between the two given.
 
-    With `metadata` those that have all of these pairs; of an empty one, those without any.
+    One whose spec is `unreadable` is among them: its owner has to see it to cancel it. With `metadata` those that have
+    all of these pairs; of an empty one, those without any.
     """
     order = jobs.c.id if oldest_first else jobs.c.id.desc()
     query = sa.select(jobs).where(jobs.c.project == project).order_by(order).limit(limit)
@@ -86,14 +92,14 @@ def list_jobs(
         query = query.where(jobs.c.id < before)
     if after is not None:
         query = query.where(jobs.c.id > after)
-    return [job_from_row(row) for row in connection.execute(query)]
+    return [_shown(row) for row in connection.execute(query)]
 
 
 def list_published(connection: Connection, *, project: str, limit: int) -> list[Job]:
     """Up to `limit` jobs whose adapters can be had, newest first."""
     there = (jobs.c.status == JobStatus.SUCCEEDED, jobs.c.withdrawn_at.is_(None))
     query = sa.select(jobs).where(jobs.c.project == project, *there).order_by(jobs.c.id.desc()).limit(limit)
-    return [job_from_row(row) for row in connection.execute(query)]
+    return [_shown(row) for row in connection.execute(query)]
 
 
 def unfinished_on(connection: Connection, dataset_id: str) -> str | None:
@@ -224,12 +230,37 @@ def _has_metadata(connection: Connection, wanted: Mapping[str, str]) -> list[sa.
 
 
 def job_from_row(row: Row[Any]) -> Job:
+    """The job, to be run. Raises: ValidationError, when its spec is not one that this version understands."""
+    # A spec that was stored by an older version may have fields that are gone.
+    return _with_spec(row, JobSpec.model_validate(row.spec, extra="ignore"))
+
+
+def _shown(row: Row[Any]) -> Job:
+    """The job, to be looked at and ended: one whose spec is unreadable is still its owner's."""
+    try:
+        return job_from_row(row)
+    except ValidationError as error:
+        stored = row.spec if isinstance(row.spec, dict) else {}
+        name, metadata = stored.get("name"), stored.get("metadata")
+        remains = JobSpec.model_construct(
+            base_model=row.base_model,
+            priority=row.priority,
+            name=name if isinstance(name, str) else None,
+            metadata={key: str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {},
+        )
+        reason = (
+            f"the stored configuration of job {row.id} is not one that this version understands "
+            f"({error.error_count()} faults): post it again to have it run"
+        )
+        return replace(_with_spec(row, remains), unreadable=reason)
+
+
+def _with_spec(row: Row[Any], spec: JobSpec) -> Job:
     return Job(
         id=row.id,
         status=JobStatus(row.status),
         project=row.project,
-        # A spec that was stored by an older version may have fields that are gone.
-        spec=JobSpec.model_validate(row.spec, extra="ignore"),
+        spec=spec,
         base_weights_sha256=row.base_weights_sha256,
         dataset_id=row.dataset_id,
         created_at=row.created_at,

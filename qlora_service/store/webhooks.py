@@ -42,6 +42,12 @@ class Endpoint:
     """Signs too, until `old_secret_until`."""
     old_secret_until: datetime | None = None
 
+    def secrets_at(self, now: datetime) -> list[str]:
+        """What signs a message that is sent now, the newest secret first."""
+        if self.old_secret is None or self.old_secret_until is None or now >= self.old_secret_until:
+            return [self.secret]
+        return [self.secret, self.old_secret]
+
 
 @dataclass(frozen=True)
 class Delivery:

@@ -87,6 +87,17 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_reserved_bytes(device: torch.device) -> int | None:
+    """Most memory that torch's CUDA allocator held so far; None on a CPU, where there is no such thing."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
+def forget_peaks(device: torch.device) -> None:
+    """Measure peaks from now on; the peak of a process on a CPU is the kernel's, and stays."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for queued work, so that a clock reads true."""
     if device.type == "cuda":

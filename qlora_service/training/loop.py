@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -106,6 +106,10 @@ class Unattended:
         pass
 
 
+AroundStep = Callable[[int, torch.optim.Optimizer], AbstractContextManager[object]]
+"""Entered around a step's passes and its update; given the step (from 0)"""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The held-out examples before the first step and for the adapter that training ends with."""
@@ -138,6 +142,7 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
     row_losses: RowLosses,
     start: TrainingState | None = None,
     control: Control | None = None,
+    around_step: AroundStep = lambda *_: nullcontext(),
 ) -> Outcome:
     """Train the adapter in place; `examples_of_step(i)` are the examples of step i (from 0).
 
@@ -220,18 +225,19 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
 
                 started = time.perf_counter()
                 examples = examples_of_step(step)
-                loss = gradients.compute(step, examples)
-                if step == 0:
-                    _check_every_parameter_learns(model)
-                grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm))
-                rate = learning_rate(step, total_steps, training)
-                set_learning_rate(optimizer, rate)
-                is_finite = math.isfinite(loss.total) and math.isfinite(grad_norm)
-                # From here to the observer nothing asks whether to stop: a step is completed whole, or not at all.
-                if is_finite:
-                    optimizer.step()
-                    after_step(model, step + 1)
-                optimizer.zero_grad(set_to_none=True)
+                with around_step(step, optimizer):
+                    loss = gradients.compute(step, examples)
+                    if step == 0:
+                        _check_every_parameter_learns(model)
+                    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm))
+                    rate = learning_rate(step, total_steps, training)
+                    set_learning_rate(optimizer, rate)
+                    is_finite = math.isfinite(loss.total) and math.isfinite(grad_norm)
+                    # From here to the observer nothing asks whether to stop: a step is completed whole, or not at all.
+                    if is_finite:
+                        optimizer.step()
+                        after_step(model, step + 1)
+                    optimizer.zero_grad(set_to_none=True)
                 row_losses.record(step + 1, loss.lines, loss.of_example)
                 history = history.after(loss.total, grad_norm, skipped=not is_finite)
                 chance = random_state(device)

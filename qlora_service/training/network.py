@@ -16,7 +16,7 @@ from peft import PeftModel, PrefixTuningConfig
 from peft.tuners.lora import LoraLayer
 
 from qlora_service.errors import InvalidSpec
-from qlora_service.models.adapters import checkpoint_activations, runs_alone
+from qlora_service.models.adapters import adapter_off, checkpoint_activations, runs_alone
 from qlora_service.training.attention import Isolation, are_same, probe_documents, use_own_attention
 from qlora_service.training.device import free_memory_bytes
 from qlora_service.training.fused_modules import fuse, unfuse
@@ -180,7 +180,7 @@ class Network:
 
     def _build_decoders(self) -> None:
         self._decoder = llama_decoder(self._base)
-        with self.model.disable_adapter():
+        with adapter_off(self.model):
             self._base_decoder = llama_decoder(self._base)
 
     def _agrees(self, expected: torch.Tensor, head: Head, layers: Layers, batch: MicroBatch) -> bool:
@@ -254,7 +254,7 @@ class Network:
     def _without_adapter(self) -> Iterator[None]:
         trained, self._decoder, self._adapter_is_on = self._decoder, self._base_decoder, False
         try:
-            with self.model.disable_adapter():
+            with adapter_off(self.model):
                 yield
         finally:
             self._decoder, self._adapter_is_on = trained, True

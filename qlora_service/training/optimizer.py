@@ -21,6 +21,8 @@ OptimizerState = dict[str, dict[str, torch.Tensor]]
 """By the parameter's name in the model: its moments, their constants, and the number of steps it took."""
 
 _B_MATRICES = {"lora_B", "lora_embedding_B"}
+FEWEST_PAGED_ELEMENTS = 100_000
+"""bitsandbytes 0.50, optim/optimizer.py, `get_state_buffer`: smaller parameters' state never pages."""
 FEWEST_8BIT_ELEMENTS, EIGHT_BIT_BLOCK = 4096, 256
 """bitsandbytes 0.50, optim/optimizer.py: smaller parameters keep 32-bit state; the block of its constants."""
 _CODE_TABLES = ("qmap1", "qmap2")
@@ -52,9 +54,22 @@ def make_optimizer(model: torch.nn.Module, training: Training, device: torch.dev
         lr=training.learning_rate,
         betas=betas,
         optim_bits=8 if training.optim.endswith("8bit") else 32,
-        is_paged=training.optim.startswith("paged") and can_page(device),
+        is_paged=_is_paged(training, device),
     )
     return optimizer
+
+
+def leaves_paged_memory(model: torch.nn.Module, training: Training, device: torch.device) -> bool:
+    """Whether the optimizer's state lies in managed memory, which returns with the process only (`release_optimizer`).
+
+    The first job of a process that has some is its last: the next one would find that much less.
+    """
+    learned = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return _is_paged(training, device) and any(one.numel() >= FEWEST_PAGED_ELEMENTS for one in learned)
+
+
+def _is_paged(training: Training, device: torch.device) -> bool:
+    return training.optim.startswith("paged") and can_page(device)
 
 
 def _parameter_groups(model: torch.nn.Module, training: Training) -> list[dict[str, Any]]:

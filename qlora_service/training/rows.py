@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qlora_service.data.rendering import RenderedRow, RenderReport, UnusableRow
 from qlora_service.training.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
@@ -37,6 +38,16 @@ class RenderedRows:
 
     def __len__(self) -> int:
         return self._rows
+
+    def tokens(self) -> list[int]:
+        """Each row's length: of a pair, both sides."""
+        found: list[int] = []
+        for columns in self._columns:
+            for own, rejected in zip(
+                _lengths(columns, "input_ids"), _lengths(columns, "rejected_input_ids"), strict=True
+            ):
+                found.append(own + rejected)
+        return found
 
     def __getitem__(self, position: int) -> TrainingExample:
         if not 0 <= position < self._rows:
@@ -80,6 +91,12 @@ def _record_batch(rows: list[RenderedRow]) -> Any:
         "desirable": [row.desirable for row in rows],
     }
     return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
+
+
+def _lengths(columns: list[Any], name: str) -> list[int]:
+    """Values in each cell; 0 in a null."""
+    lengths = pc.list_value_length(columns[SCHEMA.get_field_index(name)])
+    return [length or 0 for length in lengths.to_pylist()]
 
 
 def _values(cell: Any) -> Any:

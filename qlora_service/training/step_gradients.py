@@ -40,7 +40,7 @@ class StepGradients:
     ) -> None:
         self._network, self._objective, self._seed = network, objective, training.seed
         self._plan_changed = plan_changed
-        self.micro_batch_tokens = training.micro_batch_tokens
+        self.micro_batch_tokens = training.resolved_micro_batch_tokens
 
     def compute(self, step: int, examples: Sequence[TrainingExample]) -> StepLoss:
         """The loss of step `step` (from 0), whose gradients the parameters hold from now on.

@@ -87,6 +87,9 @@ class Deliverer:
                 self.deliver_due()
             except SQLAlchemyError as error:
                 log.warning("webhooks_wait", error=type(error).__qualname__)
+            except Exception:
+                # Without this thread nobody would be told anything any more, and nothing would show it.
+                log.exception("webhooks_failed")
 
     def _deliver(self, delivery: Delivery, endpoint: Endpoint) -> None:
         told: dict[str, Any] = {"last_status": None, "last_error": None}
@@ -94,6 +97,9 @@ class Deliverer:
             told["last_status"] = attempt(self._sender, delivery, endpoint, self._clock())
         except InvalidRequest as error:
             told["last_error"] = error.message[:MAX_ERROR_CHARS]
+        except Exception as error:
+            log.exception("webhook_failed", delivery=delivery.id)
+            told["last_error"] = f"the service failed with {type(error).__qualname__}; its log says more"
         told |= self._outcome(delivery, told["last_status"])
         try:
             persist(lambda: self._note(delivery, told), NOTE_PATIENCE_S)
@@ -119,5 +125,5 @@ class Deliverer:
 def attempt(sender: Sender, delivery: Delivery, endpoint: Endpoint, now: datetime) -> int:
     """The status with which the endpoint answered. Raises: InvalidRequest, when there is none."""
     body = json.dumps(delivery.body, separators=(",", ":")).encode()
-    headers = signed_headers(endpoint.secret, delivery.event_id, int(now.timestamp()), body)
+    headers = signed_headers(endpoint.secrets_at(now), delivery.event_id, int(now.timestamp()), body)
     return sender.send(endpoint.url, headers, body)

@@ -6,7 +6,8 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 from sqlalchemy.engine import Connection
@@ -19,13 +20,15 @@ from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Once, recall, write_once
 from qlora_service.store.tables import LOCAL_PROJECT
 from qlora_service.store.webhooks import EVENT_TYPES, Delivery, Endpoint
-from qlora_service.webhooks.delivery import Deliverer, attempt
+from qlora_service.webhooks.delivery import MAX_ERROR_CHARS, Deliverer, attempt
 from qlora_service.webhooks.sending import Sender
 from qlora_service.webhooks.signing import new_secret
 
 MAX_ENDPOINTS = 20
 """Of one project: every job that ends writes a row for each."""
 MAX_NAME_CHARS = 64
+OLD_SECRET_LASTS = timedelta(hours=24)
+"""What the wire's `keep_old_secret_active_for_24_hours` promises."""
 SAMPLE_JOB = "job_0000000000000000000000"
 """What a test call says has ended."""
 
@@ -129,13 +132,24 @@ class Webhooks:
             rows.get_endpoint(connection, endpoint_id, project=self._project)
             rows.delete_endpoint(connection, endpoint_id)
 
-    def rotate_secret(self, endpoint_id: str, *, once: Once[Endpoint] | None = None) -> Endpoint:
-        """The endpoint with a new secret, which signs whatever is sent from now on. Raises: NotFound."""
+    def rotate_secret(
+        self, endpoint_id: str, *, keep_old: bool = False, once: Once[Endpoint] | None = None
+    ) -> Endpoint:
+        """The endpoint with a new secret, which signs whatever is sent from now on.
+
+        With `keep_old`, the secret of before signs too for OLD_SECRET_LASTS; one of before that ends at once.
+
+        Raises:
+            NotFound
+        """
 
         def change(connection: Connection) -> Endpoint:
             endpoint = rows.get_endpoint(connection, endpoint_id, project=self._project)
-            rows.update_endpoint(connection, endpoint_id, secret=(secret := new_secret()))
-            return replace(endpoint, secret=secret)
+            changes: dict[str, Any] = {"secret": new_secret(), "old_secret": None, "old_secret_until": None}
+            if keep_old:
+                changes |= {"old_secret": endpoint.secret, "old_secret_until": self._clock() + OLD_SECRET_LASTS}
+            rows.update_endpoint(connection, endpoint_id, **changes)
+            return replace(endpoint, **changes)
 
         return self._write(once, change)
 
@@ -150,22 +164,27 @@ class Webhooks:
         endpoint = self.get(endpoint_id)
         _known([event_type])
         sample = rows.new_delivery(endpoint_id, event_type, SAMPLE_JOB, self._clock())
-        status = attempt(self._sender, sample, endpoint, self._clock())
-
-        def note(connection: Connection) -> Delivery:
-            rows.get_endpoint(connection, endpoint_id, project=self._project)
-            delivered_at = self._clock() if 200 <= status < 300 else None
-            told = replace(sample, due_at=None, attempts=1, last_status=status, delivered_at=delivered_at)
-            rows.insert_delivery(connection, told)
-            return told
-
-        return self._write(once, note)
+        told = replace(sample, due_at=None, attempts=1)
+        try:
+            status = attempt(self._sender, sample, endpoint, self._clock())
+        except InvalidRequest as error:
+            # In a transaction of its own: sent again under its key, the request tries again.
+            self._write(None, partial(self._log, replace(told, last_error=error.message[:MAX_ERROR_CHARS])))
+            raise
+        delivered_at = self._clock() if 200 <= status < 300 else None
+        return self._write(once, partial(self._log, replace(told, last_status=status, delivered_at=delivered_at)))
 
     def deliveries(self, endpoint_id: str, *, before: str | None = None, limit: int = 20) -> list[Delivery]:
         """What the endpoint was told and is to be told, newest first. Raises: NotFound."""
         with self._database.read() as connection:
             rows.get_endpoint(connection, endpoint_id, project=self._project)
             return rows.list_deliveries(connection, endpoint_id, before=before, limit=limit)
+
+    def _log(self, delivery: Delivery, connection: Connection) -> Delivery:
+        """The delivery, stored. Raises: NotFound, when its endpoint was deleted meanwhile."""
+        rows.get_endpoint(connection, delivery.endpoint_id, project=self._project)
+        rows.insert_delivery(connection, delivery)
+        return delivery
 
     def _write(self, once: Once[Result] | None, action: Callable[[Connection], Result]) -> Result:
         with self._database.write() as connection:

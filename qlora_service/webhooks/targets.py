@@ -66,6 +66,8 @@ def parse_target(url: str, *, private: bool) -> Target:
         raise _refused("leave user and password out of the URL: every message is signed")
     if parts.fragment or not _HOST.fullmatch(host):
         raise _refused(f"{url!r} names no host, or a place inside a page: write https://host/path")
+    if port == 0:
+        raise _refused(f"{url!r} names port 0, at which nothing can listen: name another, or none")
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Target(parts.scheme, host, port or PORTS[parts.scheme], path)
 

@@ -40,6 +40,12 @@ def test_ambiguous_or_broken_json_is_refused_with_its_place(body: bytes, reason:
     assert caught.value.location == location
 
 
+def test_broken_part_of_a_form_is_named() -> None:
+    with pytest.raises(InvalidJSON, match=r"the part 'config' is not valid JSON: .* at line 1, column 2") as caught:
+        parse_body(b"{", "config")
+    assert (caught.value.location, caught.value.details) == ("config", {"line": 1, "column": 2})
+
+
 _SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()))
 _VALUES = st.recursive(
     _SCALARS, lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=2), children)

@@ -9,7 +9,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.main import create_app
+from api.plan_schemas import PlanOptions
 from qlora_service.settings import Settings
+from qlora_service.specs import JobSpec
 from tests.api.conftest import ROOT, URL, scratch_files
 
 CONTRACT = {
@@ -31,6 +33,8 @@ CONTRACT = {
     ("get", "/jobs/{job_id}/artifacts/{name}"): {404, 409, 416, 422},
     ("get", "/jobs/{job_id}/adapter.zip"): {404, 409, 422},
     ("post", "/keys"): {400, 409, 413, 422, 503},
+    ("post", "/plans"): {400, 404, 413, 422, 503},
+    ("get", "/plans/accuracy"): {422},
     ("get", "/keys"): {422},
     ("delete", "/keys/{key_id}"): {404, 409, 422, 503},
     ("delete", "/datasets/{dataset_id}"): {404, 409, 422, 503},
@@ -105,7 +109,7 @@ def test_every_route_and_its_errors_are_documented(openapi: dict[str, Any]) -> N
 
 def test_every_post_that_changes_something_takes_an_idempotency_key(openapi: dict[str, Any]) -> None:
     posts = {path: methods["post"] for path, methods in openapi["paths"].items() if "post" in methods}
-    del posts["/v1/chat/completions"], posts["/v1/completions"]
+    del posts["/v1/chat/completions"], posts["/v1/completions"], posts["/plans"]
     assert posts
     for path, operation in posts.items():
         headers = {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "header"}
@@ -118,12 +122,19 @@ def test_the_frameworks_own_error_schema_is_not_documented(openapi: dict[str, An
 
 def test_job_body_shows_the_spec_as_json_and_as_form(openapi: dict[str, Any]) -> None:
     content = openapi["paths"]["/jobs"]["post"]["requestBody"]["content"]
-    spec = {"$ref": "#/components/schemas/JobSpec"}
-    assert content["application/json"]["schema"] == spec
-    assert content["multipart/form-data"]["schema"]["properties"]["config"] == spec
-    schema = openapi["components"]["schemas"]["JobSpec"]
+    request = {"$ref": "#/components/schemas/JobRequest"}
+    assert content["application/json"]["schema"] == request
+    assert content["multipart/form-data"]["schema"]["properties"]["config"] == request
+    schema = openapi["components"]["schemas"]["JobRequest"]
+    assert schema["properties"].keys() == {*JobSpec.model_fields, "force"}
     assert schema["required"] == ["base_model"]
     assert schema["additionalProperties"] is False
+
+
+def test_plan_body_is_a_spec_and_what_to_plan_it_for(openapi: dict[str, Any]) -> None:
+    schema = openapi["components"]["schemas"]["PlanRequest"]
+    assert schema["properties"].keys() == {*JobSpec.model_fields, *PlanOptions.model_fields}
+    assert schema["required"] == []
 
 
 def test_every_reference_of_the_document_resolves(openapi: dict[str, Any]) -> None:

@@ -184,13 +184,48 @@ def test_others_are_served_while_many_are_slow(port: int) -> None:
 
 @pytest.mark.parametrize(
     "sent",
-    [b"\x16\x03\x01\x02\x00\x01\r\n\r\n", HEAD + b"X-Long: " + b"x" * 2 * MAX_HEAD_BYTES],
-    ids=["TLS", "long head"],
+    [
+        b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
+        HEAD + b"X-Long: " + b"x" * 2 * MAX_HEAD_BYTES,
+        HEAD + b"X-Long: " + b"x" * MAX_HEAD_BYTES + b"\r\n\r\n",
+    ],
+    ids=["TLS", "long head", "long head that ends"],
 )
 def test_what_is_no_request_is_answered_in_the_one_shape(port: int, sent: bytes) -> None:
     client = SlowClient(port, sent).end()
     assert client.status == 400
     assert client.error["code"] == "malformed_request"
+
+
+def test_second_head_of_a_packet_is_measured_too(port: int) -> None:
+    client = SlowClient(port, HEAD + b"\r\n" + HEAD + b"X-Long: " + b"x" * MAX_HEAD_BYTES + b"\r\n\r\n").end()
+    assert client.answer.startswith(b"HTTP/1.1 200")
+    assert b"HTTP/1.1 400" in client.answer
+
+
+def test_head_of_just_the_limit_is_answered(port: int) -> None:
+    rest = b"Connection: close\r\nX-Long: "
+    head = HEAD + rest + b"x" * (MAX_HEAD_BYTES - len(HEAD + rest) - 4) + b"\r\n\r\n"
+    assert len(head) == MAX_HEAD_BYTES
+    assert SlowClient(port, head).end().status == 200
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "status"),
+    [
+        (b"http://localhost/healthz", b"elsewhere.example", 200),
+        (b"HTTP://LocalHost:8080/jobs?limit=1", b"elsewhere.example", 200),
+        (b"http://elsewhere.example/jobs", b"localhost", 403),
+        (b"http://localhost", b"localhost", 404),
+        (b"http://localhost?limit=1", b"localhost", 404),
+        (b"http://user@localhost/jobs", b"localhost", 403),
+        (b"/http://localhost/jobs", b"localhost", 404),
+        (b"*", b"localhost", 404),
+    ],
+)
+def test_target_may_name_the_host_which_then_counts(port: int, target: bytes, host: bytes, status: int) -> None:
+    head = b"GET " + target + b" HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n"
+    assert SlowClient(port, head).end().status == status
 
 
 @contextmanager

@@ -167,7 +167,7 @@ REFERENCES: dict[str, tuple[Callable[[Tenant], str], Callable[[Tenant, str], Req
 }  # fmt: skip
 """What a body names, by its schema and field: something of the kind, and the request that names it."""
 
-SHARED = {"JobSpec.base_model"}
+SHARED = {"JobRequest.base_model", "PlanRequest.base_model"}
 """Fields that look like references, and name what belongs to no project."""
 
 

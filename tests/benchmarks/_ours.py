@@ -99,7 +99,7 @@ def _train_ours(layers: Layers, work: Workload) -> tuple[PeftModel, StepRecorder
     if (net.layers == "general") is not (layers == "general"):
         raise RuntimeError(f"asked for {layers} layers, the network chose {net.layers}: see Network._find_ways")
     rows = work.rows()
-    recorder = StepRecorder(StepClock(layer_shapes(base), TRAINING.micro_batch_tokens))
+    recorder = StepRecorder(StepClock(layer_shapes(base), TRAINING.resolved_micro_batch_tokens))
     recorder.count(network.Network, "losses", as_engine=True)
     recorder.count(network, "collate", as_engine=False)
     recorder.count(torch.Tensor, "backward", as_engine=True)

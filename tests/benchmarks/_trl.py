@@ -89,7 +89,7 @@ def measure(name: str, work: Workload) -> Run:
     )
     shapes = layer_shapes(model)
     # The matrix rate is taken at our side's size on both sides, so that the machine's drift shows.
-    clock = StepClock(shapes, TRAINING.micro_batch_tokens)
+    clock = StepClock(shapes, TRAINING.resolved_micro_batch_tokens)
     callback = StepCallback(clock)
     with tempfile.TemporaryDirectory() as output:
         trainer = SFTTrainer(

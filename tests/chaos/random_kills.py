@@ -1,7 +1,8 @@
 """Trainers, supervisor and API are killed at random moments of a stream of jobs; every job must end as if undisturbed.
 
-A trainer's doom is drawn at its birth: a moment of a job's life, and whether it or its supervisor is killed then. So
-the kills are spread over a job's life, however fast the machine is.
+An attempt's doom is drawn when it begins: a moment of a job's life, and whether its trainer or the supervisor is killed
+then. So the kills are spread over a job's life, however fast the machine is. A trainer that survives its attempt may
+have the next one, on the base that it has loaded.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ class _Havoc:
         self.worker = self.workspace.start_worker(**WORKER)
         self._posted: list[str] = []
         self._over = threading.Event()
-        self._dooms: dict[int, _Doom | None] = {}
+        self._dooms: dict[Claim, _Doom | None] = {}
         self._bereft: dict[str, float] = {}  # jobs without a trainer, and since when
         self._api_end: float | None = None
         self._worker_end: float | None = None
@@ -160,6 +161,10 @@ class _Havoc:
                     assert not posting.done(), posting.exception()
                     self._tick(time.monotonic())
                     time.sleep(TICK_S)
+            except BaseException:
+                self.worker.kill()
+                self.worker.wait()
+                raise
             finally:
                 self._over.set()
             posting.result()
@@ -190,11 +195,11 @@ class _Havoc:
             self._kill_worker(now)
             return
         for pid, claim in trainers_of(self.worker.pid).items():
-            if pid not in self._dooms:
-                self._dooms[pid] = self._draw_doom()
+            if claim not in self._dooms:
+                self._dooms[claim] = self._draw_doom()
                 if (since := self._bereft.pop(claim.job_id, None)) is not None:
                     self.respawn_s.append(now - since)
-            doom, job = self._dooms[pid], self.workspace.service.get_job(claim.job_id)
+            doom, job = self._dooms[claim], self.workspace.service.get_job(claim.job_id)
             if doom is None or job.attempt != claim.token or not doom.is_due(job, now) or not self._left(doom.victim):
                 continue
             self.phases[job.phase or "ended"] += 1
@@ -204,7 +209,7 @@ class _Havoc:
             self._kill_trainer(pid, claim)
 
     def _draw_doom(self) -> _Doom | None:
-        """A new trainer's: mostly somewhere in the phases before training, which take longest; sometimes none."""
+        """A new attempt's: mostly somewhere in the phases before training, which take longest; sometimes none."""
         if self._in_succession:
             self._in_succession = False
             return _Doom(Victim.TRAINER, 0, 0, self.chance.uniform(0, 1))
@@ -219,7 +224,7 @@ class _Havoc:
         return _Doom(victim, phase, step, self.chance.uniform(0, 0.2))
 
     def _kill_trainer(self, pid: int, claim: Claim) -> None:
-        self._dooms[pid] = None
+        self._dooms[claim] = None
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
             killed_at = time.monotonic()

@@ -110,6 +110,7 @@ def _attempt(claim: Claim, kill_after: int, settings: Settings) -> None:
     from qlora_service.training.loop import StepMetrics
     from workers import trainer
     from workers.reporter import JobReporter
+    from workers.supervisor_line import SupervisorLine
 
     class Mortal(JobReporter):
         def on_step(self, metrics: StepMetrics) -> None:
@@ -120,7 +121,9 @@ def _attempt(claim: Claim, kill_after: int, settings: Settings) -> None:
     code = 1
     try:
         setattr(trainer, "JobReporter", Mortal)  # noqa: B010 - a name that the trainer does not export
-        trainer.main(claim.job_id, claim.token, "cpu", settings)
+        line = SupervisorLine(os.open(os.devnull, os.O_WRONLY))
+        line.start()
+        trainer.Trainer("cpu", settings, line).run(claim)
         code = 0
     finally:
         os._exit(code)

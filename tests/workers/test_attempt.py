@@ -7,7 +7,7 @@ import gc
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 import workers.attempt
+import workers.warm_base
 from qlora_service.artifacts.manifest import Manifest
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.errors import Interrupted, InvalidModel, JobFailed, NotFound
@@ -45,6 +46,7 @@ from workers.attempt import (
 )
 from workers.disk_space import is_disk_full
 from workers.trainer import as_failure
+from workers.warm_base import BaseHolder
 
 
 @pytest.fixture
@@ -79,6 +81,8 @@ class AttemptRecorder(Recorder):
         self.messages: list[str | None] = []
         self.resumed_at: int | None = None
         self.saved_steps: list[int] = []
+        self.figures: dict[str, Any] = {}
+        self.expected: tuple[int, int, dict[str, float]] | None = None
 
     def enter_phase(self, phase: str, total_steps: int | None) -> None:
         self._on_phase(phase)
@@ -94,6 +98,15 @@ class AttemptRecorder(Recorder):
     def saved(self, step: int) -> None:
         self.saved_steps.append(step)
 
+    def note(self, **figures: Any) -> None:
+        self.figures |= {name: figure for name, figure in figures.items() if figure is not None}
+
+    def expect(self, total_steps: int, evaluate_every: int, later: Mapping[str, float]) -> None:
+        self.expected = (total_steps, evaluate_every, dict(later))
+
+    def finish(self) -> dict[str, Any]:
+        return dict(self.figures)
+
 
 def run(
     inputs: AttemptInputs,
@@ -105,7 +118,7 @@ def run(
     metrics_file = inputs.scratch / "metrics.jsonl"
     metrics_file.write_text('{"step": 0}\n')
     ballast = Ballast(inputs.checkpoint_dir / "ballast")
-    return run_attempt(inputs, reporter or AttemptRecorder(on_phase), check, ballast, metrics_file)
+    return run_attempt(inputs, reporter or AttemptRecorder(on_phase), check, ballast, metrics_file, BaseHolder())
 
 
 def published(inputs: AttemptInputs, name: str) -> bytes:
@@ -255,7 +268,7 @@ def test_a_changed_base_is_loaded_anew(workspace: Workspace, monkeypatch: pytest
         bases.append(loaded.model)
         return loaded
 
-    monkeypatch.setattr("workers.attempt.load_cached_base", keep)
+    monkeypatch.setattr("workers.warm_base.load_cached_base", keep)
 
     def change(phase: str) -> None:
         if phase == "certifying":
@@ -407,7 +420,7 @@ def test_the_spec_reaches_the_training(
 
 def test_documents_that_cannot_be_kept_apart_run_alone(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spy_on_training(monkeypatch)
-    monkeypatch.setattr(workers.attempt, "isolate_documents", lambda model: "alone")
+    monkeypatch.setattr(workers.warm_base, "isolate_documents", lambda model: "alone")
     run(attempt(workspace, workspace.submit()))
     assert seen["network"].isolation == "alone"
 

@@ -50,8 +50,18 @@ def start(database: Database, work: str, *, lease_s: float = 60, hang_s: float =
     """A process that has claimed the only job, and does `work`."""
     job_id = add_job(database)
     assert Queue(database, lease_s=lease_s).claim("worker") is not None
+    process = launch(database, job_id, work, lease_s=lease_s, hang_s=hang_s)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    return process
+
+
+def launch(
+    database: Database, job_id: str, work: str, *, lease_s: float = 60, hang_s: float = 60
+) -> subprocess.Popen[str]:
+    """A process that was started to do `work` under the job's first claim."""
     arguments = [database.url, job_id, str(lease_s), str(hang_s)]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-c", FRAME.replace("{work}", work), *arguments],
         cwd=ROOT,
         stdin=subprocess.PIPE,
@@ -59,9 +69,6 @@ def start(database: Database, work: str, *, lease_s: float = 60, hang_s: float =
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "started\n"
-    return process
 
 
 def stderr_at_end(process: subprocess.Popen[str], limit_s: float) -> str:
@@ -178,15 +185,27 @@ def test_a_trainer_whose_claim_is_anothers_ends(database: Database) -> None:
     assert process.returncode == exit_codes.CLAIM_LOST
 
 
-def test_a_trainer_without_a_supervisor_ends(database: Database) -> None:
-    process = start(database, "time.sleep(60)")
-    assert process.stdin is not None
-    process.stdin.close()
-    process.wait(10)
-    assert process.returncode == exit_codes.SUPERVISOR_GONE
-    for stream in (process.stdout, process.stderr):
-        assert stream is not None
-        stream.close()
+def test_a_trainer_whose_claim_was_lost_while_it_started_begins_nothing(database: Database) -> None:
+    job_id = add_job(database)
+    queue = Queue(database, lease_s=60)
+    queue.claim("worker")
+    queue.requeue_of("worker")
+    process = launch(database, job_id, "time.sleep(60)")
+    assert "started" not in stderr_at_end(process, 10)
+    assert process.returncode == exit_codes.CLAIM_LOST
+
+
+def test_a_trainer_begins_with_the_whole_lease_before_it(database: Database) -> None:
+    # Its own seconds of starting have used up most of the lease by then.
+    job_id, queue = add_job(database), Queue(database, lease_s=4)
+    assert queue.claim("worker") is not None
+    time.sleep(2.5)
+    process = launch(database, job_id, "__import__('re').match(r'(a*)*b', 'a' * 40)", lease_s=4)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    stderr_at_end(process, 10)
+    assert process.returncode == 1
+    assert queue.requeue_lost() == []
 
 
 def test_a_trainer_says_where_it_stands_when_asked(database: Database) -> None:

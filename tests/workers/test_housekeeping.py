@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
-from qlora_service.artifacts.store import ArtifactStore, job_key
+from qlora_service.artifacts.store import ArtifactStore, dataset_key, job_key
 from qlora_service.jobs import HoldReason, JobStatus, StopRequest
 from qlora_service.queue import Claim, Queue
 from qlora_service.store.database import Database
+from qlora_service.store.datasets import mark_deleted
 from qlora_service.store.jobs import get_job
+from qlora_service.store.tables import jobs
 from qlora_service.training.checkpoint_space import Ballast
-from tests.control_plane import LEASE_S, SteppedClock, add_job
+from tests.control_plane import LEASE_S, START, SteppedClock, add_job
 from workers.disk_space import BALLAST
 from workers.housekeeping import Housekeeping
 
@@ -130,6 +135,52 @@ def test_what_a_failed_job_kept_stays(
     queue.fail(claim, {"message": "not finite", "details": {"kept_attempt": claim.token}})
     housekeeping.after_attempt(claim)
     assert b"".join(artifacts.read(kept)) == b"bytes"
+
+
+def test_job_of_another_version_does_not_keep_the_rest_from_being_tidied(
+    housekeeping: Housekeeping, database: Database, queue: Queue, tmp_path: Path
+) -> None:
+    ids = [add_job(database) for _ in range(2)]
+    directories = [tmp_path / "checkpoints" / job_id for job_id in ids]
+    for directory in directories:
+        directory.mkdir(parents=True)
+    with database.write() as connection:
+        connection.execute(sa.update(jobs).where(jobs.c.id == ids[0]).values(spec={"adapter": {"method": "of later"}}))
+    with database.write() as connection:
+        for job_id in ids:
+            queue.request_cancel(connection, job_id)
+    housekeeping.tick(preemptible=[])
+    assert not any(directory.exists() for directory in directories)
+
+
+def test_only_old_bytes_that_became_no_dataset_are_removed(
+    housekeeping: Housekeeping, database: Database, artifacts: ArtifactStore, tmp_path: Path
+) -> None:
+    def kept() -> list[str]:
+        return sorted(path.name[0] for path in (tmp_path / "artifacts" / "datasets").iterdir())
+
+    def store(name: str, stored_at: float) -> None:
+        artifacts.create(dataset_key(name * 64), b"rows")
+        os.utime(tmp_path / "artifacts" / dataset_key(name * 64), (stored_at, stored_at))
+
+    made_at = START.timestamp()
+    for name, stored_at in (("0", made_at), ("a", made_at - 1), ("b", made_at + 1), ("c", time.time() - 23 * 3600)):
+        store(name, stored_at)
+    housekeeping.tick(preemptible=[])
+    assert kept() == ["0", "a", "b", "c"]  # a database that knows no dataset is not the one of this store
+    job_id = add_job(database)  # on the dataset of the bytes "0"
+    again(housekeeping).tick(preemptible=[])
+    assert kept() == ["0", "a", "c"]
+    with database.write() as connection:
+        mark_deleted(connection, get_job(connection, job_id).dataset_id, START)
+    again(housekeeping).tick(preemptible=[])
+    assert kept() == ["a", "c"]
+
+
+def again(housekeeping: Housekeeping) -> Housekeeping:
+    """The same, as after a restart: it tidies up at once."""
+    housekeeping._next_reap = 0.0
+    return housekeeping
 
 
 def test_remains_of_jobs_cancelled_between_attempts_are_reaped(

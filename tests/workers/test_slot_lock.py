@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from tests.workspace import ROOT
 from workers.slot_lock import SlotLock
-from workers.supervisor import claim_of_trainer
 
 HOLD = """
 import sys
@@ -71,17 +68,3 @@ def test_a_lock_file_keeps_its_identity_and_no_two_have_the_same(tmp_path: Path)
     assert second.identity == identity != other.identity
     second.close()
     other.close()
-
-
-def test_only_trainers_have_a_claim() -> None:
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", "import time; time.sleep(60)", "-m", "workers.trainer", "job_1", "7", "cpu"]
-    )
-    time.sleep(0.1)
-    claim = claim_of_trainer(trainer.pid)
-    trainer.kill()
-    trainer.wait()
-    assert claim is not None
-    assert (claim.job_id, claim.token) == ("job_1", 7)
-    assert claim_of_trainer(os.getpid()) is None
-    assert claim_of_trainer(trainer.pid) is None

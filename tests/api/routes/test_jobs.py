@@ -5,12 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
 from api.main import create_app
 from qlora_service.jobs import StopRequest
 from qlora_service.queue import Progress, Queue
 from qlora_service.settings import Settings
+from qlora_service.store.database import Database
+from qlora_service.store.tables import jobs
 from tests.api.conftest import URL, chat_rows, spec_of
 
 ROWS = [json.loads(line) for line in chat_rows(4).splitlines()]
@@ -143,7 +146,10 @@ def test_rows_over_the_limit_are_named_by_line(bare_client: TestClient, nothing_
         (chat_rows(2, answer="x " * 300), spec_of(), 422, "/dataset"),
         (chat_rows(2), spec_of("ds_1"), 422, "/dataset"),
         (chat_rows(2), spec_of(dataset={"container": "parquet"}), 422, "/dataset"),
-        (chat_rows(2), b'{"base_model": "tiny"', 400, None),
+        (chat_rows(2), b'{"base_model": "tiny"', 400, "config"),
+        (chat_rows(2), b'{"base_model": "\xff"}', 400, "config"),
+        (chat_rows(2), b'{"base_model": NaN}', 400, "config"),
+        (chat_rows(2), b'{"base_model": "\\ud800"}', 400, "/base_model"),
         (None, spec_of(), 422, "/dataset"),
     ],
 )
@@ -226,6 +232,30 @@ def test_running_job_shows_progress_and_all_metrics(
     assert [record["step"] for record in metrics] == [1, 2]
 
 
+def test_metrics_come_by_pages_of_whole_steps(client: TestClient, submit: Callable[..., str], queue: Queue) -> None:
+    job_id = submit()
+    claimed = queue.claim("worker")
+    assert claimed is not None
+    for step in range(5):
+        queue.report(claimed[0], Progress(), ("evaluation", {"step": step, "eval_loss": 1.0}))
+        queue.report(claimed[0], Progress(), ("metrics", {"step": step, "loss": 1.0}))
+    everything = client.get(f"/jobs/{job_id}/metrics").json()
+    assert (len(everything["data"]), everything["next"]) == (10, None)
+    pages, after = [], None
+    while True:
+        params = {"limit": 2} if after is None else {"limit": 2, "after": after}
+        page = client.get(f"/jobs/{job_id}/metrics", params=params).json()
+        pages.append(page["data"])
+        if (after := page["next"]) is None:
+            break
+    assert [len(page) for page in pages] == [4, 4, 2]
+    assert [record for page in pages for record in page] == everything["data"]
+    assert client.get(f"/jobs/{job_id}/metrics?after=4").json() == {"data": [], "next": None}
+    assert client.get(f"/jobs/{job_id}/metrics?limit=5").json()["next"] is None
+    for wrong in ("limit=0", "after=-1", "after=x", "after=99999999999999999999"):
+        assert client.get(f"/jobs/{job_id}/metrics?{wrong}").status_code == 422
+
+
 def test_failed_job_says_why(client: TestClient, submit: Callable[..., str], queue: Queue) -> None:
     job_id = submit()
     claimed = queue.claim("worker")
@@ -284,6 +314,35 @@ def test_full_disk_is_shown_with_what_it_needs(client: TestClient, submit: Calla
     hold = {"reason": "disk_full", "message": "the checkpoint needs 5 GiB: free some", "needs_bytes": 5 * 2**30}
     queue.pause(claimed[0], hold)
     assert client.get(f"/jobs/{job_id}").json()["hold"] == hold
+
+
+def test_job_of_another_version_is_shown_as_such_and_can_be_cancelled(
+    client: TestClient, submit: Callable[..., str], finished_job: str, settings: Settings
+) -> None:
+    job_id = submit(name="odd")
+    database = Database(settings.resolved_database_url)
+    with database.write() as connection:
+        connection.execute(sa.update(jobs).values(spec={"name": "odd", "adapter": {"method": "of later"}}))
+    database.close()
+    listed = client.get("/jobs").json()["data"]
+    assert [(job["id"], job["spec"], job["name"]) for job in listed] == [
+        (job_id, None, "odd"),
+        (finished_job, None, "odd"),
+    ]
+    assert job_id in listed[0]["unreadable"]
+    assert client.get(f"/jobs/{job_id}").json() == listed[0]
+    for path in ("metrics", "metrics.csv", "events?follow=false", "artifacts"):
+        assert client.get(f"/jobs/{finished_job}/{path}").status_code == 200
+    (hosted, _) = client.get("/v1/fine_tuning/jobs").json()["data"]
+    assert (hosted["id"], hosted["seed"], hosted["hyperparameters"]["batch_size"]) == (job_id, None, None)
+    for path in ("", "/events", "/checkpoints"):
+        assert client.get(f"/v1/fine_tuning/jobs/{finished_job}{path}").status_code == 200
+    question = {"model": finished_job, "messages": [{"role": "user", "content": "?"}]}
+    chat = client.post("/v1/chat/completions", json=question)
+    assert (chat.status_code, chat.json()["error"]["code"]) == (404, "model_not_found")
+    assert "another version" not in chat.text
+    assert "post it again" in chat.text
+    assert client.post(f"/jobs/{job_id}/cancel").json()["status"] == "cancelled"
 
 
 def test_queue_takes_as_many_jobs_as_may_wait(settings: Settings) -> None:

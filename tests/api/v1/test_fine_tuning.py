@@ -145,6 +145,29 @@ def test_what_cannot_work_is_refused_with_its_place(
         assert error["message"].startswith(f"there is no file '{fields[param]}'")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sufix": "a"}, "sufix: unknown field 'sufix': did you mean 'suffix'?"),
+        (
+            {"surprise": 1},
+            "surprise: unknown field 'surprise': known fields: hyperparameters, integrations, ",
+        ),
+        (
+            {"method": supervised(epochs=1)},
+            "method.supervised.hyperparameters.epochs: unknown field 'epochs': did you mean 'n_epochs'?",
+        ),
+        ({"method": {}}, "method.type: this field is required"),
+    ],
+)
+def test_field_that_there_is_not_is_answered_in_words_that_help(
+    refuse: Callable[..., Any], fields: dict[str, Any], message: str
+) -> None:
+    _, error = refuse(**fields)
+    assert error["message"].startswith(message)
+    assert error["param"] == message.partition(":")[0]
+
+
 @pytest.mark.parametrize("body", ["null", "[]", '"job"'])
 def test_body_that_is_no_object_is_told_so(bare_client: TestClient, body: str) -> None:
     headers = {"Content-Type": "application/json"}

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Final
 
 import httpx2
 import openai
@@ -22,7 +23,8 @@ from tests.control_plane import add_job
 from tests.receiver import Receiver, receiving
 from tests.running_api import RunningApi, open_queue
 
-SUCCEEDED, FAILED = "fine_tuning.job.succeeded", "fine_tuning.job.failed"
+SUCCEEDED: Final = "fine_tuning.job.succeeded"
+FAILED: Final = "fine_tuning.job.failed"
 PRIVATE = "import os; os.environ['QLORA_WEBHOOK_PRIVATE'] = 'true'"
 
 
@@ -80,9 +82,6 @@ def test_client_makes_changes_and_deletes_endpoints(openai_client: OpenAI, recei
     assert webhooks.update(one.id, event_types=[FAILED]).event_types == [FAILED]
     rotated = webhooks.rotate_secret(one.id)
     assert rotated.signing_secret not in {endpoint.signing_secret for endpoint in made}
-    with pytest.raises(openai.BadRequestError) as refused:
-        webhooks.rotate_secret(one.id, keep_old_secret_active_for_24_hours=True)
-    assert refused.value.param == "keep_old_secret_active_for_24_hours"
     for endpoint in made:
         assert webhooks.delete(endpoint.id).deleted
     with pytest.raises(openai.NotFoundError) as missing:
@@ -114,6 +113,22 @@ def test_client_accepts_what_the_end_of_a_job_sends(
     (entry,) = log()
     assert (entry["event_id"], entry["type"], entry["data"]) == (event.id, FAILED, {"id": job_id})
     assert (entry["attempts"], entry["last_status"], entry["next_attempt_at"]) == (1, 200, None)
+
+
+def test_client_accepts_messages_with_either_secret_for_a_day_after_a_rotation(
+    openai_client: OpenAI, receiver: Receiver
+) -> None:
+    webhooks = openai_client.webhooks
+    made = webhooks.create(name="told", url=receiver.url(), event_types=[FAILED])
+    rotated = webhooks.rotate_secret(made.id, keep_old_secret_active_for_24_hours=True)
+    webhooks.test(made.id, event_type=FAILED)
+    for secret in (made.signing_secret, rotated.signing_secret):
+        webhooks.unwrap(receiver.received[0].body, receiver.received[0].headers, secret=secret)
+    webhooks.rotate_secret(made.id, keep_old_secret_active_for_24_hours=False)
+    webhooks.test(made.id, event_type=FAILED)
+    for secret in (made.signing_secret, rotated.signing_secret):
+        with pytest.raises(openai.InvalidWebhookSignatureError):
+            webhooks.unwrap(receiver.received[1].body, receiver.received[1].headers, secret=secret)
 
 
 def test_test_call_reaches_the_receiver(openai_client: OpenAI, receiver: Receiver) -> None:

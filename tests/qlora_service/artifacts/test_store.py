@@ -186,6 +186,17 @@ def test_only_old_unfinished_files_are_removed(tmp_path: Path) -> None:
     assert [path.exists() for path in (old, new, whole)] == [False, True, True]
 
 
+def test_datasets_are_listed_by_when_they_were_stored(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path.as_uri())
+    assert store.datasets_since(0, 0) == []
+    (tmp_path / "datasets").mkdir()
+    for name, stored_at in (("before", 99), ("a", 100), ("unfinished#1", 100), ("b", 200)):
+        (tmp_path / "datasets" / name).write_bytes(b"rows")
+        os.utime(tmp_path / "datasets" / name, (stored_at, stored_at))
+    store.create("datasets/new", b"rows")
+    assert sorted(store.datasets_since(100, 3600)) == ["a", "b"]
+
+
 def test_of_a_jobs_attempts_one_is_kept_and_without_what_was_left_unfinished(tmp_path: Path) -> None:
     store = ArtifactStore((tmp_path / "store").as_uri())
     (tmp_path / "file").write_text("bytes")

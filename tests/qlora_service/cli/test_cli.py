@@ -64,6 +64,7 @@ def test_exit_codes_are_those_that_help_and_readme_promise(run: Any) -> None:
         "UNREACHABLE": 3,
         "JOB_FAILED": 4,
         "JOB_CANCELLED": 5,
+        "DOES_NOT_FIT": 6,
         "INTERRUPTED": 130,
     }
     helped = " ".join(run("--help").stdout.split())
@@ -143,7 +144,7 @@ def test_key_of_the_environment_is_sent_and_not_shown(run: Any, monkeypatch: pyt
         server.shutdown()
         thread.join()
     assert sent == ["Bearer sk-secret", None]
-    assert refused.code == 1
+    assert refused.code == 2
     assert "the API key" in refused.stderr
     assert "secret" not in refused.stderr
 
@@ -156,9 +157,13 @@ def test_unusable_setting_is_one_message(run: Any, monkeypatch: pytest.MonkeyPat
     assert outcome.stderr.count("\n") == 1
 
 
-def test_unusable_address_is_one_message(run: Any) -> None:
-    outcome = run("jobs", "--url", "localhost:8080")
-    assert outcome.code == 1
+@pytest.mark.parametrize("arguments", [("--url", "localhost:8080"), ()])
+def test_unusable_address_is_one_message(
+    run: Any, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...]
+) -> None:
+    monkeypatch.setenv("QLORA_URL", "localhost:8080")
+    outcome = run("jobs", *arguments)
+    assert outcome.code == 2
     assert "'localhost:8080' is no address of a service" in outcome.stderr
 
 

@@ -67,6 +67,7 @@ def test_file_refused_as_a_whole_says_why(run: Any, tmp_path: Path, name: str, c
     outcome = run("datasets", "check", path)
     assert outcome.code == 1
     assert refusal in outcome.stderr
+    assert not any(line.partition(": ")[2] in outcome.stderr for line in outcome.stdout.splitlines())
     assert refusal in json.loads(run("datasets", "check", path, "--json").stdout)["refusal"]
 
 
@@ -150,7 +151,11 @@ def test_refused_upload_names_lines_of_the_file(run: Any, tmp_path: Path) -> Non
     path.write_text('{"prompt": 1, "completion": "b"}\n')
     outcome = run("datasets", "upload", path)
     assert (outcome.code, outcome.stdout) == (1, "")
-    assert f"{path}:1: /prompt: must be a string" in outcome.stderr
+    said, finding = outcome.stderr.splitlines()
+    assert said.startswith("error: the dataset cannot be used: ")
+    assert "First: line 1. " in said
+    assert finding.startswith(f"{path}:1: /prompt: must be a string")
+    assert outcome.stderr.count("must be a string") == 1
 
 
 def test_preview_marks_what_is_learned(run: Any, client: Client, rows: Path) -> None:

@@ -79,6 +79,15 @@ def test_key_is_revoked_by_its_id(keys: Run, access: Access) -> None:
     assert json.loads(keys("list", "--json")[1])[0]["revoked_at"] is not None
 
 
+def test_key_given_in_place_of_its_id_is_not_shown(keys: Run, access: Access) -> None:
+    secret = json.loads(keys("create", "--json")[1])["secret"]
+    code, out, note = keys("revoke", secret)
+    assert (code, out) == (2, "")
+    assert "by its id" in note
+    assert secret not in note
+    assert access.authenticate(secret).project == "local"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from qlora_service.models.quantized_cache import Ingredients, QuantizedCache
 
 
@@ -55,5 +57,15 @@ def test_the_cache_of_quantized_models_is_listed_and_cleared(run: Any, tmp_path:
     assert json.loads(cache("list", "--json").stdout) == []
 
 
-def test_models_of_a_running_service_are_listed(run: Any, api: Any) -> None:
-    assert [model["name"] for model in json.loads(run("models", "list", "--url", api.url, "--json").stdout)] == ["tiny"]
+def test_models_of_a_running_service_are_listed(
+    run: Any, api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed(*arguments: object) -> list[str]:
+        return [model["name"] for model in json.loads(run("models", "list", *arguments, "--json").stdout)]
+
+    monkeypatch.setenv("QLORA_DATA_DIR", str(tmp_path))
+    assert listed("--url", api.url) == ["tiny"]
+    assert listed() == ["tiny"]  # QLORA_URL names it
+    assert listed("--data-dir", tmp_path) == []
+    monkeypatch.delenv("QLORA_URL")
+    assert listed() == []

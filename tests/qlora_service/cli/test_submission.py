@@ -142,6 +142,7 @@ def test_bad_rows_are_reported_with_file_and_line(run: Any, client: Client, tmp_
     assert outcome.code == 1
     assert f"{rows}:1: " in outcome.stderr
     assert f"{rows}:2: " in outcome.stderr
+    assert outcome.stderr.count("must be a string") == 1
     assert newest(client) == before
 
 
@@ -161,26 +162,38 @@ def test_unknown_base_model_is_refused_by_the_service(run: Any, rows: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("arguments", "expected", "code"),
     [
-        ((), "no dataset: give a FILE"),
-        (("rows.jsonl", "--dataset-id", "ds_1"), "two datasets"),
-        (("absent.jsonl",), "absent.jsonl is no file"),
-        (("rows.jsonl", "--set", "training.optim"), "write FIELD=VALUE"),
-        (("rows.jsonl", "--set", "name.first=a", "--set", "base_model.x=1"), "cannot be set: base_model holds no"),
-        (("rows.jsonl", "--set", "training.max_steps=many"), "/training/max_steps"),
-        (("rows.jsonl", "--epochs", 2, "--set", "training=5"), "/training"),
-        (("--set", "dataset.rows=&x [*x]"), "/dataset/rows"),
+        ((), "no dataset: give a FILE", 2),
+        (("rows.jsonl", "--dataset-id", "ds_1"), "two datasets", 2),
+        (("absent.jsonl",), "absent.jsonl is no file", 2),
+        (("rows.jsonl", "--set", "training.optim"), "write FIELD=VALUE", 2),
+        (("rows.jsonl", "--set", "name.first=a", "--set", "base_model.x=1"), "cannot be set: base_model holds no", 2),
+        (("rows.jsonl", "--set", "base_model="), "no base model: give --base-model;", 2),
+        (("rows.jsonl", "--set", "training.max_steps=many"), "/training/max_steps", 1),
+        (("rows.jsonl", "--epochs", 2, "--set", "training=5"), "/training", 1),
+        (("--set", "dataset.rows=&x [*x]"), "/dataset/rows", 1),
     ],
 )
 def test_command_that_cannot_work_is_refused_before_it_is_sent(
-    run: Any, rows: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], expected: str
+    run: Any, rows: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], expected: str, code: int
 ) -> None:
     monkeypatch.chdir(rows.parent)
     outcome = run("submit", *arguments, "--base-model", "tiny", "--url", "http://127.0.0.1:9")
-    assert outcome.code == 1
+    assert outcome.code == code
     assert outcome.stderr.startswith("error: ")
     assert expected in outcome.stderr
+
+
+def test_submit_without_a_base_model_names_the_option_and_of_a_file_the_field(
+    run: Any, rows: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "spec.yaml"
+    config.write_text("name: none\n")
+    outcome = run("submit", rows)
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert outcome.stderr.startswith("error: no base model: give --base-model;")
+    assert f"{config}: /base_model: this field is required" in run("submit", rows, "--config", config).stderr
 
 
 def test_waiting_for_a_busy_service_is_said_once(run: Any, api: RunningApi, client: Client, rows: Path) -> None:

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from datetime import timedelta
+
 import pytest
 import sqlalchemy as sa
 
@@ -6,7 +9,9 @@ from qlora_service.errors import Finding, NotFound
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import (
     Dataset,
+    all_needed_bytes,
     are_bytes_needed,
+    first_stored_at,
     get_dataset,
     get_render_report,
     insert_dataset,
@@ -77,6 +82,17 @@ def test_render_reports_go_with_their_dataset(database: Database) -> None:
         put_render_report(connection, dataset.id, "k", {"rows": 1})
         connection.execute(sa.delete(datasets))
     assert stored_rows(database)["render_reports"] == []
+
+
+def test_what_is_kept_of_datasets_is_known_since_the_first_one(database: Database) -> None:
+    with database.read() as connection:
+        assert (first_stored_at(connection), all_needed_bytes(connection)) == (None, set())
+    first = insert(database, dataset_row(sha256="a" * 64))
+    insert(database, replace(dataset_row(sha256="b" * 64, project="other"), created_at=START + timedelta(days=1)))
+    with database.write() as connection:
+        mark_deleted(connection, first.id, START)
+        assert first_stored_at(connection) == START
+        assert all_needed_bytes(connection) == {"b" * 64}
 
 
 def test_projects_do_not_share_datasets(database: Database) -> None:

@@ -1,6 +1,7 @@
 from functools import partial
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from qlora_service.errors import NotFound
@@ -21,6 +22,7 @@ from qlora_service.store.jobs import (
     places_in_queue,
     unfinished_on,
 )
+from qlora_service.store.tables import jobs
 from tests.control_plane import START, add_job, stored_rows
 
 SPEC = {
@@ -85,9 +87,9 @@ def test_count_ahead_is_the_number_of_claims_before_it(database: Database, queue
         add_job(database, priority=priority)
     queue.claim("host:1:0")  # a running job is ahead of none
     with database.read() as connection:
-        jobs = listed(connection, limit=9)
-        expected = {job.id: count_ahead(connection, job) for job in jobs if not job.attempt}
-        assert places_in_queue(connection, [job.id for job in jobs]) == expected
+        found = listed(connection, limit=9)
+        expected = {job.id: count_ahead(connection, job) for job in found if not job.attempt}
+        assert places_in_queue(connection, [job.id for job in found]) == expected
         first = next(iter(expected))
         assert places_in_queue(connection, [first]) == {first: expected[first]}
     order = []
@@ -124,6 +126,33 @@ def test_another_projects_job_is_as_unknown_as_a_missing_one(database: Database)
             get_job(connection, "job_none", project="local")
         assert [job.id for job in list_jobs(connection, project="theirs", limit=9)] == [theirs]
     assert str(foreign.value).replace(theirs, "job_none") == str(missing.value)
+
+
+@pytest.mark.parametrize(
+    ("stored", "name", "metadata"),
+    [
+        ({"name": "old", "metadata": {"who": "å"}, "adapter": {"method": "of later"}}, "old", {"who": "å"}),
+        ({"base_model": "tiny", "training": {"max_steps": -1}}, None, {}),
+        ({"name": 1, "metadata": [1]}, None, {}),
+        ([1], None, {}),
+    ],
+)
+def test_job_of_another_version_is_still_there_to_be_seen_and_ended(
+    database: Database, queue: Queue, stored: object, name: str | None, metadata: dict[str, str]
+) -> None:
+    odd, other = add_job(database, priority=7), add_job(database)
+    with database.write() as connection:
+        connection.execute(sa.update(jobs).where(jobs.c.id == odd).values(spec=stored))
+    with database.read() as connection:
+        job = get_job(connection, odd)
+        assert listed(connection, limit=9) == [get_job(connection, other), job]
+    assert odd in (job.unreadable or "")
+    assert "post it again" in (job.unreadable or "")
+    assert (job.spec.base_model, job.spec.name, job.spec.metadata, job.spec.priority) == ("tiny", name, metadata, 7)
+    with database.write() as connection:
+        assert queue.request_pause(connection, odd).status is JobStatus.PAUSED
+        assert queue.resume(connection, odd).status is JobStatus.QUEUED
+        assert queue.request_cancel(connection, odd).status is JobStatus.CANCELLED
 
 
 @pytest.mark.parametrize("key", ["who", 'a"b', "x.y", "k[0]", "$", "ü\\", "a,b}", "'"])

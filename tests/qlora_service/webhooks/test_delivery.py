@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 
 import pytest
+from structlog.testing import capture_logs
 
 from qlora_service.ids import new_id
 from qlora_service.jobs import JobStatus
@@ -18,6 +20,7 @@ from qlora_service.store.webhooks import (
     insert_endpoint,
     list_deliveries,
     tell_end,
+    update_endpoint,
 )
 from qlora_service.webhooks.delivery import JITTER, MOST_AT_ONCE, PAUSES, Deliverer
 from qlora_service.webhooks.sending import Sender
@@ -99,11 +102,33 @@ def test_end_of_a_job_is_told_signed_and_once(
         "type": "fine_tuning.job.succeeded",
         "data": {"id": job_id},
     }
-    signed = signed_headers(endpoint.secret, event["id"], int(START.timestamp()), received.body)
+    signed = signed_headers([endpoint.secret], event["id"], int(START.timestamp()), received.body)
     assert signed.items() <= received.headers.items()
     (delivery,) = logged(database, endpoint)
     assert (delivery.delivered_at, delivery.due_at, delivery.last_status) == (START, None, 200)
     assert deliver(deliverer) == 0
+
+
+def test_secret_of_before_signs_too_until_its_day_is_over(
+    database: Database,
+    receiver: Receiver,
+    endpoint: Endpoint,
+    deliverer: Deliverer,
+    clock: SteppedClock,
+    ended: Callable[[], str],
+) -> None:
+    with database.write() as connection:
+        until = START + timedelta(hours=24)
+        update_endpoint(connection, endpoint.id, old_secret=(old := new_secret()), old_secret_until=until)
+    for wait_s, signers in ((0, [endpoint.secret, old]), (86_399, [endpoint.secret, old]), (1, [endpoint.secret])):
+        clock.advance(wait_s)
+        ended()
+        assert deliver(deliverer) == 1
+        received = receiver.received[-1]
+        told = received.headers
+        assert signed_headers(signers, told["webhook-id"], int(told["webhook-timestamp"]), received.body).items() <= (
+            told.items()
+        )
 
 
 def test_message_is_sent_again_later_under_its_id(
@@ -216,6 +241,45 @@ def test_message_that_was_sent_and_not_noted_is_sent_again_when_its_claim_runs_o
     assert receiver.received[0].headers["webhook-id"] == receiver.received[1].headers["webhook-id"]
     (delivery,) = logged(database, endpoint)
     assert delivery.attempts == 2
+
+
+def test_fault_of_the_service_itself_is_logged_and_the_message_sent_later(
+    database: Database, receiver: Receiver, endpoint: Endpoint, clock: SteppedClock, ended: Callable[[], str]
+) -> None:
+    ended()
+
+    def resolve(host: str, port: int) -> list[str]:
+        raise RuntimeError("a resolver with a fault")
+
+    with capture_logs() as said:
+        assert deliver(Deliverer(database, Sender(private=True, resolve=resolve), clock=clock)) == 1
+    assert [line["event"] for line in said] == ["webhook_failed", "webhook_sent"]
+    (delivery,) = logged(database, endpoint)
+    assert "RuntimeError" in (delivery.last_error or "")
+    assert delivery.due_at is not None
+    clock.now = delivery.due_at
+    assert deliver(Deliverer(database, Sender(private=True), clock=clock)) == 1
+    assert len(receiver.received) == 1
+
+
+def test_fault_in_looking_for_what_is_due_does_not_end_the_deliverer(
+    database: Database, receiver: Receiver, ended: Callable[[], str]
+) -> None:
+    ended()
+    calls = 0
+
+    def clock() -> datetime:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError("a clock with a fault")
+        return START
+
+    deliverer = Deliverer(database, Sender(private=True), clock=clock)
+    deliverer.start()
+    wait_for(lambda: len(receiver.received) == 1)
+    deliverer.stop()
+    wait_for(lambda: not any(thread.is_alive() for thread in deliverer._sending))
 
 
 def test_only_so_many_are_sent_at_a_time(receiver: Receiver, deliverer: Deliverer, ended: Callable[[], str]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -50,6 +51,19 @@ def test_rotated_secret_is_a_new_one(webhooks: Webhooks) -> None:
     rotated = webhooks.rotate_secret(made.id)
     assert rotated.secret != made.secret
     assert webhooks.get(made.id) == rotated
+    assert rotated.secrets_at(START) == [rotated.secret]
+
+
+def test_secret_of_before_may_stay_for_a_day(webhooks: Webhooks) -> None:
+    made = webhooks.create("told", PUBLIC, TYPES)
+    second = webhooks.rotate_secret(made.id, keep_old=True)
+    assert second.secrets_at(START) == [second.secret, made.secret]
+    assert second.secrets_at(START + timedelta(hours=24)) == [second.secret]
+    assert webhooks.get(made.id) == second
+    third = webhooks.rotate_secret(made.id, keep_old=True)
+    assert third.secrets_at(START) == [third.secret, second.secret]
+    last = webhooks.rotate_secret(made.id)
+    assert last.secrets_at(START) == [last.secret]
 
 
 def test_endpoint_that_was_disabled_is_told_again_once_it_is_changed(webhooks: Webhooks, database: Database) -> None:
@@ -139,7 +153,9 @@ def test_sample_that_nobody_takes_says_why(database: Database, receiver: Receive
         webhooks.test(made.id, TYPES[0])
     with pytest.raises(InvalidRequest, match=r"batch\.completed"):
         webhooks.test(made.id, "batch.completed")
-    assert webhooks.deliveries(made.id) == []
+    (delivery,) = webhooks.deliveries(made.id)
+    assert (delivery.attempts, delivery.due_at, delivery.last_status, delivery.delivered_at) == (1, None, None, None)
+    assert "Connection refused" in (delivery.last_error or "")
 
 
 def test_request_that_is_repeated_makes_one_endpoint(webhooks: Webhooks) -> None:

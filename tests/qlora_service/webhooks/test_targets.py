@@ -53,6 +53,7 @@ def test_url_is_taken_apart() -> None:
         "", "told.example", "//told.example/", "ftp://told.example/", "file:///etc/passwd", "http://told.example/",
         "https://", "https:///told", "https://:443/", "https://user@told.example/", "https://u:p@told.example/",
         "https://@told.example/", "https://told.example/#part", "https://told.example:99999/", "https://told.example:x/",
+        "https://told.example:0/", "https://told.example:00/",
         "https://told.example/a b", "https://told.example/\r\nHost: inside", "https://told\t.example/",
         "https://tøld.example/", "https://told.example\\@inside/", "https://[::1/", "https://[fe80::1%25eth0]/",
         "https://told.example/" + "a" * MAX_URL_CHARS, "https://to ld/", "https://%31%32%37.0.0.1/", "HTTPS://u@x/",

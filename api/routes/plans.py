@@ -1,0 +1,102 @@
+"""Plans: will a job fit, and how would it run?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from api.dependencies import ServiceOf
+from api.errors import error_responses, located
+from api.json_body import parse_body
+from api.plan_schemas import Plan, PlanOptions
+from api.uploads import receive_bytes
+from qlora_service.errors import Finding, InvalidDataset, InvalidModel, InvalidSpec, QLoRAError
+from qlora_service.plan_actions import NAMELESS
+from qlora_service.service import Service
+from qlora_service.specs import parse_spec
+
+router = APIRouter(prefix="/plans", tags=["plans"])
+
+_MAX_BODY_BYTES = 2**20
+_PLACES: dict[type[QLoRAError], str] = {InvalidModel: "/base_model", InvalidDataset: "/dataset"}
+_PLACES_OF_CONFIG: dict[type[QLoRAError], str] = {InvalidModel: "/config"}
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"$ref": "#/components/schemas/PlanRequest"},
+                "examples": {
+                    "a base model of the catalog": {
+                        "value": {"base_model": "SmolLM2-135M-Instruct", "training": {"max_seq_len_tokens": 512}}
+                    },
+                    "a stored dataset": {
+                        "value": {
+                            "base_model": "SmolLM2-135M-Instruct",
+                            "dataset": {"id": "ds_019a9c2f8d31c4e55f0a7b"},
+                            "adapter": {"r": 8},
+                        }
+                    },
+                    "no weights, no GPU": {
+                        "value": {
+                            "config": {
+                                "model_type": "llama",
+                                "hidden_size": 8192,
+                                "intermediate_size": 28672,
+                                "num_hidden_layers": 80,
+                                "num_attention_heads": 64,
+                                "num_key_value_heads": 8,
+                                "vocab_size": 128256,
+                            },
+                            "training": {"max_seq_len_tokens": 512, "batch_size": 1},
+                            "device": "RTX 3090",
+                        }
+                    },
+                },
+            }
+        },
+    }
+}
+
+
+@router.post("", summary="Plan a job", responses=error_responses(400, 404, 413, 422, 503), openapi_extra=_BODY)
+async def make_plan(request: Request, service: ServiceOf) -> Plan:
+    """Whether a job would fit, on this service's device or on a named card, with the memory it takes by category.
+
+    `base_model` names one of the catalog; with `config`, the content of a config.json, models can be planned that are
+    nowhere near. The answer is instant where a formula is sure, and takes some seconds where a step has to be
+    simulated. Nothing is stored.
+    """
+    return await run_in_threadpool(_plan, service, await receive_bytes(request, _MAX_BODY_BYTES))
+
+
+def _plan(service: Service, body: bytes) -> Plan:
+    document = parse_body(body)
+    if not isinstance(document, dict):
+        raise InvalidSpec("/: this must be an object with fields", location="/")
+    options = _options({name: document.pop(name) for name in PlanOptions.model_fields if name in document})
+    if options.config is not None:
+        if "base_model" in document:
+            raise InvalidSpec("base_model and config are two models: leave one of them out", location="/config")
+        document["base_model"] = NAMELESS
+    spec = parse_spec(document)
+    with located(_PLACES if options.config is None else _PLACES_OF_CONFIG):
+        plan = service.plan(
+            spec, config=options.config, device=options.device, free_bytes=options.free_bytes, probe=options.probe
+        )
+    return Plan.of(plan)
+
+
+def _options(given: dict[str, Any]) -> PlanOptions:
+    """Raises: InvalidSpec."""
+    try:
+        return PlanOptions.model_validate(given)
+    except ValidationError as error:
+        findings = [
+            Finding(fault["msg"], pointer="".join(f"/{part}" for part in fault["loc"])) for fault in error.errors()
+        ]
+        raise InvalidSpec(str(findings[0]), location=findings[0].pointer, findings=findings) from None

@@ -1,0 +1,125 @@
+"""The command `plan`: whether a job will fit, asked of a service or, for a model's config.json, worked out here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora_service.cli.exit_codes import ExitCode
+from qlora_service.cli.options import AsJson, Url, WrongUsage, connect, print_json
+from qlora_service.cli.submission import assignments, read_spec
+
+if TYPE_CHECKING:
+    from qlora_service.client.wire import Plan
+    from qlora_service.specs import JobSpec
+
+GIB = 2**30
+
+
+def plan(
+    spec_file: Annotated[
+        Path | None,
+        typer.Argument(metavar="SPEC_FILE", exists=True, dir_okay=False, help="Job spec in YAML or JSON."),
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Base model, as in `qlora models list`.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="A model's config.json, in place of a base model; needs no service."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help='A card such as "RTX 3090", or a size such as 24GB; default: what is there.')
+    ] = None,
+    dataset_id: Annotated[str | None, typer.Option(help="A stored dataset, whose longest row counts.")] = None,
+    set_fields: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the spec, e.g. training.batch_size=1."),
+    ] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether a job fits into a GPU's memory, how it would run, and what it takes.
+
+    No weights and no GPU are needed. The exit code is 0 when the job fits as it is, else 6.
+    """
+    if config is not None and (base_model or dataset_id):
+        raise WrongUsage("--config is a model without weights and tokenizer: leave --base-model and --dataset-id out")
+    flags = {"base_model": config.name if config else base_model, "dataset.id": dataset_id}
+    given = {field: value for field, value in flags.items() if value is not None}
+    _, spec = read_spec(spec_file, given | assignments(set_fields or []))
+    if config is not None:
+        found = _plan_here(spec, config, device)
+    else:
+        with connect(url) as client:
+            found = client.plan(spec, device=device)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        typer.echo("\n".join(_lines(found)))
+    raise typer.Exit(ExitCode.DONE if found.verdict == "fits" else ExitCode.DOES_NOT_FIT)
+
+
+def _plan_here(spec: JobSpec, config: Path, device: str | None) -> Plan:
+    """Worked out in this process. Raises: WrongUsage, InvalidModel, InvalidRequest."""
+    from qlora_service.client.wire import Plan
+    from qlora_service.planning.planner import Planner
+
+    try:
+        values = json.loads(config.read_bytes())
+    except ValueError as error:
+        raise WrongUsage(f"{config} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise WrongUsage(f"{config} holds no JSON object: give a model's config.json")
+    planner = Planner()
+    return Plan.model_validate(planner.plan(values, spec, planner.device(device)).as_dict())
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    """The plan in words, figures under each other."""
+    memory, settings, storage = plan.memory, plan.settings, plan.storage
+    kept = "recomputed" if settings["gradient_checkpointing"] else "kept"
+    where = "in host memory" if settings["optimizer"] == "paged" else "on the device"
+    yield f"{plan.verdict.replace('_', ' ')}: {plan.reason}"
+    yield from (f"note: {note}" for note in plan.notes)
+    yield ""
+    yield f"device    {plan.device['name']}, {_gib(plan.device['total_bytes']).strip()} GiB"
+    yield f"settings  {settings['micro_batch_tokens']} tokens at a time, activations {kept}, optimizer's state {where}"
+    yield f"rows      up to {plan.longest_tokens} tokens"
+    yield f"source    {plan.source}"
+    yield ""
+    yield from _figures("memory, GiB", {name: size for name, size in memory["categories"].items() if size})
+    yield from _figures("", {name: memory[name] for name in ("allocated", "reserved", "context")})
+    yield from _figures("", {"optimizer's state that can page": memory["optimizer_host"], "free": memory["free"]})
+    yield ""
+    beside: dict[str, int] = {
+        "adapter file": storage["adapter_bytes"],
+        "disk": storage["disk_bytes"],
+        "host memory": storage["host_bytes"],
+        "the same as bf16 LoRA": plan.bf16_lora_bytes,
+        "the same as full fine-tuning": plan.full_fine_tuning_bytes,
+    }
+    yield from _figures("beside it, GiB", beside)
+    yield ""
+    yield f"trained parameters  {plan.trained_parameters:,}"
+    if plan.time is not None:
+        yield from _time(plan.time)
+
+
+def _time(time: dict[str, Any]) -> Iterator[str]:
+    if (seconds := time.get("seconds")) is not None:
+        yield f"time                about {seconds / 60:.0f} min"
+
+
+def _figures(title: str, sizes: dict[str, int]) -> Iterator[str]:
+    if title:
+        yield title
+    yield from (f"  {name:32}{_gib(size)}" for name, size in sizes.items())
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:9.2f}"

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_service.cli import main
+from qlora_service.client import Client
+from tests.planning_models import MODELS
+
+GB24 = ("--device", "24GB")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(MODELS["Llama-2-7B"]))
+    return path
+
+
+def test_a_config_is_planned_without_a_service(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_URL", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "--config", str(config), *GB24, "--set", "training.batch_size=1"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("fits: the job needs ")
+    assert "trained parameters  39,976,960" in printed
+
+
+def test_figures_stand_under_each_other(run: Any, config: Path) -> None:
+    lines = run("plan", "--config", config, *GB24).stdout.splitlines()
+    figures = [line for line in lines if line.startswith("  ")]
+    assert len(figures) > 12
+    assert len({len(line) for line in figures}) == 1
+    assert all(line[-3] == "." for line in figures)
+
+
+def test_a_job_that_does_not_fit_has_an_exit_code_of_its_own(run: Any, config: Path) -> None:
+    outcome = run("plan", "--config", config, "--device", "4GB")
+    assert outcome.code == 6
+    assert outcome.stdout.startswith("does not fit: ")
+    fits_if = run("plan", "--config", config, "--device", "8GB", "--set", "quantization.type=int8", "--json")
+    assert fits_if.code == 6
+    assert json.loads(fits_if.stdout)["verdict"] == "fits_if"
+
+
+def test_a_spec_file_and_flags_say_what_is_planned(run: Any, config: Path, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("base_model: other\ntraining: {max_seq_len_tokens: 4096, micro_batch_tokens: 512}\n")
+    asked = run("plan", spec, "--config", config, *GB24, "--set", "training.micro_batch_tokens=1024", "--json")
+    plan = json.loads(asked.stdout)
+    assert (plan["longest_tokens"], plan["settings"]["micro_batch_tokens"]) == (4096, 1024)
+
+
+def test_the_service_plans_for_its_catalog_and_its_rows(run: Any, client: Client, rows: Path) -> None:
+    dataset = client.upload(rows)
+    asked = ("plan", "--base-model", "tiny", "--dataset-id", dataset.id, "--set", "training.max_seq_len_tokens=64")
+    plan = json.loads(run(*asked, *GB24, "--json").stdout)
+    assert plan["verdict"] == "fits"
+    assert plan["longest_tokens"] < 64
+    assert plan["device"]["name"] == "a card of 24 GB"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ((), 2, "no base model"),
+        (("--base-model", "absent"), 1, "no base model 'absent'"),
+        (("--base-model", "tiny", "--device", "RTX 3091"), 1, "did you mean RTX 3090"),
+    ],
+)
+def test_wrong_requests_say_what_to_do(run: Any, arguments: tuple[str, ...], code: int, said: str) -> None:
+    outcome = run("plan", *arguments)
+    assert outcome.code == code
+    assert said in outcome.stderr
+
+
+def test_what_is_no_config_is_told(run: Any, config: Path, rows: Path) -> None:
+    assert run("plan", "--config", config, "--base-model", "tiny").code == 2
+    assert "is no JSON" in run("plan", "--config", rows).stderr
+    config.write_text("[]")
+    assert "no JSON object" in run("plan", "--config", config).stderr
+    config.write_text("{}")
+    assert "no hidden_size" in run("plan", "--config", config, *GB24).stderr
+
+
+def test_submit_can_be_forced(run: Any, client: Client, rows: Path) -> None:
+    outcome = run("submit", rows, "--base-model", "tiny", "--set", "training.max_seq_len_tokens=64", "--force")
+    assert client.get(outcome.stdout.strip()).status == "queued"
+
+
+def test_client_plans_as_the_command_does(client: Client) -> None:
+    plan = client.plan({"training": {"max_seq_len_tokens": 512}}, config=MODELS["LLaMA-33B"], device="RTX 3090")
+    assert (plan.verdict, plan.settings["gradient_checkpointing"]) == ("fits", True)
+    assert client.plan({"base_model": "tiny"}, free_bytes=0).verdict == "does_not_fit"

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from qlora_service.queue import Progress, Queue
+from qlora_service.store.database import Database
+from qlora_service.store.history import measured_anywhere, measured_on
+from qlora_service.store.tables import jobs
+from tests.control_plane import SteppedClock, add_job, claim_next, clock, each_database, queue
+
+__all__ = ["clock", "each_database", "queue"]
+
+BASE, OTHER_BASE = "0" * 64, "1" * 64
+CPU, GPU = {"device": "x86_64 CPU"}, {"device": "NVIDIA L4"}
+
+
+def ended(
+    database: Database,
+    queue: Queue,
+    clock: SteppedClock,
+    measured: dict[str, Any] | None,
+    *,
+    base: str = BASE,
+    project: str = "local",
+    succeeds: bool = True,
+) -> None:
+    """A job that ended just now."""
+    job_id = add_job(database, project=project)
+    with database.write() as connection:
+        connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(base_weights_sha256=base))
+    claim = claim_next(queue)
+    if measured is not None:
+        queue.report(claim, Progress(measured=measured))
+    if succeeds:
+        queue.succeed(claim, {"attempt": 1})
+    else:
+        queue.fail(claim, {"code": "job_failed"})
+    clock.advance(1)
+
+
+def test_history_is_of_succeeded_jobs_of_every_project_newest_first(
+    database: Database, queue: Queue, clock: SteppedClock
+) -> None:
+    ended(database, queue, clock, CPU | {"steps": 1})
+    ended(database, queue, clock, GPU | {"steps": 2}, project="other")
+    ended(database, queue, clock, CPU | {"steps": 3}, succeeds=False)
+    ended(database, queue, clock, None)
+    ended(database, queue, clock, CPU | {"steps": 4}, base=OTHER_BASE)
+    ended(database, queue, clock, CPU | {"steps": 5})
+    with database.read() as connection:
+        assert [measured["steps"] for measured in measured_on(connection, BASE)] == [5, 2, 1]
+        assert [measured["steps"] for measured in measured_on(connection, BASE, limit=1)] == [5]
+        assert [measured["steps"] for measured in measured_anywhere(connection)] == [5, 4, 2, 1]

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from qlora_service.queue import Progress, Queue
+from qlora_service.store.database import Database
+from qlora_service.store.queue_times import seconds_to_end
+from qlora_service.store.tables import jobs
+from tests.control_plane import add_job, claim_next, clock, each_database, queue
+
+__all__ = ["clock", "each_database", "queue"]
+
+
+def add(database: Database, seconds: float | None, priority: int = 0) -> str:
+    """A queued job that is expected to take so long."""
+    job_id = add_job(database, priority=priority)
+    forecast = {"time": None if seconds is None else {"seconds": seconds}}
+    with database.write() as connection:
+        connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(forecast=forecast))
+    return job_id
+
+
+def ends(database: Database, *job_ids: str) -> dict[str, float]:
+    with database.read() as connection:
+        return seconds_to_end(connection, job_ids)
+
+
+def test_jobs_end_one_after_the_other_the_urgent_first(database: Database) -> None:
+    first, second, urgent = add(database, 100), add(database, 10), add(database, 5, priority=9)
+    assert ends(database, first, second, urgent) == {urgent: 5, first: 105, second: 115}
+    assert ends(database, second) == {second: 115}
+    assert ends(database) == {}
+
+
+def test_running_jobs_come_first_each_on_a_slot_of_its_own(database: Database, queue: Queue) -> None:
+    for eta in (30.0, 200.0):
+        add(database, 1000)
+        queue.report(claim_next(queue, f"worker {eta}"), Progress(eta_s=eta))
+    first, second, third = add(database, 50), add(database, 60), add(database, 100)
+    assert ends(database, first, second, third) == {first: 80, second: 140, third: 240}
+
+
+def test_what_has_not_begun_to_train_is_taken_to_need_its_whole_time(database: Database, queue: Queue) -> None:
+    add(database, 70)
+    claim_next(queue)
+    waiting = add(database, 10)
+    assert ends(database, waiting) == {waiting: 80}
+
+
+def test_nothing_is_said_of_jobs_behind_one_that_nothing_is_known_of(database: Database) -> None:
+    before, unknown, behind = add(database, 5), add(database, None), add(database, 5)
+    assert ends(database, before, unknown, behind) == {before: 5}

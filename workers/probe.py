@@ -1,0 +1,183 @@
+"""Times the longest step of a job that somebody plans: `python -m workers.probe KEY DEVICE`, a child of the supervisor.
+
+It ends with its supervisor (its stdin closes), and may be killed at any time: then another one does it later.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+# Before the libraries read them: no network, no progress bars.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import structlog
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from qlora_service.errors import InvalidModel, QLoRAError
+from qlora_service.logs import configure_logging
+from qlora_service.models.adapters import after_step, attach, trainable
+from qlora_service.models.cached_base import load_cached_base
+from qlora_service.models.catalog import Catalog
+from qlora_service.models.quantized_cache import QuantizedCache
+from qlora_service.planning.largest_step import largest_step
+from qlora_service.planning.tracked_step import examples_of, tracking
+from qlora_service.queue import utc_now
+from qlora_service.settings import Settings
+from qlora_service.specs import JobSpec
+from qlora_service.store.database import Database, persist
+from qlora_service.store.probes import find_probe, finish_probe
+from qlora_service.training.attention import isolate_documents
+from qlora_service.training.device import choose_device, device_name, synchronize
+from qlora_service.training.micro_batch import TrainingExample
+from qlora_service.training.network import Network
+from qlora_service.training.objectives import evaluate, make_objective
+from qlora_service.training.optimizer import optimizing
+from qlora_service.training.step_gradients import StepGradients, example_tokens
+from workers.attempt import compute_dtype
+from workers.step_memory import peak_memory
+
+DATABASE_PATIENCE_S = 30.0
+
+log = structlog.get_logger()
+
+
+class DoesNotFit(Exception):
+    """The device has no memory for the step as it was planned."""
+
+
+def main(key: str, device: str, settings: Settings) -> None:
+    """Time the probe's step on `device` (cuda or cpu) and store the figures, or why there are none."""
+    threading.Thread(target=_end_with_supervisor, name="supervisor", daemon=True).start()
+    disable_progress_bar()
+    database = Database(settings.resolved_database_url)
+    with database.read() as connection:
+        probe = find_probe(connection, key)
+    if probe is None or probe.result is not None:
+        return
+    try:
+        result = timed_step(
+            probe.request,
+            Catalog(settings.models_dir),
+            QuantizedCache(settings.cache_dir, settings.cache_bytes),
+            choose_device(needs_gpu=device == "cuda"),
+        )
+    except (DoesNotFit, QLoRAError) as error:
+        result = {"error": str(error)}
+    except Exception as error:
+        # An unforeseen one's text stays in the log: it may quote paths.
+        log.exception("probe_failed", key=key)
+        result = {"error": f"it ended with an unforeseen {type(error).__name__}; the worker's log has more"}
+
+    def store() -> None:
+        with database.write() as connection:
+            finish_probe(connection, key, result, utc_now())
+
+    persist(store, DATABASE_PATIENCE_S)
+    database.close()
+
+
+def timed_step(
+    request: Mapping[str, Any], catalog: Catalog, cache: QuantizedCache, device: torch.device
+) -> dict[str, Any]:
+    """What loading, a step and an evaluation take, and the memory of the step.
+
+    Raises:
+        DoesNotFit: the device's memory ran out.
+        InvalidModel: the base is not what it was when the probe was asked for.
+    """
+    spec = JobSpec.model_validate(request["spec"])
+    base = catalog.get(spec.base_model)
+    if base.weights_sha256 != request["base_weights_sha256"]:
+        raise InvalidModel(f"base model {base.name} has other weights than when the probe was asked for: plan again")
+    began = time.perf_counter()
+    dtype = compute_dtype(spec.quantization.compute_dtype, device)
+    model, _ = load_cached_base(cache, base, spec.quantization, dtype, device)
+    network = Network(
+        attach(model, spec.adapter, spec.training.seed),
+        isolate_documents(model),
+        checkpointing=request["checkpointing"],
+        neftune_noise_alpha=spec.training.neftune_noise_alpha,
+    )
+    loading_s = time.perf_counter() - began
+    budget, longest = request["micro_batch_tokens"], request["longest_tokens"]
+    step = largest_step(spec, micro_batch_tokens=budget, longest_tokens=longest)
+    examples = examples_of(step, spec.objective)
+    return {"device": device_name(device), "loading_s": loading_s} | _timed(
+        network, spec, examples, max(budget, step.tokens), is_whole_step=step.is_whole_step
+    )
+
+
+def _timed(
+    network: Network,
+    spec: JobSpec,
+    examples: list[TrainingExample],
+    micro_batch_tokens: int,
+    *,
+    is_whole_step: bool,
+) -> dict[str, Any]:
+    """Of one micro-batch: a step to warm up, one by the clock, on a CPU one for its memory; then an evaluation.
+
+    If it is not the whole step, there are gradients of others, as there will be.
+    """
+    objective = make_objective(spec.objective)
+    training = spec.training.model_copy(update={"micro_batch_tokens": micro_batch_tokens})
+    gradients = StepGradients(network, objective, training, _does_not_fit)
+    model, device = network.model, network.device
+    model.train()
+    with optimizing(model, training, device) as optimizer:
+
+        def take(step: int) -> float:
+            """Seconds of the step."""
+            if not is_whole_step:
+                for parameter in trainable(model):
+                    parameter.grad = torch.zeros_like(parameter)
+            synchronize(device)
+            started = time.perf_counter()
+            gradients.compute(step, examples)
+            torch.nn.utils.clip_grad_norm_(trainable(model), training.max_grad_norm)
+            optimizer.step()
+            after_step(model, step + 1)
+            optimizer.zero_grad(set_to_none=True)
+            synchronize(device)
+            return time.perf_counter() - started
+
+        take(0)
+        seconds = take(1)
+        memory = peak_memory(device)
+        if memory is None:
+            with tracking(model, optimizer) as tracker:
+                take(2)
+            memory = {"allocated": tracker.peak, "source": "tensors of a step"}
+    started = time.perf_counter()
+    evaluate(network, objective, examples[:1])
+    synchronize(device)
+    return {
+        "seconds": seconds,
+        "tokens_per_second": sum(example_tokens(examples)) / seconds,
+        "evaluated_tokens_per_second": example_tokens(examples[:1])[0] / (time.perf_counter() - started),
+        "memory": memory,
+    }
+
+
+def _does_not_fit(_: dict[str, Any]) -> None:
+    raise DoesNotFit("the step does not fit into the device's memory as it was planned")
+
+
+def _end_with_supervisor() -> None:
+    # It holds the other end and never writes: reading ends when it is gone.
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    _settings = Settings()
+    configure_logging(_settings.log_level)
+    main(sys.argv[1], sys.argv[2], _settings)
