@@ -22,7 +22,7 @@ demo: install  ## The main job: train a small model on a small data set, downloa
 	$(BIN)/qlora demo
 
 test: install  ## Every test that needs no GPU; two files at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: install  ## What jobs survive, in full size (an hour and more): make chaos ONLY=kills
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.chaos $(if $(ONLY),--only $(ONLY))

@@ -22,6 +22,14 @@ from tests.tiny_model import tiny_model
 __all__ = ["postgres", "postgres_url", "tiny_model"]
 
 
+LONGEST = ("tests/chaos", "tests/integration", "tests/workers")
+"""Where tests take minutes, waiting for processes: they begin first, so that of two workers none is left with them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def log_as_before() -> Iterator[None]:
     """What a test configures, such as an entry point run in this process, holds for that test alone."""

@@ -14,7 +14,7 @@ from qlora_service.models.nf4 import load_base
 from qlora_service.planning.largest_step import LargestStep, largest_step
 from qlora_service.planning.memory import Category, Memory
 from qlora_service.planning.simulated_device import workspaces
-from qlora_service.planning.simulation_child import simulated_memory
+from qlora_service.planning.simulated_step import simulated_memory
 from qlora_service.planning.tracked_step import examples_of, own_model
 from qlora_service.planning.tracker import Tracker
 from qlora_service.specs import JobSpec

@@ -50,6 +50,7 @@ from qlora_service.models.quantized_cache import QuantizedCache
 from qlora_service.models.staging import reap_stale, staging_directory
 from qlora_service.settings import Settings
 from qlora_service.specs import Quantization
+from qlora_service.torch_process import end_process, importing_torch
 from workers.exit_codes import SUPERVISOR_GONE
 
 if TYPE_CHECKING:
@@ -245,10 +246,11 @@ def _show(desk: Desk, visitor: Visitor, text: str) -> None:
 def load(base_model: str, quantization: str, device: str, scratch: Path, settings: Settings) -> Engine:
     """The base on the device. Raises: QLoRAError."""
     base = Catalog(settings.models_dir).get(base_model)  # before torch is imported, which takes seconds
-    from transformers.utils.logging import disable_progress_bar
+    with importing_torch():
+        from transformers.utils.logging import disable_progress_bar
 
-    from qlora_service.training.device import is_out_of_memory
-    from workers.inference_engine import Engine
+        from qlora_service.training.device import is_out_of_memory
+        from workers.inference_engine import Engine
 
     disable_progress_bar()  # a log is no terminal
     try:
@@ -291,5 +293,4 @@ if __name__ == "__main__":
     _settings = Settings()
     configure_logging(_settings.log_level)
     main(sys.argv[1], sys.argv[2], sys.argv[3], socket.socket(fileno=int(sys.argv[4])), _settings)
-    sys.stdout.flush()
-    os._exit(0)  # the interpreter would take seconds to tear torch down, while a job waits for the slot
+    end_process(0)

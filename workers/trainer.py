@@ -43,6 +43,7 @@ from qlora_service.store.database import Database, persist
 from qlora_service.store.datasets import get_dataset
 from qlora_service.store.history import measured_on
 from qlora_service.store.jobs import get_job
+from qlora_service.torch_process import end_process, importing_torch
 from qlora_service.training.checkpoint_space import Ballast
 from workers import exit_codes
 from workers.claim_keeper import ClaimKeeper
@@ -150,9 +151,10 @@ class Trainer:
             dataset = get_dataset(connection, job.dataset_id)
             judged = job.spec.validation.dataset_id
             validation = None if judged is None else get_dataset(connection, judged)
-        from workers.attempt import AttemptInputs, run_attempt
-        from workers.clean_slate import clean_slate
-        from workers.warm_base import BaseHolder
+        with importing_torch():
+            from workers.attempt import AttemptInputs, run_attempt
+            from workers.clean_slate import clean_slate
+            from workers.warm_base import BaseHolder
 
         # Until here nothing would be lost, and a library that is being imported does not listen: SIGTERM ends the
         # process.
@@ -261,4 +263,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     _line = SupervisorLine(int(sys.argv[2]))
     _line.start()
-    Trainer(sys.argv[1], _settings, _line).serve()
+    try:
+        Trainer(sys.argv[1], _settings, _line).serve()
+    except SystemExit as ending:
+        end_process(int(ending.code or 0))
+    end_process(0)

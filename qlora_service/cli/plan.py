@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from qlora_service.specs import JobSpec
 
 GIB = 2**30
+_BASES = {
+    "history": "jobs of its kind",
+    "similar": "other jobs on this base",
+    "probe": "a step that was timed",
+}
 
 
 def plan(
@@ -40,15 +45,20 @@ def plan(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the spec, e.g. training.batch_size=1."),
     ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Have a step timed when a slot is free, if no job says how long it takes.")
+    ] = False,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether a job fits into a GPU's memory, how it would run, and what it takes.
+    """Say whether a job fits into a GPU's memory, how it would run, what it takes and how long.
 
     No weights and no GPU are needed. The exit code is 0 when the job fits as it is, else 6.
     """
     if config is not None and (base_model or dataset_id):
         raise WrongUsage("--config is a model without weights and tokenizer: leave --base-model and --dataset-id out")
+    if config is not None and probe:
+        raise WrongUsage("--probe times a step of a job that could run: give --base-model and --dataset-id")
     flags = {"base_model": config.name if config else base_model, "dataset.id": dataset_id}
     given = {field: value for field, value in flags.items() if value is not None}
     _, spec = read_spec(spec_file, given | assignments(set_fields or []))
@@ -56,7 +66,7 @@ def plan(
         found = _plan_here(spec, config, device)
     else:
         with connect(url) as client:
-            found = client.plan(spec, device=device)
+            found = client.plan(spec, device=device, probe=probe)
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:
@@ -111,8 +121,15 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 
 def _time(time: dict[str, Any]) -> Iterator[str]:
-    if (seconds := time.get("seconds")) is not None:
-        yield f"time                about {seconds / 60:.0f} min"
+    if (seconds := time.get("seconds")) is None:
+        yield f"time                not known: {time['reason']}"
+    else:
+        basis = _BASES[time["basis"]]
+        yield f"time                {_duration(seconds)}, give or take {time['error']:.0%} (from {basis})"
+
+
+def _duration(seconds: float) -> str:
+    return f"about {seconds / 60:.0f} min" if seconds >= 90 else f"about {seconds:.0f} s"
 
 
 def _figures(title: str, sizes: dict[str, int]) -> Iterator[str]:

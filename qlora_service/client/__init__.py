@@ -163,12 +163,14 @@ class Client:
         config: Mapping[str, Any] | None = None,
         device: str | None = None,
         free_bytes: int | None = None,
+        probe: bool = False,
     ) -> Plan:
-        """Whether the job would fit, on the service's device or on a named card, and how it would run.
+        """Whether the job would fit, on the service's device or on a named card, how it would run and how long.
 
-        `config` is a model's config.json, in place of `spec`'s base model.
+        `config` is a model's config.json, in place of `spec`'s base model. With `probe`, a step is timed when a slot is
+        free, if finished jobs do not say how long it takes: plan again a minute later.
         """
-        options = {"config": config, "device": device, "free_bytes": free_bytes}
+        options = {"config": config, "device": device, "free_bytes": free_bytes, "probe": probe or None}
         given = {name: value for name, value in options.items() if value is not None}
         return Plan.model_validate(self._transport.post("/plans", json=_document(spec) | given))
 

@@ -1,8 +1,9 @@
-"""What comes before the first step: the base quantized anew, against the same base from the cache.
+"""What comes before the first step: the base quantized anew, the same base from the cache, and one that is loaded.
 
-SmolLM2-135M-Instruct in NF4 with double quantization, bf16 compute, on a CPU. Both ways are timed in one process, in
-turn, the order reversed every round; the files are in the page cache, the libraries imported. What is written for the
-cache is paid by the first load only, and shown by itself.
+SmolLM2-135M-Instruct in NF4 with double quantization, bf16 compute, on a CPU. First quantizing and the cache alone, in
+one process, in turn, the order reversed every round; the files are in the page cache, the libraries imported. What is
+written for the cache is paid by the first load only, and shown by itself. Then jobs of a real worker, from the claim to
+the first micro-batch, which is of the evaluation before step one.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from qlora_service.cli.demo import ensure_smollm2
+from qlora_service.jobs import JobStatus
 from qlora_service.models.cached_base import LoadedBase, load_cached_base
 from qlora_service.models.catalog import BaseModel
 from qlora_service.models.nf4 import base_fingerprint
 from qlora_service.models.quantized_cache import QuantizedCache
 from qlora_service.specs import Quantization
 from tests.benchmarks._workload import ROOT
+from tests.workspace import Workspace
 
 ROUNDS = 5
 UNLIMITED = 2**40
@@ -49,6 +52,43 @@ def figures() -> Iterator[dict[str, Any]]:
     yield _told("load, quantizing and kept for the next", first_s, "s")
     yield _told("load, cached and verified", statistics.median(cached), "s")
     yield _told("quantized base on disk", size / 1e6, "MB")
+    yield from _claims(base)
+
+
+def _claims(base: BaseModel) -> Iterator[dict[str, Any]]:
+    """Cold, cached and warm jobs of a worker; all have the same adapter."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        workspace = Workspace(Path(directory) / "data", base.path)
+        with workspace.worker():
+            cold = _job(workspace)
+        with workspace.worker():
+            jobs = {"cold": cold, "cached": _job(workspace)}
+            warm = [_job(workspace) for _ in range(ROUNDS)]
+        adapters = {workspace.adapter_sha256(job_id) for job_id in (*jobs.values(), *warm)}
+        for name, job_id in jobs.items():
+            seconds, imported = _from_claim(workspace, job_id)
+            yield _told(f"claim to first micro-batch, {name}", seconds, "s")
+            yield _told(f"claim to first micro-batch, {name}: until torch was imported", imported, "s")
+        seconds = statistics.median(_from_claim(workspace, job_id)[0] for job_id in warm)
+        yield _told("claim to first micro-batch, warm", seconds, "s") | {"must": 1.0}
+        yield {"figure": "adapters of them all", "value": len(adapters), "unit": "", "must": 1, "better": "lower"}
+
+
+def _job(workspace: Workspace) -> str:
+    """The id of a job that has succeeded."""
+    job_id = workspace.submit(micro_batch_tokens=256)
+    assert workspace.wait(job_id, lambda job: job.status.terminal, limit_s=600).status is JobStatus.SUCCEEDED
+    return job_id
+
+
+def _from_claim(workspace: Workspace, job_id: str) -> tuple[float, float]:
+    """Seconds from the claim to the first micro-batch, and of them until rendering began."""
+    at = {
+        event.data.get("message") or event.data.get("status"): event.at
+        for event in workspace.service.job_events(job_id)
+    }
+    claimed = at[JobStatus.RUNNING]
+    return (at["training"] - claimed).total_seconds(), (at["rendering"] - claimed).total_seconds()
 
 
 def _measure(cache: QuantizedCache, base: BaseModel) -> tuple[list[float], list[float]]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_service.cli import main
+from qlora_service.cli.plan import _time
 from qlora_service.client import Client
 from tests.planning_models import MODELS
 
@@ -66,6 +67,24 @@ def test_the_service_plans_for_its_catalog_and_its_rows(run: Any, client: Client
     assert plan["device"]["name"] == "a card of 24 GB"
 
 
+def test_time_is_told_or_why_it_is_not_known(run: Any, client: Client, rows: Path) -> None:
+    dataset = client.upload(rows)
+    asked = ("plan", "--base-model", "tiny", "--dataset-id", dataset.id, "--set", "training.max_seq_len_tokens=64")
+    assert "time                not known: no job on tiny" in run(*asked).stdout
+    assert "not known: its step waits to be timed" in run(*asked, "--probe").stdout
+
+
+@pytest.mark.parametrize(
+    ("time", "said"),
+    [
+        ({"seconds": 40.2, "error": 0.3, "basis": "history"}, "about 40 s, give or take 30% (from jobs of its kind)"),
+        ({"seconds": 5400, "error": 0.4, "basis": "probe"}, "about 90 min, give or take 40% (from a step that was"),
+    ],
+)
+def test_time_is_told_with_its_error_and_where_it_comes_from(time: dict[str, Any], said: str) -> None:
+    assert said in "".join(_time(time))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -82,6 +101,7 @@ def test_wrong_requests_say_what_to_do(run: Any, arguments: tuple[str, ...], cod
 
 def test_what_is_no_config_is_told(run: Any, config: Path, rows: Path) -> None:
     assert run("plan", "--config", config, "--base-model", "tiny").code == 2
+    assert run("plan", "--config", config, "--probe").code == 2
     assert "is no JSON" in run("plan", "--config", rows).stderr
     config.write_text("[]")
     assert "no JSON object" in run("plan", "--config", config).stderr
