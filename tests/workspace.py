@@ -110,21 +110,21 @@ def trainers() -> dict[int, Claim | None]:
 
 def trainers_of(worker: int) -> dict[int, Claim]:
     """The trainer processes that the worker with this pid has working, and what each of them claims to own."""
-    found = {}
-    for pid, claim in trainers().items():
-        with suppress(OSError):
-            if claim is not None and parent_of(pid) == worker:
-                found[pid] = claim
-    return found
+    return {pid: claim for pid, claim in all_trainers_of(worker).items() if claim is not None}
 
 
 def waiting_trainers_of(worker: int) -> list[int]:
     """The trainer processes of the worker that wait with their base for the next claim."""
-    found = []
+    return [pid for pid, claim in all_trainers_of(worker).items() if claim is None]
+
+
+def all_trainers_of(worker: int) -> dict[int, Claim | None]:
+    """The trainer processes that the worker with this pid has, and what each of them works on."""
+    found = {}
     for pid, claim in trainers().items():
         with suppress(OSError):
-            if claim is None and parent_of(pid) == worker:
-                found.append(pid)
+            if parent_of(pid) == worker:
+                found[pid] = claim
     return found
 
 

@@ -65,7 +65,7 @@ class _Outcome:
     write: Callable[[], object]
     """Writes it under the claim. Raises: ClaimLost"""
     is_orderly: bool = False
-    """The job ended, or stopped where it was asked to: another one may follow in this process"""
+    """The job ended, or made room for another one, which may follow in this process"""
 
 
 class Trainer:
@@ -203,7 +203,7 @@ def _outcome(queue: Queue, claim: Claim, ballast: Ballast, attempt: Callable[[],
         why, hold = interruption.message, holds.get(interruption.details.get("hold"))
         return _Outcome(
             lambda: queue.release(claim, why) if hold is None else queue.pause(claim, hold),
-            is_orderly=hold is None or hold is USER_HOLD,
+            is_orderly=hold is None,  # who pauses a job wants the card
         )
     except ClaimLost:
         raise
