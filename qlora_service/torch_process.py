@@ -17,16 +17,25 @@ from typing import NoReturn
 def importing_torch() -> Iterator[None]:
     """Inside, torch and what stands on it are imported.
 
-    Garbage is not looked for where everything stays, then and later. torch's compiler is left out: bitsandbytes has it
-    loaded for functions that stand in where a device has no kernels, and nothing here is compiled.
+    torch's compiler is left out: bitsandbytes has it loaded for functions that stand in where a device has no kernels,
+    and nothing here is compiled. What was imported is never looked through for garbage again.
     """
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    with collecting_nothing():
+        yield
+    gc.freeze()
+
+
+@contextmanager
+def collecting_nothing() -> Iterator[None]:
+    """Inside, garbage is not looked for, where much is made and all of it stays."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.enable()
 
 
 def end_process(code: int) -> NoReturn:

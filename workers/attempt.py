@@ -47,7 +47,7 @@ from workers.environment import change_note, describe_environment, environment_c
 from workers.publishing import fetch_published, publish, write_adapter
 from workers.settings_choice import starting_settings
 from workers.step_memory import TrackedStep, largest_step, peak_memory, predicted_memory
-from workers.warm_base import BaseHolder, BaseRequest
+from workers.warm_base import BaseHolder, BaseRequest, Found
 
 Rendered = TypeVar("Rendered")
 CERTIFICATE_TOLERANCE = 1e-4
@@ -166,11 +166,13 @@ def run_attempt(
         "base_fingerprint": warm.fingerprint,
     }
     adapter = inputs.job.spec.adapter.model_dump_json()
-    if adapter in warm.ways:
-        # Found on this base with such an adapter; of an attempt before, the plan has them too.
-        plan = asdict(warm.ways[adapter]) | plan
-    network = make_network(warm.model, inputs.job.spec, isolation, prepared, plan)
-    warm.ways.setdefault(adapter, network.ways)
+    found = warm.found.get(adapter)
+    known_bytes = None
+    if found is not None:
+        # Of an attempt before, the plan has the ways too.
+        plan, known_bytes = asdict(found.ways) | plan, found.activation_bytes_per_token
+    network = make_network(warm.model, inputs.job.spec, isolation, prepared, plan, known_bytes)
+    warm.found[adapter] = Found(network.ways, network.activation_bytes_per_token)
     if may_change_base(inputs.job.spec.adapter):
         bases.retire("the job's adapter may change its base")
     if leaves_paged_memory(network.model, inputs.job.spec.training, device):
@@ -376,11 +378,16 @@ def _around_step(
 
 
 def make_network(
-    base: PreTrainedModel, spec: JobSpec, isolation: Isolation, prepared: PreparedRows, plan: dict[str, Any]
+    base: PreTrainedModel,
+    spec: JobSpec,
+    isolation: Isolation,
+    prepared: PreparedRows,
+    plan: dict[str, Any],
+    activation_bytes_per_token: float | None = None,
 ) -> Network:
     """The base with a new adapter, ready to be trained: as `plan` says, or, where it does not say, as fits best.
 
-    What is chosen is put into the plan.
+    What is chosen is put into the plan. Activations are measured, if it has to be chosen and they were not before.
     """
     training = spec.training
     known = {field.name: plan[field.name] for field in fields(Ways) if field.name in plan}
@@ -389,6 +396,7 @@ def make_network(
         isolation,
         ways=Ways(**known) if known else None,
         neftune_noise_alpha=training.neftune_noise_alpha,
+        activation_bytes_per_token=activation_bytes_per_token,
     )
     if "micro_batch_tokens" not in plan:
         choice = starting_settings(network, spec, prepared.longest_tokens)

@@ -39,6 +39,16 @@ class BaseRequest:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What was found out with an adapter on the base."""
+
+    ways: Ways
+    """How losses are computed"""
+    activation_bytes_per_token: float | None
+    """None where nobody has measured it yet"""
+
+
+@dataclass(frozen=True)
 class WarmBase:
     """A loaded base and what was found out about it; jobs come and go on it."""
 
@@ -50,8 +60,8 @@ class WarmBase:
     fingerprint: str
     """Of its logits when it was loaded"""
     state: BaseState
-    ways: dict[str, Ways] = field(default_factory=dict)
-    """How losses are computed with an adapter on it, by the adapter as it was asked for"""
+    found: dict[str, Found] = field(default_factory=dict)
+    """By the adapter as it was asked for"""
 
     @classmethod
     def load(cls, wanted: BaseRequest) -> WarmBase:

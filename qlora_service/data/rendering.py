@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -365,10 +366,17 @@ def _characters(example: Example) -> int:
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
+    """The file's tokenizer, which nobody changes. The last one is kept: reading takes longer than most uses of it."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        found = path.stat()
+        return _read_tokenizer(path, (found.st_ino, found.st_mtime_ns))
     except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
         raise InvalidModel(f"the base model's tokenizer.json cannot be read: {error}") from None
+
+
+@lru_cache(maxsize=1)
+def _read_tokenizer(path: Path, version: tuple[int, int]) -> Tokenizer:  # noqa: ARG001 - it tells files apart
+    tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

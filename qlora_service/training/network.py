@@ -55,8 +55,10 @@ class Network:
         ways: Ways | None = None,
         checkpointing: bool = False,
         neftune_noise_alpha: float | None = None,
+        activation_bytes_per_token: float | None = None,
     ) -> None:
-        """`ways` are those of another network with the same base and kind of adapter; without them, they are found.
+        """`ways` and the activations' bytes are those of another network with the same base and kind of adapter;
+        without them, they are found.
 
         `isolation` is what `isolate_documents` chose for the base; `fast` allows the fast path.
 
@@ -66,6 +68,7 @@ class Network:
         self.model = model
         self.device = next(model.parameters()).device
         self.checkpointing = False
+        self.activation_bytes_per_token = activation_bytes_per_token
         self._base = model.get_base_model()
         self._noise = neftune_noise_alpha
         self._decoder: LlamaDecoder | None = None
@@ -139,8 +142,9 @@ class Network:
 
     def fits(self, micro_batch_tokens: int) -> bool:
         """Whether the free memory holds the activations of so many tokens; measured on a few."""
-        needed = self.activation_bytes(MEASURED_TOKENS) / MEASURED_TOKENS * micro_batch_tokens
-        return needed <= FREE_SHARE * free_memory_bytes(self.device)
+        if self.activation_bytes_per_token is None:
+            self.activation_bytes_per_token = self.activation_bytes(MEASURED_TOKENS) / MEASURED_TOKENS
+        return self.activation_bytes_per_token * micro_batch_tokens <= FREE_SHARE * free_memory_bytes(self.device)
 
     def activation_bytes(self, tokens: int) -> int:
         """What a forward pass over one document of so many tokens keeps for the backward pass."""
