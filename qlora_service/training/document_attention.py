@@ -1,14 +1,14 @@
 """Causal attention of each document with itself alone, over several documents laid behind each other.
 
 What runs differs by device: on CUDA flash attention over variable lengths (torch's own), or torch's fused kernels
-document by document; on a CPU torch's flash forward, and a backward of plain matrix products in blocks of queries.
-The CPU's flash backward is the slowest kernel of all: documents of 56 to 450 tokens, 2,016 in all, take 32 ms in it,
-13 in this one (SmolLM2's heads, bfloat16, 2 cores).
+document by document; on a CPU torch's flash forward, or plain matrix products in blocks of queries, and these as the
+backward. The CPU's flash backward is the slowest kernel of all: documents of 56 to 450 tokens, 2,016 in all, take 32 ms
+in it, 13 in this one (SmolLM2's heads, bfloat16, 2 cores).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
-from qlora_service.training.device import computes_as_cpu, has_flash_attention
+from qlora_service.training.device import computes_as_cpu, has_flash_attention, multiplies_faster
 
 BLOCK = 128
-"""Queries of the backward pass computed at a time; keys behind the block are never touched."""
+"""Queries computed at a time; keys behind the block are never touched."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,22 @@ class AttentionShape:
 
 
 def document_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], shape: AttentionShape
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: Sequence[int],
+    shape: AttentionShape,
+    *,
+    in_blocks: bool = False,
 ) -> torch.Tensor:
-    """(tokens, heads, head_dim) of queries (tokens, heads, head_dim), keys and values (tokens, kv_heads, head_dim)."""
+    """(tokens, heads, head_dim) of queries (tokens, heads, head_dim), keys and values (tokens, kv_heads, head_dim).
+
+    With `in_blocks` a CPU may round the scores to the queries' dtype, where that is faster: as other kernels do, but
+    held-out losses are to be those of torch's own, which everybody else gets.
+    """
     if computes_as_cpu(q):
-        mixed: torch.Tensor = BlockAttention.apply(q, k, v, tuple(lengths), shape)
+        forward = _in_blocks if in_blocks and multiplies_faster(q) else _document_by_document
+        mixed: torch.Tensor = BlockAttention.apply(q, k, v, tuple(lengths), shape, forward)
         return mixed
     if has_flash_attention(q):
         return _varlen(q, k, v, lengths, shape)
@@ -102,18 +113,24 @@ def _blocks(tokens: int, window: int | None) -> Iterator[_Block]:
 
 
 class BlockAttention(torch.autograd.Function):
-    """`document_attention` on a CPU; in the backward, heads that share a key are stacked over it.
+    """`document_attention` on a CPU: `forward`'s outputs, and a backward in blocks.
 
     Only the inputs are kept: making the probabilities again costs less than a forward that has to store them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], shape: AttentionShape
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lengths: tuple[int, ...],
+        shape: AttentionShape,
+        forward: Callable[..., torch.Tensor],
     ) -> torch.Tensor:
         ctx.lengths, ctx.shape = lengths, shape
         ctx.save_for_backward(q, k, v)
-        return _document_by_document(q, k, v, lengths, shape)
+        return forward(q, k, v, lengths, shape)
 
     @staticmethod
     @once_differentiable
@@ -137,7 +154,22 @@ class BlockAttention(torch.autograd.Function):
                 of_keys[:, seen].baddbmm_(of_scores.transpose(1, 2), scaled)
             of_k[begin:stop] = of_keys.transpose(0, 1)
             of_v[begin:stop] = of_values.transpose(0, 1)
-        return of_q.mul_(shape.scale), of_k, of_v, None, None
+        return of_q.mul_(shape.scale), of_k, of_v, None, None, None
+
+
+def _in_blocks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], shape: AttentionShape
+) -> torch.Tensor:
+    """Matrix products; heads that share a key are stacked over it, as in the backward."""
+    output = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for begin, stop in pairwise([0, *accumulate(lengths)]):
+        queries, keys, values = _by_head(q[begin:stop], k[begin:stop], v[begin:stop], shape)
+        for block in _blocks(stop - begin, shape.window):
+            seen = slice(block.first, block.end)
+            scaled = _group(queries[:, block.start : block.end], shape)
+            p = _probabilities(scaled, keys[:, seen], block, shape)
+            output[begin + block.start : begin + block.end] = _ungroup(torch.bmm(p, values[:, seen]), shape)
+    return output
 
 
 def _by_head(

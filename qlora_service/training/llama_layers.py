@@ -65,7 +65,7 @@ class LlamaLayer:
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """(tokens, hidden) of (tokens, hidden); cos and sin are (tokens, 1, head_dim / 2)."""
         q, k, v = NormedProjections.apply(x, self, cos, sin, *lora_weights(self.qkv))
-        mixed = document_attention(q, k, v, lengths, self.attention).flatten(1)
+        mixed = document_attention(q, k, v, lengths, self.attention, in_blocks=True).flatten(1)
         x = FusedLinear.apply(mixed, None, x, self.output, *lora_weights((self.output,)))
         result: torch.Tensor = GatedMlp.apply(x, self, *lora_weights(self.gate_up), *lora_weights((self.down,)))
         return result

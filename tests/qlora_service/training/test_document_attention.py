@@ -10,7 +10,9 @@ import torch
 from qlora_service.training.document_attention import (
     BLOCK,
     AttentionShape,
+    BlockAttention,
     _document_by_document,
+    _in_blocks,
     document_attention,
 )
 
@@ -46,6 +48,14 @@ def attend(
     return attention(*qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], 1), lengths, shape)
 
 
+def in_blocks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], shape: AttentionShape
+) -> torch.Tensor:
+    """What the fast layers run, whatever this CPU is faster at."""
+    output: torch.Tensor = BlockAttention.apply(q, k, v, tuple(lengths), shape, _in_blocks)
+    return output
+
+
 def random_qkv(lengths: Sequence[int], shape: AttentionShape, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     heads = shape.heads + 2 * shape.kv_heads
@@ -63,19 +73,20 @@ def test_outputs_and_gradients_are_those_of_a_masked_softmax(
     expected = plain_attention(qkv, lengths, shape)
     upstream = torch.randn_like(expected)
     (expected_gradient,) = torch.autograd.grad(expected, qkv, upstream)
-    # CUDA devices without flash attention run the second; nothing in it needs one.
-    for attention in (document_attention, _document_by_document):
+    # CUDA devices without flash attention run the second, CPUs without AMX the third; nothing in them needs one.
+    for attention in (document_attention, _document_by_document, in_blocks):
         output = attend(qkv, lengths, shape, attention)
         assert (output - expected).abs().max() < 1e-12
         (gradient,) = torch.autograd.grad(output, qkv, upstream)
         assert (gradient - expected_gradient).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("attention", [document_attention, in_blocks])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_lower_precision_stays_close(dtype: torch.dtype, bound: float) -> None:
+def test_lower_precision_stays_close(dtype: torch.dtype, bound: float, attention: Callable[..., torch.Tensor]) -> None:
     lengths, shape = [200, 30], AttentionShape(4, 2, scale=8**-0.5)
     exact, rounded = random_qkv(lengths, shape), random_qkv(lengths, shape, dtype)
-    output = attend(rounded, lengths, shape)
+    output = attend(rounded, lengths, shape, attention)
     assert output.dtype is dtype
     assert (output - plain_attention(exact, lengths, shape)).abs().max() < bound
     (gradient,) = torch.autograd.grad(output.sum(), rounded)
