@@ -18,6 +18,7 @@ from sqlalchemy import (
     String,
     Table,
     UniqueConstraint,
+    null,
 )
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
@@ -127,6 +128,17 @@ jobs = Table(
     Column("withdrawn_at", UtcDateTime),
     Index(None, "status", "priority", "id"),
     Index(None, "project", "id"),
+)
+# Every job that is posted asks what the newest of these measured.
+_measured = jobs.c.measured.is_not(null())
+_newest = (jobs.c.status, jobs.c.finished_at, jobs.c.id)
+Index("ix_jobs_measured", *_newest, sqlite_where=_measured, postgresql_where=_measured)
+Index(
+    "ix_jobs_measured_on_base",
+    jobs.c.base_weights_sha256,
+    *_newest,
+    sqlite_where=_measured,
+    postgresql_where=_measured,
 )
 
 events = Table(

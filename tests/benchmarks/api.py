@@ -36,6 +36,17 @@ JOBS, QUEUED, RUNNING = 100_000, 1_000, 500
 STEPS = 4
 """That every stored job did, queued ones too"""
 BATCH = 5_000
+MEASURED: dict[str, Any] = {
+    "device": "x86_64 CPU",
+    "attempt": 1,
+    "predicted": {"memory": {"allocated": 1_900_000_000}, "time": {"seconds": 60.0}, "eta": {"seconds": 50.0}},
+    "actual": {"memory": {"allocated": 1_890_000_000}, "time": {"seconds": 66.0}, "eta": {"seconds": 52.0}},
+    "phases": {"starting": 4.0, "training": 50.0, "evaluating": 6.0, "certifying": 6.0},
+    "steps": STEPS,
+    "tokens": 8_000,
+    "tokens_per_second": 160.0,
+}
+"""By every job that has succeeded; jobs that are posted are forecast from the newest"""
 SECONDS = 10
 """Of load, per figure"""
 READS_PER_S, LISTS_PER_S, POSTS_PER_S, WRITES_PER_S = 200, 20, 20, 100
@@ -219,6 +230,7 @@ def _store_jobs(database: Database, dataset_id: str, template: str) -> list[str]
                 | {"id": new_id("job"), "status": status, "started_at": started, "created_at": now, "attempt": 1}
                 | {"metrics": {"step": STEPS, "loss": 1.25, "tokens": 64}, "finished_at": now if ended else None}
                 | {"result": {"attempt": 1, "eval_loss": 1.2} if ended else None, "lease_until": 1e12, "step": STEPS}
+                | {"measured": MEASURED if ended else None}
             )
         history = [
             {"job_id": job["id"], "at": now + timedelta(seconds=step), "type": "metrics", "data": {"step": step}}

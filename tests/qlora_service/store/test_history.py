@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -53,3 +55,18 @@ def test_history_is_of_succeeded_jobs_of_every_project_newest_first(
         assert [measured["steps"] for measured in measured_on(connection, BASE)] == [5, 2, 1]
         assert [measured["steps"] for measured in measured_on(connection, BASE, limit=1)] == [5]
         assert [measured["steps"] for measured in measured_anywhere(connection)] == [5, 4, 2, 1]
+
+
+def test_history_is_found_without_a_look_at_every_job(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'state.db'}")
+    database.migrate()
+    asked: list[tuple[str, Any]] = []
+    with closing(database), database.read() as connection:
+        sa.event.listen(connection, "before_cursor_execute", lambda *args: asked.append(args[2:4]))
+        measured_on(connection, BASE)
+        measured_anywhere(connection)
+        selects = [(query, parameters) for query, parameters in asked if query.startswith("SELECT")]
+        assert len(selects) == 2
+        for query, parameters in selects:
+            (step,) = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {query}", parameters).all()
+            assert "USING INDEX ix_jobs_measured" in step.detail, step
