@@ -20,7 +20,7 @@ from qlora_service.jobs import FailureReason, HoldReason, Job, JobStatus, StopRe
 from qlora_service.models.needed_base import NeededBase
 from qlora_service.overtaking import count_overtaken, find_overtaker
 from qlora_service.store.database import Database
-from qlora_service.store.jobs import append_event, claimable, get_job, job_from_row
+from qlora_service.store.jobs import append_event, claimable, get_job, job_from_row, may_run_more
 from qlora_service.store.lease_clock import LeaseClock, lease_clock
 from qlora_service.store.tables import jobs
 from qlora_service.store.webhooks import tell_end
@@ -201,28 +201,37 @@ class Queue:
     def preempt(self, workers: Collection[str]) -> str | None:
         """Ask the least urgent job of `workers` to make room, if a more urgent one is queued; its id.
 
-        One at a time: while one of theirs is stopping, for whatever reason, a slot will be free.
+        One at a time: while one of theirs is stopping, for whatever reason, a slot will be free. A project that has as
+        many jobs running as it may makes room by one of its own.
         """
         mine = (jobs.c.status == JobStatus.RUNNING, jobs.c.worker.in_(workers))
         with self._database.write() as connection:
             running = connection.execute(
-                sa.select(jobs.c.id, jobs.c.priority, jobs.c.stop_request)
+                sa.select(jobs.c.id, jobs.c.priority, jobs.c.project, jobs.c.stop_request)
                 .where(*mine)
                 .order_by(jobs.c.priority, jobs.c.id.desc())
             ).all()
+            if not running or any(row.stop_request for row in running):
+                return None
             urgent = connection.execute(
-                sa.select(jobs.c.priority).where(jobs.c.id == self._head(connection).scalar_subquery())
-            ).scalar_one_or_none()
-            if not running or urgent is None or any(row.stop_request for row in running):
+                sa.select(jobs.c.project, sa.func.max(jobs.c.priority).label("priority"))
+                .where(jobs.c.status == JobStatus.QUEUED, jobs.c.priority > running[0].priority)
+                .group_by(jobs.c.project)
+            ).all()
+            victim = None
+            for one in sorted(urgent, key=lambda row: -row.priority):
+                own_only = not may_run_more(connection, one.project, self._max_running)
+                less_urgent = (row for row in running if row.priority < one.priority)
+                victim = next((row.id for row in less_urgent if not own_only or row.project == one.project), None)
+                if victim is not None:
+                    break
+            if victim is None:
                 return None
-            if running[0].priority >= urgent:
-                return None
-            victim: str = running[0].id
             job = get_job(connection, victim, lock=True)
             if job.status is not JobStatus.RUNNING or job.stop_request is not None:
                 return None
             self._ask(connection, victim, StopRequest.PREEMPT, "a more urgent job waits: it will make room")
-            return victim
+            return job.id
 
     def resume_held(self, free_bytes: int) -> list[str]:
         """Queue the jobs again that waited for room on the disk, as far as there is room now; their ids."""

@@ -263,11 +263,18 @@ class Service(PlanActions):
         )
 
     def resume(self, job_id: str, *, once: Once[Submission] | None = None) -> Submission:
-        """The job, queued again, or running on if its pause had not come about yet. Raises: NotFound, Conflict."""
+        """The job, queued again, or running on if its pause had not come about yet.
+
+        Raises:
+            NotFound, Conflict.
+            QuotaExceeded: the project has as many jobs in the queue as may wait.
+        """
 
         def enqueue(connection: Connection) -> Submission:
             job = self._queue.resume(connection, self._own(connection, job_id))
             queued = job.status is JobStatus.QUEUED
+            if queued:
+                self._check_queue(connection)
             return Submission(job, job_rows.count_ahead(connection, job) if queued else None)
 
         return self._write(once, enqueue)
@@ -376,7 +383,11 @@ class Service(PlanActions):
             self._clock(),
             forecast=None if forecast is None else forecast.as_dict(),
         )
-        job = job_rows.get_job(connection, job_id)
+        self._check_queue(connection)
+        return job_rows.get_job(connection, job_id)
+
+    def _check_queue(self, connection: Connection) -> None:
+        """Raises: QuotaExceeded, when more of the project's jobs wait than may."""
         if (
             self._max_queued_jobs is not None
             and job_rows.count_queued(connection, self._project) > self._max_queued_jobs
@@ -386,7 +397,6 @@ class Service(PlanActions):
                 "when one has started, cancel one, or have QLORA_MAX_QUEUED_JOBS raised",
                 max_queued_jobs=self._max_queued_jobs,
             )
-        return job
 
     def _manifest_key(self, job_id: str) -> str:
         return job_key(job_id, self._published_attempt(self.get_job(job_id)), MANIFEST)

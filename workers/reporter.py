@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_service.queue import Claim, Progress, Queue
 from qlora_service.store.database import persist
+from qlora_service.training.json_records import finite_or_null
 from workers.claim_keeper import ClaimKeeper
 from workers.measuring import Measuring
 
@@ -83,11 +84,11 @@ class JobReporter:
 
     def on_step(self, metrics: StepMetrics) -> None:
         eta = self._measuring.on_step(metrics.step, metrics.tokens)
-        self._record("metrics", asdict(metrics), Progress(step=metrics.step, eta_s=round(eta, 1)))
+        self._record("metrics", finite_or_null(asdict(metrics)), Progress(step=metrics.step, eta_s=round(eta, 1)))
 
     def on_evaluation(self, metrics: EvaluationMetrics) -> None:
         self._measuring.on_evaluation()
-        self._record("evaluation", asdict(metrics), Progress())
+        self._record("evaluation", finite_or_null(asdict(metrics)), Progress())
 
     def _record(self, kind: str, values: dict[str, Any], progress: Progress) -> None:
         self._file.write(json.dumps(values) + "\n")

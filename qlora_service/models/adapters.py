@@ -333,13 +333,25 @@ def regularization(model: PeftModel) -> torch.Tensor | None:
     return model.active_peft_config.orth_reg_weight * torch.stack(distances).mean()
 
 
-def after_step(model: PeftModel, step: int) -> None:
+def after_step(model: PeftModel, step: int, *, skipped: bool = False) -> None:
     """AdaLoRA's pruning; nothing for other methods.
 
-    To be called after the optimizer's `step` (counted from 1), while the gradients are still there.
+    To be called after the optimizer's `step` (counted from 1), while the gradients are still there; those of a
+    `skipped` step say nothing about what is important. The last pruning needs none, but it needs earlier ones: where
+    no step has had any yet, it waits for the first that has.
     """
-    if isinstance(model.active_peft_config, AdaLoraConfig):
-        model.base_model.update_and_allocate(step)
+    config = model.active_peft_config
+    if not isinstance(config, AdaLoraConfig):
+        return
+    tuner, last = model.base_model, config.total_step - config.tfinal
+    if skipped and step < last:
+        return
+    if step >= last and not (tuner.rankallocator.ipt or config.rank_pattern):
+        if skipped:
+            return
+        tuner.rankallocator.update_ipt(tuner.model)
+        step = last
+    tuner.update_and_allocate(step)
 
 
 def allocation_state(model: PeftModel) -> dict[str, torch.Tensor]:

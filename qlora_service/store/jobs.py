@@ -126,6 +126,14 @@ def claimable(max_running: int | None) -> sa.Select[tuple[str]]:
     return query.where(running.scalar_subquery() < max_running)
 
 
+def may_run_more(connection: Connection, project: str, max_running: int | None) -> bool:
+    """Whether the project has fewer jobs running than it may."""
+    if max_running is None:
+        return True
+    running = sa.select(sa.func.count()).where(jobs.c.status == JobStatus.RUNNING, jobs.c.project == project)
+    return connection.execute(running).scalar_one() < max_running
+
+
 def count_ahead(connection: Connection, job: Job) -> int:
     """Queued jobs that will be claimed before `job`."""
     ahead = sa.or_(

@@ -236,7 +236,7 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
                     # From here to the observer nothing asks whether to stop: a step is completed whole, or not at all.
                     if is_finite:
                         optimizer.step()
-                        after_step(model, step + 1)
+                    after_step(model, step + 1, skipped=not is_finite)
                     optimizer.zero_grad(set_to_none=True)
                 row_losses.record(step + 1, loss.lines, loss.of_example)
                 history = history.after(loss.total, grad_norm, skipped=not is_finite)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from qlora_service.training.json_records import finite_or_null
 
 PAGE_LINES = 64
 """Lines kept together: a page of 28 bytes a line is made when one of its lines is first seen, so that neither a million
@@ -83,8 +84,4 @@ def _pages() -> defaultdict[int, np.ndarray[Any, Any]]:
 def _records(state: State, order: np.ndarray[Any, Any]) -> Iterator[dict[str, Any]]:
     names = ("line", "first_loss", "first_step", "last_loss", "last_step", "times_seen")
     for index in order.tolist():
-        record = {name: state[name][index].item() for name in names}
-        yield {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in record.items()
-        }
+        yield finite_or_null({name: state[name][index].item() for name in names})

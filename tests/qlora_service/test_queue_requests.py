@@ -269,6 +269,30 @@ def test_more_urgent_job_makes_the_least_urgent_running_one_stop(queue: Queue, d
     assert (job.status, job.stop_request) == (JobStatus.QUEUED, None)
 
 
+def test_urgent_job_of_a_project_at_its_limit_makes_one_of_its_own_stop(
+    database: Database, clock: SteppedClock
+) -> None:
+    queue = Queue(database, lease_s=LEASE_S, clock=clock, leases=clock.lease_clock, max_running=1)
+    add_job(database, project="other", priority=-1)
+    own = add_job(database)
+    claims = {claim.job_id: claim for claim in (claim_next(queue, "a"), claim_next(queue, "b"))}
+    urgent = add_job(database, priority=10)
+    assert queue.preempt(["a", "b"]) == own
+    queue.release(claims[own], "made room")
+    assert claim_next(queue, "a").job_id == urgent
+
+
+def test_urgent_job_of_a_project_at_its_limit_stops_nobody_else(database: Database, clock: SteppedClock) -> None:
+    queue = Queue(database, lease_s=LEASE_S, clock=clock, leases=clock.lease_clock, max_running=1)
+    other = add_job(database, project="other")
+    add_job(database, priority=10)
+    claim_next(queue, "a"), claim_next(queue, "b")
+    add_job(database, priority=10)
+    assert queue.preempt(["a", "b"]) is None
+    add_job(database, project="third", priority=5)
+    assert queue.preempt(["a", "b"]) == other
+
+
 def test_preempted_job_is_next_among_its_equals(queue: Queue, database: Database, clock: SteppedClock) -> None:
     first = add_job(database)
     claim = claim_next(queue, "a")

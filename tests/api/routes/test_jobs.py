@@ -358,6 +358,9 @@ def test_queue_takes_as_many_jobs_as_may_wait(settings: Settings) -> None:
         assert len(client.get("/jobs").json()["data"]) == 2
         client.post(f"/jobs/{first['id']}/pause")
         assert client.post("/jobs", json=spec, headers=key).status_code == 201
+        # Nor does a paused job come back when there is no room.
+        assert client.post(f"/jobs/{first['id']}/resume").status_code == 429
+        assert client.get(f"/jobs/{first['id']}").json()["status"] == "paused"
 
 
 @pytest.mark.parametrize("action", ["cancel", "pause", "resume"])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +82,14 @@ def load(
     return model
 
 
-def train(model: PeftModel, steps: range) -> None:
+def train(model: PeftModel, steps: range, skipped: Collection[int] = ()) -> None:
     optimizer = torch.optim.AdamW(trainable(model), lr=0.01, weight_decay=0.0)
     for step in steps:
         loss = model(IDS, labels=IDS).loss  # PEFT adds AdaLoRA's regularization itself
-        loss.backward()
-        optimizer.step()
-        after_step(model, step)
+        (loss * (math.nan if step in skipped else 1)).backward()
+        if step not in skipped:
+            optimizer.step()
+        after_step(model, step, skipped=step in skipped)
         optimizer.zero_grad()
 
 
@@ -344,6 +347,17 @@ def test_adalora_ends_at_its_mean_rank(total_steps: int, tiny_model: Path) -> No
     ranks = [int((layer.lora_E["default"] != 0).sum()) for layer in layers]
     assert sum(ranks) == 2 * len(layers)
     assert len(set(ranks)) > 1
+
+
+@pytest.mark.parametrize(("total_steps", "skipped"), [(4, {1}), (4, {2}), (4, {1, 2}), (10, {3}), (10, {5, 6})])
+def test_adalora_ends_at_its_mean_rank_whatever_steps_are_skipped(
+    total_steps: int, skipped: set[int], tiny_model: Path
+) -> None:
+    model = load(tiny_model, ADALORA, total_steps=total_steps)
+    train(model, range(1, total_steps + 1), skipped)
+    layers = [module for module in model.modules() if isinstance(module, AdaLoraLayer)]
+    assert all(weight.isfinite().all() for weight in trainable(model))
+    assert sum(int((layer.lora_E["default"] != 0).sum()) for layer in layers) == 2 * len(layers)
 
 
 def test_adalora_prunes_nothing_in_its_first_steps(tiny_model: Path) -> None:
