@@ -94,6 +94,7 @@ _EXAMPLES: dict[int, tuple[str, str, str | None]] = {
     401: ("unauthenticated", "this needs a key: send the header 'Authorization: Bearer qk_…'", "authorization"),
     403: ("forbidden", "the service is not known as 'gpu.example': add the name to QLORA_ALLOWED_HOSTS", "host"),
     404: ("not_found", "there is no job 'job_1'; GET /jobs lists them", "job_id"),
+    408: ("request_timeout", "the request did not arrive within 10 s", None),
     409: ("conflict", "job job_1 has succeeded already: there is nothing left to cancel", None),
     413: ("too_large", "the body is larger than 100 bytes", None),
     415: ("unsupported_media_type", "send application/json or multipart/form-data", "content-type"),
@@ -104,10 +105,11 @@ _EXAMPLES: dict[int, tuple[str, str, str | None]] = {
     503: ("unavailable", "the database does not answer; try again later", None),
 }
 _MEANING = {
-    400: "The body is no JSON",
+    400: "What arrived is no request, or its body is no JSON",
     401: "No key, or one that is not known or revoked",
     403: "A key without the scope for this, or another host name or web page than the service knows",
     404: "There is no such thing",
+    408: "The request did not arrive in time",
     409: "Its state forbids this",
     413: "Over a limit",
     415: "Neither JSON nor multipart",
@@ -122,8 +124,9 @@ _MEANING = {
 def error_responses(*statuses: int, guarded: bool = True) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's `responses` of a route that may answer with these errors.
 
-    Any may fail with 500. One that is `guarded` is open to neither strangers (`api.origins`) nor requests without a
-    key, or with a key that asks too often (`api.auth`).
+    Any may answer that the request did not arrive whole or in time (`api.protocol`: 400, 408), that the database or a
+    place among the connections is not to be had (503), or fail (500). One that is `guarded` is open to neither
+    strangers (`api.origins`) nor requests without a key, or with a key that asks too often (`api.auth`).
     """
     return {
         status: {
@@ -131,7 +134,7 @@ def error_responses(*statuses: int, guarded: bool = True) -> dict[int | str, dic
             "description": _MEANING[status],
             "content": {"application/json": {"schema": _SCHEMA, "example": _example(status)}},
         }
-        for status in sorted({*statuses, *([401, 403, 429] if guarded else []), 500})
+        for status in sorted({*statuses, *([401, 403, 429] if guarded else []), 400, 408, 500, 503})
     }
 
 

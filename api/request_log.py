@@ -7,6 +7,7 @@ import re
 import time
 import traceback
 
+import anyio
 import structlog
 from sqlalchemy.exc import DBAPIError
 from starlette.datastructures import Headers, MutableHeaders
@@ -60,13 +61,16 @@ class RequestLog:
                     await stopping()(scope, receive, send_named)
             except Exception as error:  # noqa: BLE001  the one place where the unforeseen is answered and logged
                 unavailable = outage(error)
-                if unavailable is None:
+                if status is not None and _is_hang_up(error):
+                    status = CLIENT_CLOSED_REQUEST
+                elif unavailable is None:
                     _log_defect(error)
                     answer = internal_error(request_id)
+                    state["error_code"] = QLoRAError.code
                 else:
                     log.warning("outage", error=type(error).__qualname__, reason=_reason(error) or unavailable.message)
                     answer = refusal(unavailable)
-                state["error_code"] = unavailable.code if unavailable else QLoRAError.code
+                    state["error_code"] = unavailable.code
                 if status is None:
                     await answer(scope, receive, send_named)
             finally:
@@ -80,6 +84,11 @@ class RequestLog:
                     code=state.get("error_code"),
                     duration_ms=round(1000 * (time.perf_counter() - started), 1),
                 )
+
+
+def _is_hang_up(error: Exception) -> bool:
+    """Whether all that failed is to hand the next event of a stream to a response that is over."""
+    return isinstance(error, ExceptionGroup) and error.split(anyio.BrokenResourceError)[1] is None
 
 
 def _log_defect(error: Exception) -> None:

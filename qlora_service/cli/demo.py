@@ -89,7 +89,10 @@ def run_demo(directory: Path, output: Path, console: Console) -> None:
     _say(
         console, f"The demo took {duration(time.monotonic() - began)}. Its model and data are in {directory}; to go on:"
     )
-    _say(console, f"    qlora serve &\n    qlora models import {MODEL} {model.path}")
+    qlora = f"{sys.prefix}/bin/qlora"
+    _say(console, f"    {qlora} serve &\n    {qlora} models import {MODEL} {model.path}")
+    if not losses[-1] <= losses[0] / 2:
+        raise JobFailed("the held-out loss did not fall to half of the base's: this should not be; please report it")
 
 
 def _forget_earlier_run(data_dir: Path) -> None:

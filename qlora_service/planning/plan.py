@@ -124,8 +124,12 @@ def with_notes(plan: Plan, notes: Sequence[str]) -> Plan:
 
 
 def _unquantized(question: Question, choice: Choice) -> Memory:
+    """In bfloat16, also where the device has none: that is what such a job is compared with."""
     spec = question.spec.model_copy(update={"quantization": Quantization(type="none")})
-    return replace(question, spec=spec).estimated(choice.micro_batch_tokens, choice.gradient_checkpointing)
+    device = replace(question.device, bf16=True)
+    return replace(question, spec=spec, device=device).estimated(
+        choice.micro_batch_tokens, choice.gradient_checkpointing
+    )
 
 
 def _full_fine_tuning_bytes(question: Question, choice: Choice) -> int:

@@ -230,4 +230,6 @@ def _doubts(plan: Plan, question: Question) -> list[str]:
         notes.append(
             "the prediction's error is larger than what is left of the memory: ask for a probe step to be sure"
         )
+    elif notes:
+        notes.append("ask for a probe step to be sure")
     return notes

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
+import anyio
 import pytest
 from fastapi.testclient import TestClient
-from starlette.types import Message
+from starlette.types import Message, Receive, Scope, Send
 from structlog.testing import capture_logs
 
+from api.request_log import RequestLog
 from qlora_service.settings import Settings
 from tests.api.conftest import call, chat_rows
 
@@ -82,3 +85,28 @@ def test_client_that_goes_away_is_no_defect(bare_client: TestClient, nothing_sto
         assert call(bare_client.app, "POST", "/datasets", messages) == []
     assert [(line["event"], line["status"]) for line in lines] == [("request", 499)]
     nothing_stored()
+
+
+@pytest.mark.parametrize(
+    ("fault", "events"),
+    [
+        (anyio.BrokenResourceError(), ["request"]),
+        (ZeroDivisionError(), ["request_failed", "request"]),
+    ],
+)
+def test_a_stream_that_nobody_hears_any_more_is_no_defect(fault: Exception, events: list[str]) -> None:
+    """What FastAPI's producer of events raises when it has another event for a response that is over."""
+
+    async def stream(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ExceptionGroup("unhandled errors in a TaskGroup", [ExceptionGroup("", [fault])])
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(_: Message) -> None: ...
+
+    scope = {"type": "http", "method": "GET", "path": "/events", "headers": []}
+    with capture_logs() as lines:
+        asyncio.run(RequestLog(stream)(scope, receive, send))
+    assert [line["event"] for line in lines] == events
