@@ -175,19 +175,25 @@ class Client:
         return Plan.model_validate(self._transport.post("/plans", json=_document(spec) | given))
 
     def submit(
-        self, spec: JobSpec | Mapping[str, Any], dataset_file: str | Path | None = None, *, force: bool = False
+        self,
+        spec: JobSpec | Mapping[str, Any],
+        dataset_file: str | Path | None = None,
+        *,
+        force: bool = False,
+        idempotency_key: str | None = None,
     ) -> Job:
         """The queued job, with the service's `warnings`; the rows come from `dataset_file` or from `spec`'s dataset.
 
-        With `force` it is queued also if it should not fit into the device's memory.
+        With `force` it is queued also if it should not fit into the device's memory. However often the client sends the
+        request, it makes one job; with an `idempotency_key` of yours also if you call this again within a week.
         """
         document = _document(spec) | ({"force": True} if force else {})
         if dataset_file is None:
-            return Job.model_validate(self._transport.post("/jobs", json=document, patient=True))
+            return Job.model_validate(self._transport.post("/jobs", json=document, patient=True, key=idempotency_key))
         with _readable(dataset_file) as file:
             parts = {"dataset": (Path(dataset_file).name, file, "application/octet-stream")}
             form = {"config": json.dumps(document)}
-            answer = self._transport.post("/jobs", data=form, files=parts, file=file, patient=True)
+            answer = self._transport.post("/jobs", data=form, files=parts, file=file, patient=True, key=idempotency_key)
             return Job.model_validate(answer)
 
     def get(self, job_id: str) -> Job:

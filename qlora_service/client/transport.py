@@ -67,12 +67,15 @@ class Transport:
 
         return self._resend(send, backoff or self._short_backoff())
 
-    def post(self, path: str, *, patient: bool = False, file: BinaryIO | None = None, **request: Any) -> Any:
+    def post(
+        self, path: str, *, patient: bool = False, file: BinaryIO | None = None, key: str | None = None, **request: Any
+    ) -> Any:
         """The answer's JSON; `patient` waits for it without limit.
 
-        Sent again, it goes under the same idempotency key, with `file` from its start: it takes effect once.
+        Sent again, it goes under the same idempotency key (`key`, or one of its own), with `file` from its start: it
+        takes effect once.
         """
-        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        headers = {"Idempotency-Key": key or str(uuid.uuid4())}
         read_s = None if patient else ANSWER_S
 
         def send() -> Any:

@@ -159,6 +159,8 @@ class LlamaDecoder:
 
     def __init__(self, layers: Sequence[LlamaLayer], rotary: Callable[..., Any], norm: Norm) -> None:
         self._layers, self._rotary, self._norm = layers, rotary, norm
+        self.before_layer: Callable[[torch.Tensor], None] | None = None
+        """Called with each layer's input"""
 
     def __call__(
         self,
@@ -174,6 +176,8 @@ class LlamaDecoder:
         cos, sin = cos[0, :, None, :half], sin[0, :, None, :half]
         x = embedded
         for layer in self._layers:
+            if self.before_layer is not None:
+                self.before_layer(x)
             x = (
                 checkpoint(layer, x, cos, sin, lengths, use_reentrant=False)
                 if checkpointing

@@ -269,10 +269,13 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
 
 @contextmanager
 def checking(network: Network, check: Callable[[], None]) -> Iterator[None]:
-    """Call `check` before every forward pass, whoever makes it: all of them begin with the embeddings."""
+    """Call `check` before every forward pass, whoever makes it (all of them begin with the embeddings), and before each
+    layer of it and of its backward pass, which may take long.
+    """
     hook = network.model.get_input_embeddings().register_forward_pre_hook(lambda *_: check())
     try:
-        yield
+        with network.before_each_layer(check):
+            yield
     finally:
         hook.remove()
 

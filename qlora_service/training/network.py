@@ -6,7 +6,7 @@ it gives the logits that the model's own forward pass gives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -139,6 +139,33 @@ class Network:
         """Recompute activations in the backward pass from now on; False where the architecture cannot."""
         self.checkpointing = checkpoint_activations(self.model)
         return self.checkpointing
+
+    @contextmanager
+    def before_each_layer(self, check: Callable[[], None]) -> Iterator[None]:
+        """Inside, `check` is called before each of the decoder's layers, forward and backward."""
+
+        def on_input(x: torch.Tensor) -> None:
+            check()
+            if x.requires_grad:
+                x.register_hook(lambda _: check())
+
+        def on_call(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs and isinstance(inputs[0], torch.Tensor):
+                on_input(inputs[0])
+
+        decoder = self._base.get_decoder()
+        layers = next((part for part in decoder.children() if isinstance(part, torch.nn.ModuleList)), ())
+        hooks = [layer.register_forward_pre_hook(on_call) for layer in layers]
+        fast = [one for one in (self._decoder, self._base_decoder) if one is not None]
+        try:
+            for one in fast:
+                one.before_layer = on_input
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for one in fast:
+                one.before_layer = None
 
     def fits(self, micro_batch_tokens: int) -> bool:
         """Whether the free memory holds the activations of so many tokens; measured on a few."""

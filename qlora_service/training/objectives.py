@@ -14,7 +14,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from qlora_service.errors import JobFailed
+from qlora_service.jobs import FailureReason
 from qlora_service.specs import Dpo, Kto, Objective, Orpo
+from qlora_service.training.device import is_out_of_memory, release_memory
 from qlora_service.training.head import TokenLosses
 from qlora_service.training.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
 from qlora_service.training.network import Network
@@ -166,13 +169,37 @@ def make_objective(spec: Objective) -> TrainingObjective:
 
 @torch.no_grad()
 def evaluate(network: Network, objective: TrainingObjective, examples: Sequence[TrainingExample]) -> Evaluation:
-    """The objective's loss over all examples, as if they were one step."""
+    """The objective's loss over all examples, as if they were one step.
+
+    Raises:
+        JobFailed: the device has no memory for one of them alone, which is named.
+    """
     share_of = objective.of_step(network, examples, network.evaluate)
-    shares = [share_of([example]) for example in examples]
+    shares = [_share_alone(share_of, example, network.device) for example in examples]
     loss = math.fsum(float(share.total) for share in shares)
     hits = torch.cat([share.hits for share in shares])
     perplexity = math.exp(min(loss, 700.0)) if isinstance(objective, SupervisedObjective) else None
     return Evaluation(loss, float(hits.float().mean()), perplexity)
+
+
+def _share_alone(share_of: ShareOf, example: TrainingExample, device: torch.device) -> Share:
+    """The share of one example; tried again once with what was cached given back. Raises: JobFailed."""
+    for _ in range(2):
+        try:
+            return share_of([example])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the except block: the error's traceback holds the tensors of the pass that failed.
+        release_memory(device)
+    tokens = max(len(document.input_ids) for document in example.documents)
+    raise JobFailed(
+        f"the row of line {example.line} has {tokens} tokens, for which the device has no memory even without "
+        "gradients: lower training.max_seq_len_tokens below that, or take a smaller base model",
+        reason=FailureReason.OUT_OF_MEMORY,
+        line=example.line,
+        tokens=tokens,
+    )
 
 
 def _answers(examples: Sequence[TrainingExample], kind: type[PreferencePair | LabelledRow]) -> list[TokenRow]:

@@ -14,6 +14,7 @@ import socket
 import statistics
 import threading
 import time
+import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -179,15 +180,18 @@ class _Havoc:
     def _post(self) -> None:
         """Keeps enough jobs under way, through the API."""
         running: set[str] = set()
+        key = str(uuid.uuid4())
         with Client(self.api.url, patience_s=PATIENCE_S) as client:
             while not self._over.wait(TICK_S):
                 running = {job_id for job_id in running if not self.workspace.service.get_job(job_id).status.terminal}
                 if len(running) < UNDER_WAY:
-                    # A busy machine may not bring the API up for longer than the client sends a request again.
+                    # A busy machine may not bring the API up for longer than the client sends a request again, and
+                    # what was sent may have arrived: it is the same job that is posted then.
                     with suppress(Unavailable):
-                        job_id = client.submit(job_spec(max_steps=STEPS)).id
+                        job_id = client.submit(job_spec(max_steps=STEPS), idempotency_key=key).id
                         self._posted.append(job_id)
                         running.add(job_id)
+                        key = str(uuid.uuid4())
 
     def _tick(self, now: float) -> None:
         self._look_after_api(now)

@@ -96,6 +96,12 @@ def test_job_is_submitted_with_a_file_or_with_a_stored_dataset(client: Client, r
     assert client.get(stored.id).id == stored.id
 
 
+def test_job_submitted_again_under_its_key_is_the_same(client: Client, rows: Path) -> None:
+    first = client.submit(SPEC, rows, idempotency_key="mine")
+    assert client.submit(SPEC, rows, idempotency_key="mine").id == first.id
+    assert client.submit(SPEC, rows).id != first.id
+
+
 def test_refused_spec_says_where(client: Client, rows: Path) -> None:
     with pytest.raises(ServiceError) as caught:
         client.submit({**SPEC, "training": {"learnin_rate": 1}}, rows)

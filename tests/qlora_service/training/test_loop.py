@@ -321,12 +321,13 @@ class Scripted(Unattended):
         self.script.append(f"save {state.step}, measured {state.held_out.measured_step}")
 
 
-def test_it_asks_before_every_micro_batch_and_every_held_out_document(tiny_model: Path) -> None:
+def test_it_asks_before_every_layer_of_every_micro_batch_and_held_out_document(tiny_model: Path) -> None:
     recorder = Recorder()
     control = Scripted(recorder, set())
     run(load(tiny_model), rows(8), TRAINING, steps=1, micro_batch_tokens=1, recorder=recorder, control=control)
     turn = ["check", "due?"]
-    evaluation, step = turn + ["check"] * 4, turn + ["check"] * 8
+    # Before each forward pass, before both layers of it, and before the only layer whose input has a gradient.
+    evaluation, step = turn + ["check"] * 4 * 3, turn + ["check"] * 8 * 4
     assert control.script == [*evaluation, *step, *evaluation, *turn, "save 1, measured 1"]
     model = load(tiny_model)
     run(model, rows(8), TRAINING, steps=1, control=control)

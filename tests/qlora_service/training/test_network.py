@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from qlora_service.errors import InvalidSpec
+from qlora_service.errors import Interrupted, InvalidSpec
 from qlora_service.models.adapters import attach, detach
 from qlora_service.models.nf4 import base_fingerprint, load_base
 from qlora_service.specs import Lora, PromptTuning
@@ -34,6 +36,8 @@ from tests.tiny_training import CPU, FLOAT64, NF4, gradients, load, network, row
 DOCUMENTS = rows(6)
 LONGER = rows(4, low=20, high=60)
 """Longer than the probe and than every window here."""
+LAYERS = 2
+"""Of the tiny model"""
 BOTH_PATHS = pytest.mark.parametrize("fast", [True, False], ids=["llama", "general"])
 
 
@@ -355,3 +359,47 @@ def test_noise_that_would_not_reach_the_model_is_refused(tiny_model: Path) -> No
     model = load(tiny_model, adapter=PromptTuning(method="prompt_tuning", num_virtual_tokens=4))
     with pytest.raises(InvalidSpec, match="leave neftune_noise_alpha out"):
         network(model, neftune_noise_alpha=5.0)
+
+
+@BOTH_PATHS
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_layer_asks_first_forward_and_backward(tiny_model: Path, fast: bool, checkpointing: bool) -> None:
+    mine = network(load(tiny_model).train(), fast=fast, checkpointing=checkpointing)
+    asked: list[str] = []
+    doing = "forward"
+    with mine.before_each_layer(lambda: asked.append(doing)):
+        loss = mine.losses(DOCUMENTS).nll.sum()
+        assert asked == ["forward"] * LAYERS
+        doing = "backward"
+        loss.backward()
+    # Nothing is upstream of the first layer's input that would have a gradient.
+    assert asked.count("backward") >= LAYERS - 1
+    asked.clear()
+    mine.losses(DOCUMENTS).nll.sum().backward()
+    assert asked == []
+
+
+@BOTH_PATHS
+def test_a_pass_can_be_left_at_any_layer(tiny_model: Path, fast: bool) -> None:
+    """Whatever is raised there arrives as it is, and the next step's gradients are as if nothing had been begun."""
+    mine = network(load(tiny_model, perturb_b=0.05).train(), fast=fast)
+
+    def step() -> dict[str, torch.Tensor]:
+        mine.losses(DOCUMENTS).nll.sum().backward()
+        found = gradients(mine.model)
+        mine.model.zero_grad(set_to_none=True)
+        return found
+
+    expected = step()
+    for last in range(1, 2 * LAYERS):
+        calls = count(1)
+
+        def check(last: int = last, calls: Iterator[int] = calls) -> None:
+            if next(calls) == last:
+                raise Interrupted("here")
+
+        with pytest.raises(Interrupted, match="here"), mine.before_each_layer(check):
+            step()
+        mine.model.zero_grad(set_to_none=True)
+        for name, gradient in step().items():
+            assert torch.equal(gradient, expected[name]), name

@@ -22,7 +22,7 @@ from qlora_service.training.held_out import trainable_copies
 from qlora_service.training.loop import Interrupted, train
 from qlora_service.training.micro_batch import LabelledRow, TokenRow
 from qlora_service.training.network import Network
-from qlora_service.training.objectives import make_objective
+from qlora_service.training.objectives import evaluate, make_objective
 from qlora_service.training.row_losses import RowLosses
 from tests.tiny_training import FLOAT64, NF4, Keeper, Recorder, load, network, rows
 
@@ -171,6 +171,32 @@ def test_one_example_that_does_not_fit_is_named(tiny_model: Path, tmp_path: Path
     recomputed = "gradient_checkpointing" in {change["what"] for change in control.changes}
     assert recomputed == (adapter is not PREFIX) == ("computed again" in failure.value.message)
     assert control.saves == 0
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+@pytest.mark.parametrize("error", [cuda_error, cpu_error])
+def test_a_row_too_long_to_be_judged_is_tried_again_and_named(
+    tiny_model: Path, fails: int, error: Callable[[], Exception]
+) -> None:
+    net = network(load(tiny_model))
+    judge, failed = net.evaluate, []
+
+    def limited(documents: Sequence[TokenRow], **options: Any) -> Any:
+        if documents[0].line == ROWS[3].line and len(failed) < fails:
+            failed.append(documents[0])
+            raise error()
+        return judge(documents, **options)
+
+    expected = evaluate(net, make_objective(Supervised()), ROWS[:5])
+    net.evaluate = limited  # type: ignore[method-assign]
+    if fails == 1:
+        assert evaluate(net, make_objective(Supervised()), ROWS[:5]) == expected
+        return
+    with pytest.raises(
+        JobFailed, match=f"the row of line {ROWS[3].line} has {len(ROWS[3].input_ids)} tokens"
+    ) as caught:
+        evaluate(net, make_objective(Supervised()), ROWS[:5])
+    assert caught.value.details["reason"] == FailureReason.OUT_OF_MEMORY
 
 
 def test_what_the_objective_computes_for_the_whole_step_is_done_again_too(tiny_model: Path, tmp_path: Path) -> None:

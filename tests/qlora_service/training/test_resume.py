@@ -191,12 +191,12 @@ def end(tiny_model: Path, directory: Path) -> None:
 
 
 def test_interrupted_at_any_check_nothing_is_lost(tiny_model: Path, tmp_path: Path) -> None:
-    """Before the first step, between micro-batches, in an evaluation, after the last step."""
+    """Before the first step, at a layer of a forward or a backward pass, in an evaluation, after the last step."""
     case, recorder = CASES["early stopping"], Recorder()
     counting = Keeper(Checkpoints(tmp_path / "whole", 1), recorder)
     expected = attempt(tiny_model, case, recorder, counting)
-    assert counting.checks > 20
-    for number in [*range(1, counting.checks, 2), counting.checks]:
+    assert counting.checks > 60
+    for number in [*range(1, counting.checks, 5), counting.checks]:
         directory, recorder = tmp_path / str(number), Recorder()
         with pytest.raises(Interrupted):
             attempt(tiny_model, case, recorder, Keeper(Checkpoints(directory, 1), recorder, at_check=number))
@@ -217,7 +217,7 @@ def test_interrupted_again_and_again_it_ends_with_the_same_bytes(tiny_model: Pat
     for token in range(1, 20):
         recorder, checkpoints = Recorder(), Checkpoints(tmp_path, token)
         try:
-            ended = attempt(tiny_model, case, recorder, Keeper(checkpoints, recorder, at_check=24), checkpoints)
+            ended = attempt(tiny_model, case, recorder, Keeper(checkpoints, recorder, at_check=100), checkpoints)
         except Interrupted:
             continue
         assert token > 3
