@@ -28,7 +28,10 @@ from qlora_service.data.trained_tokens import trained_tokens
 from qlora_service.errors import JobFailed
 from qlora_service.models import adapters
 from qlora_service.models.adapters import CONFIG, WEIGHTS, load_adapter, save_adapter, trainable
+from qlora_service.models.cached_base import load_cached_base
+from qlora_service.models.catalog import Catalog
 from qlora_service.models.nf4 import base_fingerprint, load_base
+from qlora_service.models.quantized_cache import QuantizedCache
 from qlora_service.specs import Lora, Quantization, Training
 from qlora_service.training import llama_layers
 from qlora_service.training.attention import isolate_documents
@@ -413,12 +416,14 @@ def test_13_memory_that_is_not_freed_between_runs(tiny_model: Path, optim: str) 
     assert alive_after_a_run(lambda model: held.append(model.get_base_model().get_decoder().layers[0])) > 0
 
 
-def test_14_quantized_anew_at_every_load(tiny_model: Path) -> None:
-    """The mistake: weights that were quantized once are quantized again, and an adapter meets another base.
+def test_14_quantized_anew_at_every_load(tiny_model: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    """The mistake: every load quantizes again; and what was quantized once and is again is another base."""
+    quantized: list[torch.Tensor] = []
+    quantize = bnb.functional.quantize_4bit
 
-    The product keeps no 4-bit files yet: every load quantizes the original weights, which takes time but gives the
-    same bits each time. Quantizing what was quantized does not.
-    """
+    def counting(weight: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        quantized.append(weight)
+        return quantize(weight, *arguments, **options)
 
     def codes(base: torch.nn.Module) -> list[torch.Tensor]:
         found = []
@@ -428,14 +433,19 @@ def test_14_quantized_anew_at_every_load(tiny_model: Path) -> None:
                 found += [module.weight.data, state.absmax, state.offset, state.state2.absmax]
         return found
 
-    first, second = (load_base(tiny_model, NF4, torch.bfloat16, CPU) for _ in range(2))
+    monkeypatch.setattr(bnb.functional, "quantize_4bit", counting)
+    model = Catalog(tmp_path / "models").import_model("tiny", tiny_model)
+    cache = QuantizedCache(tmp_path / "cache", 2**30)
+    first, second = (load_cached_base(cache, model, NF4, torch.bfloat16, CPU).model for _ in range(2))
     assert len(codes(first)) == 14 * 4
+    assert len(quantized) == 14
     assert all(torch.equal(one, other) for one, other in zip(codes(first), codes(second), strict=True))
     assert base_fingerprint(first) == base_fingerprint(second)
     for module in second.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             dense = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             module.weight = bnb.nn.Params4bit(dense, quant_type="nf4", compress_statistics=True).to(CPU)
+    assert len(quantized) == 28
     assert not all(torch.equal(one, other) for one, other in zip(codes(first), codes(second), strict=True))
     assert base_fingerprint(first) != base_fingerprint(second)
 
