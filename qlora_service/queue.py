@@ -198,11 +198,11 @@ class Queue:
         with self._database.write() as connection:
             return self._bury_all(connection, jobs.c.worker == worker, "its worker was killed")
 
-    def preempt(self, workers: Collection[str]) -> str | None:
+    def preempt(self, workers: Collection[str], *, slot_is_free: bool = False) -> str | None:
         """Ask the least urgent job of `workers` to make room, if a more urgent one is queued; its id.
 
         One at a time: while one of theirs is stopping, for whatever reason, a slot will be free. A project that has as
-        many jobs running as it may makes room by one of its own.
+        many jobs running as it may makes room by one of its own, also where a slot is free.
         """
         mine = (jobs.c.status == JobStatus.RUNNING, jobs.c.worker.in_(workers))
         with self._database.write() as connection:
@@ -221,6 +221,8 @@ class Queue:
             victim = None
             for one in sorted(urgent, key=lambda row: -row.priority):
                 own_only = not may_run_more(connection, one.project, self._max_running)
+                if slot_is_free and not own_only:
+                    continue  # it will be claimed
                 less_urgent = (row for row in running if row.priority < one.priority)
                 victim = next((row.id for row in less_urgent if not own_only or row.project == one.project), None)
                 if victim is not None:

@@ -40,13 +40,13 @@ class Housekeeping:
         self._next_reap = 0.0
         checkpoint_dir.mkdir(parents=True, exist_ok=True)
 
-    def tick(self, preemptible: Collection[str]) -> None:
+    def tick(self, preemptible: Collection[str], *, slot_is_free: bool = False) -> None:
         """Look once after lost, held and urgent jobs; `preemptible` workers may be asked to make room."""
         for job_id in self._queue.requeue_lost():
             log.warning("job_requeued", job=job_id, reason="its lease expired")
         for job_id in self._queue.resume_held(shutil.disk_usage(self._checkpoint_dir).free):
             log.info("job_resumed", job=job_id, reason="there is room on the disk again")
-        if preemptible and (victim := self._queue.preempt(preemptible)):
+        if preemptible and (victim := self._queue.preempt(preemptible, slot_is_free=slot_is_free)):
             log.info("job_preempted", job=victim)
         if time.monotonic() >= self._next_reap:
             self._next_reap = time.monotonic() + REAP_EVERY_S

@@ -134,8 +134,8 @@ class Supervisor:
                 self._stop.wait(ERROR_PAUSE_S)
 
     def _look_after_queue(self) -> None:
-        all_busy = len(self._busy) == len(self._slots)
-        self._housekeeping.tick(preemptible=frozenset(self._busy) if all_busy else frozenset())
+        busy = frozenset(self._busy)
+        self._housekeeping.tick(preemptible=busy, slot_is_free=len(busy) < len(self._slots))
         self._stop.wait(IDLE_POLL_S)
 
     def _keep_slot(self, slot: Slot) -> None:

@@ -277,7 +277,7 @@ def test_urgent_job_of_a_project_at_its_limit_makes_one_of_its_own_stop(
     own = add_job(database)
     claims = {claim.job_id: claim for claim in (claim_next(queue, "a"), claim_next(queue, "b"))}
     urgent = add_job(database, priority=10)
-    assert queue.preempt(["a", "b"]) == own
+    assert queue.preempt(["a", "b"], slot_is_free=True) == own
     queue.release(claims[own], "made room")
     assert claim_next(queue, "a").job_id == urgent
 
@@ -290,6 +290,7 @@ def test_urgent_job_of_a_project_at_its_limit_stops_nobody_else(database: Databa
     add_job(database, priority=10)
     assert queue.preempt(["a", "b"]) is None
     add_job(database, project="third", priority=5)
+    assert queue.preempt(["a", "b"], slot_is_free=True) is None  # which it takes
     assert queue.preempt(["a", "b"]) == other
 
 

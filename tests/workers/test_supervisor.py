@@ -173,6 +173,20 @@ def test_a_more_urgent_job_takes_the_slot_and_the_other_goes_on_afterwards(works
     assert (job.status, job.attempt, job.deaths) == (JobStatus.SUCCEEDED, 2, [])
 
 
+def test_no_more_of_a_projects_jobs_run_than_may(workspace: Workspace) -> None:
+    first, second = workspace.submit(**ENDLESS), workspace.submit(max_steps=2)
+    with workspace.worker(QLORA_SLOTS="2", QLORA_MAX_RUNNING_JOBS="1"):
+        # Until it trains a second slot has looked for work many times.
+        workspace.wait(first, lambda job: job.step >= 1)
+        assert workspace.service.get_job(second).status is JobStatus.QUEUED
+        # It makes room for its own project's more urgent job, and for nobody less urgent.
+        urgent = workspace.submit(priority=5, max_steps=2)
+        assert workspace.wait_for_end(urgent).status is JobStatus.SUCCEEDED
+        assert workspace.service.get_job(second).status is JobStatus.QUEUED
+        workspace.service.cancel(first)
+        assert workspace.wait_for_end(second).status is JobStatus.SUCCEEDED
+
+
 def test_a_killed_worker_takes_its_trainer_along_and_the_next_worker_goes_on_at_once(workspace: Workspace) -> None:
     job_id = workspace.submit(max_steps=40)
     with workspace.worker(QLORA_CHECKPOINT_S="0", QLORA_LEASE_S="600") as worker:

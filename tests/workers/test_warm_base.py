@@ -128,6 +128,16 @@ def test_a_job_that_may_change_its_base_is_the_processes_last(workspace: Workspa
     assert not bases.settle()
 
 
+def test_a_job_whose_optimizer_pages_is_the_processes_last(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU has nothing to page to: here it is only said that one did."""
+    bases = BaseHolder()
+    monkeypatch.setattr("workers.attempt.leaves_paged_memory", lambda *_: True)
+    run(workspace, bases, spec())
+    assert not bases.settle()
+
+
 def test_a_changed_base_is_the_end_of_its_process(workspace: Workspace) -> None:
     bases = BaseHolder()
     wanted = BaseRequest(workspace.catalog.get("tiny"), Quantization(), torch.bfloat16, torch.device("cpu"), None)

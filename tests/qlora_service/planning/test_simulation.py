@@ -21,13 +21,19 @@ def ask(values: dict[str, Any], job: JobSpec = JOB, timeout_s: float = 240, **op
     return simulate(values, job, micro_batch_tokens=256, checkpointing=True, timeout_s=timeout_s, **options)
 
 
-def test_a_config_is_enough_and_answers_are_kept(tmp_path: Path) -> None:
+def test_a_config_is_enough_and_answers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = ask(TINY, cache_dir=tmp_path)
     assert first.reserved >= first.allocated > first.categories[Category.WEIGHTS] > 0
     renamed = JobSpec(base_model="other", name="memory does not depend on it")
     assert ask(TINY, renamed, timeout_s=0.001, cache_dir=tmp_path) == first
     with pytest.raises(CannotSimulate, match=r"did not finish within 0\.001 s"):
         ask(TINY, JobSpec.model_validate({"base_model": "tiny", "adapter": {"r": 9}}), 0.001, cache_dir=tmp_path)
+    with pytest.raises(CannotSimulate, match="did not finish"):
+        ask(TINY | {"num_hidden_layers": 3}, timeout_s=0.001, cache_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_service.planning.simulation.version", lambda _: "another")
+        with pytest.raises(CannotSimulate, match="did not finish"):
+            ask(TINY, timeout_s=0.001, cache_dir=tmp_path)
     (kept,) = tmp_path.iterdir()
     kept.write_text("half a")
     with pytest.raises(CannotSimulate):

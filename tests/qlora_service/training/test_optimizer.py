@@ -17,6 +17,7 @@ from qlora_service.errors import JobFailed
 from qlora_service.specs import Training
 from qlora_service.training.optimizer import (
     learning_rate,
+    leaves_paged_memory,
     make_optimizer,
     optimizer_state,
     release_optimizer,
@@ -190,6 +191,15 @@ def test_names_of_bitsandbytes_optimizers_mean_what_they_say(
     assert optimizer.state[model.lora_B["default"]]["state1"].dtype == torch.float32
     monkeypatch.setattr("qlora_service.training.optimizer.can_page", lambda device: True)
     assert make_optimizer(model, settings(optim), CPU).is_paged is optim.startswith("paged")
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_memory_stays_managed_where_large_weights_are_paged(optim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small = torch.nn.Linear(500, 200), torch.nn.Linear(499, 200)
+    assert not leaves_paged_memory(large, settings(optim), CPU)
+    monkeypatch.setattr("qlora_service.training.optimizer.can_page", lambda device: True)
+    assert leaves_paged_memory(large, settings(optim), CPU) is optim.startswith("paged")
+    assert not leaves_paged_memory(small, settings(optim), CPU)
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
