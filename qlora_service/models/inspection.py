@@ -29,10 +29,17 @@ BOOKKEEPING = {".git", ".cache"}
 # transformers' names, then GPT-2's and its descendants'.
 _SIZES = {
     "vocab_size": ("vocab_size",),
-    "hidden_size": ("hidden_size", "n_embd", "d_model"),
-    "num_layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "n_embed"),
+    "num_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "max_positions": ("max_position_embeddings", "n_positions", "max_seq_len"),
 }
+
+
+UNLIMITED_TYPES = {"bloom", "recurrent_gemma"}
+"""Models whose config names no longest sequence, because they have none: ALiBi, or a window and a state. (Mamba, RWKV
+and xLSTM have none either, but their layers take no quantized weights or no adapters.)"""
+UNLIMITED_POSITIONS = 1 << 20
+"""Their longest sequence: what a job may ask for at most"""
 
 
 @dataclass(frozen=True)
@@ -240,6 +247,8 @@ def _sizes(documents: dict[str, Any], findings: list[str]) -> dict[str, int]:
     sizes = {}
     for size, names in _SIZES.items():
         value = next((config[name] for name in names if name in config), None)
+        if value is None and size == "max_positions" and config.get("model_type") in UNLIMITED_TYPES:
+            value = UNLIMITED_POSITIONS
         if type(value) is int and value > 0:
             sizes[size] = value
         else:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from qlora_service.errors import InvalidModel
 from qlora_service.models.inspection import inspect_model, inspect_settings
+from qlora_service.specs import JobSpec
 
 
 def findings(directory: Path) -> list[str]:
@@ -54,6 +56,16 @@ def test_chat_template_in_tokenizer_config_counts_and_its_absence_shows(model_di
 def test_sizes_of_a_multimodal_config_are_its_language_models(model_directory: Path) -> None:
     edit(model_directory / "config.json", hidden_size=None, text_config={"hidden_size": 96})
     assert inspect_model(model_directory, "tiny").hidden_size == 96
+
+
+def test_a_model_without_a_longest_sequence_takes_what_jobs_may_ask_for(model_directory: Path) -> None:
+    edit(model_directory / "config.json", max_position_embeddings=None)
+    assert finding(model_directory) == "config.json has no max_position_embeddings"
+    edit(model_directory / "config.json", model_type="bloom")
+    longest = inspect_model(model_directory, "tiny").max_positions
+    JobSpec.model_validate({"base_model": "tiny", "training": {"max_seq_len_tokens": longest}})
+    with pytest.raises(ValidationError):
+        JobSpec.model_validate({"base_model": "tiny", "training": {"max_seq_len_tokens": longest + 1}})
 
 
 def test_every_finding_is_gathered(model_directory: Path) -> None:
