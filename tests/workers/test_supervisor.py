@@ -374,22 +374,20 @@ def test_a_trainer_that_hangs_is_killed_when_its_job_is_cancelled(workspace: Wor
     job_id = workspace.submit(**ENDLESS)
     with workspace.worker(QLORA_CANCEL_GRACE_S="1", QLORA_LEASE_S="60"):
         workspace.wait(job_id, lambda job: job.step >= 1)
-        (pid,) = trainer_pids(job_id)
-        os.kill(pid, signal.SIGSTOP)
-        workspace.service.cancel(job_id)
-        job = workspace.wait(job_id, lambda job: job.status.terminal, limit_s=10)
-        assert job.status is JobStatus.CANCELLED
-        assert no_trainer_within(job_id, 1)
+        with standing_still(workspace, job_id):
+            workspace.service.cancel(job_id)
+            job = workspace.wait(job_id, lambda job: job.status.terminal, limit_s=10)
+            assert job.status is JobStatus.CANCELLED
+            assert no_trainer_within(job_id, 1)
 
 
 def test_a_trainer_that_hangs_does_not_hold_up_the_workers_stop(workspace: Workspace) -> None:
     job_id = workspace.submit(**ENDLESS)
     with workspace.worker(QLORA_LEASE_S="60") as worker:
         workspace.wait(job_id, lambda job: job.step >= 1)
-        (pid,) = trainer_pids(job_id)
-        os.kill(pid, signal.SIGSTOP)
-        worker.send_signal(signal.SIGTERM)
-        assert worker.wait(12) == 0
+        with standing_still(workspace, job_id):
+            worker.send_signal(signal.SIGTERM)
+            assert worker.wait(12) == 0
         assert not trainer_pids(job_id)
         job = workspace.service.get_job(job_id)
         assert (job.status, job.deaths) == (JobStatus.QUEUED, [])
