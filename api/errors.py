@@ -94,7 +94,7 @@ _EXAMPLES: dict[int, tuple[str, str, str | None]] = {
     401: ("unauthenticated", "this needs a key: send the header 'Authorization: Bearer qk_…'", "authorization"),
     403: ("forbidden", "the service is not known as 'gpu.example': add the name to QLORA_ALLOWED_HOSTS", "host"),
     404: ("not_found", "there is no job 'job_1'; GET /jobs lists them", "job_id"),
-    408: ("request_timeout", "the request did not arrive within 10 s", None),
+    408: ("request_timeout", "the request's body did not arrive in time: send the request again", None),
     409: ("conflict", "job job_1 has succeeded already: there is nothing left to cancel", None),
     413: ("too_large", "the body is larger than 100 bytes", None),
     415: ("unsupported_media_type", "send application/json or multipart/form-data", "content-type"),

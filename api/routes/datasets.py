@@ -67,7 +67,7 @@ MaxSeqLen = Annotated[
     "",
     status_code=201,
     summary="Upload a dataset",
-    responses=error_responses(409, 413, 422, 503),
+    responses=error_responses(409, 413, 422),
     openapi_extra=_FILE_BODY,
 )
 async def create_dataset(
@@ -116,7 +116,7 @@ def get_dataset(
         return Dataset.of(dataset, service.dataset_lengths(dataset_id, base_model, rules))
 
 
-@router.delete("/{dataset_id}", summary="Delete a dataset", responses=error_responses(404, 409, 422, 503))
+@router.delete("/{dataset_id}", summary="Delete a dataset", responses=error_responses(404, 409, 422))
 def delete_dataset(dataset_id: DatasetId, service: ServiceOf, idempotency: IdempotencyOf) -> DeletedDataset:
     """Its bytes are gone, too, unless another dataset has the same. Refused while a job that has not ended needs it."""
     return _deleted(service.delete_dataset(dataset_id, once=idempotency.once(_deleted)))

@@ -19,7 +19,7 @@ async def healthz() -> Health:
     return Health()
 
 
-@router.get("/readyz", summary="Can it take a job", responses=error_responses(503, guarded=False))
+@router.get("/readyz", summary="Can it take a job", responses=error_responses(guarded=False))
 def readyz(request: Request) -> Health:
     """Checks that the database answers and the data disk can be written. Send no requests while this fails."""
     if request.app.state.draining:

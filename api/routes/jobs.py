@@ -34,7 +34,7 @@ _PLACES: dict[type[QLoRAError], str] = {InvalidModel: "/base_model", InvalidData
 
 MAX_STEP = 2**31 - 1
 
-_CHANGE_ERRORS = error_responses(404, 409, 422, 503)
+_CHANGE_ERRORS = error_responses(404, 409, 422)
 
 _TABLE: dict[int | str, dict[str, Any]] = {
     200: {"description": "The table.", "content": {"text/csv": {"schema": {"type": "string"}}}}
@@ -87,7 +87,7 @@ _JOB_BODY: dict[str, Any] = {
     "",
     status_code=201,
     summary="Submit a job",
-    responses=error_responses(400, 404, 409, 413, 415, 422, 429, 503),
+    responses=error_responses(404, 409, 413, 415, 422, 429),
     openapi_extra=_JOB_BODY,
 )
 async def create_job(

@@ -37,7 +37,7 @@ _BODY: dict[str, Any] = {
     "",
     status_code=201,
     summary="Make a key",
-    responses=error_responses(400, 409, 413, 422, 503),
+    responses=error_responses(409, 413, 422),
     openapi_extra=_BODY,
 )
 async def create_key(
@@ -59,7 +59,7 @@ def list_keys(caller: CallerOf, access: AccessOf) -> Listing[Key]:
     return Listing(data=[Key.of(key) for key in access.list_keys(caller.project)])
 
 
-@router.delete("/{key_id}", summary="Revoke a key", responses=error_responses(404, 409, 422, 503))
+@router.delete("/{key_id}", summary="Revoke a key", responses=error_responses(404, 409, 422))
 def revoke_key(key_id: KeyId, caller: CallerOf, access: AccessOf) -> Key:
     """Within a second, requests under the key are refused. The project's last admin key cannot be revoked here."""
     return Key.of(access.revoke_key(key_id, caller.project, keep_admin=True))

@@ -63,7 +63,7 @@ _BODY: dict[str, Any] = {
 }
 
 
-@router.post("", summary="Plan a job", responses=error_responses(400, 404, 413, 422, 503), openapi_extra=_BODY)
+@router.post("", summary="Plan a job", responses=error_responses(404, 413, 422), openapi_extra=_BODY)
 async def make_plan(request: Request, service: ServiceOf) -> Plan:
     """Whether a job would fit, on this service's device or on a named card, with the memory it takes by category.
 

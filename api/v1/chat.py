@@ -32,7 +32,7 @@ from qlora_service.store.inference import LoadedBase
 Writer = ChatWriter | TextWriter
 Result = TypeVar("Result")
 _STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
-_RESPONSES = {200: {"description": "The answer.", "content": _STREAM}} | openai_errors(404, 413, 415, 429, 503)
+_RESPONSES = {200: {"description": "The answer.", "content": _STREAM}} | openai_errors(404, 413, 415, 429)
 
 
 class ModelNotFound(NotFound):

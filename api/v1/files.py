@@ -57,7 +57,7 @@ _CONTENT: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post("", summary="Upload a file", responses=openai_errors(409, 413, 503), openapi_extra=_FORM)
+@router.post("", summary="Upload a file", responses=openai_errors(409, 413), openapi_extra=_FORM)
 async def create_file(request: Request, service: ServiceOf, uploads: UploadsOf, idempotency: IdempotencyOf) -> File:
     """Check a dataset and store it; every format that POST /datasets takes is taken here too.
 
@@ -118,7 +118,7 @@ def get_content(file_id: FileId, service: ServiceOf) -> Response:
     return StreamingResponse(service.read_dataset(found), headers=headers, media_type="application/octet-stream")
 
 
-@router.delete("/{file_id}", summary="Delete a file", responses=openai_errors(404, 409, 503))
+@router.delete("/{file_id}", summary="Delete a file", responses=openai_errors(404, 409))
 def delete_file(file_id: FileId, service: ServiceOf, idempotency: IdempotencyOf) -> DeletedFile:
     """A dataset, unless a job that has not ended needs it. Results are part of their job."""
     dataset_id = dataset_of_file(file_id)

@@ -22,7 +22,7 @@ from qlora_service.service import Submission
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["openai fine-tuning"], route_class=JsonRoute)
 
-_CHANGE_ERRORS = openai_errors(404, 409, 503)
+_CHANGE_ERRORS = openai_errors(404, 409)
 _METADATA_KEY = re.compile(r"metadata\[(.+)\]", re.DOTALL)
 _METADATA_FILTER: dict[str, Any] = {
     "parameters": [
@@ -46,7 +46,7 @@ _METADATA_FILTER: dict[str, Any] = {
 PageLimit = Annotated[int, Query(ge=1, le=100, description="Most items of a page.")]
 
 
-@router.post("", summary="Create a fine-tuning job", responses=openai_errors(404, 409, 413, 415, 503))
+@router.post("", summary="Create a fine-tuning job", responses=openai_errors(404, 409, 413, 415))
 def create_job(body: CreateFineTuningJob, service: ServiceOf, idempotency: IdempotencyOf) -> FineTuningJob:
     """Queue a job. Rows, lengths, model and fields are checked now: `validating_files` is a status no job has."""
     spec, force = to_spec(body, service)

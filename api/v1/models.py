@@ -35,7 +35,7 @@ def get_model(model: ModelId, service: ServiceOf) -> Model:
     return _tuned(service.get_tuned_model(model)) if base is None else _base(base)
 
 
-@router.delete("/{model:path}", summary="Delete a fine-tuned model", responses=openai_errors(404, 409, 503))
+@router.delete("/{model:path}", summary="Delete a fine-tuned model", responses=openai_errors(404, 409))
 def delete_model(model: ModelId, service: ServiceOf, idempotency: IdempotencyOf) -> DeletedModel:
     """The adapter's files are gone for good; the job and its metrics stay. Base models belong to the operator."""
     if _find_base(service, model) is not None:

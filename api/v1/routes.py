@@ -29,9 +29,9 @@ _SCHEMA = {"$ref": "#/components/schemas/OpenAIErrorResponse"}
 
 
 def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's `responses` of a route of OpenAI's wire that may answer with these errors; any may answer 400."""
+    """OpenAPI's `responses` of a route of OpenAI's wire that may answer with these errors, and those that any may."""
     documented: dict[int | str, dict[str, Any]] = {}
-    for status, response in error_responses(*({400, *statuses} - {422})).items():
+    for status, response in error_responses(*({*statuses} - {422})).items():
         ours = response["content"]["application/json"]["example"]["error"]
         error, _, _ = on_openai_wire(ours, int(status))
         documented[status] = {

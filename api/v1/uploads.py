@@ -43,7 +43,7 @@ _PART: dict[str, Any] = {
 }
 
 
-@router.post("", summary="Begin an upload", responses=openai_errors(409, 413, 415, 503))
+@router.post("", summary="Begin an upload", responses=openai_errors(409, 413, 415))
 def create_upload(
     body: CreateUpload, request: Request, service: ServiceOf, idempotency: IdempotencyOf
 ) -> schemas.Upload:
@@ -70,7 +70,7 @@ def create_upload(
 @router.post(
     "/{upload_id}/parts",
     summary="Add a part",
-    responses=openai_errors(404, 409, 413, 503),
+    responses=openai_errors(404, 409, 413),
     openapi_extra=_PART,
 )
 async def create_part(
@@ -81,7 +81,7 @@ async def create_part(
         return await run_in_threadpool(_add_part, service, idempotency, upload_id, form)
 
 
-@router.post("/{upload_id}/complete", summary="Complete an upload", responses=openai_errors(404, 409, 413, 415, 503))
+@router.post("/{upload_id}/complete", summary="Complete an upload", responses=openai_errors(404, 409, 413, 415))
 def complete_upload(
     upload_id: UploadId, body: CompleteUpload, service: ServiceOf, idempotency: IdempotencyOf
 ) -> schemas.Upload:
@@ -90,7 +90,7 @@ def complete_upload(
     return _closed(service.uploads.complete(upload_id, body.part_ids, body.md5, once=once))
 
 
-@router.post("/{upload_id}/cancel", summary="Cancel an upload", responses=openai_errors(404, 409, 503))
+@router.post("/{upload_id}/cancel", summary="Cancel an upload", responses=openai_errors(404, 409))
 def cancel_upload(upload_id: UploadId, service: ServiceOf, idempotency: IdempotencyOf) -> schemas.Upload:
     """Its parts are removed."""
     return _closed(service.uploads.cancel(upload_id, once=idempotency.once(_closed)))

@@ -38,9 +38,7 @@ WebhooksOf = Annotated[Webhooks, Depends(_webhooks)]
 EndpointId = Annotated[str, Path(description="An endpoint's id.", examples=["wh_019a9c2f8d31c4e55f0a7b"])]
 
 
-@router.post(
-    "/webhook_endpoints", summary="Create a webhook endpoint", responses=openai_errors(409, 413, 415, 429, 503)
-)
+@router.post("/webhook_endpoints", summary="Create a webhook endpoint", responses=openai_errors(409, 413, 415, 429))
 def create_endpoint(
     asked: CreateWebhookEndpoint, webhooks: WebhooksOf, idempotency: IdempotencyOf
 ) -> WebhookEndpointWithSecret:
@@ -81,7 +79,7 @@ def get_endpoint(webhook_endpoint_id: EndpointId, webhooks: WebhooksOf) -> Webho
 @router.post(
     "/webhook_endpoints/{webhook_endpoint_id}",
     summary="Change a webhook endpoint",
-    responses=openai_errors(404, 409, 413, 415, 503),
+    responses=openai_errors(404, 409, 413, 415),
 )
 def update_endpoint(
     webhook_endpoint_id: EndpointId, asked: ChangeWebhookEndpoint, webhooks: WebhooksOf, idempotency: IdempotencyOf
@@ -94,7 +92,7 @@ def update_endpoint(
 @router.delete(
     "/webhook_endpoints/{webhook_endpoint_id}",
     summary="Delete a webhook endpoint",
-    responses=openai_errors(404, 503),
+    responses=openai_errors(404),
 )
 def delete_endpoint(webhook_endpoint_id: EndpointId, webhooks: WebhooksOf) -> DeletedWebhookEndpoint:
     """It is told nothing any more; the log of its deliveries goes with it."""
@@ -105,7 +103,7 @@ def delete_endpoint(webhook_endpoint_id: EndpointId, webhooks: WebhooksOf) -> De
 @router.post(
     "/webhook_endpoints/{webhook_endpoint_id}/rotate_secret",
     summary="Replace a webhook endpoint's secret",
-    responses=openai_errors(404, 409, 413, 415, 503),
+    responses=openai_errors(404, 409, 413, 415),
 )
 def rotate_secret(
     webhook_endpoint_id: EndpointId, asked: RotateSecret, webhooks: WebhooksOf, idempotency: IdempotencyOf
@@ -123,7 +121,7 @@ def rotate_secret(
 @router.post(
     "/webhook_endpoints/{webhook_endpoint_id}/test",
     summary="Send a webhook endpoint a sample event",
-    responses=openai_errors(404, 409, 413, 415, 503),
+    responses=openai_errors(404, 409, 413, 415),
 )
 def send_test(
     webhook_endpoint_id: EndpointId, asked: SendTest, webhooks: WebhooksOf, idempotency: IdempotencyOf

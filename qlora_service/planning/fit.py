@@ -23,8 +23,8 @@ BUDGETS = (8192, 4096, 2048, 1024, 512)
 much as the products of about 100 tokens. So 8,192 have nothing left to gain, and 512 without recomputation (a fifth
 more than the products alone) are faster than any number with it (a third more, and unpacked once more)."""
 FORMULA_ERROR, SEGMENTS_BYTES = 0.05, 128 * 2**20
-"""Share of the prediction, and bytes beside it, within which the formula cannot decide. Its allocated bytes are 1 %
-from the simulation's; what the allocator holds beyond them comes in segments of 20 MiB and more, and of a small model
+"""Share of the prediction, and bytes beside it, within which the formula cannot decide. Its allocated bytes are within
+1 % of the simulation's; what the allocator holds beyond them comes in segments of 20 MiB and more, and of a small model
 (135 M at 512 tokens, one row at a time) that was 68 MB of 425."""
 UNFIT_ERROR = 0.5
 """The same where the formula was not fitted to the architecture, and is far off only if the job is far too large"""
