@@ -161,7 +161,9 @@ async def _talk(
     try:
         writer.write(request.line())
         while True:
-            line = await asyncio.wait_for(reader.readline(), SILENCE_S)
+            # Not `wait_for`: up to Python 3.11 it swallows a cancellation that meets a line.
+            async with asyncio.timeout(SILENCE_S):
+                line = await reader.readline()
             if not line.endswith(b"\n"):
                 break
             answer = Answer.model_validate_json(line)

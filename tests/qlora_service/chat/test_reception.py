@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -111,6 +112,32 @@ def test_a_chat_that_ended_however_it_did_makes_room_for_the_next(
 
     with SpeakingDesk(database.url, tmp_path / "inference"):
         assert asyncio.run(chat()) == ["for", "once"]
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_who_hangs_up_as_a_line_arrives_hears_no_more(turns: int) -> None:
+    """`turns` of the event loop after it."""
+
+    async def hang_up() -> bool:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
+
+            async def hear() -> None:
+                async for _ in reception._talk(reader, writer, GenerationRequest(text=ENDLESS)):
+                    pass
+
+            hearing = asyncio.create_task(hear())
+            await asyncio.sleep(0.01)
+            reader.feed_data(Answer(text="and").line())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            hearing.cancel()
+            await asyncio.wait({hearing}, timeout=2)
+            writer.close()
+            return hearing.cancelled()
+
+    assert asyncio.run(hang_up())
 
 
 def holder(status: JobStatus = JobStatus.RUNNING, eta_s: float | None = 120.4, project: str = "local") -> Holder:
