@@ -26,8 +26,14 @@ FITS_NOTHING = "1GB"
 """CUDA's context takes all of it"""
 
 
+@pytest.fixture(scope="module")
+def simulations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What was simulated for one of these tests is there for the others: it takes seconds."""
+    return tmp_path_factory.mktemp("plans")
+
+
 @pytest.fixture
-def on(tmp_path: Path, tiny_model: Path) -> Iterator[Open]:
+def on(tmp_path: Path, tiny_model: Path, simulations: Path) -> Iterator[Open]:
     """The service, its jobs being planned for that device."""
     database = Database(f"sqlite:///{tmp_path / 'state.db'}")
     database.migrate()
@@ -40,7 +46,7 @@ def on(tmp_path: Path, tiny_model: Path) -> Iterator[Open]:
             artifacts=ArtifactStore((tmp_path / "artifacts").as_uri()),
             catalog=catalog,
             queue=Queue(database, lease_s=30),
-            planner=Planner(device),
+            planner=Planner(device, simulations),
             tmp_dir=tmp_path / "tmp",
         )
 

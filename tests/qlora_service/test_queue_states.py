@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from qlora_service.errors import ClaimLost, Conflict
-from qlora_service.jobs import TRANSITIONS, HoldReason, JobStatus, StopRequest
+from qlora_service.jobs import TRANSITIONS, HoldReason, Job, JobEvent, JobStatus, StopRequest
 from qlora_service.queue import Claim, Progress, Queue
 from qlora_service.store.database import Database
-from tests.control_plane import LEASE_S, SteppedClock, add_job, job_events, status_history
+from qlora_service.store.jobs import events_after, get_job
+from tests.control_plane import LEASE_S, SteppedClock, add_job
 from tests.qlora_service.test_queue import ask, job_of
 
 MAX_DEATHS = 3
@@ -191,35 +192,38 @@ class QueueStates(RuleBasedStateMachine):
             assert self._job(job_id).status is JobStatus.QUEUED
 
     @invariant()
-    def every_running_job_has_the_owner_that_claimed_it_last(self) -> None:
-        jobs = [self._job(job_id) for job_id in self.ids]
+    def jobs_and_events_are_as_they_should_be(self) -> None:
+        with self.database.read() as connection:
+            jobs = [get_job(connection, job_id) for job_id in self.ids]
+            stories = [events_after(connection, job_id) for job_id in self.ids]
+        self._every_running_job_has_the_owner_that_claimed_it_last(jobs)
+        for job, story in zip(jobs, stories, strict=True):
+            self._what_has_ended_stays_as_it_was(job)
+            self._the_events_tell_a_legal_story(job, story)
+
+    def _every_running_job_has_the_owner_that_claimed_it_last(self, jobs: list[Job]) -> None:
         running = {job.id: job.attempt for job in jobs if job.status is JobStatus.RUNNING}
         assert running == self.owners
         assert len(running) <= MAX_RUNNING
 
-    @invariant()
-    def what_has_ended_stays_as_it_was(self) -> None:
-        for job_id in self.ids:
-            job = self._job(job_id)
-            if job.status.terminal:
-                assert vars(job) == self.ended.setdefault(job_id, dict(vars(job)))
-                assert job.finished_at is not None
-                assert job.stop_request is None
-            else:
-                assert job_id not in self.ended
-                assert job.finished_at is None
-            assert (job.hold is not None) == (job.status is JobStatus.PAUSED)
-            assert job.checkpoint_step == self.checkpoint[job_id]
+    def _what_has_ended_stays_as_it_was(self, job: Job) -> None:
+        if job.status.terminal:
+            assert vars(job) == self.ended.setdefault(job.id, dict(vars(job)))
+            assert job.finished_at is not None
+            assert job.stop_request is None
+        else:
+            assert job.id not in self.ended
+            assert job.finished_at is None
+        assert (job.hold is not None) == (job.status is JobStatus.PAUSED)
+        assert job.checkpoint_step == self.checkpoint[job.id]
 
-    @invariant()
-    def the_events_tell_a_legal_story(self) -> None:
-        for job_id in self.ids:
-            history = [JobStatus(status) for status in status_history(self.database, job_id)]
-            assert history[0] is JobStatus.QUEUED
-            assert history[-1] is self._job(job_id).status
-            assert all(after in TRANSITIONS[before] for before, after in itertools.pairwise(history))
-            attempts = [event.data["attempt"] for event in job_events(self.database, job_id) if "attempt" in event.data]
-            assert attempts == sorted(attempts)
+    def _the_events_tell_a_legal_story(self, job: Job, story: list[JobEvent]) -> None:
+        history = [JobStatus(event.data["status"]) for event in story if event.type == "status"]
+        assert history[0] is JobStatus.QUEUED
+        assert history[-1] is job.status
+        assert all(after in TRANSITIONS[before] for before, after in itertools.pairwise(history))
+        attempts = [event.data["attempt"] for event in story if "attempt" in event.data]
+        assert attempts == sorted(attempts)
 
     def _job(self, job_id: str) -> Any:
         return job_of(self.database, job_id)

@@ -64,10 +64,18 @@ def test_refusal_names_its_place(client: TestClient, body: Any, status: int, cod
     assert (answer.status_code, error["code"], error["location"]) == (status, code, location)
 
 
+@pytest.fixture(scope="module")
+def simulations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What was simulated for one of these tests is there for the others: it takes seconds."""
+    return tmp_path_factory.mktemp("plans")
+
+
 @pytest.fixture
-def too_small(tmp_path: Path, models_dir: Path) -> Callable[..., Any]:
+def too_small(tmp_path: Path, models_dir: Path, simulations: Path) -> Callable[..., Any]:
     """Posts to a service whose workers have a card of 1 GB."""
     settings: Settings = settings_in(tmp_path, models_dir).model_copy(update={"plan_device": "1GB"})
+    settings.plan_cache_dir.parent.mkdir()
+    settings.plan_cache_dir.symlink_to(simulations)
 
     def post(path: str, **request: Any) -> Any:
         with TestClient(create_app(settings), URL) as client:
