@@ -1,4 +1,4 @@
-"""The desk of an inference process in this one: real sockets and lines, and a parrot in place of a model."""
+"""The desk where chats are answered, in this process: real sockets and lines, and a parrot in place of a model."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class SpeakingDesk:
 
     def __enter__(self) -> Self:
         self._desk.loaded()
-        for target, arguments in ((self._desk._accept, ()), (serve, (self._desk, self._answer))):
-            threading.Thread(target=target, args=arguments, daemon=True).start()
+        self._desk.open()
+        threading.Thread(target=serve, args=(self._desk, self._answer), daemon=True).start()
         return self
 
     def __exit__(
@@ -47,6 +47,7 @@ class SpeakingDesk:
             inference.give_up(connection, "here")
         self._database.close()
         self._desk.leave(Leaving("the test is over"))
+        self._desk.close()
 
     def _answer(self, request: GenerationRequest, show: Callable[[str], None]) -> Finished:
         self.asked.append(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -12,12 +13,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from qlora_service.chat.reception import Reception
+from qlora_service.chat.wire import Finished, GenerationRequest
 from qlora_service.jobs import Job
 from qlora_service.models.catalog import Catalog
 from qlora_service.queue import Claim
 from qlora_service.service import Service, open_service
 from qlora_service.settings import Settings
 from qlora_service.specs import parse_spec
+from qlora_service.store.database import Database
+from qlora_service.store.inference import LoadedBase
 
 ROOT = Path(__file__).parent.parent
 ROWS = [{"instruction": f"Say {index}", "output": f"The number is {index}."} for index in range(40)]
@@ -86,6 +91,21 @@ class Workspace:
         return self.service.artifact(job_id, "adapter_model.safetensors").file.sha256
 
 
+def chat(workspace: Workspace, base: LoadedBase, request: GenerationRequest) -> tuple[str, Finished]:
+    """What is said where chats may interrupt jobs, and how it ended."""
+
+    async def collect() -> tuple[str, Finished]:
+        database = Database(workspace.settings.resolved_database_url)
+        text, finished = "", None
+        async for answer in Reception(database, preempts=True).answer(base, request, "local"):
+            text, finished = text + (answer.text or ""), answer.finished
+        database.close()
+        assert finished is not None
+        return text, finished
+
+    return asyncio.run(collect())
+
+
 def job_spec(**training: Any) -> dict[str, Any]:
     """What is posted for a small job on forty short rows, with dropout, on NF4."""
     settings = {"max_steps": 3, "batch_size": 4, "max_seq_len_tokens": 128, "learning_rate": 1e-2} | training
@@ -98,13 +118,27 @@ def job_spec(**training: Any) -> dict[str, Any]:
 
 
 def trainers() -> dict[int, Claim | None]:
-    """The trainer processes of this machine, and what each of them works on: its log is called so. None: on nothing."""
+    """The trainer processes of this machine, and what each of them works on; None: on nothing, or on chats."""
     found: dict[int, Claim | None] = {}
+    for pid, log in _trainer_logs().items():
+        job_id, _, token = log.stem.rpartition("-")
+        found[pid] = Claim(job_id, int(token)) if job_id.startswith("job_") else None
+    return found
+
+
+def chatting_on(data_dir: Path) -> list[int]:
+    """The processes that answer chats on the data directory."""
+    logs = data_dir.resolve() / "logs"
+    return [pid for pid, log in _trainer_logs().items() if log.parent == logs and log.name.startswith("inference-")]
+
+
+def _trainer_logs() -> dict[int, Path]:
+    """The trainer processes of this machine, and where each of them prints: the file is called after its work."""
+    found = {}
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
             if entry.name.isdigit() and b"workers.trainer" in (entry / "cmdline").read_bytes().split(b"\0"):
-                job_id, _, token = (entry / "fd" / "1").readlink().stem.rpartition("-")
-                found[int(entry.name)] = Claim(job_id, int(token)) if token.isdigit() else None
+                found[int(entry.name)] = (entry / "fd" / "1").readlink()
     return found
 
 

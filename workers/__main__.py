@@ -7,6 +7,7 @@ import signal
 
 from qlora_service.artifacts.store import ArtifactStore
 from qlora_service.logs import configure_logging
+from qlora_service.models.catalog import Catalog
 from qlora_service.planning.hardware import gpus
 from qlora_service.queue import Queue
 from qlora_service.settings import read_settings
@@ -49,6 +50,7 @@ def main() -> None:
             hang_s=settings.hang_s,
             max_running=settings.max_running_jobs,
         ),
+        catalog=Catalog(settings.models_dir),
         socket_dir=settings.inference_dir,
         lock_dir=settings.resolved_lock_dir,
         log_dir=settings.resolved_data_dir / "logs",

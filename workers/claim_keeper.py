@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -57,8 +56,6 @@ class ClaimKeeper:
 
     def start(self) -> None:
         """Returns once the claim is renewed; from then on the process does not outlive it."""
-        # Asked by the supervisor for where we stand, before it kills us.
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
         self._watch_lease()
         # Until then the lease counts from the claim, which may have been long before this process.
         while not self._renewed() and not self._disk_is_full:

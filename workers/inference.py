@@ -1,36 +1,24 @@
-"""The inference process: `python -m workers.inference BASE_MODEL QUANTIZATION DEVICE SOCKET`.
+"""Chats at a socket, answered one at a time: the desk of a process that has a base loaded. No torch.
 
-It imports torch, loads a base once and answers chats on the listening socket that it inherits (SOCKET is the file
-descriptor), one at a time, until a line on its stdin asks it to leave. When stdin closes, its supervisor is gone, and
-it ends at once.
+Who comes waits in line, also while the base is being loaded; when somebody else needs the slot, what has begun is
+finished and everybody else is asked to come back.
 """
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import queue
 import select
-import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-# Before the libraries read them: no network, no progress bars, no forked tokenizer threads.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
 import structlog
 from pydantic import ValidationError
 
-from qlora_service.artifacts.store import ArtifactStore
 from qlora_service.chat.wire import (
     BEAT_S,
     MAX_LINE_BYTES,
@@ -43,22 +31,9 @@ from qlora_service.chat.wire import (
     Place,
     Status,
 )
-from qlora_service.errors import QLoRAError, QuotaExceeded, Unavailable
-from qlora_service.logs import configure_logging
-from qlora_service.models.catalog import Catalog
-from qlora_service.models.quantized_cache import QuantizedCache
-from qlora_service.models.staging import reap_stale, staging_directory
-from qlora_service.settings import Settings
-from qlora_service.specs import Quantization
-from qlora_service.torch_process import end_process, importing_torch
-from workers.exit_codes import SUPERVISOR_GONE
-
-if TYPE_CHECKING:
-    from workers.inference_engine import Engine
+from qlora_service.errors import QLoRAError, QuotaExceeded
 
 MAX_IN_LINE = 16
-LINGER_S = 0.5
-"""How long a process whose base cannot be loaded stays to say so to those at its door."""
 RECEIPT_S = 10.0
 """A request has arrived within this time: it comes from this machine."""
 SEND_S = 30.0
@@ -118,6 +93,7 @@ class Desk:
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
+        self._accepting = threading.Thread(target=self._accept, name="accept", daemon=True)
         self._line: queue.Queue[Visitor | None] = queue.Queue(MAX_IN_LINE)
         self._entering = threading.Lock()
         self._leaving: QLoRAError | None = None
@@ -125,9 +101,14 @@ class Desk:
         self._sign_at = time.monotonic()
 
     def open(self) -> None:
-        """From now on connections are taken, and the supervisor is listened to."""
-        threading.Thread(target=self._accept, name="accept", daemon=True).start()
-        threading.Thread(target=self._obey_supervisor, name="supervisor", daemon=True).start()
+        """From now on connections are taken."""
+        self._accepting.start()
+
+    def close(self) -> None:
+        """Take no more connections: those that were made are told why, as it was said to `leave`."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
+        self._listener.close()
 
     def loaded(self) -> None:
         """Requests can be answered now."""
@@ -162,17 +143,18 @@ class Desk:
                     waiting.dismiss(why)
             self._line.put(None)
 
-    def _obey_supervisor(self) -> None:
-        # It holds the other end: a byte asks us to leave; reading ends when it is gone, however it went.
-        while os.read(0, 1):
-            self.leave(Leaving("the process makes room: ask anew"))
-            if self._loading:
-                os._exit(0)
-        os._exit(SUPERVISOR_GONE)
+    def make_room(self) -> None:
+        """Somebody else needs the slot. What loads a base cannot be told so: it ends with the process."""
+        self.leave(Leaving("the process makes room: ask anew"))
+        if self._loading:
+            os._exit(0)
 
     def _accept(self) -> None:
         while True:
-            connection, _ = self._listener.accept()
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # it was closed
+                return
             threading.Thread(target=self._receive, args=(connection,), name="visitor", daemon=True).start()
 
     def _receive(self, connection: socket.socket) -> None:
@@ -241,56 +223,3 @@ def serve(desk: Desk, generate: Callable[[GenerationRequest, Show], Finished]) -
 def _show(desk: Desk, visitor: Visitor, text: str) -> None:
     desk.progressed()
     visitor.show(text)
-
-
-def load(base_model: str, quantization: str, device: str, scratch: Path, settings: Settings) -> Engine:
-    """The base on the device. Raises: QLoRAError."""
-    base = Catalog(settings.models_dir).get(base_model)  # before torch is imported, which takes seconds
-    with importing_torch():
-        from transformers.utils.logging import disable_progress_bar
-
-        from qlora_service.training.device import is_out_of_memory
-        from workers.inference_engine import Engine
-
-    disable_progress_bar()  # a log is no terminal
-    try:
-        return Engine(
-            base,
-            Quantization.model_validate_json(quantization),
-            ArtifactStore(settings.resolved_artifact_url),
-            scratch,
-            cache=QuantizedCache(settings.cache_dir, settings.cache_bytes),
-            needs_gpu=device == "cuda",
-        )
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise Unavailable(f"the device has not enough memory for {base_model}: use a smaller base model") from error
-
-
-def main(base_model: str, quantization: str, device: str, listener: socket.socket, settings: Settings) -> None:
-    """Load the base and answer until asked to leave."""
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    desk = Desk(listener)
-    desk.open()
-    began = time.monotonic()
-    reap_stale(settings.tmp_dir)  # what a process left that was killed
-    with staging_directory(settings.tmp_dir) as scratch:
-        try:
-            engine = load(base_model, quantization, device, scratch.path, settings)
-        except QLoRAError as error:
-            log.error("base_not_loaded", base_model=base_model, exc_info=error)
-            desk.leave(error)
-            time.sleep(LINGER_S)
-            return
-        with engine:
-            log.info("base_loaded", base_model=base_model, seconds=round(time.monotonic() - began, 2))
-            desk.loaded()
-            serve(desk, engine.generate)
-
-
-if __name__ == "__main__":
-    _settings = Settings()
-    configure_logging(_settings.log_level)
-    main(sys.argv[1], sys.argv[2], sys.argv[3], socket.socket(fileno=int(sys.argv[4])), _settings)
-    end_process(0)

@@ -1,4 +1,4 @@
-"""One base on the device, adapters switched on it, text out of it: what an inference process does with torch."""
+"""One base on the device, adapters switched on it, text out of it: what answers chats with torch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.utils.logging import disable_progress_bar
 
 from qlora_service.artifacts.manifest import NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest
@@ -24,12 +25,12 @@ from qlora_service.chat.text import TextStream
 from qlora_service.chat.wire import AdapterRef, ContextTooLong, Finished, GenerationRequest, Sampling
 from qlora_service.errors import InvalidRequest, JobFailed, QLoRAError, Unavailable
 from qlora_service.models.adapters import CONFIG, NAME, WEIGHTS, detach, load_adapter
-from qlora_service.models.cached_base import load_cached_base
 from qlora_service.models.catalog import BaseModel
 from qlora_service.models.quantized_cache import QuantizedCache
 from qlora_service.specs import Quantization
 from qlora_service.training.device import choose_device, has_bf16, is_out_of_memory, release_memory
 from workers.publishing import fetch_published
+from workers.warm_base import BaseHolder, BaseRequest
 
 KEPT_ADAPTERS = 4
 """Attached at a time; one of rank 16 on an 8B base has some 170 MB."""
@@ -56,18 +57,26 @@ class Engine:
         quantization: Quantization,
         artifacts: ArtifactStore,
         scratch: Path,
+        bases: BaseHolder,
         *,
         cache: QuantizedCache | None = None,
         needs_gpu: bool,
     ) -> None:
-        """Loads the base. Raises: InvalidModel, JobFailed."""
+        """Loads the base, unless `bases` has it. Raises: InvalidModel, JobFailed; Unavailable, without the memory."""
+        disable_progress_bar()  # a log is no terminal
         self._device = choose_device(needs_gpu)
         wanted = {"bfloat16": torch.bfloat16, "float32": torch.float32}
         fitting = torch.bfloat16 if has_bf16(self._device) else torch.float32
         dtype = wanted.get(quantization.compute_dtype, fitting)
         self._weights_sha256 = base.weights_sha256
         self._artifacts, self._scratch = artifacts, scratch
-        self._adapters = Adapters(load_cached_base(cache, base, quantization, dtype, self._device).model)
+        try:
+            warm, self.base_source = bases.get(BaseRequest(base, quantization, dtype, self._device, cache))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise Unavailable(f"the device has not enough memory for {base.name}: use a smaller base model") from error
+        self._adapters = Adapters(warm.model)
         self._positions = base.max_positions or sys.maxsize
         self._prompts = Prompts(base.path)
 
@@ -78,6 +87,7 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._prompts.__exit__(kind, error, trace)
+        self._adapters.clear()
 
     def generate(self, request: GenerationRequest, show: Callable[[str], None]) -> Finished:
         """How the answer ended, of which every piece of text went to `show`, which may raise to end it.
@@ -200,7 +210,7 @@ class Adapters:
         if self._model is not None:
             configs = (self._model.active_peft_config, PeftConfig.from_pretrained(str(directory)))
             if not all(map(_is_plain_lora, configs)):
-                self._clear()
+                self.clear()
         if self._model is None:
             self._model = load_adapter(self._base, directory)
         else:
@@ -224,8 +234,10 @@ class Adapters:
                 stack.enter_context(self._model.disable_adapter())
             yield self._base if attached is None else self._model, self._base
 
-    def _clear(self) -> None:
-        assert self._model is not None
+    def clear(self) -> None:
+        """Take everything off the base."""
+        if self._model is None:
+            return
         base = detach(self._model)
         if hasattr(base, "peft_config"):  # left behind by some methods, and taken for an adapter by the next one
             del base.peft_config

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import secrets
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,11 +13,15 @@ from typing import Literal
 import structlog
 
 from qlora_service.chat.wire import Status, ask_status, listen
-from qlora_service.lifeline import kill_group
+from qlora_service.errors import QLoRAError
+from qlora_service.models.catalog import Catalog
+from qlora_service.models.needed_base import NeededBase
 from qlora_service.queue import Claim, utc_now
+from qlora_service.specs import Quantization
 from qlora_service.store import inference
 from qlora_service.store.database import Database, is_outage, persist
 from qlora_service.store.inference import LoadedBase
+from workers.slot_process import SlotProcess
 
 LOOK_S = 0.25
 PRESSED_S = 1.0
@@ -103,16 +103,12 @@ class ChatTurns:
         rules: ChatRules,
         *,
         slot: str,
-        device: str,
-        environment: Mapping[str, str],
+        catalog: Catalog,
         socket_dir: Path,
-        log_dir: Path,
     ) -> None:
         self._database = database
         self._rules = rules
-        self._slot, self._device, self._environment = slot, device, environment
-        self._socket_dir = socket_dir
-        self._log_path = log_dir / f"inference-{slot}.log"
+        self._slot, self._catalog, self._socket_dir = slot, catalog, socket_dir
         self._made_way = False
         # What the running job is owed: it trains for as long as chats held the slot against a job before.
         self._owed_s = 0.0
@@ -154,8 +150,14 @@ class ChatTurns:
         if self._made_way:
             log.info("job_makes_way", job=claim.job_id, base_model=base.base_model)
 
-    def run(self, base: LoadedBase, worker: str, lock: int, stop: threading.Event) -> None:
-        """Have the base loaded and answer chats, until it is time for something else; leaves no process behind."""
+    def run(self, base: LoadedBase, worker: str, process: SlotProcess, stop: threading.Event) -> None:
+        """Have chats answered with the base, until it is time for something else.
+
+        The base stays loaded if a job waits for the slot, which may be one for this base.
+
+        Raises:
+            OSError: no process to be had.
+        """
         for left_over in self._socket_dir.glob(f"{self._slot}-*.sock"):
             left_over.unlink()
         path = self._socket_dir / f"{self._slot}-{secrets.token_hex(4)}.sock"
@@ -166,58 +168,47 @@ class ChatTurns:
                 with self._database.write() as connection:
                     if not inference.take(connection, base, worker, str(path)):
                         return
-                child = self._start(base, listener.fileno(), lock)
-            log.info("inference_started", base_model=base.base_model, slot=self._slot, pid=child.pid)
+                pid = process.begin_chat(base, self._needed(base), listener)
+            log.info("inference_started", base_model=base.base_model, slot=self._slot, pid=pid)
+            is_useful = False
             try:
-                self._see_through(child, path, stop)
+                is_useful = self._see_through(process, path, stop)
             finally:
-                kill_group(child)
-                child.wait()
-                assert child.stdin is not None
-                with suppress(BrokenPipeError):
-                    child.stdin.close()
-            log.info("inference_ended", base_model=base.base_model, slot=self._slot, exit_code=child.returncode)
+                if not is_useful:
+                    process.end()
+            log.info("inference_ended", base_model=base.base_model, slot=self._slot, base_stays=is_useful)
         finally:
             path.unlink(missing_ok=True)
             persist(lambda: self._give_up(worker), DATABASE_PATIENCE_S)
 
-    def _start(self, base: LoadedBase, listener: int, lock: int) -> subprocess.Popen[bytes]:
-        arguments = [base.base_model, base.quantization, self._device, str(listener)]
-        with self._log_path.open("wb") as output:
-            return subprocess.Popen(
-                [sys.executable, "-m", "workers.inference", *arguments],
-                stdin=subprocess.PIPE,  # a byte asks it to leave; its closing tells it that we are gone
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=dict(self._environment),
-                pass_fds=[lock, listener],
-                start_new_session=True,
-                bufsize=0,
-            )
+    def _needed(self, base: LoadedBase) -> NeededBase | None:
+        """The base as jobs need it; None if the catalog does not have it any more."""
+        try:
+            weights_sha256 = self._catalog.get(base.base_model).weights_sha256
+        except QLoRAError:
+            return None
+        return NeededBase(weights_sha256, Quantization.model_validate_json(base.quantization))
 
-    def _see_through(self, child: subprocess.Popen[bytes], path: Path, stop: threading.Event) -> None:
+    def _see_through(self, process: SlotProcess, path: Path, stop: threading.Event) -> bool:
+        """Returns once nothing is answered any more; whether a job waits that may need the process and its base."""
         stay = Stay(self._rules, time.monotonic())
         asked_to_leave = False
-        while True:
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(LOOK_S)
-                break
+        while (state := process.wait(LOOK_S)) == "works":
             if stop.is_set():
-                _ask_to_leave(child)
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(STOP_GRACE_S)
+                process.ask_to_leave()
+                state = process.wait(STOP_GRACE_S)
                 break
             verdict = self._judge(stay, path)
             if verdict == "leave" and not asked_to_leave:
                 asked_to_leave = True
-                _ask_to_leave(child)
+                process.ask_to_leave()
             elif verdict == "end":
-                log.warning("inference_killed", slot=self._slot, pid=child.pid)
-                child.send_signal(signal.SIGUSR1)  # where its threads are, for the log
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(LOOK_S)
+                log.warning("inference_killed", slot=self._slot)
+                process.send_signal(signal.SIGUSR1)  # where its threads are, for the log
+                process.wait_for_end(LOOK_S)
                 break
         self._owed_s = 0.0 if stay.held_since is None else time.monotonic() - stay.held_since
+        return state == "waits" and stay.held_since is not None and not stop.is_set()
 
     def _judge(self, stay: Stay, path: Path) -> Verdict:
         status = ask_status(path, STATUS_S)
@@ -234,9 +225,3 @@ class ChatTurns:
     def _give_up(self, worker: str) -> None:
         with self._database.write() as connection:
             inference.give_up(connection, worker)
-
-
-def _ask_to_leave(child: subprocess.Popen[bytes]) -> None:
-    assert child.stdin is not None
-    with suppress(BrokenPipeError):
-        child.stdin.write(b"\n")

@@ -1,6 +1,6 @@
 """The supervisor: claims jobs, has one trainer process per slot run them, sees each one's end. It never imports torch.
 
-Between the jobs a slot has room for a process that answers chats (`inference_turns`).
+Between the jobs the same process answers chats (`inference_turns`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_service.errors import ClaimLost
 from qlora_service.jobs import FailureReason, Job, StopRequest
+from qlora_service.models.catalog import Catalog
 from qlora_service.queue import Claim, Queue
 from qlora_service.store.database import Database, is_outage, persist
 from workers.exit_codes import CAUSES
@@ -29,7 +30,7 @@ from workers.housekeeping import Housekeeping
 from workers.inference_turns import ChatRules, ChatTurns
 from workers.probe_turns import ProbeTurns
 from workers.slot_lock import SlotLock
-from workers.slot_trainer import SlotTrainer
+from workers.slot_process import SlotProcess
 
 log = structlog.get_logger()
 
@@ -78,6 +79,7 @@ class Supervisor:
         slots: list[Slot],
         housekeeping: Housekeeping,
         chat_rules: ChatRules,
+        catalog: Catalog,
         socket_dir: Path,
         lock_dir: Path,
         log_dir: Path,
@@ -91,6 +93,7 @@ class Supervisor:
         self._slots = slots
         self._housekeeping = housekeeping
         self._chat_rules = chat_rules
+        self._catalog = catalog
         self._socket_dir = socket_dir
         self._lock_dir = lock_dir
         self._log_dir = log_dir
@@ -144,12 +147,10 @@ class Supervisor:
             self._database,
             self._chat_rules,
             slot=slot.name,
-            device=slot.device,
-            environment=slot.environment(),
+            catalog=self._catalog,
             socket_dir=self._socket_dir,
-            log_dir=self._log_dir,
         )
-        trainer = SlotTrainer(
+        trainer = SlotProcess(
             slot=slot.name,
             device=slot.device,
             environment=slot.environment(),
@@ -169,7 +170,7 @@ class Supervisor:
         trainer.release()
         lock.close()
 
-    def _serve(self, slot: Slot, lock: SlotLock, chats: ChatTurns, probes: ProbeTurns, trainer: SlotTrainer) -> None:
+    def _serve(self, slot: Slot, lock: SlotLock, chats: ChatTurns, probes: ProbeTurns, trainer: SlotProcess) -> None:
         """Claim one job and see it through, or have a base loaded to chat with, or a step timed, or wait a moment."""
         if not lock.acquire():
             # Another worker has the slot, or what is left of one.
@@ -181,14 +182,12 @@ class Supervisor:
         for job_id in self._queue.requeue_of(worker):
             log.warning("job_requeued", job=job_id, reason="its worker was killed")
         if (base := chats.first(worker)) is not None:
-            trainer.release()
-            chats.run(base, worker, lock.descriptor, self._stop)
+            chats.run(base, worker, trainer, self._stop)
             return
         claimed = self._queue.claim(worker, trainer.warm)
         if claimed is None:
             if (base := chats.wanted(worker)) is not None:
-                trainer.release()
-                chats.run(base, worker, lock.descriptor, self._stop)
+                chats.run(base, worker, trainer, self._stop)
             elif not probes.run_next(worker, lock.descriptor, self._stop, make_room=trainer.release):
                 trainer.release_if_idle()
                 self._stop.wait(IDLE_POLL_S)
@@ -216,7 +215,7 @@ class Supervisor:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
-    def _run(self, claim: Claim, job: Job, trainer: SlotTrainer, consider_chats: Callable[[], None]) -> None:
+    def _run(self, claim: Claim, job: Job, trainer: SlotProcess, consider_chats: Callable[[], None]) -> None:
         """See the claim's attempt through; afterwards the trainer waits for the next one, or there is none."""
         oom_kills_before = oom_kills()
         trainer.begin(claim, job)
@@ -235,7 +234,7 @@ class Supervisor:
         cause = death(code, how, f"{claim.name}.log", host_oom=host_oom)
         persist(lambda: self._record_end(claim, how, cause), self._lease_s)
 
-    def _wait(self, trainer: SlotTrainer, claim: Claim, consider_chats: Callable[[], None]) -> End:
+    def _wait(self, trainer: SlotProcess, claim: Claim, consider_chats: Callable[[], None]) -> End:
         """Wait for the attempt's end, or for a reason to end it."""
         deadline: float | None = None
         how: End = "ended"
@@ -279,15 +278,15 @@ class Supervisor:
             log.info("outcome_recorded_elsewhere", job=claim.job_id, token=claim.token)
 
 
-def dump_stacks(trainer: SlotTrainer) -> None:
+def dump_stacks(trainer: SlotProcess) -> None:
     """Have the trainer write where its threads are into its log, before it is killed."""
     trainer.send_signal(signal.SIGUSR1)
     trainer.wait_for_end(CHILD_POLL_S)
 
 
 def is_ours(pid: int) -> bool:
-    """Whether the process is a trainer, a probe, or one that answers chats, by its command line."""
-    return not {"workers.trainer", "workers.inference", "workers.probe"}.isdisjoint(_arguments(pid))
+    """Whether the process is a trainer or a probe, by its command line."""
+    return not {"workers.trainer", "workers.probe"}.isdisjoint(_arguments(pid))
 
 
 def parent_of(pid: int) -> int | None:

@@ -1,11 +1,11 @@
-"""The trainer: a child process that runs attempts (`python -m workers.trainer DEVICE REPORT_DESCRIPTOR`).
+"""The trainer: a child process that runs attempts, and answers chats between them (`python -m workers.trainer DEVICE`).
 
 It alone imports torch, and may die of anything; the supervisor sees that and says so. It ends itself when its claim
-is lost, or when the supervisor is gone (its stdin closes). The claim is kept from the first moment on: importing torch
-alone may take longer than a lease.
+is lost, or when the supervisor is gone (its stdin, a socket, closes). The claim is kept from the first moment on:
+importing torch alone may take longer than a lease.
 
-After an attempt that left the base as it was loaded, it waits with it for the next claim (`supervisor_line`). In any
-doubt it ends: what a new process does is what is right.
+After an attempt or chats that left the base as it was loaded, it waits with it for what comes next (`supervisor_line`).
+In any doubt it ends: what a new process does is what is right.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -34,11 +35,13 @@ from qlora_service.artifacts.store import ArtifactStore
 from qlora_service.errors import ClaimLost, Interrupted, JobCancelled, JobFailed, QLoRAError
 from qlora_service.jobs import FailureReason, HoldReason
 from qlora_service.logs import configure_logging
-from qlora_service.models.catalog import Catalog
+from qlora_service.models.catalog import BaseModel, Catalog
 from qlora_service.models.needed_base import NeededBase
 from qlora_service.models.quantized_cache import QuantizedCache
+from qlora_service.models.staging import reap_stale, staging_directory
 from qlora_service.queue import USER_HOLD, Claim, Queue
 from qlora_service.settings import Settings
+from qlora_service.specs import Quantization
 from qlora_service.store.database import Database, persist
 from qlora_service.store.datasets import get_dataset
 from qlora_service.store.history import measured_on
@@ -48,14 +51,18 @@ from qlora_service.training.checkpoint_space import Ballast
 from workers import exit_codes
 from workers.claim_keeper import ClaimKeeper
 from workers.disk_space import BALLAST, disk_full_hold, is_disk_full
+from workers.inference import Desk, serve
 from workers.measuring import Measuring
 from workers.reporter import JobReporter
-from workers.supervisor_line import SupervisorLine
+from workers.supervisor_line import ChatTurn, SupervisorLine
 
 if TYPE_CHECKING:
     from workers.warm_base import BaseHolder
 
 log = structlog.get_logger()
+
+LINGER_S = 0.5
+"""How long a process whose base cannot be loaded stays to say so to those at its door"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class _Outcome:
 
 
 class Trainer:
-    """Runs one attempt after the other, on the base that the first one loaded."""
+    """Runs one attempt or chat after the other, on the base that the first one loaded."""
 
     def __init__(self, device: str, settings: Settings, line: SupervisorLine) -> None:
         """`device` is cuda or cpu: what to train on."""
@@ -79,11 +86,11 @@ class Trainer:
         self._bases: BaseHolder | None = None
 
     def serve(self) -> None:
-        """Run what the supervisor has claimed, until there is a reason to end."""
+        """Do what the supervisor has for us, until there is a reason to end."""
         while True:
             assignment = self._line.next_assignment()
             print_to(assignment.log_path)
-            base = self.run(assignment.claim)
+            base = self.chat(assignment) if isinstance(assignment, ChatTurn) else self.run(assignment.claim)
             if base is None:
                 return
             print_to(Path(os.devnull))
@@ -125,6 +132,53 @@ class Trainer:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         stays = outcome.is_orderly and self._settings.warm_s > 0 and not keeper.is_stopping
         return needed[0] if stays and self._settled() else None
+
+    def chat(self, turn: ChatTurn) -> NeededBase | None:
+        """Answer chats until the supervisor wants the slot; the base that is loaded then, as `run` has it."""
+        quantization = Quantization.model_validate_json(turn.base.quantization)
+        desk = Desk(turn.listener)
+        desk.open()
+        with self._line.leaving_by(desk.make_room):
+            try:
+                base = Catalog(self._settings.models_dir).get(turn.base.base_model)
+                self._answer_chats(desk, base, quantization)
+            except QLoRAError as error:
+                log.error("base_not_loaded", base_model=turn.base.base_model, exc_info=error)
+                desk.leave(error)
+                time.sleep(LINGER_S)
+                return None
+        desk.close()
+        stays = self._settings.warm_s > 0 and self._settled()
+        return NeededBase(base.weights_sha256, quantization) if stays else None
+
+    def _answer_chats(self, desk: Desk, base: BaseModel, quantization: Quantization) -> None:
+        """Returns when it is time to leave. Raises: QLoRAError, when the base cannot be loaded."""
+        began = time.monotonic()
+        with importing_torch():
+            from workers.clean_slate import clean_slate
+            from workers.inference_engine import Engine
+            from workers.warm_base import BaseHolder
+        self._bases = self._bases or BaseHolder()
+        reap_stale(self._settings.tmp_dir)  # what a process left that was killed
+        with clean_slate(), staging_directory(self._settings.tmp_dir) as scratch:
+            engine = Engine(
+                base,
+                quantization,
+                ArtifactStore(self._settings.resolved_artifact_url),
+                scratch.path,
+                self._bases,
+                cache=QuantizedCache(self._settings.cache_dir, self._settings.cache_bytes),
+                needs_gpu=self._device == "cuda",
+            )
+            with engine:
+                log.info(
+                    "ready_to_chat",
+                    base_model=base.name,
+                    base=engine.base_source,
+                    seconds=round(time.monotonic() - began, 2),
+                )
+                desk.loaded()
+                serve(desk, engine.generate)
 
     def _settled(self) -> bool:
         """Whether nothing of the last job is left, and the base is the one that was loaded."""
@@ -261,7 +315,7 @@ if __name__ == "__main__":
     _settings = Settings()
     configure_logging(_settings.log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
-    _line = SupervisorLine(int(sys.argv[2]))
+    _line = SupervisorLine(socket.socket(fileno=sys.stdin.fileno()))
     _line.start()
     try:
         Trainer(sys.argv[1], _settings, _line).serve()

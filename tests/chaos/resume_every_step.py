@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -79,8 +80,7 @@ def serve(data_dir: Path, kills: dict[str, int]) -> None:
     import workers.trainer  # noqa: F401 - with torch, once for all attempts
 
     settings = Settings(data_dir=data_dir, lease_s=600, heartbeat_s=5, checkpoint_s=0)
-    lifeline, held_end = os.pipe()
-    os.dup2(lifeline, 0)
+    lifeline, held_end = socket.socketpair()
     running: dict[int, Claim] = {}
     while True:
         # No connection may be open in two processes: SQLite's locks would be mixed up.
@@ -92,8 +92,8 @@ def serve(data_dir: Path, kills: dict[str, int]) -> None:
             claim, _ = claimed
             pid = os.fork()
             if pid == 0:
-                os.close(held_end)
-                _attempt(claim, kills[claim.job_id] if claim.token == 1 else 0, settings)
+                held_end.close()
+                _attempt(claim, kills[claim.job_id] if claim.token == 1 else 0, settings, lifeline)
             running[pid] = claim
         elif running:
             pid, _ = os.wait()
@@ -105,7 +105,7 @@ def serve(data_dir: Path, kills: dict[str, int]) -> None:
             return
 
 
-def _attempt(claim: Claim, kill_after: int, settings: Settings) -> None:
+def _attempt(claim: Claim, kill_after: int, settings: Settings, lifeline: socket.socket) -> None:
     """The forked process: a trainer that kills itself when a step is reported; 0 is never. Does not return."""
     from qlora_service.training.loop import StepMetrics
     from workers import trainer
@@ -121,7 +121,7 @@ def _attempt(claim: Claim, kill_after: int, settings: Settings) -> None:
     code = 1
     try:
         setattr(trainer, "JobReporter", Mortal)  # noqa: B010 - a name that the trainer does not export
-        line = SupervisorLine(os.open(os.devnull, os.O_WRONLY))
+        line = SupervisorLine(lifeline)
         line.start()
         trainer.Trainer("cpu", settings, line).run(claim)
         code = 0

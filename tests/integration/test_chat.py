@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import time
@@ -12,14 +11,12 @@ from pathlib import Path
 import openai
 import pytest
 
-from qlora_service.chat.reception import Reception
-from qlora_service.chat.wire import Finished, GenerationRequest, Sampling
+from qlora_service.chat.wire import GenerationRequest, Sampling
 from qlora_service.jobs import JobStatus
-from qlora_service.store.database import Database
 from tests.published import peft_answer
 from tests.running_api import RunningApi
 from tests.speaking_desk import TINY
-from tests.workspace import Workspace, processes_on
+from tests.workspace import Workspace, chat, chatting_on, trainer_pids
 
 QUESTION = [{"role": "user", "content": "Say 3"}]
 TOKENS = 24
@@ -56,8 +53,7 @@ def say(client: openai.OpenAI, model: str, max_tokens: int = TOKENS) -> str:
 
 
 def inference_processes(workspace: Workspace) -> list[int]:
-    running = processes_on(workspace.settings.data_dir)
-    return [pid for pid, command in running.items() if "workers.inference" in command]
+    return chatting_on(workspace.settings.data_dir)
 
 
 def test_base_and_tuned_model_answer_as_their_files_do_elsewhere(
@@ -123,30 +119,20 @@ def test_a_job_takes_the_slot_from_an_idle_chat_and_a_chat_waits_for_the_job(
     workspace.wait_for_end(job_id)
 
 
-async def stream(workspace: Workspace, max_tokens: int) -> tuple[str, Finished | None]:
-    """What is said where chats may interrupt jobs."""
-    database = Database(workspace.settings.resolved_database_url)
-    reception = Reception(database, preempts=True)
-    request = GenerationRequest(messages=QUESTION, sampling=Sampling(max_tokens=max_tokens, temperature=0.0))
-    text, finished = "", None
-    async for answer in reception.answer(TINY, request, "local"):
-        text, finished = text + (answer.text or ""), answer.finished
-    database.close()
-    return text, finished
-
-
 def test_a_job_makes_way_for_a_chat_where_that_is_allowed_and_goes_on(tiny_model: Path, tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "data", tiny_model)
     job_id = workspace.submit(max_steps=100_000)
     with workspace.worker(QLORA_CHAT_PREEMPTS="true", QLORA_CHECKPOINT_S="0"):
         workspace.wait(job_id, lambda job: job.step >= 2)
-        _, finished = asyncio.run(stream(workspace, 5))
-        assert finished is not None
+        (trainer,) = trainer_pids(job_id)
+        request = GenerationRequest(messages=QUESTION, sampling=Sampling(max_tokens=5, temperature=0.0))
+        _, finished = chat(workspace, TINY, request)
         assert finished.completion_tokens == 5
         before = workspace.service.get_job(job_id)
         assert before.checkpoint_step >= 2
         job = workspace.wait(job_id, lambda job: job.status is JobStatus.RUNNING and job.step > before.checkpoint_step)
         assert (job.attempt, job.deaths) == (2, [])
+        assert trainer_pids(job_id) == [trainer]  # which had the base all the time
         workspace.service.cancel(job_id)
         workspace.wait_for_end(job_id)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -206,15 +204,6 @@ def test_a_trainer_begins_with_the_whole_lease_before_it(database: Database) -> 
     stderr_at_end(process, 10)
     assert process.returncode == 1
     assert queue.requeue_lost() == []
-
-
-def test_a_trainer_says_where_it_stands_when_asked(database: Database) -> None:
-    process = start(database, "time.sleep(60)")
-    time.sleep(0.5)
-    os.kill(process.pid, signal.SIGUSR1)
-    time.sleep(0.5)
-    process.kill()
-    assert "where_it_stood" in stderr_at_end(process, 10)
 
 
 @pytest.mark.parametrize(

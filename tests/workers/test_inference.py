@@ -1,4 +1,4 @@
-"""The desk of an inference process, over a real socket; what it has to say comes from a function here."""
+"""The desk where chats are answered, over a real socket; what it has to say comes from a function here."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ from qlora_service.chat.wire import (
     listen,
 )
 from qlora_service.errors import InvalidRequest
+from qlora_service.store.inference import LoadedBase
 from tests.workspace import ROOT
 from workers.inference import MAX_IN_LINE, ClientGone, Desk, serve
+from workers.supervisor_line import ChatTurn
 
 FINISHED = Finished(reason="stop", prompt_tokens=1, completion_tokens=1)
 Generate = Callable[[GenerationRequest, Callable[[str], None]], Finished]
@@ -63,11 +65,11 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def desk(path: Path) -> Iterator[Desk]:
-    # Its threads wait for connections and for the supervisor until the process ends; here the former only.
     desk = Desk(listen(path))
-    threading.Thread(target=desk._accept, daemon=True).start()
+    desk.open()
     yield desk
     desk.leave(Leaving("the test is over"))
+    desk.close()
 
 
 @pytest.fixture
@@ -262,24 +264,39 @@ def test_what_is_no_request_is_hung_up_on(path: Path, desk: Desk, sent: bytes) -
 
 
 def test_a_base_that_cannot_be_loaded_is_told_to_who_waits_and_ends_the_process(path: Path, tmp_path: Path) -> None:
-    with listen(path) as listener:
+    ours, theirs = socket.socketpair()
+    with ours, listen(path) as listener:
         waiting = Visit(path)
         process = subprocess.Popen(
-            [sys.executable, "-m", "workers.inference", "nobody", "{}", "cpu", str(listener.fileno())],
+            [sys.executable, "-m", "workers.trainer", "cpu"],
             cwd=ROOT,
             env=os.environ | {"QLORA_DATA_DIR": str(tmp_path / "data")},
-            stdin=subprocess.PIPE,
+            stdin=theirs.fileno(),
             stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[listener.fileno()],
         )
-    (told,) = waiting.answers()
-    waiting.leave()
+        theirs.close()
+        ChatTurn(LoadedBase("nobody", "{}"), listener, tmp_path / "inference.log").send(ours)
+        listener.close()
+        (told,) = waiting.answers()
+        waiting.leave()
+        assert told.error is not None
+        assert told.error["code"] == "invalid_model"
+        assert process.wait(10) == 0
+    assert "base_not_loaded" in (tmp_path / "inference.log").read_text()
+
+
+def test_a_desk_that_closes_refuses_who_comes_and_tells_who_was_at_the_door(path: Path) -> None:
+    desk = Desk(listen(path))
+    at_the_door = Visit(path)
+    desk.leave(Leaving("room is made"))
+    desk.open()
+    desk.close()
+    (told,) = at_the_door.answers()
     assert told.error is not None
-    assert told.error["code"] == "invalid_model"
-    assert process.wait(10) == 0
-    assert process.stdin is not None
-    process.stdin.close()
+    assert told.error["code"] == "leaving"
+    at_the_door.leave()
+    with socket.socket(socket.AF_UNIX) as late, address(path) as name, pytest.raises(ConnectionRefusedError):
+        late.connect(name)
 
 
 def test_the_socket_is_its_owners_alone_however_deep_it_lies(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.chat.wire import AdapterRef, ContextTooLong, Finished, GenerationRequest, Sampling
 from qlora_service.errors import InvalidRequest, QLoRAError
 from qlora_service.models.catalog import BaseModel, Catalog
-from qlora_service.specs import IA3, PromptTuning, Quantization
+from qlora_service.specs import IA3, Lora, PrefixTuning, PromptTuning, Quantization
 from tests.published import ATTEMPT, peft_answer, publish_adapter
 from tests.tiny_model import MAX_POSITIONS
 from workers.inference_engine import KEPT_ADAPTERS, Engine
+from workers.warm_base import BaseHolder
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER_TOKENS = 24
@@ -32,10 +33,10 @@ class House:
     store: ArtifactStore
     directory: Path
 
-    def engine(self) -> Engine:
+    def engine(self, bases: BaseHolder | None = None) -> Engine:
         scratch = self.directory / "scratch"
         scratch.mkdir(exist_ok=True)
-        return Engine(self.base, Quantization(), self.store, scratch, needs_gpu=False)
+        return Engine(self.base, Quantization(), self.store, scratch, bases or BaseHolder(), needs_gpu=False)
 
     def publish(self, job_id: str, seed: int = 0, **options: Any) -> Path:
         return publish_adapter(self.store, self.base, job_id, self.directory / job_id, seed=seed, **options)
@@ -98,6 +99,28 @@ def test_an_adapter_that_cannot_share_the_base_is_attached_alone(house: House, e
     assert answer(engine) == base
     assert answer(engine, JOBS[0]) == tuned
     assert scaled not in (base, tuned)
+
+
+CHATTED_WITH: dict[str, Any] = {
+    "lora": None,
+    "ia3": IA3(method="ia3"),
+    "prefix": PrefixTuning(method="prefix_tuning", num_virtual_tokens=4),
+    "tokens": Lora(r=4, trainable_token_indices=[3]),
+}
+
+
+@pytest.mark.parametrize("kind", CHATTED_WITH)
+def test_chats_leave_the_base_as_it_was_loaded(house: House, kind: str) -> None:
+    job_id, bases = f"job_shared_{kind}", BaseHolder()
+    house.publish(job_id, adapter=CHATTED_WITH[kind], noise=3.0)
+    said = []
+    for source in ("quantized", "warm", "warm"):
+        with house.engine(bases) as engine:
+            assert engine.base_source == source
+            said.append((answer(engine), answer(engine, job_id), answer(engine)))
+        assert bases.settle()
+    assert said[0] == said[1] == said[2]
+    assert said[0][0] == said[0][2] != said[0][1]
 
 
 def test_the_usage_counts_tokens_and_the_length_ends_an_answer(engine: Engine) -> None:

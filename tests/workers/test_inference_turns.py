@@ -13,13 +13,14 @@ import pytest
 
 from qlora_service.chat.wire import Status
 from qlora_service.jobs import StopRequest
+from qlora_service.models.catalog import Catalog
 from qlora_service.queue import Claim, Progress, Queue
 from qlora_service.store import inference
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import get_job
 from tests.control_plane import add_job, database
 from tests.speaking_desk import TINY
-from tests.workspace import Workspace, processes_on
+from tests.workspace import Workspace, chatting_on
 from workers.inference_turns import DRAIN_SHARE, PRESSED_S, UNANSWERED_S, ChatRules, ChatTurns, Stay, Verdict
 
 __all__ = ["database"]
@@ -137,9 +138,7 @@ def test_a_process_without_progress_is_ended() -> None:
 @pytest.fixture
 def turns(database: Database, tmp_path: Path) -> ChatTurns:
     """Chats that may interrupt jobs."""
-    return ChatTurns(
-        database, PREEMPTS, slot="cpu-0", device="cpu", environment={}, socket_dir=tmp_path, log_dir=tmp_path
-    )
+    return ChatTurns(database, PREEMPTS, slot="cpu-0", catalog=Catalog(tmp_path / "models"), socket_dir=tmp_path)
 
 
 def is_asked_to_make_way(database: Database, claim: Claim) -> bool:
@@ -201,8 +200,7 @@ class House:
         self._database.close()
 
     def processes(self) -> list[int]:
-        running = processes_on(self.workspace.settings.data_dir)
-        return [pid for pid, command in running.items() if "workers.inference" in command]
+        return chatting_on(self.workspace.settings.data_dir)
 
     def until(self, condition: Callable[[], object], limit_s: float = 20.0, *, asking: bool = False) -> None:
         deadline = time.monotonic() + limit_s

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
+from api.main import create_app
+from qlora_service.chat import reception
 from qlora_service.chat.wire import AdapterRef, Sampling
 from qlora_service.queue import Progress, Queue
 from qlora_service.settings import Settings
-from tests.api.conftest import Server
+from tests.api.conftest import URL, Server, spec_of
 from tests.speaking_desk import BROKEN_OFF, ENDLESS, TOO_LONG, SpeakingDesk
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -209,6 +213,20 @@ def test_while_a_job_has_the_slot_chats_are_refused_with_its_eta(
     error = response.json()["error"]
     assert job_id in error["message"]
     assert (error["details"]["job_id"], error["details"]["eta_s"]) == (job_id, 42.4)
+
+
+def test_where_jobs_make_way_a_chat_waits_for_that(
+    settings: Settings, dataset_id: str, queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception, "BEHIND_JOB_S", 0.0)
+    preempting = settings.model_copy(update={"chat_preempts": True})
+    with TestClient(create_app(preempting), URL) as client, ThreadPoolExecutor(1) as pool:
+        assert client.post("/jobs", json=spec_of(dataset_id)).status_code == 201
+        assert queue.claim("worker") is not None
+        asking = pool.submit(client.post, CHAT, json=asked())
+        time.sleep(1)
+        with SpeakingDesk(settings.resolved_database_url, tmp_path / "inference"):
+            assert asking.result(30).status_code == 200
 
 
 def test_an_answer_that_is_broken_off_ends_with_an_error(client: TestClient, desk: SpeakingDesk) -> None:

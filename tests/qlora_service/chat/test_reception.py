@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -72,13 +72,14 @@ def test_a_socket_that_nobody_listens_on_is_forgotten(
 
 
 def test_a_process_that_makes_room_before_it_begins_is_asked_nothing_more(database: Database, tmp_path: Path) -> None:
-    with SpeakingDesk(database.url, tmp_path / "first") as leaving:
+    with ExitStack() as stack:
+        leaving = stack.enter_context(SpeakingDesk(database.url, tmp_path / "first"))
         leaving._desk.leave(Leaving("room is made"))
 
         async def ask() -> list[Answer]:
             asking = asyncio.create_task(asyncio.to_thread(answers, database))
             await asyncio.sleep(0.5)
-            leaving.__exit__(None, None, None)
+            stack.close()
             with SpeakingDesk(database.url, tmp_path / "second"):
                 return await asking
 

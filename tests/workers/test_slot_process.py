@@ -1,4 +1,4 @@
-"""Trainers that stay with their base, under a real worker."""
+"""Trainers that stay with their base, for jobs and for chats, under a real worker."""
 
 from __future__ import annotations
 
@@ -11,8 +11,20 @@ from pathlib import Path
 
 import pytest
 
+from qlora_service.chat.wire import AdapterRef, GenerationRequest, Sampling
 from qlora_service.jobs import JobStatus
-from tests.workspace import Workspace, all_trainers_of, job_spec, trainers, waiting_trainers_of
+from qlora_service.specs import Quantization
+from qlora_service.store.inference import LoadedBase
+from tests.speaking_desk import TINY
+from tests.workspace import (
+    Workspace,
+    all_trainers_of,
+    chat,
+    chatting_on,
+    job_spec,
+    trainers,
+    waiting_trainers_of,
+)
 
 
 @pytest.fixture
@@ -59,6 +71,37 @@ def test_next_job_on_the_base_has_the_same_process_and_one_on_another_does_not(w
         assert base_of(workspace, other) == "unquantized"
         assert waiting(worker) != pid
         assert pid not in trainers()
+
+
+def test_jobs_and_chats_share_the_base_that_is_loaded(workspace: Workspace) -> None:
+    spec, data_dir = job_spec(), workspace.settings.data_dir
+    question = [{"role": "user", "content": "Say 3"}]
+    greedy = Sampling(max_tokens=16, temperature=0.0)
+    with workspace.worker(QLORA_CHAT_IDLE_S="2") as worker:
+        cold = workspace.submit_spec(spec)
+        assert base_of(workspace, cold) == "quantized"
+        pid = waiting(worker)
+        tuned = GenerationRequest(adapter=AdapterRef(job_id=cold, attempt=1), messages=question, sampling=greedy)
+        said = [chat(workspace, TINY, asked)[0] for asked in (tuned, tuned.model_copy(update={"adapter": None}), tuned)]
+        assert said[0] == said[2] != said[1]
+        assert chatting_on(data_dir) == [pid]
+        warm = workspace.submit_spec(spec)
+        assert base_of(workspace, warm) == "warm"
+        assert waiting(worker) == pid
+        assert workspace.adapter_sha256(warm) == workspace.adapter_sha256(cold)
+        # A chat with another base has a process of its own, where the next job finds that base.
+        other = LoadedBase("tiny", Quantization(type="none").model_dump_json())
+        plain = GenerationRequest(text="once", sampling=Sampling(max_tokens=1))
+        chat(workspace, other, plain)
+        (second,) = chatting_on(data_dir)
+        assert second != pid
+        assert pid not in trainers()
+        assert base_of(workspace, workspace.submit_spec(spec | {"quantization": {"type": "none"}})) == "warm"
+        assert waiting(worker) == second
+        # When nobody chats any more the card is given back.
+        chat(workspace, other, plain)
+        assert chatting_on(data_dir) == [second]
+        assert until(lambda: not all_trainers_of(worker.pid))
 
 
 def test_trainer_that_waits_may_die_and_goes_when_nobody_needs_it(workspace: Workspace) -> None:
