@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from peft import PeftModel
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics.bleu import BLEU
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qlora_service.errors import InvalidSpec
@@ -156,6 +154,10 @@ def score(pairs: Sequence[tuple[str, str]]) -> Scores | None:
     """
     if not pairs:
         return None
+    # Where they are needed: with nltk they would be a twentieth of every trainer's start.
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
+
     answers, references = ([text.strip() for text in side] for side in zip(*pairs, strict=True))
     scorer = RougeScorer(list(ROUGE), tokenizer=_Words())
     rouge = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]

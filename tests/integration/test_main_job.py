@@ -23,7 +23,7 @@ CACHE = ROOT / ".cache"
 SPEC = {
     "base_model": MODEL,
     "name": "orders",
-    "validation": {"fraction": 0.15},
+    "validation": {"fraction": 0.15, "max_rows": 5},
     "training": {
         "max_steps": 8,
         "batch_size": 4,

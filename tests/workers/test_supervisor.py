@@ -333,7 +333,7 @@ def test_a_job_whose_base_changed_since_it_was_posted_is_failed(workspace: Works
 
 def test_an_attempt_that_cannot_be_started_is_failed_and_the_slot_goes_on(workspace: Workspace) -> None:
     logs = workspace.settings.data_dir / "logs"
-    with workspace.worker():
+    with workspace.worker(QLORA_MAX_DEATHS="1"):
         while not logs.is_dir():
             time.sleep(0.05)
         logs.rmdir()
