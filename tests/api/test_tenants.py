@@ -74,6 +74,12 @@ class Tenant:
         return str(self.http.get(f"/v1/fine_tuning/jobs/{self.finished_job}").json()["fine_tuned_model"])
 
     @cached_property
+    def results(self) -> str:
+        """The file with the metrics of the finished job."""
+        (results,) = self.http.get(f"/v1/fine_tuning/jobs/{self.finished_job}").json()["result_files"]
+        return str(results)
+
+    @cached_property
     def file(self) -> str:
         files = {"file": ("other.jsonl", self._rows + chat_rows(1))}
         return self.made("/v1/files", files=files, data={"purpose": "fine-tune"})
@@ -238,15 +244,31 @@ def test_what_another_project_has_is_answered_as_if_it_were_not_there(
         kinds = [name for name in re.findall(r"\{(\w+)\}", path) if name not in OWNERLESS]
         assert kinds, f"{path} names nothing that has an owner"
         assert set(kinds) <= OWNED.keys(), f"{path}: OWNED has no rule for what it names"
-        foreign = {kind: OWNED[kind](theirs) for kind in kinds}
-        absent = {kind: missing(id_) for kind, id_ in foreign.items()}
-        answered = mine.http.request(method, **request_to(document, method, path, foreign))
-        expected = mine.http.request(method, **request_to(document, method, path, absent))
-        assert answered.status_code == 404, (method, path, answered.text)
-        assert refusal(answered, *foreign.values()) == refusal(expected, *absent.values()), (method, path)
-        assert dict(answered.headers).keys() == dict(expected.headers).keys()
+        assert_is_not_there(document, mine, method, path, {kind: OWNED[kind](theirs) for kind in kinds})
         checked.add((method, path))
     assert len(checked) > 30
+
+
+def test_results_of_another_projects_job_are_not_there_either(
+    document: dict[str, Any], mine: Tenant, theirs: Tenant
+) -> None:
+    asked = [(method, path) for method, path in operations(document, "get", "delete") if "{file_id}" in path]
+    assert len(asked) >= 3
+    for method, path in asked:
+        assert_is_not_there(document, mine, method, path, {"file_id": theirs.results})
+    assert theirs.http.get(f"/v1/files/{theirs.results}").status_code == 200
+
+
+def assert_is_not_there(
+    document: dict[str, Any], asker: Tenant, method: str, path: str, foreign: dict[str, str]
+) -> None:
+    """The answer to a request that names these ids is the one to ids that nothing has."""
+    absent = {kind: missing(id_) for kind, id_ in foreign.items()}
+    answered = asker.http.request(method, **request_to(document, method, path, foreign))
+    expected = asker.http.request(method, **request_to(document, method, path, absent))
+    assert answered.status_code == 404, (method, path, answered.text)
+    assert refusal(answered, *foreign.values()) == refusal(expected, *absent.values()), (method, path)
+    assert dict(answered.headers).keys() == dict(expected.headers).keys()
 
 
 def test_owner_finds_all_of_it(api: RunningApi, document: dict[str, Any]) -> None:
