@@ -32,7 +32,8 @@ class Workspace:
     """Service calls in this process, workers in others, all on one data directory."""
 
     def __init__(self, data_dir: Path, model: Path) -> None:
-        self.settings = Settings(data_dir=data_dir, lease_s=3.0, heartbeat_s=0.5)
+        # No lease of this length lapses by chance, however slow the machine is: what is lost is found by other signs.
+        self.settings = Settings(data_dir=data_dir, lease_s=600.0, heartbeat_s=0.5)
         self.catalog = Catalog(self.settings.models_dir)
         self.catalog.import_model("tiny", model)
         self.service: Service = open_service(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from pathlib import Path
 
 
@@ -17,6 +19,8 @@ class Ballast:
     def reserve(self, size_bytes: int) -> None:
         """Hold so many bytes, whatever was held before.
 
+        The room is looked for first: to find out by taking all there is would leave others none meanwhile.
+
         Raises:
             OSError: ENOSPC, there is not so much room; nothing is held then.
         """
@@ -25,6 +29,8 @@ class Ballast:
         if size_bytes <= 0:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        if size_bytes > shutil.disk_usage(self._path.parent).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         with self._path.open("wb") as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, size_bytes)

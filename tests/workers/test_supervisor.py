@@ -189,7 +189,7 @@ def test_no_more_of_a_projects_jobs_run_than_may(workspace: Workspace) -> None:
 
 def test_a_killed_worker_takes_its_trainer_along_and_the_next_worker_goes_on_at_once(workspace: Workspace) -> None:
     job_id = workspace.submit(max_steps=40)
-    with workspace.worker(QLORA_CHECKPOINT_S="0", QLORA_LEASE_S="600") as worker:
+    with workspace.worker(QLORA_CHECKPOINT_S="0") as worker:
         workspace.wait(job_id, lambda job: job.checkpoint_step >= 3)
         worker.kill()
         worker.wait()
@@ -206,10 +206,10 @@ def test_a_killed_worker_takes_its_trainer_along_and_the_next_worker_goes_on_at_
 
 def test_a_second_worker_waits_for_the_slot(workspace: Workspace) -> None:
     first_job, second_job = workspace.submit(**ENDLESS), workspace.submit(**ENDLESS)
-    with workspace.worker(QLORA_LEASE_S="60") as first:
+    with workspace.worker() as first:
         workspace.wait(first_job, lambda job: job.step >= 1)
         trainers = trainer_pids(first_job)
-        with workspace.worker(QLORA_LEASE_S="60"):
+        with workspace.worker():
             time.sleep(3)
             assert workspace.service.get_job(second_job).status is JobStatus.QUEUED
             assert trainer_pids(first_job) == trainers
@@ -243,7 +243,7 @@ def standing_still(workspace: Workspace, job_id: str) -> Iterator[int]:
 
 def test_a_trainer_that_stands_still_past_its_lease_is_followed_by_another(workspace: Workspace) -> None:
     job_id = workspace.submit(**ENDLESS)
-    with workspace.worker():
+    with workspace.worker(QLORA_LEASE_S="3"):
         workspace.wait(job_id, lambda job: job.step >= 1)
         with standing_still(workspace, job_id) as frozen:
             workspace.wait(job_id, lambda job: job.attempt == 2, limit_s=25)
@@ -271,7 +271,7 @@ def test_a_slot_is_taken_over_from_a_dead_worker_once_its_trainer_that_stands_st
 def test_a_trainer_that_ends_well_without_an_outcome_has_died(workspace: Workspace, tmp_path: Path) -> None:
     leaving = "import os, sys\nif 'workers.trainer' in sys.orig_argv:\n    os._exit(0)\n"
     (tmp_path / "sitecustomize.py").write_text(leaving)
-    with workspace.worker(PYTHONPATH=str(tmp_path), QLORA_LEASE_S="600"):
+    with workspace.worker(PYTHONPATH=str(tmp_path)):
         job = workspace.wait(workspace.submit(), lambda job: job.status.terminal, limit_s=30)
     assert job.status is JobStatus.FAILED
     assert [death["exit_code"] for death in job.deaths] == [0, 0, 0]
@@ -286,7 +286,7 @@ def test_a_trainer_killed_while_the_kernel_counted_one_ran_out_of_the_hosts_memo
         f"import pathlib, workers.host_memory as host; host.VMSTAT = pathlib.Path({str(counter)!r}); "
         "from workers.__main__ import main; main()"
     )
-    environment = os.environ | {"QLORA_DATA_DIR": str(workspace.settings.data_dir), "QLORA_LEASE_S": "60"}
+    environment = os.environ | {"QLORA_DATA_DIR": str(workspace.settings.data_dir)}
     job_id, reasons = workspace.submit(**ENDLESS), list[str]()
     worker = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     try:
@@ -372,7 +372,7 @@ def test_one_slot_per_gpu_and_at_least_one() -> None:
 
 def test_a_trainer_that_hangs_is_killed_when_its_job_is_cancelled(workspace: Workspace) -> None:
     job_id = workspace.submit(**ENDLESS)
-    with workspace.worker(QLORA_CANCEL_GRACE_S="1", QLORA_LEASE_S="60"):
+    with workspace.worker(QLORA_CANCEL_GRACE_S="1"):
         workspace.wait(job_id, lambda job: job.step >= 1)
         with standing_still(workspace, job_id):
             workspace.service.cancel(job_id)
@@ -383,7 +383,7 @@ def test_a_trainer_that_hangs_is_killed_when_its_job_is_cancelled(workspace: Wor
 
 def test_a_trainer_that_hangs_does_not_hold_up_the_workers_stop(workspace: Workspace) -> None:
     job_id = workspace.submit(**ENDLESS)
-    with workspace.worker(QLORA_LEASE_S="60") as worker:
+    with workspace.worker() as worker:
         workspace.wait(job_id, lambda job: job.step >= 1)
         with standing_still(workspace, job_id):
             worker.send_signal(signal.SIGTERM)
