@@ -23,7 +23,7 @@ def importing_torch() -> Iterator[None]:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     with collecting_nothing():
         yield
-    gc.freeze()
+        gc.freeze()  # before the next collection, which would look through all of it
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class PostgresServer:
 
     def create(self, name: str, template: str = "template1") -> str:
         """The URL of a new database that is a copy of `template`."""
-        self.admin(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        self.admin(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY file_copy')  # by far the fastest
         return self.url(name)
 
     def drop(self, name: str) -> None:

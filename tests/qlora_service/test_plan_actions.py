@@ -17,7 +17,7 @@ from qlora_service.planning.planner import UNKNOWN, Planner
 from qlora_service.queue import Queue
 from qlora_service.service import Service
 from qlora_service.specs import JobSpec, parse_spec
-from qlora_service.store.database import Database
+from tests.control_plane import sqlite_database
 from tests.planning_models import MODELS
 from tests.running_api import ROWS, write_rows
 
@@ -35,8 +35,7 @@ def simulations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def on(tmp_path: Path, tiny_model: Path, simulations: Path) -> Iterator[Open]:
     """The service, its jobs being planned for that device."""
-    database = Database(f"sqlite:///{tmp_path / 'state.db'}")
-    database.migrate()
+    database = sqlite_database(tmp_path)
     catalog = Catalog(tmp_path / "models")
     catalog.import_model("tiny", tiny_model)
 

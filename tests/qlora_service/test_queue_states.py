@@ -15,9 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from qlora_service.errors import ClaimLost, Conflict
 from qlora_service.jobs import TRANSITIONS, HoldReason, Job, JobEvent, JobStatus, StopRequest
 from qlora_service.queue import Claim, Progress, Queue
-from qlora_service.store.database import Database
 from qlora_service.store.jobs import events_after, get_job
-from tests.control_plane import LEASE_S, SteppedClock, add_job
+from tests.control_plane import LEASE_S, SteppedClock, add_job, sqlite_database
 from tests.qlora_service.test_queue import ask, job_of
 
 MAX_DEATHS = 3
@@ -47,8 +46,7 @@ class QueueStates(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self._directory = tempfile.TemporaryDirectory()
-        self.database = Database(f"sqlite:///{Path(self._directory.name) / 'state.db'}")
-        self.database.migrate()
+        self.database = sqlite_database(Path(self._directory.name))
         self.clock = SteppedClock()
         self.queue = Queue(
             self.database,

@@ -31,6 +31,14 @@ def workspace(tmp_path: Path, tiny_model: Path) -> Workspace:
     return Workspace(tmp_path / "data", tiny_model)
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Workspace]:
+    """A workspace with a worker, for the tests that leave both as they were: a trainer may wait for the next one."""
+    workspace = Workspace(tmp_path_factory.mktemp("served") / "data", tiny_model)
+    with workspace.worker(QLORA_CHECKPOINT_S="0"):
+        yield workspace
+
+
 @pytest.mark.parametrize("module", ["workers.supervisor", "workers.__main__"])
 def test_the_supervisor_imports_no_torch(module: str) -> None:
     code = (
@@ -45,58 +53,55 @@ def adapter_sha256(workspace: Workspace, job_id: str) -> str:
     return workspace.service.artifact(job_id, "adapter_model.safetensors").file.sha256
 
 
-def test_a_killed_trainer_is_followed_at_once_by_one_that_goes_on_to_the_same_adapter(workspace: Workspace) -> None:
-    undisturbed, killed = workspace.submit(max_steps=12), workspace.submit(max_steps=12)
-    with workspace.worker(QLORA_CHECKPOINT_S="0"):
-        workspace.wait_for_end(undisturbed)
-        workspace.wait(killed, lambda job: job.checkpoint_step >= 3)
-        (pid,) = trainer_pids(killed)
-        os.kill(pid, signal.SIGKILL)
-        killed_at = time.monotonic()
-        while not (set(trainer_pids(killed)) - {pid}):
-            assert time.monotonic() - killed_at < 3
-            time.sleep(0.02)
-        job = workspace.wait_for_end(killed)
+def test_a_killed_trainer_is_followed_at_once_by_one_that_goes_on_to_the_same_adapter(served: Workspace) -> None:
+    undisturbed, killed = served.submit(max_steps=12), served.submit(max_steps=12)
+    served.wait_for_end(undisturbed)
+    served.wait(killed, lambda job: job.checkpoint_step >= 3)
+    (pid,) = trainer_pids(killed)
+    os.kill(pid, signal.SIGKILL)
+    killed_at = time.monotonic()
+    while not (set(trainer_pids(killed)) - {pid}):
+        assert time.monotonic() - killed_at < 3
+        time.sleep(0.02)
+    job = served.wait_for_end(killed)
     assert (job.status, job.attempt) == (JobStatus.SUCCEEDED, 2)
-    assert adapter_sha256(workspace, killed) == adapter_sha256(workspace, undisturbed)
-    assert workspace.service.manifest(killed).plan == workspace.service.manifest(undisturbed).plan
-    resumed = [event.data for event in workspace.service.job_events(killed) if "resumed_from_step" in event.data]
+    assert adapter_sha256(served, killed) == adapter_sha256(served, undisturbed)
+    assert served.service.manifest(killed).plan == served.service.manifest(undisturbed).plan
+    resumed = [event.data for event in served.service.job_events(killed) if "resumed_from_step" in event.data]
     assert resumed[0]["resumed_from_step"] >= 3
     # The published metrics are whole: every step once.
-    published = [json.loads(line) for line in workspace.artifact(killed, "metrics.jsonl").splitlines()]
+    published = [json.loads(line) for line in served.artifact(killed, "metrics.jsonl").splitlines()]
     assert [record["step"] for record in published if "loss" in record] == list(range(1, 13))
     # Nothing is left of what the job needed while it ran.
-    assert list(workspace.settings.tmp_dir.iterdir()) == []
-    assert list(workspace.settings.checkpoint_dir.iterdir()) == []
+    assert list(served.settings.tmp_dir.iterdir()) == []
+    assert list(served.settings.checkpoint_dir.iterdir()) == []
 
 
-def test_a_job_whose_trainers_keep_dying_is_failed_with_every_cause_and_the_next_one_runs(workspace: Workspace) -> None:
-    poison, next_job = workspace.submit(**ENDLESS), workspace.submit()
+def test_a_job_whose_trainers_keep_dying_is_failed_with_every_cause_and_the_next_one_runs(served: Workspace) -> None:
+    poison, next_job = served.submit(**ENDLESS), served.submit()
     seen: set[int] = set()
-    with workspace.worker():
-        while not (job := workspace.service.get_job(poison)).status.terminal:
-            for pid in set(trainer_pids(poison)) - seen:
-                seen.add(pid)
-                os.kill(pid, signal.SIGKILL)
-            time.sleep(0.05)
-        assert job.status is JobStatus.FAILED
-        assert job.error is not None
-        assert job.error["details"]["reason"] == FailureReason.TRAINER_DIED
-        assert [death["signal"] for death in job.error["details"]["deaths"]] == ["SIGKILL"] * 3
-        assert job.error["message"].count("killed by SIGKILL") == 3
-        assert len(seen) == 3
-        assert workspace.wait_for_end(next_job).status is JobStatus.SUCCEEDED
+    while not (job := served.service.get_job(poison)).status.terminal:
+        for pid in set(trainer_pids(poison)) - seen:
+            seen.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    assert job.status is JobStatus.FAILED
+    assert job.error is not None
+    assert job.error["details"]["reason"] == FailureReason.TRAINER_DIED
+    assert [death["signal"] for death in job.error["details"]["deaths"]] == ["SIGKILL"] * 3
+    assert job.error["message"].count("killed by SIGKILL") == 3
+    assert len(seen) == 3
+    assert served.wait_for_end(next_job).status is JobStatus.SUCCEEDED
 
 
-def test_cancel_stops_a_running_job_at_the_next_step(workspace: Workspace) -> None:
-    job_id = workspace.submit(**ENDLESS)
-    with workspace.worker():
-        workspace.wait(job_id, lambda job: job.step >= 1)
-        workspace.service.cancel(job_id)
-        asked_at = time.monotonic()
-        assert workspace.wait_for_end(job_id).status is JobStatus.CANCELLED
-        assert time.monotonic() - asked_at < 10  # long before the grace period's end
-        assert no_trainer_within(job_id, 5)
+def test_cancel_stops_a_running_job_at_the_next_step(served: Workspace) -> None:
+    job_id = served.submit(**ENDLESS)
+    served.wait(job_id, lambda job: job.step >= 1)
+    served.service.cancel(job_id)
+    asked_at = time.monotonic()
+    assert served.wait_for_end(job_id).status is JobStatus.CANCELLED
+    assert time.monotonic() - asked_at < 10  # long before the grace period's end
+    assert no_trainer_within(job_id, 5)
 
 
 # Another thread takes the signal, as when it comes just before the main thread begins to wait: nothing wakes that.
@@ -143,33 +148,31 @@ def test_a_stopped_worker_loses_no_completed_step(workspace: Workspace) -> None:
     assert metrics == list(range(1, 61))
 
 
-def test_a_paused_job_waits_and_goes_on_where_it_was(workspace: Workspace) -> None:
-    job_id = workspace.submit(max_steps=200)
-    with workspace.worker():
-        workspace.wait(job_id, lambda job: job.step >= 2)
-        workspace.service.pause(job_id)
-        job = workspace.wait(job_id, lambda job: job.status is JobStatus.PAUSED, limit_s=15)
-        assert job.checkpoint_step >= 2
-        assert no_trainer_within(job_id, 5)
-        other = workspace.submit()
-        assert workspace.wait_for_end(other).status is JobStatus.SUCCEEDED
-        workspace.service.resume(job_id)
-        resumed = workspace.wait(job_id, lambda later: later.step > job.checkpoint_step)
-        assert resumed.attempt == 2
-        workspace.service.cancel(job_id)
-        workspace.wait_for_end(job_id)
+def test_a_paused_job_waits_and_goes_on_where_it_was(served: Workspace) -> None:
+    job_id = served.submit(max_steps=200)
+    served.wait(job_id, lambda job: job.step >= 2)
+    served.service.pause(job_id)
+    job = served.wait(job_id, lambda job: job.status is JobStatus.PAUSED, limit_s=15)
+    assert job.checkpoint_step >= 2
+    assert no_trainer_within(job_id, 5)
+    other = served.submit()
+    assert served.wait_for_end(other).status is JobStatus.SUCCEEDED
+    served.service.resume(job_id)
+    resumed = served.wait(job_id, lambda later: later.step > job.checkpoint_step)
+    assert resumed.attempt == 2
+    served.service.cancel(job_id)
+    served.wait_for_end(job_id)
 
 
-def test_a_more_urgent_job_takes_the_slot_and_the_other_goes_on_afterwards(workspace: Workspace) -> None:
-    patient = workspace.submit(max_steps=60)
-    with workspace.worker():
-        workspace.wait(patient, lambda job: job.step >= 2)
-        urgent = workspace.submit(priority=5)
-        assert workspace.wait_for_end(urgent).status is JobStatus.SUCCEEDED
-        job = workspace.service.get_job(patient)
-        assert not job.status.terminal
-        assert job.checkpoint_step >= 2
-        job = workspace.wait_for_end(patient)
+def test_a_more_urgent_job_takes_the_slot_and_the_other_goes_on_afterwards(served: Workspace) -> None:
+    patient = served.submit(max_steps=60)
+    served.wait(patient, lambda job: job.step >= 2)
+    urgent = served.submit(priority=5)
+    assert served.wait_for_end(urgent).status is JobStatus.SUCCEEDED
+    job = served.service.get_job(patient)
+    assert not job.status.terminal
+    assert job.checkpoint_step >= 2
+    job = served.wait_for_end(patient)
     assert (job.status, job.attempt, job.deaths) == (JobStatus.SUCCEEDED, 2, [])
 
 

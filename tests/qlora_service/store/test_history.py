@@ -10,7 +10,7 @@ from qlora_service.queue import Progress, Queue
 from qlora_service.store.database import Database
 from qlora_service.store.history import measured_anywhere, measured_on
 from qlora_service.store.tables import jobs
-from tests.control_plane import SteppedClock, add_job, claim_next, clock, each_database, queue
+from tests.control_plane import SteppedClock, add_job, claim_next, clock, each_database, queue, sqlite_database
 
 __all__ = ["clock", "each_database", "queue"]
 
@@ -58,8 +58,7 @@ def test_history_is_of_succeeded_jobs_of_every_project_newest_first(
 
 
 def test_history_is_found_without_a_look_at_every_job(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path / 'state.db'}")
-    database.migrate()
+    database = sqlite_database(tmp_path)
     asked: list[tuple[str, Any]] = []
     with closing(database), database.read() as connection:
         sa.event.listen(connection, "before_cursor_execute", lambda *args: asked.append(args[2:4]))
