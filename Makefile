@@ -22,8 +22,8 @@ demo: install  ## The main job: train a small model on a small data set, downloa
 	$(BIN)/qlora demo
 
 # Bytecode is kept even where the environment says otherwise: tests start the same programs hundreds of times.
-test: install  ## Every test that needs no GPU; two files at a time
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: install  ## Every test that needs no GPU; three files at a time, for some wait
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 chaos: install  ## What jobs survive, in full size (an hour and more): make chaos ONLY=kills
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.chaos $(if $(ONLY),--only $(ONLY))

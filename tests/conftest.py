@@ -24,7 +24,7 @@ __all__ = ["postgres", "postgres_url", "tiny_model"]
 
 
 LONGEST = ("tests/chaos", "tests/integration", "tests/workers")
-"""Where tests take minutes, waiting for processes: they begin first, so that of two workers none is left with them."""
+"""Where tests take minutes, waiting for processes: they begin first, so that no worker is left alone with them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -95,13 +95,9 @@ class _Doom:
 def run(workspace: Workspace, kills: int, *, seed: int = 0) -> Survival:
     """Kills so many processes of a service on the workspace, and judges what is left when all its jobs have ended."""
     started = time.monotonic()
-    with workspace.worker(**WORKER):
-        reference = workspace.submit_spec(job_spec(max_steps=STEPS))
-        workspace.wait_for_end(reference)
-    import_s, _ = _phase_seconds(workspace, [reference])
     with RunningApi(workspace.settings.data_dir) as api:
-        havoc = _Havoc(workspace, api, kills, random.Random(seed), import_s)
-        posted = havoc.rage()
+        havoc = _Havoc(workspace, api, kills, random.Random(seed))
+        reference, posted = havoc.rage()
         stuck = _drain(workspace, posted)
         havoc.worker.send_signal(signal.SIGTERM)
         havoc.worker.wait(30)
@@ -137,8 +133,6 @@ class _Havoc:
     api: RunningApi
     budget: int
     chance: random.Random
-    import_s: float
-    """How long a trainer takes before it begins with its job"""
     kills: Counter[Victim] = field(default_factory=Counter)
     phases: Counter[str] = field(default_factory=Counter)
     respawn_s: list[float] = field(default_factory=list)
@@ -152,24 +146,29 @@ class _Havoc:
         self._api_end: float | None = None
         self._worker_end: float | None = None
         self._in_succession = False
+        self._import_s = 0.0  # how long a trainer takes before it begins with its job
 
-    def rage(self) -> list[str]:
-        """Kills until all kills are made; the ids of the jobs that were posted meanwhile."""
-        with ThreadPoolExecutor(1) as pool:
-            posting = pool.submit(self._post)
-            try:
-                while self._any_left():
-                    assert not posting.done(), posting.exception()
-                    self._tick(time.monotonic())
-                    time.sleep(TICK_S)
-            except BaseException:
-                self.worker.kill()
-                self.worker.wait()
-                raise
-            finally:
-                self._over.set()
-            posting.result()
-        return self._posted
+    def rage(self) -> tuple[str, list[str]]:
+        """Kills until all kills are made; the ids of a job before, undisturbed, and of those posted meanwhile."""
+        try:
+            undisturbed = self.workspace.submit_spec(job_spec(max_steps=STEPS))
+            self.workspace.wait_for_end(undisturbed)
+            self._import_s, _ = _phase_seconds(self.workspace, [undisturbed])
+            with ThreadPoolExecutor(1) as pool:
+                posting = pool.submit(self._post)
+                try:
+                    while self._any_left():
+                        assert not posting.done(), posting.exception()
+                        self._tick(time.monotonic())
+                        time.sleep(TICK_S)
+                finally:
+                    self._over.set()
+                posting.result()
+        except BaseException:
+            self.worker.kill()
+            self.worker.wait()
+            raise
+        return undisturbed, self._posted
 
     def _left(self, victim: Victim) -> bool:
         return self.kills[victim] < round(self.budget * SHARES[victim])
@@ -222,7 +221,7 @@ class _Havoc:
             return None
         victim = self.chance.choices(list(weights), list(weights.values()))[0]
         if self.chance.random() < 0.6:
-            return _Doom(victim, 0, 0, self.chance.uniform(0, self.import_s))
+            return _Doom(victim, 0, 0, self.chance.uniform(0, self._import_s))
         phase = self.chance.choice(LATER_PHASES)
         step = self.chance.randrange(STEPS) if PHASES[phase] == "training" else 0
         return _Doom(victim, phase, step, self.chance.uniform(0, 0.2))

@@ -97,7 +97,7 @@ def trained(client: openai.OpenAI, files: tuple[str, str]) -> FineTuningJob:
     )
     assert (job.status, job.hyperparameters.n_epochs) == ("queued", 12)
     deadline = time.monotonic() + 120
-    while not any(event.type == "metrics" for event in client.fine_tuning.jobs.list_events(job.id, limit=5)):
+    while not any('"train_loss"' in event.to_json() for event in client.fine_tuning.jobs.list_events(job.id, limit=5)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     client.fine_tuning.jobs.pause(job.id)
