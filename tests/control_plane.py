@@ -72,7 +72,7 @@ def clock() -> SteppedClock:
 
 
 def sqlite_database(directory: Path) -> Database:
-    """A migrated SQLite file in the directory, copied from one that is migrated once: that takes ten times as long."""
+    """A migrated SQLite file in the directory, copied from one that was migrated: that takes far longer."""
     path = directory / "state.db"
     path.write_bytes(_migrated())
     return Database(f"sqlite:///{path}")

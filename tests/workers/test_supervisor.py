@@ -50,10 +50,6 @@ def test_the_supervisor_imports_no_torch(module: str) -> None:
     assert result.stdout.strip() == "[]"
 
 
-def adapter_sha256(workspace: Workspace, job_id: str) -> str:
-    return workspace.service.artifact(job_id, "adapter_model.safetensors").file.sha256
-
-
 def test_a_killed_trainer_is_followed_at_once_by_one_that_goes_on_to_the_same_adapter(served: Workspace) -> None:
     undisturbed, killed = served.submit(max_steps=12), served.submit(max_steps=12)
     served.wait_for_end(undisturbed)
@@ -66,7 +62,7 @@ def test_a_killed_trainer_is_followed_at_once_by_one_that_goes_on_to_the_same_ad
         time.sleep(0.02)
     job = served.wait_for_end(killed)
     assert (job.status, job.attempt) == (JobStatus.SUCCEEDED, 2)
-    assert adapter_sha256(served, killed) == adapter_sha256(served, undisturbed)
+    assert served.adapter_sha256(killed) == served.adapter_sha256(undisturbed)
     assert served.service.manifest(killed).plan == served.service.manifest(undisturbed).plan
     resumed = [event.data for event in served.service.job_events(killed) if "resumed_from_step" in event.data]
     assert resumed[0]["resumed_from_step"] >= 3
@@ -143,7 +139,7 @@ def test_a_stopped_worker_loses_no_completed_step(workspace: Workspace) -> None:
     assert job.checkpoint_step == steps[-1] >= 5
     with workspace.worker():
         workspace.wait_for_end(stopped)
-    assert adapter_sha256(workspace, stopped) == adapter_sha256(workspace, undisturbed)
+    assert workspace.adapter_sha256(stopped) == workspace.adapter_sha256(undisturbed)
     metrics = [record["step"] for record in workspace.service.job_metrics(stopped) if "loss" in record]
     assert metrics == list(range(1, 61))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -47,3 +48,15 @@ def test_more_than_the_disk_has_is_an_error_and_nothing_is_held_but_what_is_want
     assert taken == []  # to fill the disk in order to find out would take the room from others
     assert not (tmp_path / "ballast").exists()
     assert ballast.wanted_bytes == wanted
+
+
+def test_room_that_others_take_meanwhile_is_an_error_and_nothing_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken_by_others(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", taken_by_others)
+    with pytest.raises(OSError, match="No space left"):
+        Ballast(tmp_path / "ballast").reserve(MIB)
+    assert not (tmp_path / "ballast").exists()
