@@ -215,7 +215,7 @@ def test_a_second_worker_waits_for_the_slot(workspace: Workspace) -> None:
             first.kill()
             first.wait()
             # Whichever is first in the queue: somebody runs again, on a slot that is free.
-            workspace.wait(first_job, lambda job: job.attempt == 2)
+            workspace.wait(first_job, lambda job: job.attempt == 2 and job.phase != "starting")
             assert len(trainer_pids(first_job) + trainer_pids(second_job)) == 1
 
 
