@@ -13,26 +13,31 @@ os.environ["QLORA_KEYS"] = "off"
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
 
 from tests.postgres import postgres, postgres_url
 from tests.tiny_model import tiny_model
+from tests.workspace import Workspace
 
 __all__ = ["postgres", "postgres_url", "tiny_model"]
 
 
-LONGEST = ("tests/chaos", "tests/integration", "tests/workers")
+LONGEST = ("tests/chaos/test_random_kills.py", "tests/chaos", "tests/integration", "tests/workers")
 """Where tests take minutes, waiting for processes: they begin first, so that no worker is left alone with them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    def rank(item: pytest.Item) -> int:
+        return next((rank for rank, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
+
+    items.sort(key=rank)
 
 
 def pytest_collection_finish() -> None:
-    # As trainers do once they have imported torch (`torch_process`): the libraries' two million objects stay, and to
+    # As trainers do once they have imported torch (`quick_start`): the libraries' two million objects stay, and to
     # look through them in each of the collections that jobs ask for would take longer than what is tested.
     gc.collect()
     gc.freeze()
@@ -43,3 +48,8 @@ def log_as_before() -> Iterator[None]:
     """What a test configures, such as an entry point run in this process, holds for that test alone."""
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, tiny_model: Path) -> Workspace:
+    return Workspace(tmp_path / "data", tiny_model)

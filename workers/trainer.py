@@ -40,13 +40,13 @@ from qlora_service.models.needed_base import NeededBase
 from qlora_service.models.quantized_cache import QuantizedCache
 from qlora_service.models.staging import reap_stale, staging_directory
 from qlora_service.queue import USER_HOLD, Claim, Queue
+from qlora_service.quick_start import end_process, importing_torch
 from qlora_service.settings import Settings
 from qlora_service.specs import Quantization
 from qlora_service.store.database import Database, persist
 from qlora_service.store.datasets import get_dataset
 from qlora_service.store.history import measured_on
 from qlora_service.store.jobs import get_job
-from qlora_service.torch_process import end_process, importing_torch
 from qlora_service.training.checkpoint_space import Ballast
 from workers import exit_codes
 from workers.claim_keeper import ClaimKeeper

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.pytorch_utils import Conv1D
 
 from qlora_service.errors import InvalidModel
+from qlora_service.quick_start import collecting_nothing
 from qlora_service.specs import Quantization
-from qlora_service.torch_process import collecting_nothing
 
 # Any few token ids will do: the same ones at load and at the certificate.
 FINGERPRINT_TOKENS = 32

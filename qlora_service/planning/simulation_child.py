@@ -11,8 +11,8 @@ import sys
 import warnings
 
 from qlora_service.planning.largest_step import largest_step
+from qlora_service.quick_start import end_process, importing_torch
 from qlora_service.specs import JobSpec
-from qlora_service.torch_process import end_process, importing_torch
 
 MEMORY_BYTES = 4 << 30
 

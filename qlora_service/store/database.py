@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 from sqlalchemy.engine import URL, Connection, Engine, make_url
+
+from qlora_service.store.migrations import HEAD
 
 BUSY_TIMEOUT_MS = 10_000
 """How long a write waits for another's lock; then it is an error."""
@@ -57,6 +57,12 @@ class Database:
 
     def migrate(self) -> None:
         """Bring the schema up to date; two processes may do so at once."""
+        if self._revision() == HEAD:
+            return
+        # Needed once for a release, while to import it would cost every start of every process 0.15 s.
+        from alembic import command
+        from alembic.config import Config
+
         config = Config()
         config.set_main_option("script_location", "qlora_service.store:migrations")
         config.set_main_option("path_separator", "os")
@@ -65,6 +71,14 @@ class Database:
                 _wait_for_other_migrations(connection)
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+    def _revision(self) -> str | None:
+        """The schema's, as Alembic left it; None of a database without one."""
+        with self.read() as connection:
+            if not sa.inspect(connection).has_table("alembic_version"):
+                return None
+            revision: str | None = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+            return revision
 
     def close(self) -> None:
         self._engine.dispose()

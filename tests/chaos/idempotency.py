@@ -65,7 +65,7 @@ class Storm:
     seconds: float
 
 
-def storm(data_dir: Path, *, keys: int, clients: int = 20, seed: int = 0, pause_s: float = 2.0) -> Storm:
+def storm(data_dir: Path, *, keys: int, clients: int = 20, seed: int = 0, pause_s: float = 1.0) -> Storm:
     """Posts one job per key from each of `clients` at once; the API dies after commits and every `pause_s` or so.
 
     The catalog under `data_dir` holds the model `tiny`.

@@ -49,11 +49,6 @@ from workers.trainer import as_failure
 from workers.warm_base import BaseHolder
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, tiny_model: Path) -> Workspace:
-    return Workspace(tmp_path / "data", tiny_model)
-
-
 def attempt(workspace: Workspace, job_id: str, token: int = 1) -> AttemptInputs:
     job = workspace.service.get_job(job_id)
     scratch = workspace.settings.tmp_dir / f"{job_id}-{token}"

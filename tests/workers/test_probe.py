@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,11 +22,6 @@ from workers.probe import timed_step
 
 CPU = torch.device("cpu")
 WORK = Work(rows=20, examples=40, steps=10, tokens=2000, evaluations=3, held_out_tokens=100, answers=0)
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, tiny_model: Path) -> Workspace:
-    return Workspace(tmp_path / "data", tiny_model)
 
 
 def question(workspace: Workspace, **parts: Any) -> TimeQuestion:

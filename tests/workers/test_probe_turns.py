@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,11 +23,6 @@ from tests.workspace import Workspace, job_spec, processes_on
 from workers.probe_turns import ProbeTurns
 
 LIMIT_S = 90.0
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, tiny_model: Path) -> Workspace:
-    return Workspace(tmp_path / "data", tiny_model)
 
 
 @pytest.fixture

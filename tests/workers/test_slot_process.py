@@ -7,9 +7,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-import pytest
 
 from qlora_service.chat.wire import AdapterRef, GenerationRequest, Sampling
 from qlora_service.jobs import JobStatus
@@ -25,11 +22,6 @@ from tests.workspace import (
     trainers,
     waiting_trainers_of,
 )
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, tiny_model: Path) -> Workspace:
-    return Workspace(tmp_path / "data", tiny_model)
 
 
 def waiting(worker: subprocess.Popen[bytes]) -> int:

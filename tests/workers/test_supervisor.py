@@ -27,11 +27,6 @@ from workers.supervisor import Slot, death
 ENDLESS = {"max_steps": 100_000}
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, tiny_model: Path) -> Workspace:
-    return Workspace(tmp_path / "data", tiny_model)
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Workspace]:
     """A workspace with a worker, for the tests that leave both as they were: a trainer may wait for the next one."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,11 +21,6 @@ from workers.warm_base import BaseHolder, BaseRequest
 
 JOBS = 50
 RSS_BOUND_BYTES = 8 * 2**20
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, tiny_model: Path) -> Workspace:
-    return Workspace(tmp_path / "data", tiny_model)
 
 
 class Stopper(AttemptRecorder):

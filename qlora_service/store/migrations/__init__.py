@@ -1,0 +1,4 @@
+"""How the schema came to be, for Alembic."""
+
+HEAD = "0005"
+"""The newest revision"""

@@ -14,12 +14,14 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError, StatementError
 
 from qlora_service.store import database as module
 from qlora_service.store.database import Database, is_full, is_outage, persist
 from qlora_service.store.jobs import get_job
+from qlora_service.store.migrations import HEAD
 from qlora_service.store.tables import LOCAL_PROJECT, datasets, events, jobs, metadata
 from tests.control_plane import START, add_job, run_together, stored_rows
 from tests.postgres import PostgresServer
@@ -72,10 +74,15 @@ def fails(action: Callable[[], Any]) -> SQLAlchemyError:
     return caught.value
 
 
-def downgrade(database: Database, revision: str) -> None:
+def alembic_config() -> Config:
     config = Config()
     config.set_main_option("script_location", "qlora_service.store:migrations")
     config.set_main_option("path_separator", "os")
+    return config
+
+
+def downgrade(database: Database, revision: str) -> None:
+    config = alembic_config()
     with database.write() as connection:
         config.attributes["connection"] = connection
         command.downgrade(config, revision)
@@ -114,6 +121,10 @@ def test_migrating_again_changes_nothing(database: Database) -> None:
     before = stored_rows(database)
     database.migrate()
     assert stored_rows(database) == before
+
+
+def test_newest_revision_is_the_one_that_is_named() -> None:
+    assert ScriptDirectory.from_config(alembic_config()).get_heads() == [HEAD]
 
 
 def test_schema_without_projects_and_back_keeps_every_row(database: Database) -> None:

@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.chaos.damaged_checkpoints import damage_many
+
+
+def test_no_damaged_checkpoint_is_loaded(tiny_model: Path, tmp_path: Path) -> None:
+    found = damage_many(tiny_model, tmp_path, 200)
+    assert (found.loaded, found.not_replaced) == ([], [])
+    assert len(found.kinds) >= 6
