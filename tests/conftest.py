@@ -36,11 +36,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
+# As trainers do when they import torch (`quick_start`): the libraries' two million objects stay, and to look through
+# them in each of the collections that jobs ask for would take longer than what is tested.
+gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    # As trainers do once they have imported torch (`quick_start`): the libraries' two million objects stay, and to
-    # look through them in each of the collections that jobs ask for would take longer than what is tested.
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
