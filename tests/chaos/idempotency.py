@@ -65,8 +65,8 @@ class Storm:
     seconds: float
 
 
-def storm(data_dir: Path, *, keys: int, clients: int = 20, seed: int = 0, pause_s: float = 1.0) -> Storm:
-    """Posts one job per key from each of `clients` at once; the API dies after commits and every `pause_s` or so.
+def storm(data_dir: Path, *, keys: int, clients: int = 20, seed: int = 0) -> Storm:
+    """Posts one job per key from each of `clients` at once; the API dies after commits, and at random times besides.
 
     The catalog under `data_dir` holds the model `tiny`.
     """
@@ -74,10 +74,11 @@ def storm(data_dir: Path, *, keys: int, clients: int = 20, seed: int = 0, pause_
     names = [f"key-{seed}-{number}" for number in range(keys)]
     answers: dict[str, list[httpx2.Response]] = {}
     with RunningApi(data_dir, DIES_AFTER_COMMIT) as api, _client(api.url, KEYS_TOGETHER * clients) as http:
-        with ThreadPoolExecutor(KEYS_TOGETHER * clients) as pool, _dying(api, random.Random(seed), pause_s) as kills:
+        is_up = threading.Event()
+        with ThreadPoolExecutor(KEYS_TOGETHER * clients) as pool, _dying(api, random.Random(seed), is_up) as kills:
             for first in range(0, keys, KEYS_TOGETHER):
                 posted = {
-                    name: [pool.submit(_post_until_answered, http, name) for _ in range(clients)]
+                    name: [pool.submit(_post_until_answered, http, name, is_up) for _ in range(clients)]
                     for name in names[first : first + KEYS_TOGETHER]
                 }
                 answers |= {name: [future.result() for future in futures] for name, futures in posted.items()}
@@ -99,36 +100,45 @@ def _client(url: str, connections: int) -> httpx2.Client:
     return httpx2.Client(base_url=url, timeout=60, limits=limits, trust_env=False)
 
 
-def _post_until_answered(http: httpx2.Client, name: str) -> httpx2.Response:
+def _post_until_answered(http: httpx2.Client, name: str, is_up: threading.Event) -> httpx2.Response:
     spec = {"base_model": "tiny", "name": name, "dataset": {"rows": ROWS}, "training": {"max_seq_len_tokens": 64}}
     while True:
+        # As clients do who are many: while the API starts, they would otherwise take half of the processor from it.
+        is_up.wait()
+        time.sleep(random.uniform(0, 0.5))
         try:
             answer = http.post("/jobs", json=spec, headers={"Idempotency-Key": name})
             if answer.status_code != httpx2.codes.SERVICE_UNAVAILABLE:
                 return answer
         except httpx2.TransportError:
-            pass
-        # As clients do who are many: while the API starts, they would otherwise take half of the processor from it.
-        time.sleep(random.uniform(0.1, 1))
+            time.sleep(0.1)
 
 
 @contextmanager
-def _dying(api: RunningApi, chance: random.Random, pause_s: float) -> Iterator[list[float]]:
-    """Kills the API at random times, and starts it again whenever it is dead; the times of its deaths."""
+def _dying(api: RunningApi, chance: random.Random, is_up: threading.Event) -> Iterator[list[float]]:
+    """Kills the API at random times, and starts it again whenever it is dead; the times of its deaths.
+
+    It lives about as long as it takes to start, so that on a slow machine as much is done in its life.
+    """
     over, deaths = threading.Event(), list[float]()
 
     def kill() -> None:
+        started = time.monotonic()
         while not over.is_set():
             # Some die while they start; if on a slow machine all did, nobody would ever be answered.
             while chance.random() > 0.01 and not (over.is_set() or api.ended() or api.answers()):
                 time.sleep(0.05)
-            deadline = time.monotonic() + chance.uniform(0, 2 * pause_s)
+            is_up.set()
+            took_s = time.monotonic() - started
+            deadline = time.monotonic() + chance.uniform(0, 2 * took_s)
             while time.monotonic() < deadline and not over.is_set() and not api.ended():
                 time.sleep(0.01)
             if over.is_set() and not api.ended():
                 return
+            is_up.clear()
             api.stop(signal.SIGKILL)
             deaths.append(time.monotonic())
+            started = time.monotonic()
             api.launch()
 
     killer = threading.Thread(target=kill)
