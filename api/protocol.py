@@ -103,6 +103,7 @@ class ReceiptProtocol(H11Protocol):
         self._due = 0.0
         self._alarm: asyncio.TimerHandle | None = None
         self._heard = False
+        self._was_held_up = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -146,6 +147,7 @@ class ReceiptProtocol(H11Protocol):
         if awaited is self._awaited:
             return
         self._awaited = awaited
+        self._was_held_up = False
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
@@ -156,9 +158,11 @@ class ReceiptProtocol(H11Protocol):
     def _look(self) -> None:
         """Gives up a client that is late; what arrived since the alarm was set may have put that off."""
         now = self.loop.time()
-        if self._awaited is Awaited.BODY and (self.flow.read_paused or self.cycle.waiting_for_100_continue):
-            # It waits for the application.
-            self._due = now + self.receipt_s
+        is_held_up = self._awaited is Awaited.BODY and (self.flow.read_paused or self.cycle.waiting_for_100_continue)
+        if is_held_up or self._was_held_up:
+            # It waits for the application, or did a moment ago: it has the whole time from then on.
+            self._due = max(self._due, now + self.receipt_s)
+        self._was_held_up = is_held_up
         if now < self._due:
             self._alarm = self.loop.call_at(self._due, self._look)
         else:

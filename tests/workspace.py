@@ -185,6 +185,13 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+def started_at(pid: int) -> float:
+    """When the process began, on the clock of `time.monotonic`."""
+    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    since_boot_s = ticks / os.sysconf("SC_CLK_TCK")
+    return since_boot_s - time.clock_gettime(time.CLOCK_BOOTTIME) + time.monotonic()
+
+
 def no_trainer_within(job_id: str, limit_s: float) -> bool:
     """Whether the job's trainers are gone within `limit_s` seconds."""
     deadline = time.monotonic() + limit_s

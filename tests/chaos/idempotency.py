@@ -104,7 +104,8 @@ def _post_until_answered(http: httpx2.Client, name: str, is_up: threading.Event)
     spec = {"base_model": "tiny", "name": name, "dataset": {"rows": ROWS}, "training": {"max_seq_len_tokens": 64}}
     while True:
         # As clients do who are many: while the API starts, they would otherwise take half of the processor from it.
-        is_up.wait()
+        if not is_up.wait(120):
+            raise AssertionError("the API does not come up again")
         time.sleep(random.uniform(0, 0.5))
         try:
             answer = http.post("/jobs", json=spec, headers={"Idempotency-Key": name})
@@ -148,6 +149,10 @@ def _dying(api: RunningApi, chance: random.Random, is_up: threading.Event) -> It
     finally:
         over.set()
         killer.join()
+        while not api.answers():  # it may just have been killed
+            if api.ended():
+                api.launch()
+            time.sleep(0.05)
 
 
 def _job_names(http: httpx2.Client) -> Iterator[str]:

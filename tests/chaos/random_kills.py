@@ -28,7 +28,7 @@ from qlora_service.jobs import Job, JobStatus
 from qlora_service.queue import Claim
 from tests.chaos._verdict import job_ids, judge, leftovers, orphans
 from tests.running_api import RunningApi
-from tests.workspace import Workspace, job_spec, trainers_of
+from tests.workspace import Workspace, job_spec, started_at, trainers_of
 
 STEPS = 6
 SLOTS = 2
@@ -201,7 +201,8 @@ class _Havoc:
             if claim not in self._dooms:
                 self._dooms[claim] = self._draw_doom()
                 if (since := self._bereft.pop(claim.job_id, None)) is not None:
-                    self.respawn_s.append(now - since)
+                    with suppress(FileNotFoundError):
+                        self.respawn_s.append(started_at(pid) - since)
             doom, job = self._dooms[claim], self.workspace.service.get_job(claim.job_id)
             if doom is None or job.attempt != claim.token or not doom.is_due(job, now) or not self._left(doom.victim):
                 continue

@@ -158,11 +158,13 @@ def test_sdk_outlasts_a_locked_database(data_dir: Path) -> None:
         submitting = threading.Thread(target=lambda: submitted.append(client.submit(SPEC).id))
         with lock(data_dir):
             submitting.start()
-            time.sleep(1.5)
-        submitting.join(20)
+            deadline = time.monotonic() + 40
+            while '"status": 503' not in api.log.read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        submitting.join(60)
         assert jobs(api) == submitted
         assert len(submitted) == 1
-        assert '"status": 503' in api.log.read_text()
 
 
 def test_database_locked_for_a_moment_is_waited_for(data_dir: Path) -> None:

@@ -138,11 +138,19 @@ def test_a_job_makes_way_for_a_chat_where_that_is_allowed_and_goes_on(tiny_model
 def test_a_chat_process_that_is_killed_is_told_of_and_followed_by_another(
     workspace: Workspace, client: openai.OpenAI, tuned: str
 ) -> None:
-    chunks = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=450, temperature=0, stream=True)
-    assert next(chunk for chunk in chunks if chunk.choices[0].delta.content)
-    (pid,) = inference_processes(workspace)
-    os.kill(pid, signal.SIGKILL)
-    with pytest.raises(openai.APIError, match="has ended"):
-        list(chunks)
+    for _ in range(10):  # an answer may be whole before the signal comes
+        chunks = client.chat.completions.create(
+            model="tiny", messages=QUESTION, max_tokens=450, temperature=0, stream=True
+        )
+        assert next(chunk for chunk in chunks if chunk.choices[0].delta.content)
+        (pid,) = inference_processes(workspace)
+        os.kill(pid, signal.SIGKILL)
+        try:
+            list(chunks)
+        except openai.APIError as error:
+            assert "has ended" in str(error)  # noqa: PT017 - the other end is no failure
+            break
+    else:
+        pytest.fail("no answer was broken off")
     assert say(client, "tiny")
     assert inference_processes(workspace) != [pid]

@@ -29,7 +29,9 @@ ROWS = [
     {"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"It is {n}."}]}
     for n in range(48)
 ]
-SETTINGS = {"adapter": {"r": 4}, "training": {"max_seq_len_tokens": 64}, "evaluation": {"every_steps": 60}}
+SETTINGS = {"adapter": {"r": 4}, "training": {"max_seq_len_tokens": 64}, "evaluation": {"every_steps": 150}}
+EPOCHS, STEPS = 30, 300
+"""So many that the job runs on while somebody asks for its pause"""
 
 
 def jsonl(rows: list[dict[str, Any]]) -> bytes:
@@ -92,17 +94,17 @@ def trained(client: openai.OpenAI, files: tuple[str, str]) -> FineTuningJob:
         validation_file=files[1],
         suffix="My numbers",
         metadata={"team": "a"},
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 12, "batch_size": 4}}},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": EPOCHS, "batch_size": 4}}},
         extra_body={"qlora": SETTINGS},
     )
-    assert (job.status, job.hyperparameters.n_epochs) == ("queued", 12)
+    assert (job.status, job.hyperparameters.n_epochs) == ("queued", EPOCHS)
     deadline = time.monotonic() + 120
     while not any('"train_loss"' in event.to_json() for event in client.fine_tuning.jobs.list_events(job.id, limit=5)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     client.fine_tuning.jobs.pause(job.id)
     paused = until(client, job.id, "paused")
-    assert 0 < paused.model_extra["qlora"]["checkpoint_step"] < 120  # type: ignore[index]
+    assert 0 < paused.model_extra["qlora"]["checkpoint_step"] < STEPS  # type: ignore[index]
     assert client.fine_tuning.jobs.resume(job.id).status == "queued"
     return until(client, job.id, "succeeded")
 
@@ -110,7 +112,7 @@ def trained(client: openai.OpenAI, files: tuple[str, str]) -> FineTuningJob:
 def test_job_reports_what_it_was(client: openai.OpenAI, trained: FineTuningJob, files: tuple[str, str]) -> None:
     assert (trained.training_file, trained.validation_file) == files
     assert trained.fine_tuned_model == f"ft:tiny:local:my-numbers:{trained.id.removeprefix('job_')}"
-    assert trained.hyperparameters.to_dict().items() >= {"n_epochs": 12, "learning_rate_multiplier": 1.0}.items()
+    assert trained.hyperparameters.to_dict().items() >= {"n_epochs": EPOCHS, "learning_rate_multiplier": 1.0}.items()
     assert trained.finished_at is not None
     assert trained.created_at <= trained.finished_at
     assert trained.trained_tokens is not None
@@ -124,7 +126,7 @@ def test_events_page_to_their_end(client: openai.OpenAI, trained: FineTuningJob)
     assert [event.id for event in events] == sorted({event.id for event in events}, key=_number, reverse=True)
     assert events[0].message == "The job has successfully completed"
     losses = [event.data for event in events if event.type == "metrics"]
-    assert {data["step"] for data in losses if "train_loss" in data} == set(range(1, 121))  # type: ignore[index, operator]
+    assert {data["step"] for data in losses if "train_loss" in data} == set(range(1, STEPS + 1))  # type: ignore[index, operator]
     assert {"paused", "queued"} <= {event.data.get("status") for event in events}  # type: ignore[union-attr]
 
 
@@ -134,7 +136,7 @@ def _number(event_id: str) -> int:
 
 def test_checkpoint_is_the_published_model(client: openai.OpenAI, trained: FineTuningJob) -> None:
     (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(trained.id)
-    assert (checkpoint.step_number, checkpoint.fine_tuned_model_checkpoint) == (120, trained.fine_tuned_model)
+    assert (checkpoint.step_number, checkpoint.fine_tuned_model_checkpoint) == (STEPS, trained.fine_tuned_model)
     assert checkpoint.metrics.full_valid_loss is not None
     assert checkpoint.metrics.train_loss is not None
 
@@ -146,8 +148,8 @@ def test_result_file_holds_the_metrics(client: openai.OpenAI, trained: FineTunin
     assert (file.purpose, file.bytes) == ("fine-tune-results", len(table))
     header, *lines = table.decode().splitlines()
     assert header == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
-    assert [line.split(",")[0] for line in lines] == [str(step) for step in range(121)]
-    first, last = (float(lines[step].split(",")[3]) for step in (0, 120))
+    assert [line.split(",")[0] for line in lines] == [str(step) for step in range(STEPS + 1)]
+    first, last = (float(lines[step].split(",")[3]) for step in (0, STEPS))
     assert last < first
 
 

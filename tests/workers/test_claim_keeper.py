@@ -38,6 +38,15 @@ keeper = ClaimKeeper(
 )
 keeper.start()
 print("started", flush=True)
+def quickly():
+    # Signs of progress of which none took long; once more where the machine stood still.
+    while True:
+        keeper.enter_phase()
+        for _ in range(20):
+            keeper.check()
+            time.sleep(0.01)
+        if keeper._longest_s < 0.1:
+            return
 def where_it_stood():
     {work}
 where_it_stood()
@@ -84,93 +93,81 @@ def stderr_at_end(process: subprocess.Popen[str], limit_s: float) -> str:
 
 
 def test_a_main_thread_without_progress_is_ended_with_its_stack(database: Database) -> None:
-    signs = "[keeper.check() or time.sleep(0.01) for _ in range(20)]; time.sleep(60)"
-    process = start(database, signs, hang_s=0.5)
-    printed = stderr_at_end(process, 10)
+    process = start(database, "quickly(); time.sleep(60)", hang_s=0.5)
+    printed = stderr_at_end(process, 30)
     assert process.returncode == exit_codes.HUNG
     assert "where_it_stood" in printed
     assert "trainer_hangs" in printed
 
 
 def test_patience_is_learned_from_the_longest_sign_so_far(database: Database) -> None:
-    # The tenth of a second that one sign took allows for two seconds, though half of one would do otherwise.
-    signs = "[keeper.check() or time.sleep(0.1) for _ in range(12)]; time.sleep(1.2); keeper.check(); print('alive')"
+    # The fifth of a second that one sign took allows for four seconds, though half of one would do otherwise.
+    signs = "[keeper.check() or time.sleep(0.2) for _ in range(12)]; time.sleep(1.2); keeper.check(); print('alive')"
     process = start(database, signs, hang_s=0.5)
-    assert "alive" in stderr_at_end(process, 10)
+    assert "alive" in stderr_at_end(process, 30)
     assert process.returncode == 0
 
 
 def test_patience_is_longer_while_the_pace_is_not_known(database: Database) -> None:
-    process = start(database, "time.sleep(1.5); keeper.check(); print('alive')", hang_s=0.5)
-    assert "alive" in stderr_at_end(process, 10)
+    process = start(database, "time.sleep(1.5); keeper.check(); print('alive')", hang_s=1)
+    assert "alive" in stderr_at_end(process, 30)
     assert process.returncode == 0
 
 
 def test_the_pace_of_one_phase_says_nothing_about_the_next(database: Database) -> None:
-    # The 0.6 s that a sign took would allow for 12 s.
-    slow = "time.sleep(0.6); keeper.check(); keeper.enter_phase(); "
-    quick = "[keeper.check() or time.sleep(0.01) for _ in range(20)]; time.sleep(60)"
-    process = start(database, slow + quick, hang_s=0.5)
-    stderr_at_end(process, 8)
+    # The 2 s that a sign took would allow for 40 s.
+    process = start(database, "time.sleep(2); keeper.check(); quickly(); time.sleep(60)", hang_s=0.5)
+    stderr_at_end(process, 30)
     assert process.returncode == exit_codes.HUNG
 
 
 def test_a_trainer_that_renews_its_claim_outlives_its_first_lease(database: Database) -> None:
-    process = start(database, "time.sleep(4); print('alive')", lease_s=3)
-    assert "alive" in stderr_at_end(process, 10)
+    process = start(database, "time.sleep(7); print('alive')", lease_s=6)
+    assert "alive" in stderr_at_end(process, 30)
     assert process.returncode == 0
 
 
-def test_a_lease_still_holds_when_the_process_that_lost_hold_of_it_is_gone(database: Database) -> None:
-    # The claim is renewed a few times; then no Python thread runs any more.
-    process = start(database, "time.sleep(0.5); __import__('re').match(r'(a*)*b', 'a' * 40)", lease_s=5)
-    stderr_at_end(process, 10)
-    assert process.returncode == 1
-    assert Queue(database, lease_s=5).requeue_lost() == []
-
-
 def test_a_trainer_without_a_database_says_so_before_its_lease_ends(database: Database) -> None:
-    process = start(database, "time.sleep(60)", lease_s=5)
+    process = start(database, "time.sleep(60)", lease_s=8)
     time.sleep(0.5)  # the claim is renewed a few times
     with database.write() as connection:
         connection.exec_driver_sql("ALTER TABLE jobs RENAME TO away")
-    printed = stderr_at_end(process, 10)
+    printed = stderr_at_end(process, 30)
     assert process.returncode == exit_codes.NO_DATABASE
     assert "claim_not_renewed" in printed
     with database.write() as connection:
         connection.exec_driver_sql("ALTER TABLE away RENAME TO jobs")
-    assert Queue(database, lease_s=5).requeue_lost() == []
+    assert Queue(database, lease_s=8).requeue_lost() == []
 
 
 def test_a_renewal_that_finds_the_disk_full_makes_room_and_holds_the_job(database: Database) -> None:
-    process = start(database, "time.sleep(1); keeper.check()")
+    process = start(database, "[keeper.check() or time.sleep(0.05) for _ in iter(int, 1)]")
     with database.write() as connection:
         connection.exec_driver_sql(
             "CREATE TRIGGER no_room BEFORE UPDATE ON jobs BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
         )
-    printed = stderr_at_end(process, 10)
+    printed = stderr_at_end(process, 30)
     assert "made room" in printed
     assert "Interrupted: the disk is full" in printed
 
 
 def test_a_process_that_holds_the_interpreters_lock_does_not_outlive_its_lease(database: Database) -> None:
-    # No Python thread runs while the regular expression backtracks.
-    process = start(database, "__import__('re').match(r'(a*)*b', 'a' * 40)", lease_s=2)
-    began_at = time.monotonic()
-    printed = stderr_at_end(process, 10)
-    assert time.monotonic() - began_at < 2.0 + 0.5
+    # The claim is renewed a few times; then no Python thread runs, while the regular expression backtracks.
+    process = start(database, "time.sleep(0.5); __import__('re').match(r'(a*)*b', 'a' * 40)", lease_s=8)
+    printed = stderr_at_end(process, 30)
     assert process.returncode == 1
     assert "where_it_stood" in printed
+    assert Queue(database, lease_s=8).requeue_lost() == []
 
 
 def test_a_trainer_that_cannot_renew_its_claim_ends_before_the_lease_does(database: Database) -> None:
-    process = start(database, "time.sleep(60)", lease_s=2)
+    process = start(database, "time.sleep(60)", lease_s=6)
     lock = sqlite3.connect(database.url.removeprefix("sqlite:///"), isolation_level=None)
     lock.execute("BEGIN EXCLUSIVE")
     began_at = time.monotonic()
-    stderr_at_end(process, 10)
+    stderr_at_end(process, 30)
     lock.close()
-    assert time.monotonic() - began_at < 2.0 + 0.5
+    assert time.monotonic() - began_at < 6.0 + 0.5
     assert process.returncode != 0
 
 
@@ -179,7 +176,7 @@ def test_a_trainer_whose_claim_is_anothers_ends(database: Database) -> None:
     queue = Queue(database, lease_s=60)
     queue.requeue_of("worker")
     queue.claim("another")
-    stderr_at_end(process, 10)
+    stderr_at_end(process, 30)
     assert process.returncode == exit_codes.CLAIM_LOST
 
 
@@ -189,21 +186,20 @@ def test_a_trainer_whose_claim_was_lost_while_it_started_begins_nothing(database
     queue.claim("worker")
     queue.requeue_of("worker")
     process = launch(database, job_id, "time.sleep(60)")
-    assert "started" not in stderr_at_end(process, 10)
+    assert "started" not in stderr_at_end(process, 30)
     assert process.returncode == exit_codes.CLAIM_LOST
 
 
 def test_a_trainer_begins_with_the_whole_lease_before_it(database: Database) -> None:
-    # Its own seconds of starting have used up most of the lease by then.
-    job_id, queue = add_job(database), Queue(database, lease_s=4)
-    assert queue.claim("worker") is not None
-    time.sleep(2.5)
-    process = launch(database, job_id, "__import__('re').match(r'(a*)*b', 'a' * 40)", lease_s=4)
+    # As the claim left it, the lease would be over by then.
+    job_id = add_job(database)
+    assert Queue(database, lease_s=1.5).claim("worker") is not None
+    process = launch(database, job_id, "__import__('re').match(r'(a*)*b', 'a' * 40)", lease_s=8)
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"
-    stderr_at_end(process, 10)
+    stderr_at_end(process, 30)
     assert process.returncode == 1
-    assert queue.requeue_lost() == []
+    assert Queue(database, lease_s=8).requeue_lost() == []
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,6 @@ def test_a_stopped_worker_leaves_no_process_behind(house: House) -> None:
 def test_a_job_takes_the_slot_of_a_base_that_is_being_loaded(house: House) -> None:
     with house.workspace.worker():
         house.start()
-        job_id = house.workspace.submit()
+        job_id = house.workspace.submit(max_steps=100_000)
         house.workspace.wait(job_id, lambda job: job.phase not in {None, "starting"})
         assert house.processes() == []

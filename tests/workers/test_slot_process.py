@@ -31,7 +31,7 @@ def waiting(worker: subprocess.Popen[bytes]) -> int:
     return pid
 
 
-def until(reached: Callable[[], bool], limit_s: float = 15.0) -> bool:
+def until(reached: Callable[[], bool], limit_s: float = 60.0) -> bool:
     deadline = time.monotonic() + limit_s
     while not reached():
         if time.monotonic() > deadline:
@@ -69,7 +69,7 @@ def test_jobs_and_chats_share_the_base_that_is_loaded(workspace: Workspace) -> N
     spec, data_dir = job_spec(), workspace.settings.data_dir
     question = [{"role": "user", "content": "Say 3"}]
     greedy = Sampling(max_tokens=16, temperature=0.0)
-    with workspace.worker(QLORA_CHAT_IDLE_S="2") as worker:
+    with workspace.worker(QLORA_CHAT_IDLE_S="6") as worker:
         cold = workspace.submit_spec(spec)
         assert base_of(workspace, cold) == "quantized"
         pid = waiting(worker)
@@ -97,9 +97,11 @@ def test_jobs_and_chats_share_the_base_that_is_loaded(workspace: Workspace) -> N
 
 
 def test_trainer_that_waits_may_die_and_goes_when_nobody_needs_it(workspace: Workspace) -> None:
-    with workspace.worker(QLORA_WARM_S="2") as worker:
+    with workspace.worker(QLORA_WARM_S="6") as worker:
         base_of(workspace, workspace.submit())
-        os.kill(waiting(worker), signal.SIGKILL)
+        pid = waiting(worker)
+        os.kill(pid, signal.SIGKILL)
+        assert until(lambda: pid not in trainers())
         assert base_of(workspace, workspace.submit()) == "cached"
         waiting(worker)
         assert until(lambda: not all_trainers_of(worker.pid))

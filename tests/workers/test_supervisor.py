@@ -18,7 +18,7 @@ import pytest
 from qlora_service.jobs import FailureReason, HoldReason, JobStatus
 from tests.chaos._verdict import leftovers
 from tests.tiny_model import build_tiny_model
-from tests.workspace import ROOT, Workspace, no_trainer_within, trainer_pids
+from tests.workspace import ROOT, Workspace, no_trainer_within, started_at, trainer_pids
 from workers import exit_codes
 from workers.__main__ import make_slots
 from workers.slot_lock import SlotLock
@@ -35,6 +35,13 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
         yield workspace
 
 
+def resumed_from(workspace: Workspace, job_id: str) -> int:
+    """The step after which the job's second attempt went on."""
+    return int(
+        next(e.data["resumed_from_step"] for e in workspace.service.job_events(job_id) if "resumed_from_step" in e.data)
+    )
+
+
 @pytest.mark.parametrize("module", ["workers.supervisor", "workers.__main__"])
 def test_the_supervisor_imports_no_torch(module: str) -> None:
     code = (
@@ -46,24 +53,24 @@ def test_the_supervisor_imports_no_torch(module: str) -> None:
 
 
 def test_a_killed_trainer_is_followed_at_once_by_one_that_goes_on_to_the_same_adapter(served: Workspace) -> None:
-    undisturbed, killed = served.submit(max_steps=12), served.submit(max_steps=12)
+    undisturbed, killed = served.submit(max_steps=40), served.submit(max_steps=40)
     served.wait_for_end(undisturbed)
     served.wait(killed, lambda job: job.checkpoint_step >= 3)
     (pid,) = trainer_pids(killed)
     os.kill(pid, signal.SIGKILL)
     killed_at = time.monotonic()
-    while not (set(trainer_pids(killed)) - {pid}):
-        assert time.monotonic() - killed_at < 3
+    while not (successors := set(trainer_pids(killed)) - {pid}):
+        assert time.monotonic() - killed_at < 60
         time.sleep(0.02)
+    assert started_at(successors.pop()) - killed_at < 3
     job = served.wait_for_end(killed)
     assert (job.status, job.attempt) == (JobStatus.SUCCEEDED, 2)
     assert served.adapter_sha256(killed) == served.adapter_sha256(undisturbed)
     assert served.service.manifest(killed).plan == served.service.manifest(undisturbed).plan
-    resumed = [event.data for event in served.service.job_events(killed) if "resumed_from_step" in event.data]
-    assert resumed[0]["resumed_from_step"] >= 3
+    assert resumed_from(served, killed) >= 3
     # The published metrics are whole: every step once.
     published = [json.loads(line) for line in served.artifact(killed, "metrics.jsonl").splitlines()]
-    assert [record["step"] for record in published if "loss" in record] == list(range(1, 13))
+    assert [record["step"] for record in published if "loss" in record] == list(range(1, 41))
     # Soon nothing is left of what the job needed while it ran.
     assert leftovers(served, limit_s=10) == []
 
@@ -81,7 +88,7 @@ def test_a_job_whose_trainers_keep_dying_is_failed_with_every_cause_and_the_next
     assert job.error["details"]["reason"] == FailureReason.TRAINER_DIED
     assert [death["signal"] for death in job.error["details"]["deaths"]] == ["SIGKILL"] * 3
     assert job.error["message"].count("killed by SIGKILL") == 3
-    assert len(seen) == 3
+    assert job.attempt == len(seen) == 3
     assert served.wait_for_end(next_job).status is JobStatus.SUCCEEDED
 
 
@@ -119,7 +126,7 @@ def test_a_worker_ends_however_a_stop_signal_comes_in(tmp_path: Path) -> None:
 
 
 def test_a_stopped_worker_loses_no_completed_step(workspace: Workspace) -> None:
-    undisturbed, stopped = workspace.submit(max_steps=60), workspace.submit(max_steps=60)
+    undisturbed, stopped = workspace.submit(max_steps=120), workspace.submit(max_steps=120)
     with workspace.worker() as worker:
         workspace.wait_for_end(undisturbed)
         workspace.wait(stopped, lambda job: job.step >= 5)
@@ -136,11 +143,11 @@ def test_a_stopped_worker_loses_no_completed_step(workspace: Workspace) -> None:
         workspace.wait_for_end(stopped)
     assert workspace.adapter_sha256(stopped) == workspace.adapter_sha256(undisturbed)
     metrics = [record["step"] for record in workspace.service.job_metrics(stopped) if "loss" in record]
-    assert metrics == list(range(1, 61))
+    assert metrics == list(range(1, 121))
 
 
 def test_a_paused_job_waits_and_goes_on_where_it_was(served: Workspace) -> None:
-    job_id = served.submit(max_steps=200)
+    job_id = served.submit(**ENDLESS)
     served.wait(job_id, lambda job: job.step >= 2)
     served.service.pause(job_id)
     job = served.wait(job_id, lambda job: job.status is JobStatus.PAUSED)
@@ -156,15 +163,16 @@ def test_a_paused_job_waits_and_goes_on_where_it_was(served: Workspace) -> None:
 
 
 def test_a_more_urgent_job_takes_the_slot_and_the_other_goes_on_afterwards(served: Workspace) -> None:
-    patient = served.submit(max_steps=60)
+    patient = served.submit(max_steps=120)
     served.wait(patient, lambda job: job.step >= 2)
-    urgent = served.submit(priority=5)
-    assert served.wait_for_end(urgent).status is JobStatus.SUCCEEDED
-    job = served.service.get_job(patient)
-    assert not job.status.terminal
-    assert job.checkpoint_step >= 2
+    urgent = served.wait_for_end(served.submit(priority=5))
     job = served.wait_for_end(patient)
+    assert urgent.status is JobStatus.SUCCEEDED
     assert (job.status, job.attempt, job.deaths) == (JobStatus.SUCCEEDED, 2, [])
+    assert urgent.finished_at is not None
+    assert job.finished_at is not None
+    assert urgent.finished_at < job.finished_at
+    assert resumed_from(served, patient) >= 2
 
 
 def test_no_more_of_a_projects_jobs_run_than_may(workspace: Workspace) -> None:
@@ -182,7 +190,7 @@ def test_no_more_of_a_projects_jobs_run_than_may(workspace: Workspace) -> None:
 
 
 def test_a_killed_worker_takes_its_trainer_along_and_the_next_worker_goes_on_at_once(workspace: Workspace) -> None:
-    job_id = workspace.submit(max_steps=40)
+    job_id = workspace.submit(max_steps=100)
     with workspace.worker(QLORA_CHECKPOINT_S="0") as worker:
         workspace.wait(job_id, lambda job: job.checkpoint_step >= 3)
         worker.kill()
@@ -193,7 +201,7 @@ def test_a_killed_worker_takes_its_trainer_along_and_the_next_worker_goes_on_at_
         job = workspace.wait_for_end(job_id)
     assert (job.status, job.attempt) == (JobStatus.SUCCEEDED, 2)
     steps = [record["step"] for record in workspace.service.job_metrics(job_id) if "loss" in record]
-    assert steps == list(range(1, 41))
+    assert steps == list(range(1, 101))
 
 
 def test_a_second_worker_waits_for_the_slot(workspace: Workspace) -> None:
@@ -235,10 +243,10 @@ def standing_still(workspace: Workspace, job_id: str) -> Iterator[int]:
 
 def test_a_trainer_that_stands_still_past_its_lease_is_followed_by_another(workspace: Workspace) -> None:
     job_id = workspace.submit(**ENDLESS)
-    with workspace.worker(QLORA_LEASE_S="3"):
-        workspace.wait(job_id, lambda job: job.step >= 1)
+    with workspace.worker(QLORA_LEASE_S="8"):
+        before = workspace.wait(job_id, lambda job: job.step >= 1).attempt
         with standing_still(workspace, job_id) as frozen:
-            workspace.wait(job_id, lambda job: job.attempt == 2)
+            workspace.wait(job_id, lambda job: job.attempt > before)
             assert frozen not in trainer_pids(job_id)
 
 
@@ -401,7 +409,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_pauses_the_job_until_there_is_room(small_disk: Path, tiny_model: Path) -> None:
     workspace = Workspace(small_disk / "data", tiny_model)
-    job_id = workspace.submit(max_steps=300)
+    job_id = workspace.submit(max_steps=3000)
     filler = small_disk / "filler"
     with workspace.worker(QLORA_CHECKPOINT_S="0.5"):
         workspace.wait(job_id, lambda job: job.checkpoint_step >= 2)

@@ -7,8 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -66,25 +64,25 @@ def test_logs_as_json_go_on_after_the_given_number(run: Any, queue: Queue, claim
 
 
 def test_followed_logs_survive_a_restart_and_exit_with_the_jobs_outcome(
-    run: Any, api: RunningApi, queue: Queue, claim: Claim
+    api: RunningApi, queue: Queue, claim: Claim
 ) -> None:
-    def restart() -> None:
-        time.sleep(0.5)
+    step(queue, claim, 1)
+    command = [sys.executable, "-m", "qlora_service.cli", "logs", claim.job_id, "-f", "--json", "--url", api.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as following:
+        assert following.stdout is not None
+        assert following.stderr is not None
+        lines = [following.stdout.readline() for _ in range(3)]
         api.stop(signal.SIGKILL)
         step(queue, claim, 2)
+        away = following.stderr.readline()
         api.start()
         fail(queue, claim)
-
-    step(queue, claim, 1)
-    restarting = threading.Thread(target=restart)
-    restarting.start()
-    outcome = run("logs", claim.job_id, "-f", "--json")
-    restarting.join()
-    assert outcome.code == 4
-    events = [json.loads(line) for line in outcome.stdout.splitlines()]
+        lines += following.stdout.readlines()
+        assert following.stderr.read() == ""
+        assert following.wait(60) == 4
+    events = [json.loads(line) for line in lines]
     assert [event["data"].get("step") for event in events] == [None, None, 1, 2, None]
-    assert outcome.stderr.count("\n") == 1
-    assert re.search(r"^the service is not answering \(.+\): trying again for up to 600 s$", outcome.stderr.strip())
+    assert re.search(r"^the service is not answering \(.+\): trying again for up to 600 s$", away.strip())
 
 
 def test_interrupted_logs_say_how_to_go_on(api: RunningApi, client: Client, queue: Queue, claim: Claim) -> None:

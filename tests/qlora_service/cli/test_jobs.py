@@ -5,8 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,60 +60,59 @@ def test_watch_exits_with_the_jobs_outcome(
     assert outcome.stdout == ""
 
 
-def test_watch_shows_progress_and_survives_a_restart(run: Any, api: RunningApi, queue: Queue, claim: Claim) -> None:
-    def restart() -> None:
-        time.sleep(1.0)
+@contextmanager
+def watching(api: RunningApi, claim: Claim, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """`qlora watch` on the job."""
+    command = [sys.executable, "-m", "qlora_service.cli", "watch", claim.job_id, "--url", api.url, *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def told(watch: subprocess.Popen[str], phase: str) -> str:
+    """Its next line about the phase, waited for."""
+    assert watch.stderr is not None
+    line = next((line for line in watch.stderr if line.partition(" · ")[0].strip() == phase), None)
+    assert line is not None, f"it ended without a word of {phase}"
+    return line.strip()
+
+
+def test_watch_shows_progress_and_survives_a_restart(api: RunningApi, queue: Queue, claim: Claim) -> None:
+    report(queue, claim, step=12)
+    with watching(api, claim, "--json") as watch:
+        line = "training · step 12/40 · loss 0.5000 · held-out 6.2500 · 240 tokens/s · 1 min 15 s left"
+        assert told(watch, "training") == line
         api.stop(signal.SIGKILL)
-        time.sleep(1.0)
+        assert told(watch, "service away, reconnecting")
         api.start()
         end(api.data_dir, queue, claim, "succeeded")
-
-    report(queue, claim, step=12)
-    restarting = threading.Thread(target=restart)
-    restarting.start()
-    outcome = run("watch", claim.job_id, "--json")
-    restarting.join()
-    assert outcome.code == 0
-    shown = "training · step 12/40 · loss 0.5000 · held-out 6.2500 · 240 tokens/s · 1 min 15 s left"
-    assert shown in outcome.stderr.splitlines()
-    assert "service away, reconnecting" in outcome.stderr
-    assert json.loads(outcome.stdout)["status"] == "succeeded"
+        assert watch.stdout is not None
+        assert json.loads(watch.stdout.read())["status"] == "succeeded"
+        assert watch.wait(60) == 0
 
 
 def test_watch_says_why_a_job_waits_and_goes_on_with_it(
-    run: Any, api: RunningApi, client: Client, queue: Queue, claim: Claim
+    api: RunningApi, client: Client, queue: Queue, claim: Claim
 ) -> None:
-    def pause_and_go_on() -> None:
-        time.sleep(1.0)
+    report(queue, claim, step=12)
+    with watching(api, claim) as watch:
+        told(watch, "training")
         client.pause(claim.job_id)
-        time.sleep(1.0)
+        told(watch, "pausing")
         queue.report(claim, Progress(step=20, checkpoint_step=20))
         queue.release(claim, "it was asked to pause")
-        time.sleep(1.0)
+        told(watch, f"paused: qlora resume {claim.job_id} puts it back into the queue")
         client.resume(claim.job_id)
-        time.sleep(1.0)
+        told(watch, "queued to go on after step 20")
         claimed = queue.claim("test")
         assert claimed is not None
         queue.pause(claimed[0], {"reason": "disk_full", "message": "the checkpoint needs 5 GiB: free some"})
-        time.sleep(1.0)
+        told(watch, "paused: the checkpoint needs 5 GiB: free some")
         client.cancel(claim.job_id)
-
-    report(queue, claim, step=12)
-    acting = threading.Thread(target=pause_and_go_on)
-    acting.start()
-    outcome = run("watch", claim.job_id)
-    acting.join()
-    assert outcome.code == 5
-    phases = [line.partition(" · ")[0] for line in outcome.stderr.splitlines()]
-    expected = [
-        "training",
-        "pausing",
-        f"paused: qlora resume {claim.job_id} puts it back into the queue",
-        "queued to go on after step 20",
-        "paused: the checkpoint needs 5 GiB: free some",
-        "cancelled",
-    ]
-    assert [phase for phase in expected if phase in phases] == expected
+        told(watch, "cancelled")
+        assert watch.wait(60) == 5
 
 
 def test_job_is_paused_and_resumed(run: Any, client: Client, rows: Path) -> None:
@@ -138,13 +138,12 @@ def test_running_job_pauses_at_its_next_step(run: Any, queue: Queue, claim: Clai
 
 def test_interrupted_watch_leaves_the_job_running(api: RunningApi, client: Client, queue: Queue, claim: Claim) -> None:
     report(queue, claim, step=1)
-    command = [sys.executable, "-m", "qlora_service.cli", "watch", claim.job_id, "--url", api.url]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as watching:
-        assert watching.stderr is not None
-        assert "training" in watching.stderr.readline()
-        watching.send_signal(signal.SIGINT)
-        said = watching.stderr.read()
-    assert watching.returncode == 130
+    with watching(api, claim) as watch:
+        told(watch, "training")
+        watch.send_signal(signal.SIGINT)
+        assert watch.stderr is not None
+        said = watch.stderr.read()
+        assert watch.wait(60) == 130
     assert f"qlora cancel {claim.job_id}" in said
     assert "Traceback" not in said
     job = client.get(claim.job_id)
@@ -157,13 +156,13 @@ def test_watch_draws_a_bar_on_a_terminal(api: RunningApi, queue: Queue, claim: C
     controller, terminal = os.openpty()
     command = [sys.executable, "-m", "qlora_service.cli", "watch", claim.job_id, "--url", api.url]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "140"}
-    with subprocess.Popen(command, stderr=terminal, env=environment) as watching:
+    with subprocess.Popen(command, stderr=terminal, env=environment) as watch:
         os.close(terminal)
         drawn = b""
         while b"12/40 steps" not in drawn:
             drawn += os.read(controller, 4096)
         end(api.data_dir, queue, claim, "cancelled")
-        assert watching.wait(20) == 5
+        assert watch.wait(60) == 5
     os.close(controller)
     assert "━".encode() in drawn
 
