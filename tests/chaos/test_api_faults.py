@@ -82,7 +82,7 @@ def test_sdk_makes_one_job_when_the_answer_to_its_first_try_is_lost(data_dir: Pa
 
 def test_stream_shows_every_event_once_however_often_the_api_is_killed(data_dir: Path) -> None:
     queue, events = open_queue(data_dir), list[Event]()
-    with RunningApi(data_dir) as api, Client(api.url, patience_s=20) as client:
+    with RunningApi(data_dir) as api, Client(api.url, patience_s=120) as client:
         job_id = client.submit(SPEC).id
         claimed = queue.claim("test")
         assert claimed is not None
@@ -106,7 +106,7 @@ def test_stream_shows_every_event_once_however_often_the_api_is_killed(data_dir:
             api.start()
         over.set()
         training.join()
-        reader.join(20)
+        reader.join(120)
         stored = client_events(api.url, job_id)
     assert [event.seq for event in events] == stored
     steps = [event.data["step"] for event in events if event.type == "metrics"]
