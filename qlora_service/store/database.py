@@ -59,7 +59,7 @@ class Database:
         """Bring the schema up to date; two processes may do so at once."""
         if self._revision() == HEAD:
             return
-        # Needed once for a release, while to import it would cost every start of every process 0.15 s.
+        # Needed once for a release, while to import it would cost every start of every process 0.1 s.
         from alembic import command
         from alembic.config import Config
 

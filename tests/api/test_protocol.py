@@ -19,7 +19,7 @@ from api.protocol import MAX_HEAD_BYTES, MIN_BYTES_PER_S, receipt_protocol
 from tests.running_api import RunningApi
 
 RECEIPT_S = 0.8
-LATE_S = RECEIPT_S + 5
+LATE_S = RECEIPT_S + 1.5
 """When the last slow client is gone; the machine may be busy."""
 HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -159,17 +159,14 @@ def test_connection_between_two_requests_is_left_alone(port: int) -> None:
 
 
 def test_answers_on_a_kept_connection_do_not_wait_for_acknowledgements(port: int) -> None:
-    def median_s(http: httpx2.Client) -> float:
-        times = []
+    times = []
+    with httpx2.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
         for _ in range(15):
             started = time.monotonic()
             http.get("/healthz")
             times.append(time.monotonic() - started)
-        return sorted(times)[7]
-
-    with httpx2.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
-        # Linux acknowledges after 40 ms when there is nothing to say, every time; a busy machine is slow for seconds.
-        assert any(median_s(http) < 0.03 for _ in range(20))
+    # Linux acknowledges after 40 ms when there is nothing to say.
+    assert sorted(times)[7] < 0.03
 
 
 def test_others_are_served_while_many_are_slow(port: int) -> None:
@@ -183,7 +180,7 @@ def test_others_are_served_while_many_are_slow(port: int) -> None:
             times.append(time.monotonic() - started)
             time.sleep(0.02)
     assert max(client.end().closed_after_s for client in slow) < LATE_S
-    assert sorted(times)[len(times) // 2] < RECEIPT_S / 2
+    assert sorted(times)[len(times) // 2] < 0.1
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from tests.running_api import RunningApi, open_queue, succeed
 
 MODEL = "SmolLM2-135M-Instruct"
 """What the document's examples call a base model; here it is the tiny one"""
-ANSWER_S, STREAM_S, LATE_STREAM_S = 30, 0.1, 20
+ANSWER_S, STREAM_S, LATE_STREAM_S = 20, 0.1, 2
 """The longest an answer may take; how long a stream is read; and how long one whose head was late"""
 ID = re.compile(r"([a-z]+[_-])[0-9a-f]{22}|ft:.*")
 """The document's examples of ids and of tuned models"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,8 +106,10 @@ def test_a_job_takes_the_slot_from_an_idle_chat_and_a_chat_waits_for_the_job(
     say(client, tuned)
     assert inference_processes(workspace)
     job_id = workspace.submit(max_steps=100_000)
-    # Long before the base would be unloaded for want of chats.
-    workspace.wait(job_id, lambda job: job.phase not in {None, "starting"})
+    submitted_at = time.monotonic()
+    workspace.wait(job_id, lambda job: job.status is JobStatus.RUNNING, limit_s=10)
+    assert time.monotonic() - submitted_at < 8
+    workspace.wait(job_id, lambda job: job.phase != "starting")
     assert inference_processes(workspace) == []
     with pytest.raises(openai.InternalServerError) as refused:
         say(client, tuned)

@@ -39,7 +39,7 @@ class Visit:
 
     def __init__(self, path: Path, text: str = "hello") -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(60)
+        self._socket.settimeout(10)
         with address(path) as name:
             self._socket.connect(name)
         self._socket.sendall(GenerationRequest(text=text).line())
@@ -92,9 +92,9 @@ def echo(request: GenerationRequest, show: Callable[[str], None]) -> Finished:
 
 
 def until(path: Path, condition: Callable[[Status], bool]) -> Status:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 10
     while True:
-        status = ask_status(path, 30)
+        status = ask_status(path, 5)
         assert status is not None
         if condition(status):
             return status
@@ -117,7 +117,7 @@ def test_who_waits_is_told_for_what(path: Path, working: Callable[[Generate], th
     assert waiting.next() == Answer(waiting="loading")
 
     def slowly(request: GenerationRequest, show: Callable[[str], None]) -> Finished:
-        go_on.wait(60)
+        go_on.wait(10)
         return echo(request, show)
 
     working(slowly)
@@ -154,7 +154,7 @@ def test_who_goes_away_ends_the_generation(path: Path, working: Callable[[Genera
     gone, follower = Visit(path, "for ever"), Visit(path)
     assert gone.next() == Answer(text="begun")
     gone.leave()
-    assert stopped.wait(60)
+    assert stopped.wait(10)
     assert follower.answers()[-1] == Answer(finished=FINISHED)
     follower.leave()
 
@@ -222,7 +222,7 @@ def test_a_defect_is_told_without_its_text_and_ends_the_process(
     assert told.error is not None
     assert told.error["code"] == "internal_error"
     assert "conversation" not in told.error["message"]
-    thread.join(60)
+    thread.join(10)
     assert not thread.is_alive()
     visit.leave()
 
@@ -233,7 +233,7 @@ def test_leaving_lets_what_has_begun_end_and_sends_the_others_away(
     go_on = threading.Event()
 
     def slowly(request: GenerationRequest, show: Callable[[str], None]) -> Finished:
-        go_on.wait(60)
+        go_on.wait(10)
         return echo(request, show)
 
     thread = working(slowly)
@@ -251,14 +251,14 @@ def test_leaving_lets_what_has_begun_end_and_sends_the_others_away(
     go_on.set()
     assert begun.answers()[-1] == Answer(finished=FINISHED)
     begun.leave()
-    thread.join(60)
+    thread.join(10)
     assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("sent", [b"no json\n", b'{"sampling": 3}\n', b""])
 def test_what_is_no_request_is_hung_up_on(path: Path, desk: Desk, sent: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as connection, address(path) as name:
-        connection.settimeout(60)
+        connection.settimeout(10)
         connection.connect(name)
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
@@ -283,7 +283,7 @@ def test_a_base_that_cannot_be_loaded_is_told_to_who_waits_and_ends_the_process(
         waiting.leave()
         assert told.error is not None
         assert told.error["code"] == "invalid_model"
-        assert process.wait(60) == 0
+        assert process.wait(10) == 0
     assert "base_not_loaded" in (tmp_path / "inference.log").read_text()
 
 

@@ -202,8 +202,8 @@ class House:
     def processes(self) -> list[int]:
         return chatting_on(self.workspace.settings.data_dir)
 
-    def until(self, condition: Callable[[], object], *, asking: bool = False) -> None:
-        deadline = time.monotonic() + 60
+    def until(self, condition: Callable[[], object], limit_s: float = 20.0, *, asking: bool = False) -> None:
+        deadline = time.monotonic() + limit_s
         while not condition():
             assert time.monotonic() < deadline
             if asking:
@@ -234,7 +234,7 @@ def test_a_killed_worker_takes_the_process_along_and_the_next_one_is_asked(house
         first = house.start()
         worker.kill()
         worker.wait()
-        house.until(lambda: not house.processes())
+        house.until(lambda: not house.processes(), limit_s=5)
     with house.workspace.worker():
         house.until(lambda: set(house.processes()) - {first}, asking=True)
 
@@ -247,7 +247,7 @@ def test_a_process_that_stands_still_does_not_keep_the_slot_of_a_killed_worker(h
         worker.wait()
     assert house.processes() == [pid]
     with house.workspace.worker():
-        house.until(lambda: pid not in house.processes())
+        house.until(lambda: pid not in house.processes(), limit_s=10)
 
 
 def test_a_process_that_stands_still_is_killed_and_followed_by_another(house: House) -> None:
@@ -262,7 +262,7 @@ def test_a_stopped_worker_leaves_no_process_behind(house: House) -> None:
     with house.workspace.worker() as worker:
         house.start()
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(30) == 0
+        assert worker.wait(8) == 0
     assert house.processes() == []
     assert house.socket() is None
 
@@ -271,5 +271,6 @@ def test_a_job_takes_the_slot_of_a_base_that_is_being_loaded(house: House) -> No
     with house.workspace.worker():
         house.start()
         job_id = house.workspace.submit(max_steps=100_000)
-        house.workspace.wait(job_id, lambda job: job.phase not in {None, "starting"})
+        house.workspace.wait(job_id, lambda job: job.attempt == 1, limit_s=8)
+        house.workspace.wait(job_id, lambda job: job.phase != "starting")
         assert house.processes() == []

@@ -31,7 +31,7 @@ def waiting(worker: subprocess.Popen[bytes]) -> int:
     return pid
 
 
-def until(reached: Callable[[], bool], limit_s: float = 60.0) -> bool:
+def until(reached: Callable[[], bool], limit_s: float = 15.0) -> bool:
     deadline = time.monotonic() + limit_s
     while not reached():
         if time.monotonic() > deadline:

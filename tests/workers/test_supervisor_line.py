@@ -121,7 +121,7 @@ def test_supervisor_is_told_what_base_the_trainer_waits_with() -> None:
 def test_a_trainer_without_a_supervisor_ends(work: str) -> None:
     with trainer(work) as (process, line):
         line.close()
-        assert process.wait(40) == exit_codes.SUPERVISOR_GONE
+        assert process.wait(10) == exit_codes.SUPERVISOR_GONE
 
 
 def test_an_outcome_is_written_also_when_the_supervisor_has_gone(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ time.sleep(60)"""
     with trainer(work) as (process, line):
         assert printed(process) == b"finishing\n"
         line.close()
-        assert process.wait(40) == exit_codes.SUPERVISOR_GONE
+        assert process.wait(10) == exit_codes.SUPERVISOR_GONE
     assert outcome.read_text() == "written"
 
 

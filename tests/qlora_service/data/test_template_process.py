@@ -84,7 +84,7 @@ def test_a_long_conversation_may_take_longer_than_a_short_one(
 ) -> None:
     # Without marks an answer is found by rendering what stands before it: 400 answers, 801 renderings.
     turns = Chat(chat("a question").messages * 400, (False, True) * 400)
-    for name, limit_s in {"BATCH_S": 0.02, "ROW_S": 0.02, "MAX_EXTRA_S": 6.0}.items():
+    for name, limit_s in {"BATCH_S": 0.02, "ROW_S": 0.02, "MAX_EXTRA_S": 2.0}.items():
         monkeypatch.setattr(template_process, name, limit_s)
     with TemplateProcess(HANG + PLAIN, {}, NOW) as templates:
         templates._start()

@@ -257,7 +257,7 @@ def test_reader_sees_one_moment_and_waits_for_no_writer(database: Database) -> N
             started = time.monotonic()
             with database.read() as other:
                 assert other.execute(step).scalar_one() == 0
-            assert time.monotonic() - started < 5  # half of what a lock is waited for
+            assert time.monotonic() - started < 1
         assert reading.execute(step).scalar_one() == 0
     with database.read() as reading:
         assert reading.execute(step).scalar_one() == 1
@@ -471,7 +471,7 @@ def test_patience_ends(sqlite: Database) -> None:
 
     started = time.monotonic()
     assert is_outage(fails(lambda: persist(action, patience_s=0.3, pause_s=0.05)))
-    assert 0.1 < time.monotonic() - started < 10
+    assert 0.1 < time.monotonic() - started < 3
     assert len(tries) > 1
     blocker.close()
 

@@ -113,7 +113,7 @@ def test_answer_that_comes_a_byte_at_a_time_has_a_deadline() -> None:
         started = time.monotonic()
         with pytest.raises(InvalidRequest, match=r"no answer within 0\.4 s"):
             send(f"http://127.0.0.1:{port}/", Sender(private=True, timeout_s=0.4))
-        assert time.monotonic() - started < 5  # all of it takes six seconds
+        assert time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize(
