@@ -73,7 +73,7 @@ class Network:
         self._noise = neftune_noise_alpha
         self._decoder: LlamaDecoder | None = None
         self._base_decoder: LlamaDecoder | None = None
-        self._adapter_is_on = True
+        self._adapter_is_on, self._is_evaluating = True, False
         self._fused: list[torch.nn.Module] = []
         config = self._base.config.get_text_config()
         # Cohere's, Granite's and Gemma's names for what they do to logits.
@@ -115,7 +115,7 @@ class Network:
     def losses(self, documents: Sequence[TokenRow], *, adapter: bool = True) -> TokenLosses:
         """Of every learned token of the documents, in their order; of the base, and without gradients, if asked for."""
         if not adapter:
-            with torch.no_grad(), self._evaluating(), self._without_adapter():
+            with torch.no_grad(), self.evaluating(), self._without_adapter():
                 return self.losses(documents)
         if self.isolation == "alone" and len(documents) > 1:
             return TokenLosses.joined([self.losses([document]) for document in documents])
@@ -132,8 +132,27 @@ class Network:
         whether LoRA's are made in float32, as PEFT does: packed, the mean loss of 158 tokens moved by 3e-3, fused by
         5e-3 (SmolLM2-135M). This is what anyone gets who loads the published adapter and feeds it the same rows.
         """
-        with self._evaluating(), self._unfused():
+        with self.evaluating(), self._unfused():
             return TokenLosses.joined([self.losses([document], adapter=adapter) for document in documents])
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the model has neither dropout nor noise.
+
+        To say so to each module and back takes 23 ms (SmolLM2-135M with LoRA, 2,499 modules): around many evaluations
+        it is said once.
+        """
+        if self._is_evaluating:
+            yield
+            return
+        was_training = bool(self.model.training)  # mypy would take `eval()` for a promise about it
+        self.model.eval()
+        self._is_evaluating = True
+        try:
+            yield
+        finally:
+            self._is_evaluating = False
+            self.model.train(was_training)
 
     def checkpoint(self) -> bool:
         """Recompute activations in the backward pass from now on; False where the architecture cannot."""
@@ -193,7 +212,7 @@ class Network:
     @torch.no_grad()
     def _find_ways(self, isolation: Isolation, fast: bool) -> Ways:
         """Each shortcut that gives the model's own logits on a probe, taken."""
-        with self._evaluating():
+        with self.evaluating():
             batch = collate(probe_documents(self._base)[:1], self.device)
             expected = forward(self._base, batch)
             self._fused = fuse(self.model)
@@ -303,11 +322,3 @@ class Network:
             for layer, fused in zip(layers, forwards, strict=True):
                 layer.__dict__["forward"] = fused
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        was_training = bool(self.model.training)  # mypy would take `eval()` for a promise about it
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(was_training)

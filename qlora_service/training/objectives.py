@@ -174,8 +174,9 @@ def evaluate(network: Network, objective: TrainingObjective, examples: Sequence[
     Raises:
         JobFailed: the device has no memory for one of them alone, which is named.
     """
-    share_of = objective.of_step(network, examples, network.evaluate)
-    shares = [_share_alone(share_of, example, network.device) for example in examples]
+    with network.evaluating():
+        share_of = objective.of_step(network, examples, network.evaluate)
+        shares = [_share_alone(share_of, example, network.device) for example in examples]
     loss = math.fsum(float(share.total) for share in shares)
     hits = torch.cat([share.hits for share in shares])
     perplexity = math.exp(min(loss, 700.0)) if isinstance(objective, SupervisedObjective) else None

@@ -250,6 +250,10 @@ def test_an_evaluation_draws_nothing_and_leaves_the_mode(tiny_model: Path, fast:
     assert not first.nll.requires_grad
     assert torch.equal(first.nll, mine.evaluate(DOCUMENTS).nll)
     assert mine.model.training is training
+    with mine.evaluating():
+        for _ in range(2):
+            assert torch.equal(first.nll, mine.evaluate(DOCUMENTS).nll)
+    assert mine.model.training is training
     mine.model.train()
     assert not torch.equal(mine.losses(DOCUMENTS).nll, mine.losses(DOCUMENTS).nll)
 
