@@ -183,7 +183,7 @@ def _service(data_dir: Path, log: Path) -> Iterator[Client]:
     url = f"http://{HOST}:{port}"
     command = ["-m", "qlora_service.cli", "serve", "--host", HOST, "--port", str(port), "--data-dir", str(data_dir)]
     # Made before the first start, which then has none to print.
-    with local_access(data_dir) as access:
+    with local_access(data_dir, may_begin=True) as access:
         _, key = access.create_key(DEFAULT_PROJECT, "demo")
     with log.open("wb") as output:
         process = lifeline.start_python(command, environment=environment_of_children(), output=output)

@@ -45,7 +45,7 @@ def create_key(
 
     `export QLORA_API_KEY=$(qlora keys create --name laptop)`
     """
-    with local_access(data_dir) as access:
+    with local_access(data_dir, may_begin=True) as access:
         key, secret = access.create_key(project, name, scopes or DEFAULT_SCOPES)
     if as_json:
         print_json(key.as_dict() | {"secret": secret})
@@ -92,11 +92,12 @@ def revoke_key(
 
 
 @contextmanager
-def local_access(data_dir: Path | None) -> Iterator[Access]:
-    """The keys of the data directory's service. Raises: Unavailable."""
+def local_access(data_dir: Path | None, *, may_begin: bool = False) -> Iterator[Access]:
+    """The keys of the data directory's service; with `may_begin` also where none has run yet. Raises: Unavailable."""
     from qlora_service.settings import read_settings
 
     try:
+        from sqlalchemy import make_url
         from sqlalchemy.exc import SQLAlchemyError
 
         from qlora_service.access import open_access
@@ -106,6 +107,12 @@ def local_access(data_dir: Path | None) -> Iterator[Access]:
             "pip install 'qlora-service[server]'; a remote admin uses POST /keys"
         ) from None
     settings = read_settings(data_dir=data_dir)
+    url = make_url(settings.resolved_database_url)
+    if not may_begin and url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+        raise Unavailable(
+            f"{settings.resolved_data_dir} is not a service's data directory, or no service has run there yet: name "
+            "the service's with --data-dir or QLORA_DATA_DIR"
+        )
     try:
         with closing(open_access(settings.resolved_database_url)) as access:
             yield access

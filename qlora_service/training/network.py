@@ -321,4 +321,3 @@ class Network:
             self.ways = ways
             for layer, fused in zip(layers, forwards, strict=True):
                 layer.__dict__["forward"] = fused
-

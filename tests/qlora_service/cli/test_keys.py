@@ -56,7 +56,8 @@ def test_key_submits_to_the_default_project_unless_told_otherwise(keys: Run, acc
     assert access.authenticate(made["secret"]).key_id == made["id"]
 
 
-def test_keys_are_listed_without_secrets(keys: Run) -> None:
+def test_keys_are_listed_without_secrets(keys: Run, access: Access) -> None:
+    assert access.list_keys(None) == []
     assert "no keys yet" in keys("list")[2]
     made = [json.loads(keys("create", "--project", project, "--json")[1]) for project in ("team-a", "team-b")]
     secrets = [key.pop("secret") for key in made]
@@ -96,11 +97,23 @@ def test_key_given_in_place_of_its_id_is_not_shown(keys: Run, access: Access) ->
         (("create", "--name", ""), "a key's name has 1 to 64 printable characters"),
     ],
 )
+@pytest.mark.usefixtures("access")
 def test_what_cannot_be_done_is_one_clear_line(keys: Run, arguments: tuple[str, ...], message: str) -> None:
     code, out, note = keys(*arguments)
     assert (code, out) == (1, "")
     assert note.startswith(f"error: {message}")
     assert len(note.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("revoke", "key_none")])
+def test_a_mistyped_directory_is_told_and_not_made(keys: Run, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    mistyped = tmp_path / "dtaa"
+    code, out, note = keys(*arguments, "--data-dir", str(mistyped))
+    assert (code, out) == (1, "")
+    assert note.startswith(f"error: {mistyped} is not a service's data directory")
+    assert not mistyped.exists()
+    assert keys("create", "--data-dir", str(mistyped))[0] == 0
+    assert keys("list", "--data-dir", str(mistyped))[0] == 0
 
 
 def test_database_that_cannot_be_used_is_one_clear_line(keys: Run, tmp_path: Path) -> None:
