@@ -16,7 +16,8 @@ install: .venv/installed  ## Make .venv with everything in it
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[server,train,dev]'
-	$(BIN)/python -m compileall -q -q -j 0 .venv/lib || true  # as pip does it, but on every core
+	@# As pip does it, but on every core, and without what hardly anybody imports: tests, and each model there is.
+	$(BIN)/python -m compileall -q -q -j 0 -x '/tests/|/transformers/models/' .venv/lib || true
 	touch $@
 
 demo: install  ## The main job: train a small model on a small data set, download the adapter, compare answers
