@@ -182,13 +182,17 @@ def trainer_pids(job_id: str) -> list[int]:
 
 def parent_of(pid: int) -> int:
     """The process that started `pid`."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return int(_status(pid)[1])
+
+
+def _status(pid: int) -> list[str]:
+    """What the kernel says of the process, from its state on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def started_at(pid: int) -> float:
     """When the process began, on the clock of `time.monotonic`."""
-    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    since_boot_s = ticks / os.sysconf("SC_CLK_TCK")
+    since_boot_s = int(_status(pid)[19]) / os.sysconf("SC_CLK_TCK")
     return since_boot_s - time.clock_gettime(time.CLOCK_BOOTTIME) + time.monotonic()
 
 

@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 from qlora_service.training.device import computes_as_cpu
 
 CPU_ELEMENTS = 1 << 18
-"""Elements of a reduction whose float32 intermediates stay in a CPU's cache (2 cores): 1.1 → 0.8 ms for 2,048 rows of
-576. A quarter as many take 1.0 ms, and 3.9 instead of 0.9 for 18,324 heads of 64: each block is 5 calls of torch."""
+"""Elements of a reduction that are computed at a time on a CPU: its float32 intermediates are to stay in the cache, and
+each block costs its calls of torch. RMSNorm's forward takes 0.7 ms for 2,048 rows of 576, and 0.95 in blocks of 128
+rows; for 18,324 heads of 64 it takes 0.8 and 3.8 (bfloat16, 2 cores)."""
 
 
 @dataclass(frozen=True, eq=False)
