@@ -61,12 +61,12 @@ class FrozenHead(torch.autograd.Function):
             logits = hidden[rows] @ weight.t()  # (chunk, vocabulary)
             of_target = wide(logits.gather(1, target))
             highest = wide(logits.amax(-1, keepdim=True))
-            total = _exponentiate_(logits, highest)
-            nll[rows] = (highest - of_target + total.log())[:, 0]
+            # The likeliest token's probability is exp(0) over the sum of all exponentials.
+            likeliest = _softmax_(logits)
+            nll[rows] = (highest - of_target - likeliest.log())[:, 0]
             hits[rows] = (of_target >= highest)[:, 0]
             if of_hidden is not None:
-                # Normalized after the product: on (chunk, hidden) instead of (chunk, vocabulary).
-                of_hidden[rows] = (wide(logits @ weight) / total - wide(weight[target[:, 0]])).to(hidden.dtype)
+                of_hidden[rows] = (wide(logits @ weight) - wide(weight[target[:, 0]])).to(hidden.dtype)
             del logits  # else the next chunk's are made beside them
         ctx.save_for_backward(of_hidden)
         ctx.mark_non_differentiable(hits)
@@ -79,16 +79,16 @@ class FrozenHead(torch.autograd.Function):
         return (wide(of_hidden) * of_nll[:, None]).to(of_hidden.dtype), None, None
 
 
-def _exponentiate_(logits: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
-    """exp(logits - highest) in place, and its sum over the vocabulary, taken before rounding, (rows, 1)."""
-    total = torch.empty_like(highest)
+def _softmax_(logits: torch.Tensor) -> torch.Tensor:
+    """The softmax in place, and its largest probability before that is rounded, (rows, 1)."""
+    likeliest = wide(logits.new_empty(0)).new_empty(logits.shape[0], 1)
     step = CPU_ROWS if computes_as_cpu(logits) else logits.shape[0]
     for start in range(0, logits.shape[0], step):
         rows = slice(start, start + step)
-        exponent = wide(logits[rows]).sub(highest[rows]).exp_()
-        total[rows] = exponent.sum(-1, keepdim=True)
-        logits[rows] = exponent
-    return total
+        probabilities = torch.softmax(logits[rows], -1, dtype=likeliest.dtype)
+        likeliest[rows] = probabilities.amax(-1, keepdim=True)
+        logits[rows] = probabilities
+    return likeliest
 
 
 def chunked_losses(
