@@ -209,7 +209,7 @@ def _layer(s: _Setting) -> Bytes:
 
 
 def _head_forward(s: _Setting, before: int) -> Bytes:
-    """A chunk of logits, with its exponentials in float32; the hidden states, normed, and their gradient.
+    """A chunk of logits, with its probabilities in float32; the hidden states, normed, and their gradient.
 
     Prompt methods have the logits of all documents, and two gradients of those of one.
     """

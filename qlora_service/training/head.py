@@ -81,14 +81,12 @@ class FrozenHead(torch.autograd.Function):
 
 def _softmax_(logits: torch.Tensor) -> torch.Tensor:
     """The softmax in place, and its largest probability before that is rounded, (rows, 1)."""
-    likeliest = wide(logits.new_empty(0)).new_empty(logits.shape[0], 1)
-    step = CPU_ROWS if computes_as_cpu(logits) else logits.shape[0]
-    for start in range(0, logits.shape[0], step):
-        rows = slice(start, start + step)
-        probabilities = torch.softmax(logits[rows], -1, dtype=likeliest.dtype)
-        likeliest[rows] = probabilities.amax(-1, keepdim=True)
-        logits[rows] = probabilities
-    return likeliest
+    likeliest = []
+    for rows in logits.split(CPU_ROWS if computes_as_cpu(logits) else logits.shape[0]):
+        probabilities = torch.softmax(wide(rows), -1)
+        likeliest.append(probabilities.amax(-1, keepdim=True))
+        rows.copy_(probabilities)
+    return torch.cat(likeliest)
 
 
 def chunked_losses(
