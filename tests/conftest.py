@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Nor torch's compiler, as in trainers (`quick_start`).
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # Also of the services that tests start; those about keys say otherwise.
 os.environ["QLORA_KEYS"] = "off"
 

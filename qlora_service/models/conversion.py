@@ -14,11 +14,14 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from qlora_service.quick_start import end_process, importing_torch
+
 
 def convert_gguf(file: Path, directory: Path) -> None:
     """Fills `directory` with the dequantized model in bf16 and its fast tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    with importing_torch():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # Alone in a directory: transformers would read a config.json that lies beside the file.
     with TemporaryDirectory() as alone:
@@ -37,7 +40,8 @@ def convert_gguf(file: Path, directory: Path) -> None:
 
 def convert_tokenizer(directory: Path) -> None:
     """Adds tokenizer.json, built from the slow tokenizer's files in the same directory."""
-    from transformers import AutoTokenizer
+    with importing_torch():
+        from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(directory, use_fast=True).save_pretrained(directory)
 
@@ -56,3 +60,4 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    end_process(0)

@@ -13,15 +13,18 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
-from transformers import AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
+from qlora_service.quick_start import end_process, importing_torch
 
-from qlora_service.models.adapters import load_adapter
-from qlora_service.models.nf4 import load_base
-from qlora_service.specs import Quantization
-from qlora_service.training.device import choose_device, has_bf16
-from qlora_service.training.generation import compare_answers, question_ids
+with importing_torch():
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    from qlora_service.models.adapters import load_adapter
+    from qlora_service.models.nf4 import load_base
+    from qlora_service.specs import Quantization
+    from qlora_service.training.device import choose_device, has_bf16
+    from qlora_service.training.generation import compare_answers, question_ids
 
 
 def compare(model_dir: Path, adapter_dir: Path, questions: list[str], max_new_tokens: int) -> dict[str, list[str]]:
@@ -44,7 +47,9 @@ def main() -> None:
         Path(request["model_dir"]), Path(request["adapter_dir"]), request["questions"], request["max_new_tokens"]
     )
     json.dump(result, stdout)
+    stdout.flush()
 
 
 if __name__ == "__main__":
     main()
+    end_process(0)

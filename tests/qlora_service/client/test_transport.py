@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,3 +122,21 @@ def test_key_that_cannot_be_sent_is_refused_without_showing_it(key: str) -> None
     with pytest.raises(InvalidRequest) as caught:
         Client(api_key=key)
     assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "may_be_shown"),
+    [("http://127.0.0.1", False), ("https://127.0.0.1", True), ("http://a.test", True), ("https://a.test", True)],
+)
+def test_authorities_are_read_where_a_certificate_may_be_shown(
+    url: str, may_be_shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def authorities(**_: Any) -> ssl.SSLContext:
+        read.append(url)
+        return ssl.create_default_context()
+
+    monkeypatch.setattr("httpcore2.default_ssl_context", authorities)
+    with Client(url):
+        assert bool(read) is may_be_shown  # a proxy, too, may show one
