@@ -27,8 +27,14 @@ from tests.workspace import Workspace
 __all__ = ["postgres", "postgres_url", "tiny_model"]
 
 
-LONGEST = ("tests/chaos/test_random_kills.py", "tests/chaos", "tests/integration", "tests/workers")
-"""Where tests take minutes, waiting for processes: they begin first, so that no worker is left alone with them."""
+LONGEST = (
+    "tests/chaos/test_random_kills.py",
+    "tests/chaos",
+    "tests/integration",
+    "tests/workers",
+    "tests/qlora_service/training/test_resume.py",
+)
+"""Where tests take longest: they begin first, so that no worker is left alone with them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

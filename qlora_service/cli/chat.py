@@ -20,6 +20,7 @@ Model = Annotated[
     typer.Argument(metavar="MODEL_OR_JOB", help="A base model's name, a fine-tuned model's, or a succeeded job's id."),
 ]
 PROMPT = "> "
+NO_SUCH_MODEL = "model_not_found"
 
 
 def chat(
@@ -73,6 +74,8 @@ def _converse(
         try:
             answer, _ = _answer(client, model, asked, options, as_json)
         except ServiceError as error:
+            if error.code == NO_SUCH_MODEL:
+                raise
             # Such as a job that has the slot: the conversation is not lost.
             print_error(error.message, error.findings)
             continue

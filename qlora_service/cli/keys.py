@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,30 +97,21 @@ def local_access(data_dir: Path | None, *, may_begin: bool = False) -> Iterator[
     from qlora_service.settings import read_settings
 
     try:
-        from sqlalchemy import make_url
-        from sqlalchemy.exc import SQLAlchemyError
-
         from qlora_service.access import open_access
+        from qlora_service.cli.local_database import at_local_database, has_begun
     except ModuleNotFoundError as error:
         raise Unavailable(
             f"{error.name} is not installed: keys are made where the service runs, with "
             "pip install 'qlora-service[server]'; a remote admin uses POST /keys"
         ) from None
     settings = read_settings(data_dir=data_dir)
-    url = make_url(settings.resolved_database_url)
-    if not may_begin and url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+    if not may_begin and not has_begun(settings):
         raise Unavailable(
             f"{settings.resolved_data_dir} is not a service's data directory, or no service has run there yet: name "
             "the service's with --data-dir or QLORA_DATA_DIR"
         )
-    try:
-        with closing(open_access(settings.resolved_database_url)) as access:
-            yield access
-    except (OSError, SQLAlchemyError) as error:
-        raise Unavailable(
-            f"the database of {settings.resolved_data_dir} cannot be used ({type(error).__name__}): see that the "
-            "directory is the service's and yours to write, or set QLORA_DATA_DIR (QLORA_DATABASE_URL)"
-        ) from error
+    with at_local_database(settings, open_access) as access:
+        yield access
 
 
 def _scopes(key: ApiKey) -> str:

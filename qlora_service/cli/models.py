@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora_service.cli.options import AsJson, DataDir, connect, open_catalog, print_json, print_note, print_table
+from qlora_service.errors import Conflict
 
 if TYPE_CHECKING:
     from qlora_service.models.quantized_cache import QuantizedCache
@@ -69,9 +70,22 @@ def import_model(
 
 
 @app.command("remove")
-def remove_model(name: Name, data_dir: DataDir = None, as_json: AsJson = False) -> None:
-    """Delete a base model from the data directory. Adapters trained on it are kept."""
-    open_catalog(data_dir).remove(name)
+def remove_model(
+    name: Name,
+    force: Annotated[bool, typer.Option("--force", help="Also if jobs still need it: they will fail.")] = False,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete a base model from the data directory, unless a job still needs it. Adapters trained on it are kept."""
+    catalog = open_catalog(data_dir)
+    needed_by = [] if force else _unfinished_on(name, data_dir)
+    if needed_by:
+        others = f" and {len(needed_by) - 1} more" * (len(needed_by) > 1)
+        raise Conflict(
+            f"{name} is still needed by {needed_by[0]}{others}: wait for their end or cancel them first, or remove it "
+            "with --force, and they fail"
+        )
+    catalog.remove(name)
     if as_json:
         print_json({"name": name, "removed": True})
     else:
@@ -101,6 +115,23 @@ def clear_cache(data_dir: DataDir = None, as_json: AsJson = False) -> None:
         print_json({"removed": len(removed), "bytes": freed})
     else:
         print_note(f"removed {len(removed)} quantized base models, {freed / 1e9:.2f} GB")
+
+
+def _unfinished_on(name: str, data_dir: Path | None) -> list[str]:
+    """The jobs of the data directory's service that still need the model; none where no service can run or has."""
+    from qlora_service.settings import read_settings
+
+    try:
+        from qlora_service.cli.local_database import at_local_database, has_begun
+        from qlora_service.store.database import Database
+        from qlora_service.store.jobs import unfinished_on_base
+    except ModuleNotFoundError:
+        return []
+    settings = read_settings(data_dir=data_dir)
+    if not has_begun(settings):
+        return []
+    with at_local_database(settings, Database) as database, database.read() as connection:
+        return unfinished_on_base(connection, name)
 
 
 def _names_service() -> bool:

@@ -112,6 +112,13 @@ def unfinished_on(connection: Connection, dataset_id: str) -> str | None:
     return connection.execute(query.limit(1)).scalar_one_or_none()
 
 
+def unfinished_on_base(connection: Connection, base_model: str) -> list[str]:
+    """The ids of the jobs that still need the base model of that name, the oldest first."""
+    unfinished = jobs.c.status.in_([status for status in JobStatus if not status.terminal])
+    query = sa.select(jobs.c.id).where(unfinished, jobs.c.base_model == base_model).order_by(jobs.c.id)
+    return list(connection.execute(query).scalars())
+
+
 def mark_withdrawn(connection: Connection, job_id: str, now: datetime) -> None:
     connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(withdrawn_at=now))
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,21 @@ from tests.speaking_desk import BROKEN_OFF, ENDLESS, TOO_LONG, SpeakingDesk
 def desk(api: RunningApi, tmp_path: Path) -> Iterator[SpeakingDesk]:
     with SpeakingDesk(f"sqlite:///{api.data_dir / 'state.db'}", tmp_path / "inference") as desk:
         yield desk
+
+
+@contextmanager
+def conversation(api: RunningApi, model: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """`qlora chat` without a question: the process, and our end of its terminal."""
+    ours, theirs = pty.openpty()
+    process = start(api, model, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    try:
+        read_until(ours, "> ")
+        yield process, ours
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
 
 
 def start(api: RunningApi, *arguments: str, **pipes: Any) -> subprocess.Popen[bytes]:
@@ -91,19 +107,18 @@ def test_ctrl_c_ends_the_answer_where_it_is_made(api: RunningApi, desk: Speaking
 
 
 def test_a_conversation_remembers_and_goes_on_after_a_refusal(api: RunningApi, desk: SpeakingDesk) -> None:
-    ours, theirs = pty.openpty()
-    process = start(api, "tiny", stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    try:
-        read_until(ours, "> ")
+    with conversation(api, "tiny") as (process, terminal):
         for question, answer in (("one", "one\r\n> "), (TOO_LONG, "room for 8 tokens"), ("two", "two\r\n> ")):
-            os.write(ours, f"{question}\n".encode())
-            read_until(ours, f"{question}\r\n")  # the terminal's own echo
-            read_until(ours, answer)
-        os.write(ours, b"\x04")
+            os.write(terminal, f"{question}\n".encode())
+            read_until(terminal, f"{question}\r\n")  # the terminal's own echo
+            read_until(terminal, answer)
+        os.write(terminal, b"\x04")
         assert process.wait(20) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
     assert [message["content"] for message in desk.asked[-1].messages or []] == ["one", "one", "two"]
+
+
+def test_a_conversation_with_a_model_that_is_not_there_is_over(api: RunningApi) -> None:
+    with conversation(api, "nobody") as (process, terminal):
+        os.write(terminal, b"hello\n")
+        read_until(terminal, "there is no model 'nobody'")
+        assert process.wait(20) == ExitCode.REFUSED

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_service.models.quantized_cache import Ingredients, QuantizedCache
+from tests.workspace import Workspace
 
 
 def qlora(data_dir: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -69,3 +70,24 @@ def test_models_of_a_running_service_are_listed(
     assert listed("--data-dir", tmp_path) == []
     monkeypatch.delenv("QLORA_URL")
     assert listed() == []
+
+
+def test_a_model_that_jobs_still_need_is_removed_by_force_alone(
+    run: Any, workspace: Workspace, tiny_model: Path
+) -> None:
+    def remove(*flags: str) -> Any:
+        return run("models", "remove", "tiny", "--data-dir", workspace.settings.data_dir, *flags)
+
+    ended, first, second = workspace.submit(), workspace.submit(), workspace.submit()
+    workspace.service.cancel(ended)
+    refused = remove()
+    assert refused.code == 1
+    assert f"tiny is still needed by {first} and 1 more: wait" in refused.stderr
+    assert workspace.catalog.get("tiny")
+    workspace.service.cancel(second)
+    assert f"needed by {first}: wait" in remove().stderr
+    assert remove("--force").code == 0
+    assert workspace.catalog.list() == []
+    workspace.catalog.import_model("tiny", tiny_model)
+    workspace.service.cancel(first)
+    assert remove().code == 0
