@@ -41,6 +41,10 @@ class Situation:
     other_base: bool
 
 
+class _Ended(Unavailable):
+    """The process has ended in the middle of the talk."""
+
+
 class Reception:
     """Over one database and data directory; to be used in one event loop."""
 
@@ -63,15 +67,23 @@ class Reception:
         if self._chats >= MAX_CHATS:
             raise QuotaExceeded(f"{MAX_CHATS} chats wait already: send the request again in a moment")
         self._chats += 1
+        is_begun = was_left = False
         try:
             while True:
-                # A process that makes room says so before it has said anything else.
                 try:
                     async with self._connection(base, project) as reader_writer:
                         async for line in _talk(*reader_writer, request):
+                            is_begun = True
                             yield line
                     return
                 except Leaving:
+                    # A process that makes room says so before it has said anything else.
+                    await asyncio.sleep(LOOK_S)
+                except _Ended:
+                    # It may have been dying as it was asked. A second one may be dying of what it is asked.
+                    if is_begun or was_left:
+                        raise
+                    was_left = True
                     await asyncio.sleep(LOOK_S)
         finally:
             self._chats -= 1
@@ -180,7 +192,7 @@ async def _talk(
         ) from None
     except OSError:
         pass
-    raise Unavailable(
+    raise _Ended(
         "the process that had the model loaded has ended, to make room for a job or because it died (logs/inference-*"
         " of the worker says more): send the request again",
         retry_after_s=1,

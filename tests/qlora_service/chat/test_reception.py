@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -85,6 +86,44 @@ def test_a_process_that_makes_room_before_it_begins_is_asked_nothing_more(databa
 
         assert asyncio.run(ask())[0] == Answer(text="once")
         assert leaving.asked == []
+
+
+def hanging_up(database: Database, path: Path, times: int) -> threading.Thread:
+    """Takes so many requests for the base, and ends each before it says anything, as a process does that is killed."""
+    listener = listen(path)
+    with database.write() as connection:
+        inference.ask_for(connection, TINY)
+        assert inference.take(connection, TINY, "here", str(path))
+
+    def hang_up() -> None:
+        with listener:
+            for _ in range(times):
+                asked, _ = listener.accept()
+                with asked:
+                    assert asked.recv(1)
+
+    thread = threading.Thread(target=hang_up)
+    thread.start()
+    return thread
+
+
+def test_a_process_that_dies_before_it_says_anything_is_followed_by_another(database: Database, tmp_path: Path) -> None:
+    dying = hanging_up(database, tmp_path / "first.sock", 1)
+
+    async def ask() -> list[Answer]:
+        asking = asyncio.create_task(asyncio.to_thread(answers, database))
+        await asyncio.to_thread(dying.join)
+        with SpeakingDesk(database.url, tmp_path / "second"):
+            return await asking
+
+    assert asyncio.run(ask())[0] == Answer(text="once")
+
+
+def test_a_request_of_which_two_processes_die_is_not_sent_to_a_third(database: Database, tmp_path: Path) -> None:
+    dying = hanging_up(database, tmp_path / "x.sock", 2)
+    with pytest.raises(Unavailable, match="has ended"):
+        answers(database)
+    dying.join()
 
 
 def test_too_many_chats_at_a_time_are_refused(
