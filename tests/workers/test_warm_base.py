@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -177,6 +178,16 @@ def live_tensor_bytes() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+@pytest.fixture
+def thaw() -> Iterator[None]:
+    """What a test freezes can be garbage after it; what the libraries keep is frozen again, as `conftest` has it."""
+    yield
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("thaw")
 def test_memory_returns_to_the_level_after_the_load(workspace: Workspace) -> None:
     bases, process = BaseHolder(), psutil.Process()
     levels, resident, threads = list[int](), list[int](), list[int]()
@@ -191,7 +202,6 @@ def test_memory_returns_to_the_level_after_the_load(workspace: Workspace) -> Non
         threads.append(process.num_threads())
         if number == settled:
             gc.freeze()  # the libraries' objects, which would be most of every collection; and the base
-    gc.unfreeze()
     assert levels[settled] > 0
     assert set(levels[settled + 1 :]) == {0}  # nothing beside what there was before
     assert max(resident[settled:]) - resident[1] < RSS_BOUND_BYTES
