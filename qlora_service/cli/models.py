@@ -82,7 +82,7 @@ def remove_model(
     if needed_by:
         others = f" and {len(needed_by) - 1} more" * (len(needed_by) > 1)
         raise Conflict(
-            f"{name} is still needed by {needed_by[0]}{others}: wait for their end or cancel them first, or remove it "
+            f"{name} is still needed by {needed_by[0]}{others}: let jobs end or cancel them first, or remove it "
             "with --force, and they fail"
         )
     catalog.remove(name)

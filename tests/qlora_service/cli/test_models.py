@@ -82,10 +82,10 @@ def test_a_model_that_jobs_still_need_is_removed_by_force_alone(
     workspace.service.cancel(ended)
     refused = remove()
     assert refused.code == 1
-    assert f"tiny is still needed by {first} and 1 more: wait" in refused.stderr
+    assert f"tiny is still needed by {first} and 1 more: let" in refused.stderr
     assert workspace.catalog.get("tiny")
     workspace.service.cancel(second)
-    assert f"needed by {first}: wait" in remove().stderr
+    assert f"needed by {first}: let" in remove().stderr
     assert remove("--force").code == 0
     assert workspace.catalog.list() == []
     workspace.catalog.import_model("tiny", tiny_model)
