@@ -77,14 +77,13 @@ class Reception:
                             yield line
                     return
                 except Leaving:
-                    # A process that makes room says so before it has said anything else.
-                    await asyncio.sleep(LOOK_S)
+                    pass  # a process that makes room says so before it has said anything else
                 except _Ended:
                     # It may have been dying as it was asked. A second one may be dying of what it is asked.
                     if is_begun or was_left:
                         raise
                     was_left = True
-                    await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(LOOK_S)
         finally:
             self._chats -= 1
 
