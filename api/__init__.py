@@ -1,0 +1,1 @@
+"""The HTTP front end: FastAPI over `qlora_service.actions`."""

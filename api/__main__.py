@@ -9,8 +9,8 @@ import sys
 
 import structlog
 
-from qlora_service.logs import configure_logging
-from qlora_service.quick_start import keeping_everything
+from qlora_service.process.logging import configure_logging
+from qlora_service.process.startup import keeping_everything
 from qlora_service.settings import read_settings
 
 log = structlog.get_logger("api")
@@ -26,8 +26,8 @@ def main() -> int:
         return _refuse(f"cannot write in {settings.resolved_data_dir}: {error.strerror}. Set QLORA_DATA_DIR")
     # Modules, routes and schemas stay until the end: a full collection that walked them all would stop every request.
     with keeping_everything():
+        from api.http.server import Server
         from api.main import create_app
-        from api.server import Server
 
         server = Server(create_app(settings), settings.receipt_s)
     try:

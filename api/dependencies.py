@@ -7,10 +7,10 @@ from typing import Annotated
 from fastapi import Depends, Path, Query
 from starlette.requests import Request
 
-from api.auth import CallerOf
-from api.uploads import Uploads
-from qlora_service.access import Access
-from qlora_service.service import Service
+from api.access.auth import CallerOf
+from api.http.uploads import Uploads
+from qlora_service.actions.jobs import Service
+from qlora_service.actions.keys import Access
 
 
 async def _service(request: Request, caller: CallerOf) -> Service:

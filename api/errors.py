@@ -57,7 +57,7 @@ class MalformedRequest(InvalidRequest):
 
 
 class RequestTimeout(InvalidRequest):
-    """The request did not arrive in time; answered by `api.protocol` alone."""
+    """The request did not arrive in time; answered by `api.http.protocol` alone."""
 
     code = "request_timeout"
 
@@ -124,9 +124,9 @@ _MEANING = {
 def error_responses(*statuses: int, guarded: bool = True) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's `responses` of a route that may answer with these errors.
 
-    Any may answer that the request did not arrive whole or in time (`api.protocol`: 400, 408), that the database or a
-    place among the connections is not to be had (503), or fail (500). One that is `guarded` is open to neither
-    strangers (`api.origins`) nor requests without a key, or with a key that asks too often (`api.auth`).
+    Any may answer that the request did not arrive whole or in time (`api.http.protocol`: 400, 408), that the database
+    or a place among the connections is not to be had (503), or fail (500). One that is `guarded` is open to neither
+    strangers (`api.access.origins`) nor requests without a key, or with a key that asks too often (`api.access.auth`).
     """
     return {
         status: {

@@ -17,7 +17,7 @@ import structlog
 from anyio import CapacityLimiter, to_thread
 from starlette.concurrency import run_in_threadpool
 
-from qlora_service.jobs import JobEvent
+from qlora_service.domain.jobs import JobEvent
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import last_seq, tail_events
 

@@ -1,4 +1,4 @@
-"""The HTTP application over `qlora_service.service`."""
+"""The HTTP application over `qlora_service.actions.jobs`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from importlib.metadata import version
 from fastapi import Depends, FastAPI
 
 from api import v1
-from api.auth import Gate, StreamGuard, authenticated, hand_over_first_key
+from api.access.auth import Gate, StreamGuard, authenticated, hand_over_first_key
+from api.access.origins import OriginGuard
 from api.errors import install_handlers
 from api.event_feed import running_feed
-from api.idempotency import answer_again
+from api.http.idempotency import answer_again
+from api.http.parameters import refuse_nul
+from api.http.request_log import RequestLog
+from api.http.uploads import Uploads
 from api.openapi import Application
-from api.origins import OriginGuard
-from api.parameters import refuse_nul
-from api.request_log import RequestLog
 from api.routes import accuracy, artifacts, datasets, docs, events, health, jobs, keys, models, plans, recipes
-from api.uploads import Uploads
-from qlora_service.access import Access
-from qlora_service.models.staging import reap_stale, staging_directory
-from qlora_service.service import open_service
+from qlora_service.actions.jobs import open_service
+from qlora_service.actions.keys import Access
+from qlora_service.models.catalog.staging import reap_stale, staging_directory
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Replay

@@ -8,16 +8,16 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qlora_service.access import MAX_NAME_CHARS
+from qlora_service.actions.keys import MAX_NAME_CHARS
 from qlora_service.artifacts.manifest import ManifestFile
-from qlora_service.data.examples import Container, Shape
-from qlora_service.data.rendering import RenderReport
-from qlora_service.jobs import HoldReason, JobStatus, StopRequest
-from qlora_service.jobs import Job as DomainJob
-from qlora_service.keys import DEFAULT_SCOPES, ApiKey, Scope
-from qlora_service.models.catalog import BaseModel as DomainModel
+from qlora_service.data.rendering.renderer import RenderReport
+from qlora_service.data.rows.examples import Container, Shape
+from qlora_service.domain.datasets import Dataset as DomainDataset
+from qlora_service.domain.jobs import HoldReason, JobStatus, StopRequest
+from qlora_service.domain.jobs import Job as DomainJob
+from qlora_service.domain.keys import DEFAULT_SCOPES, ApiKey, Scope
+from qlora_service.models.catalog.catalog import BaseModel as DomainModel
 from qlora_service.specs import JobSpec
-from qlora_service.store.datasets import Dataset as DomainDataset
 
 Item = TypeVar("Item")
 

@@ -17,15 +17,16 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from qlora_service.data.checks import DatasetReport
-from qlora_service.ids import new_id
-from qlora_service.jobs import TRANSITIONS, HoldReason, Job, JobEvent, JobStatus
-from qlora_service.queue import Claim, Progress, Queue
+from qlora_service.domain.datasets import Dataset, DatasetReport
+from qlora_service.domain.ids import new_id
+from qlora_service.domain.jobs import TRANSITIONS, HoldReason, Job, JobEvent, JobStatus
+from qlora_service.domain.keys import LOCAL_PROJECT
+from qlora_service.queue.queue import Claim, Progress, Queue
 from qlora_service.specs import JobSpec
 from qlora_service.store.database import Database
-from qlora_service.store.datasets import Dataset, insert_dataset
+from qlora_service.store.datasets import insert_dataset
 from qlora_service.store.jobs import events_after, get_job, insert_job
-from qlora_service.store.tables import LOCAL_PROJECT, metadata
+from qlora_service.store.tables import metadata
 
 LEASE_S = 30.0
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qlora_service.models.adapters import attach
 from qlora_service.specs import Adapter, Lora
-from qlora_service.training.attention import isolate_documents
-from qlora_service.training.micro_batch import TokenRow
-from qlora_service.training.network import Network
+from qlora_service.training.network.isolation import isolate_documents
+from qlora_service.training.network.micro_batch import TokenRow
+from qlora_service.training.network.network import Network
 from tests.tiny_training import gradients
 
 SMALL = {

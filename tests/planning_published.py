@@ -24,10 +24,15 @@ from peft import LoraConfig, get_peft_model
 
 from qlora_service.models.adapters import trainable
 from qlora_service.planning.memory import Category
-from qlora_service.planning.simulated_base import META, simulated_base
-from qlora_service.planning.simulated_device import CUBLAS_WORKSPACE_BYTES, replaced, simulated_device, workspaces
-from qlora_service.planning.tracked_step import own_model
-from qlora_service.planning.tracker import Tracker
+from qlora_service.planning.simulation.simulated_base import META, simulated_base
+from qlora_service.planning.simulation.simulated_device import (
+    CUBLAS_WORKSPACE_BYTES,
+    replaced,
+    simulated_device,
+    workspaces,
+)
+from qlora_service.planning.simulation.tracked_step import own_model
+from qlora_service.planning.simulation.tracker import Tracker
 from qlora_service.specs import Quantization
 
 MISTRAL_7B = {

@@ -10,20 +10,20 @@ from typing import Any
 import torch
 
 from qlora_service.models.adapters import after_step, attach, trainable
-from qlora_service.models.nf4 import load_base
+from qlora_service.models.base.quantize import load_base
 from qlora_service.planning.largest_step import LargestStep, largest_step
 from qlora_service.planning.memory import Category, Memory
-from qlora_service.planning.simulated_device import workspaces
-from qlora_service.planning.simulated_step import simulated_memory
-from qlora_service.planning.tracked_step import examples_of, own_model
-from qlora_service.planning.tracker import Tracker
+from qlora_service.planning.simulation.simulated_device import workspaces
+from qlora_service.planning.simulation.simulated_step import simulated_memory
+from qlora_service.planning.simulation.tracked_step import examples_of, own_model
+from qlora_service.planning.simulation.tracker import Tracker
 from qlora_service.specs import JobSpec
-from qlora_service.training.attention import isolate_documents
-from qlora_service.training.document_attention import BLOCK, _triangle
-from qlora_service.training.network import Network
+from qlora_service.training.network.isolation import isolate_documents
+from qlora_service.training.network.network import Network
+from qlora_service.training.network.varlen_attention import BLOCK, _triangle
 from qlora_service.training.objectives import evaluate, make_objective
 from qlora_service.training.optimizer import optimizing
-from qlora_service.training.step_gradients import StepGradients
+from qlora_service.training.step import StepGradients
 
 CPU = torch.device("cpu")
 STEPS = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from qlora_service.data.splitting import MAX_ROW_BYTES
+from qlora_service.data.files.splitting import MAX_ROW_BYTES
 
 
 class Planted(NamedTuple):

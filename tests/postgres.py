@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
-from qlora_service.ids import new_id
+from qlora_service.domain.ids import new_id
 from qlora_service.store.database import Database
 
 NOT_INSTALLED = "PostgreSQL is not installed: apt-get install postgresql"

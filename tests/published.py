@@ -13,8 +13,8 @@ from qlora_service.artifacts.manifest import NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest, describe_file
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.models.adapters import attach, detach, save_adapter
-from qlora_service.models.catalog import BaseModel
-from qlora_service.models.nf4 import load_base
+from qlora_service.models.base.quantize import load_base
+from qlora_service.models.catalog.catalog import BaseModel
 from qlora_service.specs import Adapter, Lora, Quantization
 from tests.tiny_model import CHATML
 

@@ -13,7 +13,7 @@ from qlora_service.specs import Quantization
 from qlora_service.store import inference
 from qlora_service.store.database import Database
 from qlora_service.store.inference import LoadedBase
-from workers.inference import ClientGone, Desk, serve
+from workers.inference.server import ClientGone, Desk, serve
 
 TINY = LoadedBase("tiny", Quantization().model_dump_json())
 TOO_LONG = "too long"

@@ -14,17 +14,17 @@ from peft import PeftModel
 
 from qlora_service.errors import Interrupted
 from qlora_service.models.adapters import attach
-from qlora_service.models.nf4 import load_base
+from qlora_service.models.base.quantize import load_base
 from qlora_service.specs import Adapter, Lora, Objective, Quantization, Supervised, Training
-from qlora_service.training.attention import Isolation, isolate_documents
-from qlora_service.training.checkpoints import Checkpoints
-from qlora_service.training.held_out import EvaluationMetrics
+from qlora_service.training.checkpoint.checkpoints import Checkpoints
+from qlora_service.training.checkpoint.state import TrainingState
+from qlora_service.training.evaluation.held_out import EvaluationMetrics
+from qlora_service.training.evaluation.row_losses import RowLosses
 from qlora_service.training.loop import Control, Outcome, StepMetrics, Unattended, train
-from qlora_service.training.micro_batch import TokenRow, TrainingExample
-from qlora_service.training.network import Network
+from qlora_service.training.network.isolation import Isolation, isolate_documents
+from qlora_service.training.network.micro_batch import TokenRow, TrainingExample
+from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import make_objective
-from qlora_service.training.row_losses import RowLosses
-from qlora_service.training.state import TrainingState
 
 CPU = torch.device("cpu")
 FLOAT64 = Quantization(type="none", compute_dtype="float32")

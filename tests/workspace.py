@@ -13,12 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from qlora_service.actions.jobs import Service, open_service
 from qlora_service.chat.reception import Reception
 from qlora_service.chat.wire import Finished, GenerationRequest
-from qlora_service.jobs import Job
-from qlora_service.models.catalog import Catalog
-from qlora_service.queue import Claim
-from qlora_service.service import Service, open_service
+from qlora_service.domain.jobs import Job
+from qlora_service.models.catalog.catalog import Catalog
+from qlora_service.queue.queue import Claim
 from qlora_service.settings import Settings
 from qlora_service.specs import parse_spec
 from qlora_service.store.database import Database

@@ -6,15 +6,15 @@ import os
 import signal
 
 from qlora_service.artifacts.store import ArtifactStore
-from qlora_service.logs import configure_logging
-from qlora_service.models.catalog import Catalog
+from qlora_service.models.catalog.catalog import Catalog
 from qlora_service.planning.hardware import gpus
-from qlora_service.queue import Queue
+from qlora_service.process.logging import configure_logging
+from qlora_service.queue.queue import Queue
 from qlora_service.settings import read_settings
 from qlora_service.store.database import Database
-from workers.housekeeping import Housekeeping
-from workers.inference_turns import ChatRules
-from workers.supervisor import Slot, Supervisor
+from workers.supervisor.housekeeping import Housekeeping
+from workers.supervisor.inference_turns import ChatRules
+from workers.supervisor.supervisor import Slot, Supervisor
 
 
 def make_slots(wanted: int | None, gpus: list[str]) -> list[Slot]:

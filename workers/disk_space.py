@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-from qlora_service.jobs import HoldReason
+from qlora_service.domain.jobs import HoldReason
 
 BALLAST = "ballast"
 """The file in a job's checkpoint directory that holds room for what is to come."""

@@ -16,35 +16,35 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from qlora_service.quick_start import end_process, importing_torch
+from qlora_service.process.startup import end_process, importing_torch
 
 with importing_torch():
     import structlog
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from qlora_service.domain.clock import utc_now
     from qlora_service.errors import InvalidModel, QLoRAError
-    from qlora_service.logs import configure_logging
     from qlora_service.models.adapters import after_step, attach, trainable
-    from qlora_service.models.cached_base import load_cached_base
-    from qlora_service.models.catalog import Catalog
-    from qlora_service.models.quantized_cache import QuantizedCache
+    from qlora_service.models.base.load import load_cached_base
+    from qlora_service.models.base.quantized_cache import QuantizedCache
+    from qlora_service.models.catalog.catalog import Catalog
     from qlora_service.planning.largest_step import largest_step
-    from qlora_service.planning.tracked_step import examples_of, tracking
-    from qlora_service.queue import utc_now
+    from qlora_service.planning.simulation.tracked_step import examples_of, tracking
+    from qlora_service.process.logging import configure_logging
     from qlora_service.settings import Settings
     from qlora_service.specs import JobSpec
     from qlora_service.store.database import Database, persist
     from qlora_service.store.probes import find_probe, finish_probe
-    from qlora_service.training.attention import isolate_documents
     from qlora_service.training.device import choose_device, device_name, synchronize
-    from qlora_service.training.micro_batch import TrainingExample
-    from qlora_service.training.network import Network
+    from qlora_service.training.network.isolation import isolate_documents
+    from qlora_service.training.network.micro_batch import TrainingExample
+    from qlora_service.training.network.network import Network
     from qlora_service.training.objectives import evaluate, make_objective
     from qlora_service.training.optimizer import optimizing
-    from qlora_service.training.step_gradients import StepGradients, example_tokens
-    from workers.attempt import compute_dtype
-    from workers.step_memory import peak_memory
+    from qlora_service.training.step import StepGradients, example_tokens
+    from workers.trainer.attempt import compute_dtype
+    from workers.trainer.step_memory import peak_memory
 
 DATABASE_PATIENCE_S = 30.0
 

@@ -8,15 +8,15 @@ import structlog
 import torch
 from transformers import PreTrainedModel
 
-from qlora_service.models.base_state import BaseState
-from qlora_service.models.cached_base import load_cached_base
-from qlora_service.models.catalog import BaseModel
-from qlora_service.models.nf4 import base_fingerprint
-from qlora_service.models.quantized_cache import Ingredients, QuantizedCache
+from qlora_service.models.base.base_state import BaseState
+from qlora_service.models.base.load import load_cached_base
+from qlora_service.models.base.quantize import base_fingerprint
+from qlora_service.models.base.quantized_cache import Ingredients, QuantizedCache
+from qlora_service.models.catalog.catalog import BaseModel
 from qlora_service.specs import Quantization
-from qlora_service.training.attention import Isolation, isolate_documents
 from qlora_service.training.device import release_memory
-from qlora_service.training.network import Ways
+from qlora_service.training.network.isolation import Isolation, isolate_documents
+from qlora_service.training.network.network import Ways
 
 log = structlog.get_logger()
 

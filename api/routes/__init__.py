@@ -1,0 +1,1 @@
+"""This service's own routes."""

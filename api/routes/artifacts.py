@@ -9,10 +9,10 @@ from fastapi import APIRouter, Header, Path, Response
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from api.archive import stream_zip
 from api.dependencies import JobId, ServiceOf
 from api.errors import error_responses
-from api.ranges import etag_of, is_unmodified, wanted_range
+from api.http.archive import stream_zip
+from api.http.ranges import etag_of, is_unmodified, wanted_range
 from api.schemas import Artifact, Listing
 
 router = APIRouter(prefix="/jobs", tags=["artifacts"])

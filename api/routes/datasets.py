@@ -12,17 +12,17 @@ from starlette.requests import Request
 
 from api.dependencies import After, DatasetId, Limit, ServiceOf, UploadsOf
 from api.errors import error_responses, located
-from api.idempotency import Idempotency, IdempotencyOf
-from api.multipart import MEDIA_TYPE as MULTIPART
-from api.multipart import Form, is_multipart
+from api.http.idempotency import Idempotency, IdempotencyOf
+from api.http.multipart import MEDIA_TYPE as MULTIPART
+from api.http.multipart import Form, is_multipart
+from api.http.uploads import display_name
 from api.schemas import Dataset, DeletedDataset, Listing, Page, PreviewProblem, PreviewRow
-from api.uploads import display_name
-from qlora_service.data.examples import Container, Shape
-from qlora_service.data.rendering import RenderRules
+from qlora_service.actions.jobs import Service
+from qlora_service.actions.submission import default_length
+from qlora_service.data.rendering.renderer import RenderRules
+from qlora_service.data.rows.examples import Container, Shape
+from qlora_service.domain.datasets import Dataset as DomainDataset
 from qlora_service.errors import InvalidModel, InvalidRequest, NotFound, QLoRAError
-from qlora_service.service import Service
-from qlora_service.store.datasets import Dataset as DomainDataset
-from qlora_service.submission import default_length
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 

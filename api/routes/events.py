@@ -14,7 +14,7 @@ from starlette.requests import Request
 from api.dependencies import JobId, ServiceOf
 from api.errors import error_responses
 from api.event_feed import BATCH, EventFeed
-from qlora_service.jobs import Job, JobEvent, JobStatus
+from qlora_service.domain.jobs import Job, JobEvent, JobStatus
 
 # Of the database's integers.
 MAX_SEQ = 2**63 - 1

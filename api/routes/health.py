@@ -7,8 +7,8 @@ from starlette.requests import Request
 
 from api.errors import error_responses
 from api.schemas import Health
+from qlora_service.actions.jobs import Service
 from qlora_service.errors import Unavailable
-from qlora_service.service import Service
 
 router = APIRouter(tags=["health"])
 

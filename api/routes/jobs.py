@@ -14,17 +14,17 @@ from starlette.requests import Request
 from api.dependencies import After, JobId, Limit, ServiceOf, UploadsOf
 from api.errors import UnsupportedMediaType, error_responses, located
 from api.force import take_force
-from api.idempotency import Idempotency, IdempotencyOf
-from api.json_body import parse_body
-from api.multipart import MEDIA_TYPE as MULTIPART
-from api.multipart import Form, is_multipart
+from api.http.idempotency import Idempotency, IdempotencyOf
+from api.http.json_body import parse_body
+from api.http.multipart import MEDIA_TYPE as MULTIPART
+from api.http.multipart import Form, is_multipart
+from api.http.uploads import display_name, receive_bytes
 from api.schemas import Job, Metrics, Page, SubmittedJob, job_fields
-from api.uploads import display_name, receive_bytes
+from qlora_service.actions.jobs import Service, Submission
+from qlora_service.domain.jobs import Job as DomainJob
+from qlora_service.domain.jobs import JobStatus
+from qlora_service.domain.metrics import metrics_csv
 from qlora_service.errors import Finding, InvalidDataset, InvalidModel, InvalidRequest, QLoRAError
-from qlora_service.jobs import Job as DomainJob
-from qlora_service.jobs import JobStatus
-from qlora_service.metrics import metrics_csv
-from qlora_service.service import Service, Submission
 from qlora_service.specs import parse_spec
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])

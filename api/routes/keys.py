@@ -9,16 +9,16 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from api.auth import ADMIN_TAG, CallerOf
+from api.access.auth import ADMIN_TAG, CallerOf
 from api.dependencies import AccessOf, KeyId
 from api.errors import error_responses
-from api.idempotency import Idempotency, IdempotencyOf
-from api.json_body import parse_body, reason_of
+from api.http.idempotency import Idempotency, IdempotencyOf
+from api.http.json_body import parse_body, reason_of
+from api.http.uploads import receive_bytes
 from api.schemas import Key, KeyRequest, Listing, NewKey
-from api.uploads import receive_bytes
-from qlora_service.access import Access
+from qlora_service.actions.keys import Access
+from qlora_service.domain.keys import ApiKey
 from qlora_service.errors import Finding, InvalidRequest
-from qlora_service.keys import ApiKey
 
 router = APIRouter(prefix="/keys", tags=[ADMIN_TAG])
 

@@ -11,12 +11,12 @@ from starlette.requests import Request
 
 from api.dependencies import ServiceOf
 from api.errors import error_responses, located
-from api.json_body import parse_body
+from api.http.json_body import parse_body
+from api.http.uploads import receive_bytes
 from api.plan_schemas import Plan, PlanOptions
-from api.uploads import receive_bytes
+from qlora_service.actions.jobs import Service
+from qlora_service.actions.plans import NAMELESS
 from qlora_service.errors import Finding, InvalidDataset, InvalidModel, InvalidSpec, QLoRAError
-from qlora_service.plan_actions import NAMELESS
-from qlora_service.service import Service
 from qlora_service.specs import parse_spec
 
 router = APIRouter(prefix="/plans", tags=["plans"])

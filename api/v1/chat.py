@@ -20,11 +20,11 @@ from api.openai_errors import on_openai_wire
 from api.v1.chat_answers import ChatCompletion, ChatWriter, Completion, TextWriter
 from api.v1.chat_requests import CreateChatCompletion, CreateCompletion
 from api.v1.routes import JsonRoute, openai_errors
+from qlora_service.actions.jobs import Service
 from qlora_service.chat.reception import Reception
 from qlora_service.chat.wire import AdapterRef, Answer
+from qlora_service.domain.jobs import Job, JobStatus
 from qlora_service.errors import InvalidModel, NotFound, QLoRAError
-from qlora_service.jobs import Job, JobStatus
-from qlora_service.service import Service
 from qlora_service.specs import Quantization
 from qlora_service.store.database import Database
 from qlora_service.store.inference import LoadedBase

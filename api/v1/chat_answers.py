@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from qlora_service.chat.wire import Finished
-from qlora_service.ids import new_id
+from qlora_service.domain.ids import new_id
 
 FinishReason = Literal["stop", "length"]
 

@@ -21,8 +21,8 @@ from pydantic_core import PydanticCustomError
 from api.v1.requests import Part, saying
 from api.v1.schemas import TUNED_MODEL
 from qlora_service.chat.wire import AdapterRef, GenerationRequest, Sampling
-from qlora_service.data.strict_json import RowProblem
-from qlora_service.data.turns import OPENAI, read_tools, read_turns
+from qlora_service.data.json.strict import RowProblem
+from qlora_service.data.rows.conversation import OPENAI, read_tools, read_turns
 from qlora_service.errors import InvalidRequest
 
 MAX_STOPS = 16

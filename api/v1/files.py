@@ -13,19 +13,19 @@ from starlette.responses import StreamingResponse
 
 from api.dependencies import ServiceOf, UploadsOf
 from api.errors import located
-from api.idempotency import Idempotency, IdempotencyOf
-from api.multipart import MEDIA_TYPE as MULTIPART
-from api.multipart import Form
-from api.uploads import display_name
+from api.http.idempotency import Idempotency, IdempotencyOf
+from api.http.multipart import MEDIA_TYPE as MULTIPART
+from api.http.multipart import Form
+from api.http.uploads import display_name
 from api.v1.ids import asked_for, dataset_of_file, file_of_dataset, job_of_results, no_file, own_part, results_of_job
 from api.v1.rendering import seconds
 from api.v1.routes import After, FileId, openai_errors
 from api.v1.schemas import DeletedFile, File, ListPage, page_of
+from qlora_service.actions.jobs import Service
+from qlora_service.domain.datasets import Dataset
+from qlora_service.domain.jobs import Job, JobStatus
+from qlora_service.domain.metrics import metrics_csv
 from qlora_service.errors import Conflict, InvalidDataset, InvalidRequest
-from qlora_service.jobs import Job, JobStatus
-from qlora_service.metrics import metrics_csv
-from qlora_service.service import Service
-from qlora_service.store.datasets import Dataset
 
 router = APIRouter(prefix="/files", tags=["openai files"])
 

@@ -9,16 +9,16 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 
 from api.dependencies import ServiceOf
-from api.idempotency import IdempotencyOf
+from api.http.idempotency import IdempotencyOf
 from api.v1.rendering import EVENT_TYPES, fine_tuning_checkpoints, fine_tuning_event, fine_tuning_job
 from api.v1.requests import CreateFineTuningJob
 from api.v1.routes import After, FineTuningJobId, JsonRoute, openai_errors
 from api.v1.schemas import FineTuningCheckpoint, FineTuningEvent, FineTuningJob, ListPage, page_of
 from api.v1.translation import in_request, to_spec
+from qlora_service.actions.jobs import Submission
+from qlora_service.domain.clock import utc_now
+from qlora_service.domain.jobs import Job
 from qlora_service.errors import InvalidRequest
-from qlora_service.jobs import Job
-from qlora_service.queue import utc_now
-from qlora_service.service import Submission
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["openai fine-tuning"], route_class=JsonRoute)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from api.dependencies import ServiceOf
-from api.idempotency import IdempotencyOf
+from api.http.idempotency import IdempotencyOf
 from api.v1.rendering import seconds
 from api.v1.routes import ModelId, openai_errors
 from api.v1.schemas import DeletedModel, Model, ModelList
+from qlora_service.actions.jobs import Service
+from qlora_service.domain.jobs import Job
+from qlora_service.domain.tuned_models import tuned_model_name
 from qlora_service.errors import Conflict, InvalidModel
-from qlora_service.jobs import Job
-from qlora_service.models.catalog import BaseModel
-from qlora_service.service import Service
-from qlora_service.tuned_models import tuned_model_name
+from qlora_service.models.catalog.catalog import BaseModel
 
 router = APIRouter(prefix="/models", tags=["openai models"])
 

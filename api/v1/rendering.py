@@ -19,9 +19,9 @@ from api.v1.schemas import (
     ResolvedMethod,
 )
 from api.v1.translation import default_rate
-from qlora_service.jobs import Job, JobEvent, JobStatus
-from qlora_service.metrics import METRICS, standing_metrics
-from qlora_service.tuned_models import tuned_model_name
+from qlora_service.domain.jobs import Job, JobEvent, JobStatus
+from qlora_service.domain.metrics import METRICS, standing_metrics
+from qlora_service.domain.tuned_models import tuned_model_name
 
 EVENT_TYPES = ("status", "log", *METRICS)
 

@@ -12,11 +12,11 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.auth import authenticate
+from api.access.auth import authenticate
 from api.errors import UnsupportedMediaType, error_responses
-from api.json_body import parse_body, reason_of
+from api.http.json_body import parse_body, reason_of
+from api.http.uploads import receive_bytes
 from api.openai_errors import OpenAIErrorResponse, on_openai_wire
-from api.uploads import receive_bytes
 from api.v1.schemas import FILE_ID, JOB_ID, TUNED_MODEL, UPLOAD_ID
 
 FileId = Annotated[str, Path(description="A file's id.", examples=[FILE_ID])]

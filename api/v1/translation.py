@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from api.force import take_force
 from api.v1.ids import dataset_of_file, no_file
 from api.v1.requests import MAX_SEED, CreateFineTuningJob, DpoHyperparameters, Hyperparameters, UnsupportedMethod
+from qlora_service.actions.jobs import Service
 from qlora_service.errors import (
     Finding,
     InvalidDataset,
@@ -21,7 +22,6 @@ from qlora_service.errors import (
     NotFound,
     QLoRAError,
 )
-from qlora_service.service import Service
 from qlora_service.specs import RECIPES, JobSpec, Training, parse_spec
 
 # "auto" is three epochs, with at least 100 and at most 25,000 examples in all, where 1 to 25 epochs allow it: a small

@@ -9,19 +9,19 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from api.dependencies import ServiceOf, UploadsOf
-from api.idempotency import Idempotency, IdempotencyOf
-from api.multipart import MEDIA_TYPE as MULTIPART
-from api.multipart import Form
-from api.uploads import display_name
+from api.http.idempotency import Idempotency, IdempotencyOf
+from api.http.multipart import MEDIA_TYPE as MULTIPART
+from api.http.multipart import Form
+from api.http.uploads import display_name
 from api.v1 import schemas
 from api.v1.files import file_of, refuse_expiry
 from api.v1.rendering import seconds
 from api.v1.requests import CompleteUpload, CreateUpload
 from api.v1.routes import JsonRoute, UploadId, openai_errors
+from qlora_service.actions.jobs import Service
+from qlora_service.actions.uploads import ClosedUpload
+from qlora_service.domain.uploads import Part, Upload
 from qlora_service.errors import InvalidRequest, TooLarge
-from qlora_service.part_uploads import ClosedUpload
-from qlora_service.service import Service
-from qlora_service.store.uploads import Part, Upload
 
 router = APIRouter(prefix="/uploads", tags=["openai uploads"], route_class=JsonRoute)
 

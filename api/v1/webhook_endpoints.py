@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Path
 from starlette.requests import Request
 
 from api.dependencies import Limit, ServiceOf
-from api.idempotency import IdempotencyOf
+from api.http.idempotency import IdempotencyOf
 from api.v1.routes import After, JsonRoute, openai_errors
 from api.v1.schemas import ListPage, page_of
 from api.v1.webhook_schemas import (
@@ -23,7 +23,7 @@ from api.v1.webhook_schemas import (
     WebhookEventTypes,
     WebhookTest,
 )
-from qlora_service.store.webhooks import EVENT_TYPES
+from qlora_service.domain.webhooks import EVENT_TYPES
 from qlora_service.webhooks.endpoints import Webhooks
 
 router = APIRouter(tags=["webhooks"], route_class=JsonRoute)

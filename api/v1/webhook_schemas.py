@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, StrictBool, StringConstraints
 
 from api.v1.requests import Part
 from api.v1.schemas import Identified
-from qlora_service.store.webhooks import EVENT_TYPES, Delivery, Endpoint
+from qlora_service.domain.webhooks import EVENT_TYPES, Delivery, Endpoint
 from qlora_service.webhooks.targets import MAX_URL_CHARS
 
 _TYPES = ", ".join(EVENT_TYPES.values())

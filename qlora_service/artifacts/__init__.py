@@ -1,0 +1,1 @@
+"""Published files: the store, the manifest, the model card."""

@@ -13,8 +13,8 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from qlora_service.durable import flush
 from qlora_service.errors import Conflict, NotFound
+from qlora_service.process.fsync import flush
 
 READ_CHUNK_BYTES = 1 << 20
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_service.chat.wire import BEAT_S, MAX_LINE_BYTES, Answer, GenerationRequest, Leaving, address, as_error
+from qlora_service.domain.jobs import JobStatus
 from qlora_service.errors import QuotaExceeded, Unavailable
-from qlora_service.jobs import JobStatus
 from qlora_service.store import inference
 from qlora_service.store.database import Database
 from qlora_service.store.inference import Holder, LoadedBase

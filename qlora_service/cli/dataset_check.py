@@ -16,8 +16,8 @@ from qlora_service.errors import Finding, InvalidDataset, Unavailable
 from qlora_service.specs import Container, Shape
 
 if TYPE_CHECKING:
-    from qlora_service.data.checks import DatasetReport
-    from qlora_service.data.rendering import RenderReport
+    from qlora_service.data.rendering.renderer import RenderReport
+    from qlora_service.domain.datasets import DatasetReport
 
 ContainerOption = Annotated[Container | None, typer.Option(help="File format; detected if not given.")]
 ShapeOption = Annotated[Shape | None, typer.Option(help="Row shape; detected if not given.")]
@@ -78,7 +78,7 @@ def _check(
     max_seq_len_tokens: int | None,
     data_dir: Path | None,
 ) -> Checked:
-    from qlora_service.data.checks import check_dataset, check_rows
+    from qlora_service.data.files.checks import check_dataset, check_rows
 
     try:
         report = check_dataset(file, container=container, shape=shape)
@@ -103,9 +103,9 @@ def _lengths(
     """What rendering every usable row gives. Raises: InvalidModel, InvalidDataset."""
     from datetime import UTC, datetime
 
-    from qlora_service.data.checks import read_examples
-    from qlora_service.data.rendering import Renderer, RenderRules, render_report
-    from qlora_service.submission import default_length
+    from qlora_service.actions.submission import default_length
+    from qlora_service.data.files.checks import read_examples
+    from qlora_service.data.rendering.renderer import Renderer, RenderRules, render_report
 
     model = open_catalog(data_dir).get(base_model)
     rules = RenderRules(max_seq_len_tokens or default_length(model))

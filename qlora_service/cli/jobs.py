@@ -10,7 +10,7 @@ import typer
 
 from qlora_service.cli.exit_codes import OF_OUTCOME, ExitCode
 from qlora_service.cli.options import AsJson, JobId, Url, connect, print_json, print_note, print_table, size
-from qlora_service.jobs import JobStatus
+from qlora_service.domain.jobs import JobStatus
 
 if TYPE_CHECKING:
     from qlora_service.client import Client

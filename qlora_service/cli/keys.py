@@ -10,25 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_service.cli.options import AsJson, DataDir, WrongUsage, print_json, print_note, print_table
+from qlora_service.domain.keys import DEFAULT_SCOPES, LOCAL_PROJECT, ApiKey, Scope
+from qlora_service.domain.keys import PREFIX as SECRET_PREFIX
 from qlora_service.errors import Unavailable
-from qlora_service.keys import DEFAULT_SCOPES, ApiKey, Scope
-from qlora_service.keys import PREFIX as SECRET_PREFIX
 
 if TYPE_CHECKING:
-    from qlora_service.access import Access
+    from qlora_service.actions.keys import Access
 
 app = typer.Typer(
     help="Make, list and revoke the keys under which the service is used, where it runs.", no_args_is_help=True
 )
-
-DEFAULT_PROJECT = "local"
 
 
 @app.command("create")
 def create_key(
     project: Annotated[
         str, typer.Option(help="Whose jobs and datasets the key opens; one that is new begins with it.")
-    ] = DEFAULT_PROJECT,
+    ] = LOCAL_PROJECT,
     name: Annotated[str, typer.Option(help="For people: whose it is, or what for.")] = "unnamed",
     scopes: Annotated[
         list[Scope] | None,
@@ -97,7 +95,7 @@ def local_access(data_dir: Path | None, *, may_begin: bool = False) -> Iterator[
     from qlora_service.settings import read_settings
 
     try:
-        from qlora_service.access import open_access
+        from qlora_service.actions.keys import open_access
         from qlora_service.cli.local_database import at_local_database, has_begun
     except ModuleNotFoundError as error:
         raise Unavailable(

@@ -48,7 +48,7 @@ def demo(
     from rich.console import Console
 
     from qlora_service.cli.demo import run_demo
-    from qlora_service.logs import configure_logging
+    from qlora_service.process.logging import configure_logging
 
     configure_logging("WARNING")
     run_demo(directory.resolve(), output, Console())

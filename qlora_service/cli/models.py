@@ -11,7 +11,7 @@ from qlora_service.cli.options import AsJson, DataDir, connect, open_catalog, pr
 from qlora_service.errors import Conflict
 
 if TYPE_CHECKING:
-    from qlora_service.models.quantized_cache import QuantizedCache
+    from qlora_service.models.base.quantized_cache import QuantizedCache
 
 app = typer.Typer(help="List, import and remove the base models that jobs can train on.", no_args_is_help=True)
 cache = typer.Typer(help="Base models in 4 or 8 bits, kept so that a job need not quantize them.", no_args_is_help=True)
@@ -141,8 +141,8 @@ def _names_service() -> bool:
 
 
 def _open_cache(data_dir: Path | None) -> QuantizedCache:
-    from qlora_service.logs import configure_logging
-    from qlora_service.models.quantized_cache import QuantizedCache
+    from qlora_service.models.base.quantized_cache import QuantizedCache
+    from qlora_service.process.logging import configure_logging
     from qlora_service.settings import read_settings
 
     configure_logging("WARNING")

@@ -16,7 +16,7 @@ from qlora_service.errors import Finding, InvalidRequest, QLoRAError
 
 if TYPE_CHECKING:
     from qlora_service.client import Client
-    from qlora_service.models.catalog import Catalog
+    from qlora_service.models.catalog.catalog import Catalog
 
 SHOWN_FINDINGS = 20
 COMPLETED_JOBS = 20
@@ -84,8 +84,8 @@ def connect(url: str | None, *, patience_s: float | None = None) -> Client:
 
 def open_catalog(data_dir: Path | None) -> Catalog:
     """The base models of the data directory; needs no service."""
-    from qlora_service.logs import configure_logging
-    from qlora_service.models.catalog import Catalog
+    from qlora_service.models.catalog.catalog import Catalog
+    from qlora_service.process.logging import configure_logging
     from qlora_service.settings import read_settings
 
     configure_logging("WARNING")

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from qlora_service import lifeline
 from qlora_service.client import Client
 from qlora_service.errors import Conflict, Unavailable
+from qlora_service.process import child as lifeline
 
 STOP_S = 20.0
 """What the API and the worker have to end in. The worker kills a trainer that has not stopped after 8 s, and may then

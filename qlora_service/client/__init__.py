@@ -39,7 +39,7 @@ from qlora_service.client.wire import (
     ServiceError,
     Unreachable,
 )
-from qlora_service.data.examples import Container, Shape
+from qlora_service.data.rows.examples import Container, Shape
 from qlora_service.errors import InvalidRequest
 from qlora_service.specs import JobSpec
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from qlora_service.domain.jobs import JobStatus
 from qlora_service.errors import Finding, Unavailable
-from qlora_service.jobs import JobStatus
 
 TERMINAL = frozenset(status.value for status in JobStatus if status.terminal)
 

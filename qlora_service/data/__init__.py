@@ -1,0 +1,1 @@
+"""From uploaded bytes to token ids and micro-batches. No torch."""

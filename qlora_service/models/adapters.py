@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_service.errors import InvalidSpec
-from qlora_service.models.nf4 import dequantized_weight
+from qlora_service.models.base.quantize import dequantized_weight
 from qlora_service.models.tied_head import tie_head
 from qlora_service.specs import (
     IA3,

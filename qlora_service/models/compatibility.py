@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from qlora_service.errors import Finding
-from qlora_service.models.catalog import BaseModel
+from qlora_service.models.catalog.catalog import BaseModel
 from qlora_service.specs import (
     IA3,
     Adapter,

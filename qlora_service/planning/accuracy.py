@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_service.planning.devices import same_device
+from qlora_service.planning.cards import same_device
 from qlora_service.planning.margins import Distribution, margin
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
 
-from qlora_service.planning.allocator import ROUNDING, rounded
 from qlora_service.planning.shapes import ModelShape
+from qlora_service.planning.simulation.allocator import ROUNDING, rounded
 from qlora_service.specs import (
     IA3,
     AdaLora,

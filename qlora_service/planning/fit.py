@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from qlora_service.planning.devices import Device
+from qlora_service.planning.cards import Device
 from qlora_service.planning.formula import memory
 from qlora_service.planning.largest_step import largest_step
 from qlora_service.planning.memory import Memory

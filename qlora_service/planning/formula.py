@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_service.planning.adapter_shapes import AdapterShape, adapter_shape, optimizer_bytes
-from qlora_service.planning.allocator import ROUNDING, rounded
 from qlora_service.planning.largest_step import LargestStep, largest_step
 from qlora_service.planning.memory import MIB, Category, Memory
 from qlora_service.planning.shapes import Matrix, ModelShape
+from qlora_service.planning.simulation.allocator import ROUNDING, rounded
 from qlora_service.planning.ways import DORA, FAST, Way, resolved_dtype, virtual_tokens, way_of
 from qlora_service.specs import JobSpec, Oft, PromptMethod, Quantization
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from qlora_service.planning.devices import Device
+from qlora_service.planning.cards import Device
 
 AMPERE = (8, 0)
 """Compute capability from which bfloat16 runs in hardware"""

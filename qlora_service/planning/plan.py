@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from qlora_service.planning.devices import Device
+from qlora_service.planning.cards import Device
 from qlora_service.planning.fit import Choice, Fit, Question, Simulate, Source, Verdict, fastest_fit
 from qlora_service.planning.memory import GIB, MIB, Category, Memory
 from qlora_service.planning.remedies import Changes, Largest, alternatives, largest

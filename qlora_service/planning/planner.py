@@ -12,13 +12,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from qlora_service.errors import Finding, InvalidModel, InvalidRequest
-from qlora_service.planning.devices import Device, named_device
+from qlora_service.planning.cards import Device, named_device
 from qlora_service.planning.fit import Question
 from qlora_service.planning.hardware import Gpu, gpus, this_cpu, trains_here
 from qlora_service.planning.memory import Memory
 from qlora_service.planning.plan import FoundBy, Plan, make_plan, with_notes
 from qlora_service.planning.shapes import ModelShape
-from qlora_service.planning.simulation import CannotSimulate, simulate
+from qlora_service.planning.simulation.run import CannotSimulate, simulate
 from qlora_service.specs import JobSpec
 
 AUTO, UNKNOWN = "auto", "unknown"

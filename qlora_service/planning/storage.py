@@ -12,7 +12,7 @@ KEPT_CHECKPOINTS = 2
 HEADER_BYTES, SMALL_FILES_BYTES = 10 * 256, 256 * 1024
 ROW_BYTES, STEP_BYTES = 36, 512
 DATABASE_ROOM = 16 * MIB
-"""As in `training/checkpoints.py` and `workers/attempt.py`, which need torch; a test holds the sum to theirs"""
+"""As in `training/checkpoints.py` and `workers/trainer/attempt.py`, which need torch; a test holds the sum to theirs"""
 ADALORA_COPIES = 3
 CUDA_PROCESS_BYTES = 2 * GIB
 """Resident memory of a process once torch has initialized CUDA (pytorch/pytorch#113326)"""

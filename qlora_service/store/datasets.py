@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from qlora_service.data.checks import DatasetReport
+from qlora_service.domain.datasets import Dataset, DatasetReport
 from qlora_service.errors import NotFound
-from qlora_service.store.conflicts import insert
 from qlora_service.store.tables import datasets, render_reports
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """An upload that was checked and stored. The same bytes read the same way are one dataset of a project."""
-
-    id: str
-    project: str
-    sha256: str
-    filename: str | None
-    created_at: datetime
-    report: DatasetReport
+from qlora_service.store.upsert import insert
 
 
 def insert_dataset(connection: Connection, dataset: Dataset) -> Dataset:

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from qlora_service.jobs import JobStatus
+from qlora_service.domain.jobs import JobStatus
 from qlora_service.store.tables import jobs
 
 NEWEST_OF_BASE = 50

@@ -16,8 +16,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from qlora_service.errors import Conflict
-from qlora_service.store.conflicts import insert
 from qlora_service.store.tables import idempotency_keys as keys
+from qlora_service.store.upsert import insert
 
 KEPT_FOR = timedelta(days=7)
 RETRIED_FOR = timedelta(minutes=10)

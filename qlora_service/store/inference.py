@@ -11,11 +11,11 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from qlora_service.jobs import JobStatus, StopRequest
-from qlora_service.store.conflicts import insert
+from qlora_service.domain.jobs import JobStatus, StopRequest
 from qlora_service.store.jobs import append_event, claimable
 from qlora_service.store.lease_clock import LeaseClock, lease_clock
 from qlora_service.store.tables import inference, jobs
+from qlora_service.store.upsert import insert
 
 WANTED_S = 5.0
 """Who waits says so again before this is over."""

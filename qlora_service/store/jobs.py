@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.engine import Connection, Row
 
+from qlora_service.domain.jobs import Job, JobEvent, JobStatus, StopRequest
 from qlora_service.errors import NotFound
-from qlora_service.jobs import Job, JobEvent, JobStatus, StopRequest
 from qlora_service.specs import JobSpec
 from qlora_service.store.tables import events, jobs
 

@@ -8,10 +8,10 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from qlora_service.domain.keys import ApiKey, Scope
 from qlora_service.errors import NotFound
-from qlora_service.keys import ApiKey, Scope
-from qlora_service.store.conflicts import insert
 from qlora_service.store.tables import api_keys
+from qlora_service.store.upsert import insert
 
 
 def insert_key(connection: Connection, key: ApiKey, sha256: str) -> bool:

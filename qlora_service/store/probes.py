@@ -13,8 +13,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from qlora_service.store.conflicts import insert
 from qlora_service.store.tables import probes
+from qlora_service.store.upsert import insert
 
 UNTAKEN = timedelta(days=1)
 """For so long somebody may still want to know; and what failed may go well after it"""

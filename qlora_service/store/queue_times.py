@@ -9,7 +9,7 @@ from collections.abc import Collection
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from qlora_service.jobs import JobStatus
+from qlora_service.domain.jobs import JobStatus
 from qlora_service.store.tables import jobs
 
 

@@ -23,6 +23,8 @@ from sqlalchemy import (
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
+from qlora_service.domain.keys import LOCAL_PROJECT
+
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(column_0_N_label)s",
@@ -52,9 +54,6 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 # SQLite only counts up by itself on INTEGER keys.
 _Sequence = BigInteger().with_variant(Integer(), "sqlite")
-
-LOCAL_PROJECT = "local"
-"""Owns what was stored before there were projects, and what is done without a key."""
 
 
 def _project(**options: Any) -> Column[str]:

@@ -2,52 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
-from enum import StrEnum
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from qlora_service.domain.uploads import Part, Upload, UploadStatus
 from qlora_service.errors import NotFound
 from qlora_service.store.tables import upload_parts, uploads
-
-
-class UploadStatus(StrEnum):
-    PENDING = "pending"
-    COMPLETED = "completed"
-    CANCELLED = "cancelled"
-    EXPIRED = "expired"
-
-
-@dataclass(frozen=True)
-class Upload:
-    """A file that arrives in parts."""
-
-    id: str
-    project: str
-    status: UploadStatus
-    filename: str
-    purpose: str
-    mime_type: str
-    bytes: int
-    """Of the whole file, as its sender announced it."""
-    dataset_id: str | None
-    """Of a completed upload."""
-    created_at: datetime
-    expires_at: datetime
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of an upload; its bytes lie in the artifact store."""
-
-    id: str
-    upload_id: str
-    bytes: int
-    sha256: str
-    created_at: datetime
 
 
 def insert_upload(connection: Connection, upload: Upload) -> None:

@@ -1,0 +1,1 @@
+"""The training loop, and everything with tensors that it needs."""

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import JobFailed
-from qlora_service.jobs import FailureReason
 
 OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "alloc_failed")
 """What cuBLAS, bitsandbytes' managed memory and torch's allocator on a CPU say, in errors of no type of their own."""

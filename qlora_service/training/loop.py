@@ -11,14 +11,16 @@ from typing import Any, Protocol
 
 import torch
 
+from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import Interrupted, JobFailed
-from qlora_service.jobs import FailureReason
 from qlora_service.models.adapters import after_step, allocation_state, restore_allocation, trainable
 from qlora_service.specs import Training
+from qlora_service.training.checkpoint.state import StepHistory, TrainingState, random_state, restore_random_state
 from qlora_service.training.device import peak_memory_bytes, synchronize
-from qlora_service.training.held_out import EvaluationMetrics, HeldOut, restore_trainable, trainable_copies
-from qlora_service.training.micro_batch import TrainingExample
-from qlora_service.training.network import Network
+from qlora_service.training.evaluation.held_out import EvaluationMetrics, HeldOut, restore_trainable, trainable_copies
+from qlora_service.training.evaluation.row_losses import RowLosses
+from qlora_service.training.network.micro_batch import TrainingExample
+from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import Evaluation, TrainingObjective
 from qlora_service.training.optimizer import (
     learning_rate,
@@ -27,9 +29,7 @@ from qlora_service.training.optimizer import (
     restore_optimizer,
     set_learning_rate,
 )
-from qlora_service.training.row_losses import RowLosses
-from qlora_service.training.state import StepHistory, TrainingState, random_state, restore_random_state
-from qlora_service.training.step_gradients import StepGradients, example_tokens
+from qlora_service.training.step import StepGradients, example_tokens
 
 ROWS_NAMED = 20
 """Most lines a failure names."""

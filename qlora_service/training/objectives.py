@@ -14,13 +14,13 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import JobFailed
-from qlora_service.jobs import FailureReason
 from qlora_service.specs import Dpo, Kto, Objective, Orpo
 from qlora_service.training.device import is_out_of_memory, release_memory
-from qlora_service.training.head import TokenLosses
-from qlora_service.training.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
-from qlora_service.training.network import Network
+from qlora_service.training.network.cross_entropy import TokenLosses
+from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
+from qlora_service.training.network.network import Network
 
 CERTAIN = -1e-6
 """Log-probability above which the odds of an answer are cut off: at 0 they are infinite."""

@@ -12,8 +12,8 @@ import torch
 from bitsandbytes.functional import GlobalPageManager
 from bitsandbytes.optim.optimizer import Optimizer8bit
 
+from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import JobFailed
-from qlora_service.jobs import FailureReason
 from qlora_service.specs import Training
 from qlora_service.training.device import can_page, synchronize
 

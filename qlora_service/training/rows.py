@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qlora_service.data.rendering import RenderedRow, RenderReport, UnusableRow
-from qlora_service.training.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
+from qlora_service.data.rendering.renderer import RenderedRow, RenderReport, UnusableRow
+from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
 
 IDS, FLAGS = pa.list_(pa.int32()), pa.list_(pa.bool_())
 SCHEMA = pa.schema(

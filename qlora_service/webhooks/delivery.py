@@ -17,10 +17,11 @@ from typing import Any
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from qlora_service.domain.clock import utc_now
+from qlora_service.domain.webhooks import Delivery, Endpoint
 from qlora_service.errors import InvalidRequest
-from qlora_service.queue import utc_now
 from qlora_service.store.database import Database, persist
-from qlora_service.store.webhooks import Delivery, Endpoint, any_due, claim_due, disable_endpoint, note_attempt
+from qlora_service.store.webhooks import any_due, claim_due, disable_endpoint, note_attempt
 from qlora_service.webhooks.sending import TIMEOUT_S, Sender
 from qlora_service.webhooks.signing import signed_headers
 

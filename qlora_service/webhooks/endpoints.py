@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 
 from sqlalchemy.engine import Connection
 
+from qlora_service.domain.clock import utc_now
+from qlora_service.domain.ids import new_id
+from qlora_service.domain.keys import LOCAL_PROJECT
+from qlora_service.domain.webhooks import EVENT_TYPES, Delivery, Endpoint
 from qlora_service.errors import InvalidRequest, NoRoom
-from qlora_service.ids import new_id
-from qlora_service.queue import utc_now
 from qlora_service.store import webhooks as rows
 from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Once, recall, write_once
-from qlora_service.store.tables import LOCAL_PROJECT
-from qlora_service.store.webhooks import EVENT_TYPES, Delivery, Endpoint
 from qlora_service.webhooks.delivery import MAX_ERROR_CHARS, Deliverer, attempt
 from qlora_service.webhooks.sending import Sender
 from qlora_service.webhooks.signing import new_secret

@@ -22,8 +22,8 @@ from api.main import create_app
 from qlora_service.artifacts.manifest import NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest, describe_file
 from qlora_service.artifacts.store import ArtifactStore, job_key
-from qlora_service.models.catalog import Catalog
-from qlora_service.queue import Claim, Queue
+from qlora_service.models.catalog.catalog import Catalog
+from qlora_service.queue.queue import Claim, Queue
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from qlora_service.queue import Queue
+from qlora_service.queue.queue import Queue
 from qlora_service.settings import Settings
 from tests.api.conftest import ROOT, Server, api_environment, chat_rows, scratch_files, spec_of
 

@@ -13,8 +13,8 @@ from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
 from api.errors import located, refusal, status_of
+from api.http.request_log import RequestLog
 from api.main import create_app
-from api.request_log import RequestLog
 from qlora_service import errors
 from qlora_service.errors import InvalidDataset, InvalidModel, QLoRAError
 from qlora_service.settings import Settings

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 import api.event_feed
 from api.event_feed import BATCH, MOST_WAITING, POLL_S, EventFeed, Topic, running_feed
-from qlora_service.jobs import JobEvent
+from qlora_service.domain.jobs import JobEvent
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import append_event, events_after, project_events_after
 from tests.control_plane import START, add_job, database, job_events

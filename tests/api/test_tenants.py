@@ -16,9 +16,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from qlora_service.access import open_access
-from qlora_service.keys import Scope
-from qlora_service.models.catalog import Catalog
+from qlora_service.actions.keys import open_access
+from qlora_service.domain.keys import Scope
+from qlora_service.models.catalog.catalog import Catalog
 from tests.api.conftest import chat_rows, spec_of
 from tests.running_api import RunningApi, open_queue, succeed
 

@@ -16,13 +16,13 @@ import torch
 from peft import PeftModel
 
 from qlora_service.models.adapters import attach
-from qlora_service.models.nf4 import load_base
+from qlora_service.models.base.quantize import load_base
 from qlora_service.specs import Quantization, Supervised
-from qlora_service.training import network
-from qlora_service.training.attention import isolate_documents
+from qlora_service.training.evaluation.row_losses import RowLosses
 from qlora_service.training.loop import EvaluationMetrics, StepMetrics, train
+from qlora_service.training.network.isolation import isolate_documents
+from qlora_service.training.network.network import network
 from qlora_service.training.objectives import make_objective
-from qlora_service.training.row_losses import RowLosses
 from tests.benchmarks._measurement import Run, StepClock, layer_shapes, parameters, peak_rss_bytes
 from tests.benchmarks._workload import ADAPTER, SEED, TRAINING, Workload
 

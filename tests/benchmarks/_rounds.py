@@ -40,7 +40,7 @@ def _run(contestant: Contestant, work: Workload, round_: int) -> Run:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     # Through the lifeline: no run outlives the benchmark.
-    command = [sys.executable, "-m", "qlora_service.lifeline", str(os.getpid())]
+    command = [sys.executable, "-m", "qlora_service.process.child", str(os.getpid())]
     command += ["-m", f"tests.benchmarks.{module}", setting, json.dumps(asdict(work))]
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if child.returncode != 0:

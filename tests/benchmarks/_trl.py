@@ -17,7 +17,7 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from qlora_service.training.micro_batch import TokenRow
+from qlora_service.training.network.micro_batch import TokenRow
 from tests.benchmarks._measurement import Run, StepClock, layer_shapes, parameters, peak_rss_bytes
 from tests.benchmarks._workload import ADAPTER, SEED, TRAINING, Workload
 

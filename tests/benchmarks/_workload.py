@@ -14,10 +14,10 @@ from pathlib import Path
 
 from qlora_service.cli.demo import ensure_smollm2
 from qlora_service.data.batching import step_rows
-from qlora_service.data.checks import read_examples
-from qlora_service.data.rendering import Renderer, RenderRules
+from qlora_service.data.files.checks import read_examples
+from qlora_service.data.rendering.renderer import Renderer, RenderRules
 from qlora_service.specs import Lora, Training
-from qlora_service.training.micro_batch import TokenRow
+from qlora_service.training.network.micro_batch import TokenRow
 from qlora_service.training.rows import RenderedRows, store_rendered
 
 ROOT = Path(__file__).parent.parent.parent

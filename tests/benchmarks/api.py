@@ -20,10 +20,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from qlora_service.access import Access
-from qlora_service.ids import new_id
-from qlora_service.jobs import JobStatus
-from qlora_service.models.catalog import Catalog
+from qlora_service.actions.keys import Access
+from qlora_service.domain.ids import new_id
+from qlora_service.domain.jobs import JobStatus
+from qlora_service.models.catalog.catalog import Catalog
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import append_event
 from qlora_service.store.tables import events, jobs

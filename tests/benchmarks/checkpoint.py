@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from qlora_service.settings import Settings
-from qlora_service.training.checkpoints import Checkpoints
-from qlora_service.training.held_out import HeldOutState
-from qlora_service.training.row_losses import RowLosses
-from qlora_service.training.state import StepHistory, TrainingState, random_state
+from qlora_service.training.checkpoint.checkpoints import Checkpoints
+from qlora_service.training.checkpoint.state import StepHistory, TrainingState, random_state
+from qlora_service.training.evaluation.held_out import HeldOutState
+from qlora_service.training.evaluation.row_losses import RowLosses
 
 PARAMETERS, TENSORS = 4_884_480, 420
 """Of rank 16 on 30 layers with seven linear modules, two matrices each"""

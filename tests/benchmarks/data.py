@@ -27,10 +27,10 @@ from trl import SFTConfig, SFTTrainer
 
 from qlora_service.cli.demo_data import orders
 from qlora_service.data.batching import pack, step_rows, total_steps
-from qlora_service.data.examples import SourceRow
-from qlora_service.data.rendering import Renderer, RenderRules
-from qlora_service.data.shapes import to_example
-from qlora_service.training.micro_batch import TokenRow, collate
+from qlora_service.data.rendering.renderer import Renderer, RenderRules
+from qlora_service.data.rows.examples import SourceRow
+from qlora_service.data.rows.shapes import to_example
+from qlora_service.training.network.micro_batch import TokenRow, collate
 from qlora_service.training.rows import RenderedRows, store_rendered
 from tests.tiny_model import build_tiny_model
 

@@ -28,10 +28,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from qlora_service.data.checks import MAX_FINDINGS, check_rows
-from qlora_service.data.examples import Shape
+from qlora_service.actions.jobs import open_service
+from qlora_service.data.files.checks import MAX_FINDINGS, check_rows
+from qlora_service.data.rows.examples import Shape
 from qlora_service.errors import Finding
-from qlora_service.service import open_service
 from tests.planted_errors import MALFORMED, PLANTED, Planted, chat_line
 
 ROOT = Path(__file__).parent.parent.parent
@@ -111,7 +111,7 @@ def _text(chance: random.Random, words: int) -> str:
 def _run(action: str, upload: Upload) -> dict[str, Any]:
     """What `main` measured in a process of its own."""
     # Through the lifeline: no run outlives the benchmark.
-    command = [sys.executable, "-m", "qlora_service.lifeline", str(os.getpid()), "-m", "tests.benchmarks.intake"]
+    command = [sys.executable, "-m", "qlora_service.process.child", str(os.getpid()), "-m", "tests.benchmarks.intake"]
     child = subprocess.run(
         [*command, action, str(upload.path), upload.shape], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     )

@@ -21,11 +21,11 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from qlora_service.cli.demo import ensure_smollm2
-from qlora_service.jobs import JobStatus
-from qlora_service.models.cached_base import LoadedBase, load_cached_base
-from qlora_service.models.catalog import BaseModel
-from qlora_service.models.nf4 import base_fingerprint
-from qlora_service.models.quantized_cache import QuantizedCache
+from qlora_service.domain.jobs import JobStatus
+from qlora_service.models.base.load import LoadedBase, load_cached_base
+from qlora_service.models.base.quantize import base_fingerprint
+from qlora_service.models.base.quantized_cache import QuantizedCache
+from qlora_service.models.catalog.catalog import BaseModel
 from qlora_service.specs import Quantization
 from tests.benchmarks._workload import ROOT
 from tests.workspace import Workspace

@@ -17,7 +17,7 @@ from operator import eq, le
 from pathlib import Path
 from typing import Any
 
-from qlora_service.models.catalog import Catalog
+from qlora_service.models.catalog.catalog import Catalog
 from tests.chaos import random_kills, resume_every_step, sigterm, zombies
 from tests.chaos.damaged_checkpoints import damage_many
 from tests.chaos.idempotency import storm

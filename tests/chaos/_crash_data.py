@@ -8,19 +8,19 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from qlora_service.actions.jobs import Service
 from qlora_service.artifacts.store import ArtifactStore
-from qlora_service.jobs import Job
-from qlora_service.models.catalog import Catalog
-from qlora_service.queue import Queue
-from qlora_service.service import Service
+from qlora_service.domain.jobs import Job
+from qlora_service.models.catalog.catalog import Catalog
+from qlora_service.queue.queue import Queue
 from qlora_service.specs import Training, parse_spec
 from qlora_service.store.database import Database
-from qlora_service.training.checkpoints import Checkpoints
+from qlora_service.training.checkpoint.checkpoints import Checkpoints
+from qlora_service.training.checkpoint.state import TrainingState, from_files, to_files
 from qlora_service.training.loop import Unattended
-from qlora_service.training.state import TrainingState, from_files, to_files
 from tests.tiny_model import CHATML, build_tiny_model
 from tests.tiny_training import Recorder, load, rows, run
-from workers.publishing import write_adapter
+from workers.trainer.publishing import write_adapter
 
 ROWS = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}."} for n in range(4)]
 SPEC = {"base_model": "tiny", "dataset": {"rows": ROWS}, "training": {"max_seq_len_tokens": 64}}

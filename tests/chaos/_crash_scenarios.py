@@ -15,20 +15,20 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from qlora_service.actions.jobs import Submission
 from qlora_service.artifacts.manifest import NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest
 from qlora_service.artifacts.store import dataset_key, job_key
+from qlora_service.domain.jobs import Job, JobStatus
 from qlora_service.errors import ClaimLost, NotFound
-from qlora_service.jobs import Job, JobStatus
-from qlora_service.queue import Claim, Progress, Queue
-from qlora_service.service import Submission
+from qlora_service.queue.queue import Claim, Progress, Queue
 from qlora_service.specs import parse_spec
 from qlora_service.store.idempotency import Once, Replay
 from qlora_service.store.tables import idempotency_keys
-from qlora_service.training.state import to_files
+from qlora_service.training.checkpoint.state import to_files
 from tests.chaos._crash_data import ATTEMPT, SPEC, DataDirectory, checkpoints_of, save_checkpoint, states_of
 from tests.chaos._syscalls import Answer, Fault
-from workers.publishing import publish
+from workers.trainer.publishing import publish
 
 WHOLE = re.compile(r"step-\d{8}\.a\d+")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_service.artifacts.manifest import NAME as MANIFEST
 from qlora_service.artifacts.manifest import describe_file
-from qlora_service.jobs import JobStatus
+from qlora_service.domain.jobs import JobStatus
 from tests.workspace import Workspace, processes_on
 
 

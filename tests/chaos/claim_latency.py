@@ -12,8 +12,8 @@ from typing import Any
 
 from sqlalchemy.engine import Connection
 
-from qlora_service.jobs import JobStatus
-from qlora_service.queue import Queue
+from qlora_service.domain.jobs import JobStatus
+from qlora_service.queue.queue import Queue
 from qlora_service.specs import JobSpec
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import insert_dataset

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_service.specs import Lora, Training
-from qlora_service.training.checkpoints import Checkpoints
-from tests.qlora_service.training.test_checkpoints import DAMAGE, names
+from qlora_service.training.checkpoint.checkpoints import Checkpoints
+from tests.qlora_service.training.checkpoint.test_checkpoints import DAMAGE, names
 from tests.tiny_training import Keeper, Recorder, load, rows, run
 
 LAST, BEFORE = "step-00000012.a1", "step-00000011.a1"

@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx2
 
-from qlora_service.models.catalog import Catalog
+from qlora_service.models.catalog.catalog import Catalog
 from tests.running_api import RunningApi
 from tests.tiny_model import build_tiny_model
 

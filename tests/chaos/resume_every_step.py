@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_service.jobs import JobStatus
-from qlora_service.queue import Claim, Queue
+from qlora_service.domain.jobs import JobStatus
+from qlora_service.queue.queue import Claim, Queue
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database
 from tests.chaos._verdict import judge
@@ -76,8 +76,8 @@ def run(workspace: Workspace, steps: int, optimizers: Sequence[str] = OPTIMIZERS
 
 def serve(data_dir: Path, kills: dict[str, int]) -> None:
     """Runs queued jobs until there are none; the supervisor's part, for forked trainers."""
-    import workers.attempt
-    import workers.trainer  # noqa: F401 - with torch, once for all attempts
+    import workers.trainer.attempt
+    import workers.trainer.trainer  # noqa: F401 - with torch, once for all attempts
 
     settings = Settings(data_dir=data_dir, lease_s=600, heartbeat_s=5, checkpoint_s=0)
     lifeline, held_end = socket.socketpair()
@@ -108,9 +108,9 @@ def serve(data_dir: Path, kills: dict[str, int]) -> None:
 def _attempt(claim: Claim, kill_after: int, settings: Settings, lifeline: socket.socket) -> None:
     """The forked process: a trainer that kills itself when a step is reported; 0 is never. Does not return."""
     from qlora_service.training.loop import StepMetrics
-    from workers import trainer
-    from workers.reporter import JobReporter
-    from workers.supervisor_line import SupervisorLine
+    from workers.supervisor_channel import SupervisorLine
+    from workers.trainer import trainer
+    from workers.trainer.reporter import JobReporter
 
     class Mortal(JobReporter):
         def on_step(self, metrics: StepMetrics) -> None:

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_service.jobs import Job, JobStatus
+from qlora_service.domain.jobs import Job, JobStatus
 from tests.workspace import Workspace, job_spec, trainers_of
 
 ROWS = [{"instruction": f"Count to {n}", "output": " ".join(map(str, range(n % 40, n % 40 + 20)))} for n in range(600)]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qlora_service.models.catalog import Catalog
+from qlora_service.models.catalog.catalog import Catalog
 from tests.chaos.idempotency import storm
 
 

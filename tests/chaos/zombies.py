@@ -19,8 +19,8 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_service.jobs import JobEvent, JobStatus
-from qlora_service.queue import Claim
+from qlora_service.domain.jobs import JobEvent, JobStatus
+from qlora_service.queue.queue import Claim
 from tests.workspace import Workspace, trainers_of
 
 JOBS = 5

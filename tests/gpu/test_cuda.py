@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from qlora_service.models.adapters import attach, trainable
-from qlora_service.models.nf4 import base_fingerprint, load_base
+from qlora_service.models.base.quantize import base_fingerprint, load_base
 from qlora_service.specs import Lora, Quantization
-from qlora_service.training.attention import isolate_documents
 from qlora_service.training.device import choose_device, has_bf16, has_flash_attention, peak_memory_bytes
-from qlora_service.training.document_attention import AttentionShape, document_attention
-from qlora_service.training.head import CHUNK, fused_losses
-from qlora_service.training.micro_batch import collate, forward
-from qlora_service.training.network import Network
+from qlora_service.training.network.cross_entropy import CHUNK, fused_losses
+from qlora_service.training.network.isolation import isolate_documents
+from qlora_service.training.network.micro_batch import collate, forward
+from qlora_service.training.network.network import Network
+from qlora_service.training.network.varlen_attention import AttentionShape, document_attention
 from tests.tiny_training import gradients, rows
 
 pytestmark = [

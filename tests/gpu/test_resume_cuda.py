@@ -10,12 +10,12 @@ from peft import PeftModel
 
 from qlora_service.errors import Interrupted
 from qlora_service.models.adapters import attach
-from qlora_service.models.nf4 import load_base
+from qlora_service.models.base.quantize import load_base
 from qlora_service.specs import Lora, Quantization, Training
-from qlora_service.training.attention import isolate_documents
-from qlora_service.training.checkpoints import Checkpoints
+from qlora_service.training.checkpoint.checkpoints import Checkpoints
 from qlora_service.training.device import choose_device, release_memory
-from qlora_service.training.held_out import trainable_copies
+from qlora_service.training.evaluation.held_out import trainable_copies
+from qlora_service.training.network.isolation import isolate_documents
 from tests.tiny_training import Keeper, Recorder, rows, run
 
 pytestmark = [

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from qlora_service.chat.wire import GenerationRequest, Sampling
-from qlora_service.jobs import JobStatus
+from qlora_service.domain.jobs import JobStatus
 from tests.published import peft_answer
 from tests.running_api import RunningApi
 from tests.speaking_desk import TINY

@@ -16,7 +16,7 @@ from qlora_service.cli.demo import MODEL, ensure_smollm2
 from qlora_service.cli.demo_data import write_demo_dataset
 from qlora_service.cli.serving import pick_port
 from qlora_service.client import Client, ServiceError
-from qlora_service.models.catalog import BaseModel, Catalog
+from qlora_service.models.catalog.catalog import BaseModel, Catalog
 from tests.workspace import ROOT
 
 CACHE = ROOT / ".cache"

@@ -20,9 +20,9 @@ import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob
 
-from qlora_service.access import open_access
+from qlora_service.actions.keys import open_access
 from qlora_service.cli.serving import pick_port
-from qlora_service.models.catalog import Catalog
+from qlora_service.models.catalog.catalog import Catalog
 from tests.workspace import ROOT
 
 ROWS = [

@@ -5,8 +5,8 @@ import pickle
 import pytest
 
 from qlora_service import errors
+from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import Finding, InvalidDataset, JobFailed, QLoRAError
-from qlora_service.jobs import FailureReason
 
 CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, QLoRAError)]
 

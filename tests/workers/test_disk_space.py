@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from qlora_service.jobs import HoldReason
+from qlora_service.domain.jobs import HoldReason
 from workers.disk_space import LEAST_ROOM, disk_full_hold, is_disk_full
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from qlora_service.errors import InvalidModel
-from qlora_service.models.quantized_cache import QuantizedCache
-from qlora_service.planning.duration import Work, estimate_from_probe
-from qlora_service.planning.job_times import TimeQuestion
+from qlora_service.models.base.quantized_cache import QuantizedCache
 from qlora_service.planning.largest_step import largest_step
-from qlora_service.planning.simulated_step import simulated_memory
+from qlora_service.planning.simulation.simulated_step import simulated_memory
+from qlora_service.planning.time.duration import Work, estimate_from_probe
+from qlora_service.planning.time.job_times import TimeQuestion
 from qlora_service.specs import JobSpec
 from tests.planning_tracked import make_triangles
 from tests.workspace import Workspace

@@ -13,11 +13,11 @@ import torch
 
 from qlora_service.errors import Interrupted
 from qlora_service.specs import Quantization
-from qlora_service.training.checkpoint_space import Ballast
-from tests.workers.test_attempt import PAIRS, AttemptRecorder, attempt, published
+from qlora_service.training.checkpoint.disk_reserve import Ballast
+from tests.workers.trainer.test_attempt import PAIRS, AttemptRecorder, attempt, published
 from tests.workspace import Workspace, job_spec
-from workers.attempt import AttemptInputs, run_attempt
-from workers.clean_slate import clean_slate, release_all
+from workers.trainer.attempt import AttemptInputs, run_attempt
+from workers.trainer.process_reset import clean_slate, release_all
 from workers.warm_base import BaseHolder, BaseRequest
 
 JOBS = 50
@@ -128,7 +128,7 @@ def test_a_job_whose_optimizer_pages_is_the_processes_last(
 ) -> None:
     """A CPU has nothing to page to: here it is only said that one did."""
     bases = BaseHolder()
-    monkeypatch.setattr("workers.attempt.leaves_paged_memory", lambda *_: True)
+    monkeypatch.setattr("workers.trainer.attempt.leaves_paged_memory", lambda *_: True)
     run(workspace, bases, spec())
     assert not bases.settle()
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from qlora_service.planning.duration import Kind, Work
 from qlora_service.planning.hardware import this_cpu
-from qlora_service.queue import Claim, Progress, Queue
+from qlora_service.planning.time.duration import Kind, Work
+from qlora_service.queue.queue import Claim, Progress, Queue
 from qlora_service.specs import JobSpec
 from tests.api.conftest import spec_of
 

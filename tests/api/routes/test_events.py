@@ -12,7 +12,7 @@ import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
-from qlora_service.queue import Claim, Progress, Queue
+from qlora_service.queue.queue import Claim, Progress, Queue
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database
 from tests.api.conftest import Server, chat_rows, spec_of

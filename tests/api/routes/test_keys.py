@@ -7,8 +7,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.main import create_app
-from qlora_service.access import open_access
-from qlora_service.keys import Scope
+from qlora_service.actions.keys import open_access
+from qlora_service.domain.keys import Scope
 from qlora_service.settings import Settings
 from tests.api.conftest import URL
 

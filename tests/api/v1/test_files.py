@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from qlora_service.jobs import JobStatus
-from qlora_service.queue import Progress, Queue
+from qlora_service.domain.jobs import JobStatus
+from qlora_service.queue.queue import Progress, Queue
 from tests.api.conftest import chat_rows
 
 BAD = b'{"x": 1}\n'

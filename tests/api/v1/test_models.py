@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from fastapi.testclient import TestClient
 
-from qlora_service.queue import Queue
+from qlora_service.queue.queue import Queue
 
 
 def test_base_models_and_fine_tuned_ones_are_listed(client: TestClient, finished_job: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 from openai import OpenAI
 
-from qlora_service.queue import utc_now
+from qlora_service.domain.clock import utc_now
 from qlora_service.store.database import Database
 from qlora_service.webhooks.delivery import CLAIM_S, Deliverer
 from qlora_service.webhooks.sending import Sender

@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora_service.chat.prompts import KEPT_TEMPLATES, Prompts
-from qlora_service.data.examples import Chat, Completion, SourceRow
-from qlora_service.data.rendering import RenderedRow, Renderer, RenderRules
+from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules
+from qlora_service.data.rows.examples import Chat, Completion, SourceRow
 from qlora_service.errors import InvalidRequest
 from tests.tiny_model import CHATML, build_tiny_model
 

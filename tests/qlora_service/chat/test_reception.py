@@ -13,8 +13,8 @@ import pytest
 from qlora_service.chat import reception
 from qlora_service.chat.reception import MAX_RETRY_S, RETRY_S, Reception, Situation, refusal
 from qlora_service.chat.wire import Answer, ContextTooLong, Finished, GenerationRequest, Leaving, as_error, listen
+from qlora_service.domain.jobs import JobStatus
 from qlora_service.errors import NotFound, QLoRAError, QuotaExceeded, Unavailable
-from qlora_service.jobs import JobStatus
 from qlora_service.store import inference
 from qlora_service.store.database import Database
 from qlora_service.store.inference import Holder

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qlora_service.client import Client
-from qlora_service.models.catalog import Catalog
+from qlora_service.models.catalog.catalog import Catalog
 from tests.running_api import write_rows
 
 BAD = '{"prompt": 1, "completion": "b"}\n{"prompt": "a"\n{"prompt": "a", "completion": "c"}\n'

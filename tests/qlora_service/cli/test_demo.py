@@ -7,7 +7,7 @@ import pytest
 
 from qlora_service.cli.demo import GGUF, MODEL, SPEC, WHEEL, _forget_earlier_run, ask, ensure_smollm2
 from qlora_service.errors import JobFailed, Unavailable
-from qlora_service.models.catalog import Catalog
+from qlora_service.models.catalog.catalog import Catalog
 from qlora_service.specs import parse_spec
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_service.access import Access, open_access
+from qlora_service.actions.keys import Access, open_access
 from qlora_service.cli import main
+from qlora_service.domain.keys import Scope
 from qlora_service.errors import Unauthenticated
-from qlora_service.keys import Scope
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_service.models.quantized_cache import Ingredients, QuantizedCache
+from qlora_service.models.base.quantized_cache import Ingredients, QuantizedCache
 from tests.workspace import Workspace
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from qlora_service.client import Client
-from qlora_service.models.catalog import Catalog
+from qlora_service.models.catalog.catalog import Catalog
 from tests.running_api import write_rows
 
 SPEC = {

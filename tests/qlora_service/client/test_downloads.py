@@ -12,7 +12,7 @@ import pytest
 from qlora_service.artifacts.store import job_key
 from qlora_service.client import Client, Unreachable
 from qlora_service.errors import InvalidRequest, Unavailable
-from qlora_service.queue import Claim, Queue
+from qlora_service.queue.queue import Claim, Queue
 from tests.breaking_proxy import BreakingProxy
 from tests.running_api import RunningApi, succeed
 

@@ -30,7 +30,7 @@ from qlora_service.models.adapters import (
     silence_dropout,
     trainable,
 )
-from qlora_service.models.nf4 import base_fingerprint, dequantized_weight, load_base
+from qlora_service.models.base.quantize import base_fingerprint, dequantized_weight, load_base
 from qlora_service.specs import (
     IA3,
     AdaLora,

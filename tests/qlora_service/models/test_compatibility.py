@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_service.models.catalog import BaseModel
+from qlora_service.models.catalog.catalog import BaseModel
 from qlora_service.models.compatibility import Modules, misfits, positions_taken
 from qlora_service.specs import Lora, PrefixTuning, parse_spec
 

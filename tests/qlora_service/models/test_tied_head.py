@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from qlora_service.models.adapters import attach, load_adapter, peft_config, save_adapter, trainable
-from qlora_service.models.nf4 import load_base
+from qlora_service.models.base.quantize import load_base
 from qlora_service.specs import Lora, Quantization
 from tests.tiny_training import CPU
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qlora_service.models.adapters import NAME, attach, save_adapter
-from qlora_service.models.nf4 import load_base
+from qlora_service.models.base.quantize import load_base
 from qlora_service.planning.adapter_shapes import adapter_shape, optimizer_bytes
 from qlora_service.planning.shapes import ModelShape
 from qlora_service.specs import JobSpec, Quantization, Training

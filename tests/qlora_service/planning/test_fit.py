@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_service.planning.devices import CUDA_CONTEXT_BYTES, CUDA_WORKSPACE_BYTES, Device, named_device
+from qlora_service.planning.cards import CUDA_CONTEXT_BYTES, CUDA_WORKSPACE_BYTES, Device, named_device
 from qlora_service.planning.fit import (
     BUDGETS,
     SEGMENTS_BYTES,

@@ -11,7 +11,7 @@ from qlora_service.planning.formula import memory
 from qlora_service.planning.largest_step import largest_step
 from qlora_service.planning.memory import Category, Memory
 from qlora_service.planning.shapes import ModelShape
-from qlora_service.planning.simulated_step import simulated_memory
+from qlora_service.planning.simulation.simulated_step import simulated_memory
 from qlora_service.specs import JobSpec
 from tests.planning_models import MODELS, Case
 

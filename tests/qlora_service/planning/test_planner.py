@@ -12,7 +12,7 @@ import pytest
 
 from qlora_service.errors import InvalidModel, InvalidRequest
 from qlora_service.planning import planner
-from qlora_service.planning.devices import Device
+from qlora_service.planning.cards import Device
 from qlora_service.planning.hardware import Gpu, this_cpu
 from qlora_service.planning.memory import GIB
 from qlora_service.planning.planner import UNKNOWN, FoundDevice, Planner, shape_of

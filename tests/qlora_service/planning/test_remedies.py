@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_service.planning.devices import named_device
+from qlora_service.planning.cards import named_device
 from qlora_service.planning.fit import Question, fastest_fit, surely_fits, with_changes
 from qlora_service.planning.known_models import KNOWN_MODELS
 from qlora_service.planning.remedies import LENGTH, LENGTH_STEP, alternatives, largest

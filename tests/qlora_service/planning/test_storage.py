@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_service.actions.plans import read_config
 from qlora_service.models.adapters import attach
-from qlora_service.models.nf4 import load_base
-from qlora_service.plan_actions import read_config
-from qlora_service.planning.devices import Device
+from qlora_service.models.base.quantize import load_base
+from qlora_service.planning.cards import Device
 from qlora_service.planning.fit import Question, fastest_fit
 from qlora_service.planning.hardware import this_cpu
 from qlora_service.planning.shapes import ModelShape
 from qlora_service.planning.storage import CUDA_PROCESS_BYTES, DATABASE_ROOM, KEPT_CHECKPOINTS, Storage, storage
 from qlora_service.specs import JobSpec
-from qlora_service.training.attention import isolate_documents
-from qlora_service.training.checkpoints import KEPT, expected_bytes
-from qlora_service.training.network import Network
+from qlora_service.training.checkpoint.checkpoints import KEPT, expected_bytes
+from qlora_service.training.network.isolation import isolate_documents
+from qlora_service.training.network.network import Network
 from tests.qlora_service.planning.test_fit import question, with_free
-from workers import attempt
+from workers.trainer import attempt
 
 
 def stored(asked: Question, **work: int) -> Storage:

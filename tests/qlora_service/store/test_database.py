@@ -18,11 +18,12 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError, StatementError
 
+from qlora_service.domain.keys import LOCAL_PROJECT
 from qlora_service.store import database as module
 from qlora_service.store.database import Database, is_full, is_outage, persist
 from qlora_service.store.jobs import get_job
 from qlora_service.store.migrations import HEAD
-from qlora_service.store.tables import LOCAL_PROJECT, datasets, events, jobs, metadata
+from qlora_service.store.tables import datasets, events, jobs, metadata
 from tests.control_plane import START, add_job, run_together, stored_rows
 from tests.postgres import PostgresServer
 

@@ -4,11 +4,10 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
-from qlora_service.data.checks import DatasetReport
+from qlora_service.domain.datasets import Dataset, DatasetReport
 from qlora_service.errors import Finding, NotFound
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import (
-    Dataset,
     all_needed_bytes,
     are_bytes_needed,
     first_stored_at,

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from qlora_service.jobs import JobStatus, StopRequest
-from qlora_service.queue import Claim, Progress, Queue
+from qlora_service.domain.jobs import JobStatus, StopRequest
+from qlora_service.queue.queue import Claim, Progress, Queue
 from qlora_service.store import inference
 from qlora_service.store.database import Database
 from qlora_service.store.inference import WANTED_S, LoadedBase

@@ -4,10 +4,10 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
+from qlora_service.domain.ids import new_id
+from qlora_service.domain.jobs import JobStatus
 from qlora_service.errors import NotFound
-from qlora_service.ids import new_id
-from qlora_service.jobs import JobStatus
-from qlora_service.queue import Progress, Queue
+from qlora_service.queue.queue import Progress, Queue
 from qlora_service.specs import JobSpec, parse_spec
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import (

@@ -5,12 +5,10 @@ from datetime import timedelta
 
 import pytest
 
+from qlora_service.domain.uploads import Part, Upload, UploadStatus
 from qlora_service.errors import NotFound
 from qlora_service.store.database import Database
 from qlora_service.store.uploads import (
-    Part,
-    Upload,
-    UploadStatus,
     close_upload,
     delete_parts,
     expire_uploads,

@@ -7,14 +7,12 @@ from datetime import timedelta
 
 import pytest
 
-from qlora_service.ids import new_id
-from qlora_service.jobs import JobStatus
-from qlora_service.queue import Claim, Queue
+from qlora_service.domain.ids import new_id
+from qlora_service.domain.jobs import JobStatus
+from qlora_service.domain.webhooks import EVENT_TYPES, Delivery, Endpoint
+from qlora_service.queue.queue import Claim, Queue
 from qlora_service.store.database import Database
 from qlora_service.store.webhooks import (
-    EVENT_TYPES,
-    Delivery,
-    Endpoint,
     any_due,
     claim_due,
     delete_endpoint,

@@ -21,26 +21,27 @@ from safetensors.torch import load_file
 from tokenizers import Encoding, Tokenizer, processors
 from transformers import CONFIG_MAPPING, BitsAndBytesConfig
 
-from qlora_service.data.examples import Chat, SourceRow
-from qlora_service.data.rendering import RenderedRow, Renderer, RenderRules, UnusableRow
-from qlora_service.data.trained_tokens import trained_tokens
+from qlora_service.data.rendering.loss_mask import trained_tokens
+from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules, UnusableRow
+from qlora_service.data.rows.examples import Chat, SourceRow
 from qlora_service.errors import JobFailed
 from qlora_service.models import adapters
 from qlora_service.models.adapters import CONFIG, WEIGHTS, load_adapter, save_adapter, trainable
-from qlora_service.models.cached_base import load_cached_base
-from qlora_service.models.catalog import Catalog
-from qlora_service.models.nf4 import base_fingerprint, load_base
-from qlora_service.models.quantized_cache import QuantizedCache
+from qlora_service.models.base.load import load_cached_base
+from qlora_service.models.base.quantize import base_fingerprint, load_base
+from qlora_service.models.base.quantized_cache import QuantizedCache
+from qlora_service.models.catalog.catalog import Catalog
 from qlora_service.specs import Lora, Quantization, Training
-from qlora_service.training import llama_layers, optimizer
-from qlora_service.training.attention import isolate_documents
-from qlora_service.training.head import CHUNK
+from qlora_service.training import optimizer
+from qlora_service.training.checkpoint.state import TrainingState
 from qlora_service.training.loop import Unattended
-from qlora_service.training.micro_batch import MicroBatch, TokenRow, TrainingExample, collate
-from qlora_service.training.network import Network
+from qlora_service.training.network import llama_layers
+from qlora_service.training.network.cross_entropy import CHUNK
+from qlora_service.training.network.isolation import isolate_documents
+from qlora_service.training.network.micro_batch import MicroBatch, TokenRow, TrainingExample, collate
+from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import Compute, Share, ShareOf, SupervisedObjective
-from qlora_service.training.state import TrainingState
-from qlora_service.training.step_gradients import StepGradients, StepLoss
+from qlora_service.training.step import StepGradients, StepLoss
 from tests.judges import SMALL, LargestTensor, pair
 from tests.tiny_training import CPU, FLOAT64, NF4, load, network, rows, run
 
@@ -143,7 +144,7 @@ def test_3_pad_is_eos_and_masks_the_stop_token(tiny_model: Path, tmp_path: Path,
         learned = trained_tokens(encoding, *arguments, **options)
         return [on and token != stop for token, on in zip(encoding.ids, learned, strict=True)]
 
-    monkeypatch.setattr("qlora_service.data.rendering.trained_tokens", by_pad_id)
+    monkeypatch.setattr("qlora_service.data.rendering.renderer.trained_tokens", by_pad_id)
     assert not learns_to_stop()
 
 
@@ -164,7 +165,7 @@ def test_4_masks_by_string_matching(tiny_model: Path, tmp_path: Path, monkeypatc
         start = text.find("<|im_start|>assistant\n")
         return [start >= 0 and begin >= start for begin, _ in encoding.offsets]
 
-    monkeypatch.setattr("qlora_service.data.rendering.trained_tokens", by_literal)
+    monkeypatch.setattr("qlora_service.data.rendering.renderer.trained_tokens", by_literal)
     row = render(model)
     assert isinstance(row, UnusableRow)
     assert "nothing to train" in row.finding.reason
@@ -214,7 +215,7 @@ def test_6_packed_documents_see_each_other(tiny_model: Path, monkeypatch: Patch)
         batch = collate(documents, device)
         return replace(batch, lengths=(sum(batch.lengths),))
 
-    monkeypatch.setattr("qlora_service.training.network.collate", as_one_document)
+    monkeypatch.setattr("qlora_service.training.network.network.collate", as_one_document)
     assert min(largest_leak(True), largest_leak(False)) > 1e-3
 
 
@@ -344,7 +345,7 @@ def test_10_recomputed_layers_without_gradients(tiny_model: Path, fast: bool, mo
 
     recompute = llama_layers.checkpoint
     monkeypatch.setattr(llama_layers, "checkpoint", lambda *a, **k: recompute(*a, **(k | {"use_reentrant": True})))
-    monkeypatch.setattr("qlora_service.training.network.checkpoint_activations", reentrant)
+    monkeypatch.setattr("qlora_service.training.network.network.checkpoint_activations", reentrant)
     with pytest.raises((JobFailed, RuntimeError, UserWarning), match="grad"):
         moved()
 
@@ -465,5 +466,5 @@ def test_15_compute_dtype_left_at_float32(
 
     assert compute_dtypes() == {(dtype, dtype)}
     forgotten = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type)
-    monkeypatch.setattr("qlora_service.models.nf4.bitsandbytes_config", lambda *_: forgotten)
+    monkeypatch.setattr("qlora_service.models.base.quantize.bitsandbytes_config", lambda *_: forgotten)
     assert compute_dtypes() == {(torch.float32, dtype)}

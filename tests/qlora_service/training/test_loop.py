@@ -12,15 +12,15 @@ import pytest
 import torch
 from peft import PeftModel
 
+from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import JobFailed
-from qlora_service.jobs import FailureReason
 from qlora_service.models.adapters import trainable
 from qlora_service.specs import Lora, Training
+from qlora_service.training.checkpoint.state import TrainingState
+from qlora_service.training.evaluation.row_losses import RowLosses
 from qlora_service.training.loop import Outcome, StepMetrics, Unattended
-from qlora_service.training.micro_batch import TokenRow
+from qlora_service.training.network.micro_batch import TokenRow
 from qlora_service.training.optimizer import make_optimizer, optimizer_state
-from qlora_service.training.row_losses import RowLosses
-from qlora_service.training.state import TrainingState
 from tests.judges import assert_close_gradients, make_norms_exact, plain_losses
 from tests.tiny_training import FLOAT64, NF4, Recorder, gradients, load, network, rows, run
 

@@ -17,9 +17,9 @@ from qlora_service.models.adapters import (
     save_adapter,
     trainable,
 )
-from qlora_service.models.catalog import BaseModel, Catalog
+from qlora_service.models.base.quantize import base_fingerprint, load_base
+from qlora_service.models.catalog.catalog import BaseModel, Catalog
 from qlora_service.models.compatibility import Modules, misfits
-from qlora_service.models.nf4 import base_fingerprint, load_base
 from qlora_service.specs import (
     IA3,
     AdaLora,
@@ -35,7 +35,7 @@ from qlora_service.specs import (
     Vera,
     parse_spec,
 )
-from qlora_service.training.attention import isolate_documents
+from qlora_service.training.network.isolation import isolate_documents
 from tests.tiny_training import CPU, network, rows, run
 
 METHODS: dict[str, Adapter] = {

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 
-from qlora_service.data.checks import read_examples
-from qlora_service.data.rendering import RenderedRow, Renderer, RenderRules
+from qlora_service.data.files.checks import read_examples
+from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules
 from qlora_service.models.adapters import trainable
 from qlora_service.specs import (
     Adapter,
@@ -30,9 +30,9 @@ from qlora_service.specs import (
     Supervised,
     Training,
 )
-from qlora_service.training.head import TokenLosses
-from qlora_service.training.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
-from qlora_service.training.network import Network
+from qlora_service.training.network.cross_entropy import TokenLosses
+from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
+from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import Share, _with_answer_of, evaluate, make_objective
 from tests.judges import assert_close_gradients, make_norms_exact, plain_losses
 from tests.tiny_training import FLOAT64, gradients, load, network, rows, run

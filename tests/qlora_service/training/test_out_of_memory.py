@@ -13,17 +13,17 @@ import pytest
 import torch
 
 from qlora_service.data.batching import pack
+from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import JobFailed
-from qlora_service.jobs import FailureReason
 from qlora_service.specs import Adapter, Kto, Lora, PrefixTuning, Supervised, Training
-from qlora_service.training.checkpoints import Checkpoints
+from qlora_service.training.checkpoint.checkpoints import Checkpoints
 from qlora_service.training.device import is_out_of_memory
-from qlora_service.training.held_out import trainable_copies
+from qlora_service.training.evaluation.held_out import trainable_copies
+from qlora_service.training.evaluation.row_losses import RowLosses
 from qlora_service.training.loop import Interrupted, train
-from qlora_service.training.micro_batch import LabelledRow, TokenRow
-from qlora_service.training.network import Network
+from qlora_service.training.network.micro_batch import LabelledRow, TokenRow
+from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import evaluate, make_objective
-from qlora_service.training.row_losses import RowLosses
 from tests.tiny_training import FLOAT64, NF4, Keeper, Recorder, load, network, rows
 
 TRAINING = Training(batch_size=8, learning_rate=1e-2, warmup_ratio=0.0, optim="adamw_torch", micro_batch_tokens=10_000)

@@ -17,12 +17,12 @@ import torch
 
 from qlora_service.errors import Interrupted, JobCancelled, JobFailed
 from qlora_service.specs import AdaLora, Adapter, Dpo, Kto, Lora, Objective, Training
-from qlora_service.training.checkpoints import Checkpoints
-from qlora_service.training.held_out import EvaluationMetrics, trainable_copies
+from qlora_service.training.checkpoint.checkpoints import Checkpoints
+from qlora_service.training.checkpoint.state import TrainingState, from_files, random_state, to_files
+from qlora_service.training.evaluation.held_out import EvaluationMetrics, trainable_copies
+from qlora_service.training.evaluation.row_losses import RowLosses
 from qlora_service.training.loop import LossNotFinite, Outcome, StepMetrics, Unattended
-from qlora_service.training.micro_batch import LabelledRow, PreferencePair, TrainingExample
-from qlora_service.training.row_losses import RowLosses
-from qlora_service.training.state import TrainingState, from_files, random_state, to_files
+from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TrainingExample
 from tests.tiny_training import CPU, Keeper, Recorder, load, rows, run
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_service.data.rendering import RenderedRow, UnusableRow
+from qlora_service.data.rendering.renderer import RenderedRow, UnusableRow
 from qlora_service.errors import Finding
-from qlora_service.training.micro_batch import LabelledRow, PreferencePair, TokenRow
+from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TokenRow
 from qlora_service.training.rows import WRITE_ROWS, RenderedRows, store_rendered
 
 

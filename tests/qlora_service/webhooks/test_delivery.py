@@ -8,20 +8,12 @@ from datetime import datetime, timedelta
 import pytest
 from structlog.testing import capture_logs
 
-from qlora_service.ids import new_id
-from qlora_service.jobs import JobStatus
-from qlora_service.queue import Queue
+from qlora_service.domain.ids import new_id
+from qlora_service.domain.jobs import JobStatus
+from qlora_service.domain.webhooks import EVENT_TYPES, Delivery, Endpoint
+from qlora_service.queue.queue import Queue
 from qlora_service.store.database import Database
-from qlora_service.store.webhooks import (
-    EVENT_TYPES,
-    Delivery,
-    Endpoint,
-    get_endpoint,
-    insert_endpoint,
-    list_deliveries,
-    tell_end,
-    update_endpoint,
-)
+from qlora_service.store.webhooks import get_endpoint, insert_endpoint, list_deliveries, tell_end, update_endpoint
 from qlora_service.webhooks.delivery import JITTER, MOST_AT_ONCE, PAUSES, Deliverer
 from qlora_service.webhooks.sending import Sender
 from qlora_service.webhooks.signing import new_secret, signed_headers

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from qlora_service.domain.webhooks import Endpoint
 from qlora_service.errors import InvalidRequest, NoRoom, NotFound
 from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Once, Replay
-from qlora_service.store.webhooks import Endpoint, disable_endpoint
+from qlora_service.store.webhooks import disable_endpoint
 from qlora_service.webhooks.endpoints import MAX_ENDPOINTS, SAMPLE_JOB, Webhooks
 from qlora_service.webhooks.sending import Sender
 from tests.control_plane import START, database

@@ -1,0 +1,188 @@
+"""What a user can learn of a job before it runs: between `dataset_actions` and `service`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qlora_service.actions.datasets import DatasetActions
+from qlora_service.actions.submission import check_fit, check_objective, check_trainable, fit_default_length
+from qlora_service.data.batching import total_steps
+from qlora_service.data.rendering.renderer import RenderReport, RenderRules
+from qlora_service.domain.datasets import Dataset
+from qlora_service.errors import InvalidModel, InvalidRequest, InvalidSpec, NotFound
+from qlora_service.models.catalog.catalog import BaseModel
+from qlora_service.planning.accuracy import Accuracy, accuracies, learned_margin
+from qlora_service.planning.plan import Plan
+from qlora_service.planning.planner import FoundDevice, Planner
+from qlora_service.planning.time.duration import Work
+from qlora_service.planning.time.job_times import TimeQuestion, ask_probe, job_time, wants_probe
+from qlora_service.specs import JobSpec
+from qlora_service.store.history import measured_anywhere
+
+MARGIN_JOBS = 300
+"""The newest jobs, of which those on a device decide its margin"""
+NAMELESS = "config.json"
+"""The base model of a spec whose model is given as a config"""
+
+
+class PlanActions(DatasetActions):
+    """The actions of one project that need the queue's state at most. What belongs to another project is not there."""
+
+    _planner: Planner
+
+    def plan(
+        self,
+        spec: JobSpec,
+        *,
+        config: Mapping[str, Any] | None = None,
+        device: str | None = None,
+        free_bytes: int | None = None,
+        probe: bool = False,
+    ) -> Plan:
+        """Whether the job fits on the named card, or on what this service's trainers get, and how it would run.
+
+        The model is a base of the catalog, or one of which there is no more than a `config`. With a stored dataset, its
+        longest row is what counts, and how long it takes is told as far as finished jobs tell. With `probe`, a step of
+        it is timed when a slot is free, unless they do.
+
+        Raises:
+            InvalidSpec, InvalidModel, InvalidDataset, InvalidRequest, NotFound: as for a job that is posted.
+        """
+        found = self._planner.device(device, free_bytes)
+        if probe and (device is not None or config is not None or spec.dataset.id is None):
+            raise InvalidRequest(
+                "a probe times a step of a job that could run here: give base_model and dataset.id, and neither device "
+                "nor config, or leave probe out",
+                location="/probe",
+            )
+        if spec.dataset.rows is not None:
+            raise InvalidSpec(
+                "a plan looks at stored rows: upload them (POST /datasets) and give dataset.id, or leave them out",
+                location="/dataset/rows",
+            )
+        if config is not None:
+            if spec.dataset.id is not None:
+                raise InvalidSpec(
+                    "rows have no length in tokens without a tokenizer: leave dataset out, or name a base_model",
+                    location="/dataset/id",
+                )
+            return self._planner.plan(config, spec, found, factor=self._margin(found.device.name))
+        model = self._catalog.get(spec.base_model)
+        spec = fit_default_length(spec, model)
+        check_fit(spec, model, self._catalog.module_shapes(model))
+        rows = self._stored_rows(spec, model)
+        if rows is None:
+            return self._plan_of(spec, model, None, found)
+        dataset, report = rows
+        plan = self._plan_of(spec, model, report, found)
+        return self._timed(plan, spec, model, Work.of(spec, report, dataset_rows=dataset.report.usable_rows), probe)
+
+    def _forecast(
+        self, spec: JobSpec, model: BaseModel, report: RenderReport, work: Work, *, force: bool
+    ) -> Plan | None:
+        """The plan of a job that is posted; None where nothing is known of the device, or of such models.
+
+        Raises:
+            InvalidSpec: it does not fit, and nobody insists.
+        """
+        found = self._planner.machine()
+        if found is None:
+            return None
+        try:
+            plan = self._plan_of(spec, model, report, found, simulates=found.device.cuda)
+        except InvalidModel:
+            return None  # of another kind than Llama's: its trainer will see
+        if plan.verdict != "fits" and not force:
+            first = next(iter(plan.alternatives[0]), "") if plan.alternatives else "base_model"
+            raise InvalidSpec(
+                f"{plan.reason}. Or send force: true, and it is queued all the same",
+                location="/" + first.replace(".", "/"),
+                **{key: value for key, value in plan.as_dict().items() if key in _REFUSAL},
+            )
+        return self._timed(plan, spec, model, work)
+
+    def plan_accuracy(self) -> list[Accuracy]:
+        """By device: how near predictions came to what jobs took, whoever's they were."""
+        with self._database.read() as connection:
+            return accuracies(measured_anywhere(connection))
+
+    def _timed(self, plan: Plan, spec: JobSpec, model: BaseModel, work: Work, probe: bool = False) -> Plan:
+        """The plan with how long the job takes; with `probe`, a step is timed when nothing says so."""
+        question = TimeQuestion(
+            spec=spec,
+            base_weights_sha256=model.weights_sha256,
+            work=work,
+            micro_batch_tokens=plan.settings.micro_batch_tokens,
+            checkpointing=plan.settings.gradient_checkpointing,
+            longest_tokens=plan.longest_tokens,
+            device=plan.device.name,
+            cuda=plan.device.cuda,
+        )
+        with self._database.read() as connection:
+            time = job_time(connection, question)
+        if probe and wants_probe(time):
+            with self._database.write() as connection:
+                ask_probe(connection, question, self._clock())
+                time = job_time(connection, question)
+        return replace(plan, time=time)
+
+    def _margin(self, device: str) -> float:
+        """What predicted bytes are multiplied with on the device."""
+        with self._database.read() as connection:
+            return learned_margin(device, measured_anywhere(connection, MARGIN_JOBS))
+
+    def _plan_of(
+        self,
+        spec: JobSpec,
+        model: BaseModel,
+        report: RenderReport | None,
+        found: FoundDevice,
+        *,
+        simulates: bool = True,
+    ) -> Plan:
+        config, factor = read_config(model.path), self._margin(found.device.name)
+        if report is None:
+            return self._planner.plan(config, spec, found, factor=factor, simulates=simulates)
+        training = spec.training
+        longest = min(report.longest_tokens, training.max_seq_len_tokens) if report.complete else None
+        rows = report.usable_rows
+        return self._planner.plan(
+            config,
+            spec,
+            found,
+            longest_tokens=longest or None,
+            factor=factor,
+            rows=rows,
+            total_steps=total_steps(rows, training.batch_size, training.epochs, training.max_steps),
+            simulates=simulates,
+        )
+
+    def _stored_rows(self, spec: JobSpec, model: BaseModel) -> tuple[Dataset, RenderReport] | None:
+        """The named dataset, and what rendering it gives; None when none is named."""
+        if spec.dataset.id is None:
+            return None
+        try:
+            dataset = self.get_dataset(spec.dataset.id)
+        except NotFound as error:
+            error.location = "/dataset/id"
+            raise
+        check_objective(spec, dataset.report.shape)
+        with self._scratch() as scratch:
+            path = self._local(dataset, scratch)
+            report = self._render_report(dataset, path, model, RenderRules.of(spec.training), keep=True)
+        check_trainable(report, spec, model)
+        return dataset, report
+
+
+_REFUSAL = ("verdict", "device", "settings", "memory", "alternatives", "largest", "source", "notes")
+"""What of its plan a refused job is told, beside the reason"""
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The model's config.json."""
+    config: dict[str, Any] = json.loads((directory / "config.json").read_bytes())
+    return config

@@ -1,0 +1,233 @@
+"""Datasets that arrive in parts: begun, added to, completed or cancelled; what is not completed in time is removed."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TypeVar
+
+from sqlalchemy.engine import Connection
+
+from qlora_service.artifacts.manifest import describe_file
+from qlora_service.artifacts.store import ArtifactStore, part_key
+from qlora_service.domain.datasets import Dataset
+from qlora_service.domain.ids import new_id
+from qlora_service.domain.uploads import Part, Upload, UploadStatus
+from qlora_service.errors import Conflict, InvalidRequest, TooLarge
+from qlora_service.store import idempotency
+from qlora_service.store import uploads as rows
+from qlora_service.store.database import Database
+from qlora_service.store.idempotency import Once
+
+PENDING_FOR = timedelta(hours=1)
+"""As long as the hosted API keeps an upload open."""
+
+Result = TypeVar("Result")
+Prepare = Callable[[Path, str], Callable[[Connection], Dataset]]
+"""Checks and stores a file's bytes; what it returns adds the dataset's row in a transaction."""
+
+
+@dataclass(frozen=True)
+class ClosedUpload:
+    """An upload that takes no more parts, and the dataset it became, if it was completed."""
+
+    upload: Upload
+    dataset: Dataset | None = None
+
+
+class PartUploads:
+    """The uploads of one project. Parts lie in the artifact store: they survive a restart, on every machine's API."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        artifacts: ArtifactStore,
+        tmp_dir: Path,
+        project: str,
+        clock: Callable[[], datetime],
+        check_room: Callable[[Connection], None],
+        prepare: Prepare,
+    ) -> None:
+        self._database = database
+        self._artifacts = artifacts
+        self._tmp_dir = tmp_dir
+        self._project = project
+        self._clock = clock
+        self._check_room = check_room
+        self._prepare = prepare
+
+    def begin(
+        self, *, filename: str, size: int, purpose: str, mime_type: str, once: Once[Upload] | None = None
+    ) -> Upload:
+        """An upload that takes parts for an hour, `size` bytes in all.
+
+        Raises:
+            StorageFull: the project may not keep so much more.
+        """
+        self.reap()
+        now = self._clock()
+        upload = Upload(
+            id=new_id("upload"),
+            project=self._project,
+            status=UploadStatus.PENDING,
+            filename=filename,
+            purpose=purpose,
+            mime_type=mime_type,
+            bytes=size,
+            dataset_id=None,
+            created_at=now,
+            expires_at=now + PENDING_FOR,
+        )
+
+        def insert(connection: Connection) -> Upload:
+            rows.insert_upload(connection, upload)
+            self._check_room(connection)
+            return upload
+
+        return self._write(once, insert)
+
+    def add_part(self, upload_id: str, path: Path, *, once: Once[Part] | None = None) -> Part:
+        """A part with the bytes of the file at `path`.
+
+        Raises:
+            NotFound: no such upload.
+            Conflict: it takes no more parts.
+            TooLarge: the parts have more bytes than were announced.
+        """
+        with self._database.read() as connection:
+            if once is not None:
+                idempotency.recall(connection, once)
+            self._pending(connection, upload_id)
+        file = describe_file(path)
+        part = Part(new_id("part"), upload_id, file.bytes, file.sha256, self._clock())
+        self._artifacts.put_file(part_key(upload_id, part.id), path)
+
+        def insert(connection: Connection) -> Part:
+            upload = self._pending(connection, upload_id, lock=True)
+            size = part.bytes + sum(other.bytes for other in rows.list_parts(connection, upload_id))
+            if size > upload.bytes:
+                raise TooLarge(
+                    f"upload {upload_id} was announced with {upload.bytes} bytes, and with this part it would have "
+                    f"{size}: begin another upload with the file's size",
+                    location="data",
+                    max_bytes=upload.bytes,
+                )
+            rows.insert_part(connection, part)
+            return part
+
+        try:
+            return self._write(once, insert)
+        except BaseException:
+            self._artifacts.remove(part_key(upload_id, part.id))
+            raise
+
+    def complete(
+        self, upload_id: str, part_ids: Sequence[str], md5: str | None = None, *, once: Once[ClosedUpload] | None = None
+    ) -> ClosedUpload:
+        """The upload and the dataset made of its parts, joined in the order given.
+
+        Raises:
+            NotFound: no such upload.
+            Conflict: it was closed before.
+            InvalidRequest: a part is not the upload's, or the whole is not what was announced.
+            InvalidDataset: no row of the file is usable.
+        """
+        with self._database.read() as connection:
+            if once is not None:
+                idempotency.recall(connection, once)
+            upload = self._pending(connection, upload_id)
+            parts = _chosen(rows.list_parts(connection, upload_id), part_ids, upload)
+        with tempfile.TemporaryDirectory(dir=self._tmp_dir) as scratch:
+            path = Path(scratch) / "joined"
+            self._join(parts, path, md5)
+            insert_dataset = self._prepare(path, upload.filename)
+
+            def close(connection: Connection) -> ClosedUpload:
+                self._pending(connection, upload_id, lock=True)
+                dataset = insert_dataset(connection)
+                rows.close_upload(connection, upload_id, UploadStatus.COMPLETED, dataset.id)
+                return ClosedUpload(rows.get_upload(connection, upload_id, project=self._project), dataset)
+
+            closed = self._write(once, close)
+        self._discard(upload_id)
+        return closed
+
+    def cancel(self, upload_id: str, *, once: Once[ClosedUpload] | None = None) -> ClosedUpload:
+        """The upload, whose parts are removed. Cancelling twice does no harm. Raises: NotFound, Conflict."""
+
+        def close(connection: Connection) -> ClosedUpload:
+            upload = rows.get_upload(connection, upload_id, project=self._project, lock=True)
+            if upload.status is not UploadStatus.CANCELLED:
+                self._pending(connection, upload_id)
+                rows.close_upload(connection, upload_id, UploadStatus.CANCELLED)
+            return ClosedUpload(rows.get_upload(connection, upload_id, project=self._project))
+
+        cancelled = self._write(once, close)
+        self._discard(upload_id)
+        return cancelled
+
+    def reap(self) -> None:
+        """Remove the parts of uploads, of every project, that were closed or not completed in time."""
+        with self._database.write() as connection:
+            closed = rows.expire_uploads(connection, self._clock())
+        for upload_id in closed:
+            self._discard(upload_id)
+
+    # --- inside
+
+    def _write(self, once: Once[Result] | None, action: Callable[[Connection], Result]) -> Result:
+        with self._database.write() as connection:
+            return idempotency.write_once(connection, once, self._clock(), action)
+
+    def _pending(self, connection: Connection, upload_id: str, *, lock: bool = False) -> Upload:
+        """The upload, which still takes parts. Raises: NotFound, Conflict."""
+        upload = rows.get_upload(connection, upload_id, project=self._project, lock=lock)
+        expired = upload.expires_at < self._clock()
+        if upload.status is not UploadStatus.PENDING or expired:
+            status = UploadStatus.EXPIRED if upload.status is UploadStatus.PENDING else upload.status
+            raise Conflict(f"upload {upload_id} is {status}: begin another one", location="upload_id")
+        return upload
+
+    def _join(self, parts: Sequence[Part], path: Path, md5: str | None) -> None:
+        """Write the parts' bytes to `path`, one behind the other. Raises: InvalidRequest."""
+        digest = hashlib.md5(usedforsecurity=False)
+        with path.open("wb") as file:
+            for part in parts:
+                for chunk in self._artifacts.read(part_key(part.upload_id, part.id)):
+                    digest.update(chunk)
+                    file.write(chunk)
+        if md5 is not None and md5.lower() != digest.hexdigest():
+            raise InvalidRequest(
+                f"the parts have the MD5 {digest.hexdigest()}, not {md5}: see that they are named in the file's order, "
+                "and send those again that were damaged",
+                location="md5",
+            )
+
+    def _discard(self, upload_id: str) -> None:
+        """Remove the parts of a closed upload; their rows go last, so that a crash leaves something to `reap`."""
+        self._artifacts.remove_upload(upload_id)
+        with self._database.write() as connection:
+            rows.delete_parts(connection, upload_id)
+
+
+def _chosen(parts: Sequence[Part], wanted: Sequence[str], upload: Upload) -> list[Part]:
+    """The parts in the order asked for. Raises: InvalidRequest, when they are not the whole file."""
+    known = {part.id: part for part in parts}
+    strangers = [part_id for part_id in wanted if part_id not in known]
+    if strangers or len(set(wanted)) < len(wanted):
+        why = f"has no part {strangers[0]!r}" if strangers else "cannot use a part twice"
+        raise InvalidRequest(f"upload {upload.id} {why}: name its parts in the file's order", location="part_ids")
+    chosen = [known[part_id] for part_id in wanted]
+    size = sum(part.bytes for part in chosen)
+    if size != upload.bytes:
+        raise InvalidRequest(
+            f"the parts named have {size} bytes, the upload was announced with {upload.bytes}: add and name the "
+            "missing parts, or begin another upload with the right size",
+            location="part_ids",
+        )
+    return chosen

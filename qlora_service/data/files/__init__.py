@@ -1,0 +1,1 @@
+"""Uploaded bytes to raw rows, and the check of a whole file."""

@@ -1,0 +1,147 @@
+"""A dataset's check: how many rows can be used, and what is wrong with the others, before any job is queued."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlora_service.data.files.formats import RawRow, detect_container, json_row, read_rows
+from qlora_service.data.files.splitting import Piece, line_blocks, lines_of
+from qlora_service.data.rows.examples import Container, Shape, SourceRow
+from qlora_service.data.rows.shapes import REQUIRED, RowProblem, detect_shape, to_example
+from qlora_service.data.rows.typed_decoder import count_plain
+from qlora_service.domain.datasets import DatasetReport
+from qlora_service.errors import Finding, InvalidDataset
+
+MAX_FINDINGS = 100
+# Readable rows that vote on the shape of the whole file.
+SHAPE_VOTERS = 20
+
+
+def check_dataset(
+    path: Path,
+    *,
+    filename: str | None = None,
+    container: Container | None = None,
+    shape: Shape | None = None,
+) -> DatasetReport:
+    """The report on every row of the file; container and shape are detected unless stated.
+
+    Raises:
+        InvalidDataset: the container cannot be told or is damaged, or no row is usable; the error carries
+            the first findings.
+    """
+    container = container or detect_container(path, filename)
+    shape = shape or _majority_shape(path, container)
+    usable_rows, finding_count = 0, 0
+    findings: list[Finding] = []
+    for verdict in check_rows(path, container, shape):
+        if isinstance(verdict, int):
+            usable_rows += verdict
+        else:
+            finding_count += 1
+            if finding_count <= MAX_FINDINGS:
+                findings.append(verdict)
+    rows = usable_rows + finding_count
+    if not usable_rows:
+        raise _unusable(f"none of its {rows} rows is usable as {shape} read from {container}", findings)
+    return DatasetReport(
+        container=container,
+        shape=shape,
+        bytes=path.stat().st_size,
+        rows=rows,
+        usable_rows=usable_rows,
+        finding_count=finding_count,
+        findings=tuple(findings),
+    )
+
+
+def check_rows(path: Path, container: Container, shape: Shape) -> Iterator[int | Finding]:
+    """In file order, how many rows that follow one another are usable, or why the next one is not.
+
+    Raises:
+        InvalidDataset: the file is damaged.
+    """
+    if container == "jsonl":
+        return _check_lines(path, shape)
+    return map(_verdict, _outcomes(path, container, shape))
+
+
+def _check_lines(path: Path, shape: Shape) -> Iterator[int | Finding]:
+    """Whole blocks of lines are counted where that is safe, single lines where it is not."""
+    with path.open("rb") as file:
+        for block in line_blocks(file):
+            count = _count(block, shape)
+            if count is not None:
+                yield count
+            else:
+                yield from (_check_line(line, shape) for line in lines_of(block))
+
+
+def _check_line(line: Piece, shape: Shape) -> int | Finding:
+    count = _count(line, shape)
+    return _verdict(_outcome(json_row(line), shape)) if count is None else count
+
+
+def _count(lines: Piece, shape: Shape) -> int | None:
+    return None if lines.problem is not None else count_plain(lines.raw, shape)
+
+
+def _verdict(outcome: SourceRow | Finding) -> int | Finding:
+    return outcome if isinstance(outcome, Finding) else 1
+
+
+def read_examples(path: Path, container: Container, shape: Shape) -> Iterator[SourceRow]:
+    """The usable rows in file order: those that `check_dataset` counts.
+
+    Raises:
+        InvalidDataset: the file is damaged.
+    """
+    return (outcome for outcome in _outcomes(path, container, shape) if isinstance(outcome, SourceRow))
+
+
+def _outcomes(path: Path, container: Container, shape: Shape) -> Iterator[SourceRow | Finding]:
+    """For every row of the file its example, or why there is none."""
+    for row in read_rows(path, container):
+        yield _outcome(row, shape)
+
+
+def _outcome(row: RawRow, shape: Shape) -> SourceRow | Finding:
+    if row.value is None:
+        assert row.finding is not None
+        return row.finding
+    try:
+        return SourceRow(to_example(row.value, shape), row.line, row.byte_offset)
+    except RowProblem as problem:
+        return Finding(problem.reason, problem.pointer, row.line, row.byte_offset)
+
+
+def _majority_shape(path: Path, container: Container) -> Shape:
+    """The shape of most of the first readable rows."""
+    votes: Counter[Shape] = Counter()
+    findings: list[Finding] = []
+    readable = 0
+    for row in read_rows(path, container):
+        shape = None if row.value is None else detect_shape(row.value)
+        if shape is not None:
+            votes[shape] += 1
+        elif len(findings) < MAX_FINDINGS:
+            # Any shape serves: the row fits none, and the reason names them all.
+            outcome = _outcome(row, next(iter(REQUIRED)))
+            assert isinstance(outcome, Finding)
+            findings.append(outcome)
+        readable += row.value is not None
+        if readable == SHAPE_VOTERS:
+            break
+    if not votes:
+        why = "its rows fit no accepted shape" if readable else "none of its rows can be read"
+        raise _unusable(why if findings else "it has no rows", findings)
+    return votes.most_common(1)[0][0]
+
+
+def _unusable(why: str, findings: list[Finding]) -> InvalidDataset:
+    first = f" First: {findings[0]}." if findings else ""
+    return InvalidDataset(
+        f"the dataset cannot be used: {why}.{first} Correct the rows and upload it again", findings=findings
+    )

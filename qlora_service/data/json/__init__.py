@@ -1,0 +1,1 @@
+"""JSON with one reading only: strict, and fast for ordinary rows."""

@@ -1,0 +1,80 @@
+"""Which tokens of a text are learned, from the character spans of its answers."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence, Set
+from itertools import accumulate, compress
+
+from tokenizers import Encoding
+
+from qlora_service.data.rendering.chat_template import Span
+
+
+def trained_tokens(
+    encoding: Encoding,
+    text: str,
+    spans: Sequence[Span],
+    *,
+    special_ids: Set[int],
+    stop_ids: Set[int],
+    in_order: bool,
+) -> list[bool]:
+    """For every token of the text whether it overlaps a span; each span ends with its stop token, if it has one.
+
+    `in_order` says that the tokenizer cannot reorder characters: it has no normalizer.
+    """
+    ids: list[int] = encoding.ids
+    trained = [False] * len(ids)
+    special = list(compress(range(len(ids)), map(special_ids.__contains__, ids)))
+    for (_, end), (first, last) in zip(spans, _overlaps(encoding, spans, in_order), strict=True):
+        if first > last:
+            continue
+        place = bisect_right(special, last) - 1
+        ending = special[place] if place >= 0 and special[place] >= first else None
+        stop_follows = last + 1 < len(ids) and ids[last + 1] in stop_ids
+        if stop_follows and (ending is None or ids[ending] not in stop_ids):
+            last += 1  # noqa: PLW2901 - the span's tokens, corrected
+        elif ending is not None and text[_characters_of(encoding, ending)[1] : end].isspace():
+            # Behind the stop token a template may put a line break that is never generated.
+            last = ending  # noqa: PLW2901
+        trained[first : last + 1] = [True] * (last + 1 - first)
+    return trained
+
+
+def _overlaps(encoding: Encoding, spans: Sequence[Span], in_order: bool) -> list[tuple[int, int]]:
+    """The first and the last token that overlap each span; the first behind the last where none does."""
+    if in_order and len(spans) == 1:
+        # The usual row, a few times as fast: the tokens' offsets stay in the library.
+        overlap = _overlap(encoding, *spans[0])
+        if overlap is not None:
+            return [overlap]
+    starts, ends = _ascending(encoding.offsets)
+    return [(bisect_right(ends, start), bisect_left(starts, end) - 1) for start, end in spans]
+
+
+def _overlap(encoding: Encoding, start: int, end: int) -> tuple[int, int] | None:
+    """The overlap of one span, or None where no token holds its first or its last character."""
+    first, last = (encoding.char_to_token(start), encoding.char_to_token(end - 1)) if start < end else (None, None)
+    if first is None or last is None:
+        return None
+    # Several tokens may be parts of one character.
+    while last + 1 < len(encoding) and _characters_of(encoding, last + 1)[0] < end:
+        last += 1
+    return first, last
+
+
+def _characters_of(encoding: Encoding, token: int) -> Span:
+    span = encoding.token_to_chars(token)
+    assert span is not None, "a token that is of no text"
+    return span
+
+
+def _ascending(offsets: list[Span]) -> tuple[Sequence[int], Sequence[int]]:
+    """Where tokens start and end, in order: offsets go forward, but for tokenizers that reorder characters."""
+    starts, ends = zip(*offsets, strict=True) if offsets else ((), ())
+    if list(ends) != sorted(ends):
+        ends = tuple(accumulate(ends, max))
+    if list(starts) != sorted(starts):
+        starts = tuple(accumulate(reversed(starts), min))[::-1]
+    return starts, ends

@@ -1,0 +1,382 @@
+"""Rows → token ids, and which of them are trained. No torch: previews, checks and the trainer share this path."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+from tokenizers import Encoding, Tokenizer
+
+from qlora_service.data.files.checks import MAX_FINDINGS
+from qlora_service.data.rendering.loss_mask import trained_tokens
+from qlora_service.data.rendering.template_process import RenderedChat, TemplateProcess, characters
+from qlora_service.data.rendering.tokenizer_settings import read_tokenizer_settings
+from qlora_service.data.rows.examples import (
+    Chat,
+    Completion,
+    Document,
+    Example,
+    Labelled,
+    Preference,
+    SourceRow,
+    documents,
+)
+from qlora_service.errors import Finding, InvalidModel
+from qlora_service.specs import Training
+
+TEMPLATE_ROWS = 64
+"""Rows the template's process has a time limit for."""
+TOKENIZER_ROWS = 256
+"""Texts tokenized at a time, on all cores."""
+# Tokenizing holds 100 to 600 bytes for each token, and a character may be three tokens: some 0.3 GB at the worst.
+BATCH_CHARS = 1 << 18
+
+Item = TypeVar("Item")
+Drafted = tuple[SourceRow, list[RenderedChat]]
+"""A row and the text and trained character spans of each of its documents."""
+Encoded = tuple[Encoding, bool]
+"""The tokens of a text, and whether they are all."""
+
+# For base models that bring no template of their own; stored with the adapter, so that it is used at inference too.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}{{ '### Response:\\n' + message.content + eos_token }}"
+    "{% elif message.role == 'user' %}{{ '### Instruction:\\n' + message.content + '\\n\\n' }}"
+    "{% else %}{{ message.content + '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class RenderRules:
+    """How rows become tokens; see the fields of the same names in `specs.Training`."""
+
+    max_seq_len_tokens: int
+    too_long: Literal["refuse", "truncate", "drop"] = "refuse"
+    train_on: Literal["assistant", "all"] = "assistant"
+
+    @classmethod
+    def of(cls, training: Training) -> RenderRules:
+        """The rules a job's configuration asks for."""
+        return cls(training.max_seq_len_tokens, training.too_long, training.train_on)
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """Token ids of one example. `trained[i]` says whether token i is learned (predicted from those before it)."""
+
+    line: int
+    text: str
+    input_ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+    cut_tokens: int = 0
+    """Tokens that truncation took off the end; of an enormous text, only those that were counted."""
+    rejected: RenderedRow | None = None
+    """Of a pair, the worse answer's document; the row itself is the better one's."""
+    desirable: bool | None = None
+    """Of a labelled answer, whether it is wanted."""
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens with a loss. The first token of a row is predicted from nothing and never has one."""
+        return sum(self.trained[1:])
+
+
+@dataclass(frozen=True)
+class UnusableRow:
+    """Why a row is not trained on. `too_long` is its length when that is the reason, at least (see `_encode`)."""
+
+    finding: Finding
+    too_long: int | None = None
+
+
+class Renderer:
+    """Turns rows into token ids with a base model's tokenizer and chat template. A context manager."""
+
+    def __init__(self, model_dir: Path, rules: RenderRules, now: datetime) -> None:
+        self._rules = rules
+        settings = read_tokenizer_settings(model_dir)
+        self._tokenizer = _load_tokenizer(model_dir / "tokenizer.json")
+        tokens = dict(settings.special_tokens)
+        self._eos = self._token_id(tokens.get("eos_token"))
+        if self._eos is None and settings.eos_token_ids:
+            self._eos = min(settings.eos_token_ids)
+            tokens["eos_token"] = self._tokenizer.id_to_token(self._eos) or ""
+        self._stop_ids = settings.eos_token_ids | ({self._eos} if self._eos is not None else set())
+        self._in_order = self._tokenizer.normalizer is None
+        self._special_ids = {
+            token_id for token_id, added in self._tokenizer.get_added_tokens_decoder().items() if added.special
+        }
+        bos = self._token_id(tokens.get("bos_token"))
+        if bos is None and settings.bos_token_id is not None:
+            bos = settings.bos_token_id
+            tokens["bos_token"] = self._tokenizer.id_to_token(bos) or ""
+        (prefix,) = self._encodings([""], add_special_tokens=True)
+        self._bos = bos if bos is not None and prefix.ids[:1] == [bos] else None
+        tokens.setdefault("eos_token", "")
+        plain = ("{{ bos_token }}" if self._bos is not None else "") + PLAIN_TEMPLATE
+        self.chat_template: str = settings.chat_template or plain
+        """The template in use: the model's, else `PLAIN_TEMPLATE`."""
+        self._templates = TemplateProcess(self.chat_template, tokens, now)
+
+    def __enter__(self) -> Renderer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._templates.__exit__(kind, error, trace)
+
+    def render(self, rows: Iterable[SourceRow]) -> Iterator[RenderedRow | UnusableRow]:
+        """One result per row, in order.
+
+        Raises:
+            InvalidModel: the chat template or the tokenizer cannot be used at all.
+            InvalidDataset: the chat template fails on too many rows.
+        """
+        batches = _batches(self._drafts(rows), lambda row: sum(len(draft.text) for draft in row[1]), TOKENIZER_ROWS)
+        for batch, tokens in self._encode_ahead(batches):
+            encoded = iter(tokens)
+            for row, drafts in batch:
+                sides = [
+                    self._finish(row, document, draft, *next(encoded))
+                    for document, draft in zip(documents(row.example), drafts, strict=True)
+                ]
+                yield _joined(row, *sides)
+
+    def token_text(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def _drafts(self, rows: Iterable[SourceRow]) -> Iterator[Drafted]:
+        batches = _batches(rows, lambda row: _characters(row.example), TEMPLATE_ROWS)
+        for batch, rendered in self._templates.render_ahead((batch, _chats(batch)) for batch in batches):
+            rendered_chats = iter(rendered)
+            for row in batch:
+                yield row, [_draft(document, rendered_chats) for document in documents(row.example)]
+
+    def _encode_ahead(self, batches: Iterable[list[Drafted]]) -> Iterator[tuple[list[Drafted], list[Encoded]]]:
+        """Each batch with its texts' tokens; the next one is tokenized meanwhile, which holds no lock of Python's."""
+        waiting: deque[tuple[list[Drafted], Future[list[Encoded]]]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
+            for batch in batches:
+                texts = [draft.text for _, drafts in batch for draft in drafts]
+                waiting.append((batch, thread.submit(self._encode, texts)))
+                if len(waiting) > 1:
+                    before, tokens = waiting.popleft()
+                    yield before, tokens.result()
+            for before, tokens in waiting:
+                yield before, tokens.result()
+
+    def _encode(self, texts: list[str]) -> list[Encoded]:
+        """The tokens of each text, and whether they are all: of an enormous one only the beginning is tokenized.
+
+        That beginning has over twice the tokens a row may have: text that follows changes no more than the last few.
+        """
+        if sum(map(len, texts)) <= BATCH_CHARS:
+            return [(encoding, True) for encoding in self._encodings(texts)]
+        return [self._beginning(text) for text in texts]
+
+    def _beginning(self, text: str) -> Encoded:
+        size, limit = BATCH_CHARS, 2 * self._rules.max_seq_len_tokens
+        while True:
+            (encoding,) = self._encodings([text[:size]])
+            if size >= len(text) or len(encoding.ids) > limit:
+                return encoding, size >= len(text)
+            size *= 2
+
+    def _encodings(self, texts: list[str], add_special_tokens: bool = False) -> list[Encoding]:
+        try:
+            encodings: list[Encoding] = self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+            raise InvalidModel(
+                f"the base model's tokenizer.json cannot tokenize ({error}): import the model with a sound one",
+                location="/base_model",
+            ) from None
+        return encodings
+
+    def _finish(
+        self, row: SourceRow, document: Document, draft: RenderedChat, encoding: Encoding, is_whole: bool
+    ) -> RenderedRow | UnusableRow:
+        """The tokens of one of the row's documents."""
+        if draft.error is not None:
+            return _unusable(row, draft.error)
+        ids: list[int] = encoding.ids
+        trained = trained_tokens(
+            encoding,
+            draft.text,
+            draft.spans,
+            special_ids=self._special_ids,
+            stop_ids=self._stop_ids,
+            in_order=self._in_order,
+        )
+        is_chat = isinstance(document, Chat)
+        if not is_chat and self._bos is not None and ids[:1] != [self._bos]:
+            ids, trained = [self._bos, *ids], [False, *trained]
+        # A template ends a turn with a special token of its choice; plain text ends with nothing else than a stop.
+        closing = self._special_ids if is_chat else self._stop_ids
+        ends_open = bool(ids) and trained[-1] and ids[-1] not in closing
+        if self._eos is not None and ends_open:
+            # Nothing ends the last answer: without a learned stop token the adapter would never stop.
+            ids, trained = [*ids, self._eos], [*trained, True]
+        # Of judged answers the prompt has no part in the objective.
+        if self._rules.train_on == "all" and not isinstance(row.example, Preference | Labelled):
+            trained = [True] * len(ids)
+        limit = self._rules.max_seq_len_tokens
+        cut = max(0, len(ids) - limit)
+        if cut and self._rules.too_long != "truncate":
+            length = f"{len(ids)}" if is_whole else f"over {len(ids)}"
+            return _unusable(row, f"{length} tokens long; max_seq_len_tokens is {limit}", too_long=len(ids))
+        result = RenderedRow(row.line, draft.text, tuple(ids[:limit]), tuple(trained[:limit]), cut)
+        if result.trained_tokens == 0:
+            after = f" after {cut} tokens were cut off" if cut else ""
+            return _unusable(row, f"nothing to train: no token of an answer is left{after}")
+        return result
+
+    def _token_id(self, token: str | None) -> int | None:
+        token_id: int | None = None if token is None else self._tokenizer.token_to_id(token)
+        return token_id
+
+
+@dataclass
+class RenderReport:
+    """What rendering a dataset gave: counts, the lengths' histogram, and the rows that cannot be used.
+
+    The tokens of a pair are those of both sides; its length is that of the longer one.
+    """
+
+    rows: int = 0
+    usable_rows: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest_tokens: int = 0
+    cut_rows: int = 0
+    """Usable rows that lost tokens to truncation."""
+    too_long_rows: int = 0
+    complete: bool = True
+    """False when only the first rows were rendered."""
+    histogram: dict[str, int] = field(default_factory=dict)
+    """Rows by length: key "128" counts rows of 65 to 128 tokens."""
+    finding_count: int = 0
+    findings: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, result: RenderedRow | UnusableRow) -> None:
+        self.rows += 1
+        if isinstance(result, UnusableRow):
+            self.finding_count += 1
+            if len(self.findings) < MAX_FINDINGS:
+                self.findings.append(result.finding.as_dict())
+            if result.too_long is not None:
+                self.too_long_rows += 1
+                self._count_length(result.too_long)
+            return
+        sides = [side for side in (result, result.rejected) if side is not None]
+        self.usable_rows += 1
+        self.cut_rows += any(side.cut_tokens for side in sides)
+        self.tokens += sum(len(side.input_ids) for side in sides)
+        self.trained_tokens += sum(side.trained_tokens for side in sides)
+        self._count_length(max(len(side.input_ids) + side.cut_tokens for side in sides))
+
+    def _count_length(self, tokens: int) -> None:
+        self.longest_tokens = max(self.longest_tokens, tokens)
+        upto = str(1 << max(3, (tokens - 1).bit_length()))
+        self.histogram[upto] = self.histogram.get(upto, 0) + 1
+
+
+def render_report(renderer: Renderer, rows: Iterable[SourceRow], max_rows: int) -> RenderReport:
+    """What the first `max_rows` rows give."""
+    report = RenderReport()
+    iterator = iter(rows)
+    for result in renderer.render(islice(iterator, max_rows)):
+        report.add(result)
+    report.complete = next(iterator, None) is None
+    report.histogram = dict(sorted(report.histogram.items(), key=lambda item: int(item[0])))
+    return report
+
+
+def _unusable(row: SourceRow, reason: str, too_long: int | None = None) -> UnusableRow:
+    return UnusableRow(Finding(reason=reason, line=row.line, byte_offset=row.byte_offset), too_long)
+
+
+def _chats(rows: Iterable[SourceRow]) -> list[Chat]:
+    return [document for row in rows for document in documents(row.example) if isinstance(document, Chat)]
+
+
+def _draft(document: Document, rendered_chats: Iterator[RenderedChat]) -> RenderedChat:
+    if isinstance(document, Chat):
+        return next(rendered_chats)
+    if isinstance(document, Completion):
+        text = document.prompt + document.completion
+        return RenderedChat(text, ((len(document.prompt), len(text)),))
+    return RenderedChat(document.text, ((0, len(document.text)),))
+
+
+def _joined(
+    row: SourceRow, first: RenderedRow | UnusableRow, second: RenderedRow | UnusableRow | None = None
+) -> RenderedRow | UnusableRow:
+    """The row of its documents: both sides of a pair, or the only one."""
+    if second is None:
+        if isinstance(row.example, Labelled) and isinstance(first, RenderedRow):
+            return replace(first, desirable=row.example.desirable)
+        return first
+    if isinstance(first, UnusableRow) or isinstance(second, UnusableRow):
+        bad = {name: side for name, side in (("chosen", first), ("rejected", second)) if isinstance(side, UnusableRow)}
+        reason = "; ".join(f"the {name} answer: {side.finding.reason}" for name, side in bad.items())
+        lengths = [side.too_long for side in bad.values() if side.too_long is not None]
+        return _unusable(row, reason, too_long=max(lengths, default=None))
+    if first.input_ids == second.input_ids:
+        after = " once they are cut" if first.cut_tokens or second.cut_tokens else ""
+        return _unusable(row, f"the chosen and the rejected answer are the same tokens{after}")
+    return replace(first, rejected=second)
+
+
+def _batches(items: Iterable[Item], size: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+    """The items in order, at most `most` at a time and `BATCH_CHARS` in all; a larger one comes alone."""
+    batch: list[Item] = []
+    total = 0
+    for item in items:
+        added = size(item)
+        if batch and (len(batch) == most or total + added > BATCH_CHARS):
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += added
+    if batch:
+        yield batch
+
+
+def _characters(example: Example) -> int:
+    total = 0
+    for document in documents(example):
+        if isinstance(document, Chat):
+            total += characters([document.messages, document.tools])
+        elif isinstance(document, Completion):
+            total += len(document.prompt) + len(document.completion)
+        else:
+            total += len(document.text)
+    return total
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    """The file's tokenizer, which nobody changes. The last one is kept: reading takes longer than most uses of it."""
+    try:
+        found = path.stat()
+        return _read_tokenizer(path, (found.st_ino, found.st_mtime_ns))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        raise InvalidModel(f"the base model's tokenizer.json cannot be read: {error}") from None
+
+
+@lru_cache(maxsize=1)
+def _read_tokenizer(path: Path, version: tuple[int, int]) -> Tokenizer:  # noqa: ARG001 - it tells files apart
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

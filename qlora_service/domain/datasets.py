@@ -1,0 +1,44 @@
+"""A stored dataset, and the report of its check."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from qlora_service.errors import Finding
+from qlora_service.specs import Container, Shape
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What a check found: `rows` is all rows seen; `finding_count` is exact, `findings` the first of them."""
+
+    container: Container
+    shape: Shape
+    bytes: int
+    rows: int
+    usable_rows: int
+    finding_count: int
+    findings: tuple[Finding, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report in JSON's types."""
+        return asdict(self) | {"findings": [finding.as_dict() for finding in self.findings]}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> DatasetReport:
+        """The report that `as_dict` wrote."""
+        return cls(**value | {"findings": tuple(Finding(**finding) for finding in value["findings"])})
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An upload that was checked and stored. The same bytes read the same way are one dataset of a project."""
+
+    id: str
+    project: str
+    sha256: str
+    filename: str | None
+    created_at: datetime
+    report: DatasetReport

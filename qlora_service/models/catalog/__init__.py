@@ -1,0 +1,1 @@
+"""Import and storage of base models: ordinary Hugging Face directories, checked by content."""

@@ -1,0 +1,294 @@
+"""Whether a directory may become a base model, decided by content; nothing in it is executed or unpickled."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_service.data.rendering.tokenizer_settings import (
+    CHAT_TEMPLATE,
+    MAX_SETTINGS_BYTES,
+    read_json,
+    tokenizer_settings,
+)
+from qlora_service.errors import Finding, InvalidModel
+from qlora_service.models.catalog.safetensors_header import TensorEntry, read_header
+
+TOKENIZER_JSON = "tokenizer.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+# Gemma 3's, the largest in use, has 31.8 MiB.
+MAX_TOKENIZER_JSON_BYTES = 32 << 20
+
+# What a slow tokenizer is made of: any one of these sets is enough to build tokenizer.json from.
+SLOW_TOKENIZERS = ({"tokenizer.model"}, {"spiece.model"}, {"vocab.json", "merges.txt"}, {"vocab.txt"})
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+CODE_KEYS = {"auto_map", "custom_pipelines", "trust_remote_code"}
+# What `git clone` and the hub client leave behind; nothing in them is read or copied.
+BOOKKEEPING = {".git", ".cache"}
+
+# transformers' names, then GPT-2's and its descendants'.
+_SIZES = {
+    "vocab_size": ("vocab_size",),
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "n_embed"),
+    "num_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "max_positions": ("max_position_embeddings", "n_positions", "max_seq_len"),
+}
+
+
+UNLIMITED_TYPES = {"bloom", "recurrent_gemma"}
+"""Models whose config names no longest sequence, because they have none: ALiBi, or a window and a state. (Mamba, RWKV
+and xLSTM have none either, but their layers take no quantized weights or no adapters.)"""
+UNLIMITED_POSITIONS = 1 << 20
+"""Their longest sequence: what a job may ask for at most"""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What config.json and the weights' headers say; `weight_files` are the names transformers loads."""
+
+    architecture: str
+    model_type: str
+    parameters: int
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_positions: int
+    chat_template: bool
+    weight_files: tuple[str, ...]
+
+
+def inspect_model(directory: Path, label: str) -> ModelFacts:
+    """The facts of a Hugging Face directory that is safe and complete; `label` names it in the error.
+
+    Raises:
+        InvalidModel: with every finding, gathered first.
+    """
+    root = directory.resolve()
+    findings: list[str] = []
+    documents: dict[str, Any] = {}
+    headers: dict[str, dict[str, TensorEntry]] = {}
+    names: set[str] = set()  # of the top level; what lies deeper is looked at, never used
+    for path in _regular_files(root, findings):
+        name = path.relative_to(root).as_posix()
+        if path.parent == root:
+            names.add(name)
+        if path.suffix == ".safetensors":
+            try:
+                headers[name] = read_header(path)
+            except ValueError as error:
+                findings.append(f"{name} is not valid safetensors: {error}")
+            continue
+        findings += _executable_content(path, name)
+        if path.suffix == ".json":
+            documents[name] = _read_object(path, name, findings)
+    findings += _unusable_kind(names, documents)
+    findings += _tokenizer_findings(root, names)
+    settings = tokenizer_settings(documents, root / CHAT_TEMPLATE, findings)
+    sizes = _sizes(documents, findings)
+    weight_files = _weight_files(names, documents, headers, findings)
+    _raise(findings, label)
+    config = documents["config.json"]
+    return ModelFacts(
+        architecture=config["architectures"][0],
+        model_type=config["model_type"],
+        parameters=sum(entry.parameters for name in weight_files for entry in headers[name].values()),
+        chat_template=bool(settings.chat_template),
+        weight_files=weight_files,
+        **sizes,
+    )
+
+
+def inspect_settings(directory: Path, label: str) -> None:
+    """Refuses, from its JSON files alone, what need not be downloaded further.
+
+    Raises:
+        InvalidModel: a JSON file names code to run or holds what rendering cannot use, or the weights are
+            quantized or an adapter.
+    """
+    findings: list[str] = []
+    paths = sorted(directory.glob("*.json"))
+    documents = {path.name: _read_object(path, path.name, findings) for path in paths}
+    findings += _unusable_kind(set(documents), documents)
+    tokenizer_settings(documents, directory / CHAT_TEMPLATE, findings)
+    _raise(findings, label)
+
+
+def _raise(findings: list[str], label: str) -> None:
+    if findings:
+        raise InvalidModel(
+            f"{label} cannot be a base model: {'; '.join(findings[:5])}"
+            + (f"; and {len(findings) - 5} more" if len(findings) > 5 else ""),
+            findings=[Finding(reason) for reason in findings],
+        )
+
+
+def _regular_files(root: Path, findings: list[str]) -> Iterator[Path]:
+    blobs = _hub_cache_blobs(root)
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - BOOKKEEPING)
+        for entry in [*folders, *sorted(files)]:
+            path = Path(folder, entry)
+            name = path.relative_to(root).as_posix()
+            target = Path(os.path.realpath(path))  # unlike resolve(), it bears a link that points to itself
+            if path.is_symlink() and not target.is_relative_to(root) and target.parent != blobs:
+                findings.append(f"{name} is a symbolic link to a place outside the directory")
+            elif path.is_file():
+                yield path
+            elif not path.is_dir():
+                findings.append(f"{name} is not a regular file")
+
+
+def _hub_cache_blobs(root: Path) -> Path | None:
+    """Where the links of a hub cache's `models--org--name/snapshots/<revision>` point to."""
+    repository = root.parent.parent
+    if root.parent.name == "snapshots" and repository.name.startswith("models--"):
+        return repository / "blobs"
+    return None
+
+
+def _executable_content(path: Path, name: str) -> list[str]:
+    if path.suffix.lower() == ".py":
+        return [f"{name} is Python code, which this service never runs"]
+    if path.suffix.lower() in PICKLE_SUFFIXES or _is_pickle(path):
+        return [f"{name} holds pickled weights, which can run code when read: use *.safetensors instead"]
+    return []
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        magic = file.read(2)
+    if len(magic) == 2 and magic[0] == 0x80 and 2 <= magic[1] <= 5:
+        return True
+    # torch.save writes a zip archive around data.pkl; a zip may also hide behind other bytes.
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(member.endswith((".pkl", ".pickle")) for member in archive.namelist())
+    except zipfile.BadZipFile:
+        return True  # an archive that hides its content is treated as the worst it can be
+
+
+def _read_object(path: Path, name: str, findings: list[str]) -> dict[str, Any]:
+    """The document, or an empty one where it is no object; every finding about it is added."""
+    limit_bytes = MAX_TOKENIZER_JSON_BYTES if path.name == TOKENIZER_JSON else MAX_SETTINGS_BYTES
+    document = read_json(path, name, findings, limit_bytes)
+    findings += [
+        f"{name} has {pointer}: code from the model's repository is never run" for pointer in _code_keys(document)
+    ]
+    # Only the files transformers reads as objects are looked into by key.
+    return document if isinstance(document, dict) else {}
+
+
+def _code_keys(document: Any) -> Iterator[str]:
+    """JSON pointers to whatever asks for remote code."""
+    pending = [("", document)]
+    while pending:
+        pointer, node = pending.pop()
+        if isinstance(node, dict):
+            for key, value in node.items():
+                # In a vocabulary any word may be a key: there its value is the token's id.
+                is_token_id = isinstance(value, int) and not isinstance(value, bool)
+                if key in CODE_KEYS and value and not is_token_id:
+                    yield f"{pointer}/{key}"
+                elif isinstance(value, (dict, list)):
+                    escaped = key.replace("~", "~0").replace("/", "~1")
+                    pending.append((f"{pointer}/{escaped}", value))
+        elif isinstance(node, list):
+            pending += [(f"{pointer}/{i}", value) for i, value in enumerate(node) if isinstance(value, (dict, list))]
+
+
+def _unusable_kind(names: set[str], documents: dict[str, Any]) -> list[str]:
+    if "adapter_config.json" in names:
+        return ["adapter_config.json says it is an adapter: import the base model it was trained on"]
+    if "config.json" not in names:
+        return ["config.json is missing"]
+    config = documents.get("config.json", {})
+    findings = []
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        findings.append(
+            f"config.json says the weights are already quantized ({method or 'unknown method'}): "
+            "import the original, this service quantizes it itself"
+        )
+    if not isinstance(config.get("model_type"), str):
+        findings.append("config.json has no model_type")
+    architectures = config.get("architectures")
+    if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
+        findings.append("config.json has no architectures")
+    elif config.get("is_encoder_decoder") or not architectures[0].endswith(
+        ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    ):
+        findings.append(f"config.json has the architecture {architectures[0]}, which is no causal language model")
+    return findings
+
+
+def _tokenizer_findings(root: Path, names: set[str]) -> list[str]:
+    if TOKENIZER_JSON not in names:
+        if any(files <= names for files in SLOW_TOKENIZERS):
+            return []
+        return ["the tokenizer is missing: tokenizer.json, tokenizer.model, or vocab.json with merges.txt"]
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(root / TOKENIZER_JSON))
+    except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
+        return [f"tokenizer.json is not a tokenizer: {error}"]
+    return []
+
+
+def _sizes(documents: dict[str, Any], findings: list[str]) -> dict[str, int]:
+    config = documents.get("config.json")
+    if not config:
+        return {}
+    # Models that also read images keep the language model's sizes one level down.
+    text_config = config.get("text_config")
+    config = {**config, **text_config} if isinstance(text_config, dict) else config
+    sizes = {}
+    for size, names in _SIZES.items():
+        value = next((config[name] for name in names if name in config), None)
+        if value is None and size == "max_positions" and config.get("model_type") in UNLIMITED_TYPES:
+            value = UNLIMITED_POSITIONS
+        if type(value) is int and value > 0:
+            sizes[size] = value
+        else:
+            findings.append(f"config.json has no {names[0]}")
+    return sizes
+
+
+def _weight_files(
+    names: set[str],
+    documents: dict[str, Any],
+    headers: dict[str, dict[str, TensorEntry]],
+    findings: list[str],
+) -> tuple[str, ...]:
+    """The files transformers would load, found as it finds them: one file, else what the index names."""
+    if WEIGHTS_INDEX in names:
+        weight_map = documents.get(WEIGHTS_INDEX, {}).get("weight_map")
+        shards = set(weight_map.values()) if _is_weight_map(weight_map) else set()
+        if not shards:
+            findings.append(f"{WEIGHTS_INDEX} has no usable weight_map")
+        for shard in sorted(shards - names):
+            findings.append(f"{WEIGHTS_INDEX} names {shard}, which is not in the directory")
+        for shard in sorted(shards & headers.keys()):
+            missing = [key for key, file in weight_map.items() if file == shard and key not in headers[shard]]
+            if missing:
+                findings.append(f"{shard} lacks {len(missing)} tensors of {WEIGHTS_INDEX}, first {missing[0]}")
+        if WEIGHTS not in names:
+            return tuple(sorted(shards))
+    if WEIGHTS in names:
+        return (WEIGHTS,)
+    hint = next((f": to import {name}, name that file" for name in sorted(names) if name.endswith(".gguf")), "")
+    findings.append(f"{WEIGHTS} is missing, and so is {WEIGHTS_INDEX}{hint}")
+    return ()
+
+
+def _is_weight_map(weight_map: Any) -> bool:
+    return isinstance(weight_map, dict) and all(
+        isinstance(file, str) and file.endswith(".safetensors") for file in weight_map.values()
+    )

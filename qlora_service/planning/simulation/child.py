@@ -1,0 +1,41 @@
+"""A simulation's process: a request as a line of JSON on stdin, the memory or a reason on stdout.
+
+Run as `python -m qlora_service.planning.simulation.child` by `planning.simulation`, which sees to its end.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import warnings
+
+from qlora_service.planning.largest_step import largest_step
+from qlora_service.process.startup import end_process, importing_torch
+from qlora_service.specs import JobSpec
+
+MEMORY_BYTES = 4 << 30
+
+
+def main() -> None:
+    with importing_torch():
+        from qlora_service.planning.simulation.simulated_step import simulated_memory
+
+    # A config.json that somebody made up may ask for a billion layers.
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    request = json.loads(sys.stdin.readline())
+    warnings.simplefilter("ignore")
+    spec = JobSpec.model_validate(request.pop("spec"))
+    step = largest_step(
+        spec, micro_batch_tokens=request.pop("micro_batch_tokens"), longest_tokens=request.pop("longest_tokens")
+    )
+    try:
+        answer = simulated_memory(request.pop("config"), spec, step, **request).as_dict()
+    except Exception as error:  # noqa: BLE001 - every reason is told, none is this process's own
+        answer = {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
+    end_process(0)

@@ -1,0 +1,107 @@
+"""A base model from its config.json alone: what `models.nf4.load_base` would load, with shapes in place of values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import transformers
+from bitsandbytes.functional import QuantState
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
+
+from qlora_service.models.base.quantize import bitsandbytes_config, guard_linear4bit, guard_linear8bit
+from qlora_service.specs import Quantization
+
+BLOCK, CONSTANTS_BLOCK = 64, 256
+"""Weights for each constant, and constants for each of theirs: bitsandbytes 0.50, functional.py"""
+CODES, CONSTANT_CODES = 16, 256
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+META = torch.device("meta")
+
+
+def simulated_base(
+    config: Mapping[str, Any], quantization: Quantization, compute_dtype: torch.dtype
+) -> PreTrainedModel:
+    """The frozen model on device "meta", its linear layers quantized as asked.
+
+    Raises:
+        ValueError: transformers does not know the architecture. What it raises where a config does not fit one
+            is left as it is.
+    """
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"transformers {transformers.__version__} does not know the architecture {kind!r}")
+    with META:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            CONFIG_MAPPING[kind].from_dict(dict(config)), dtype=compute_dtype, trust_remote_code=False
+        )
+        if (settings := bitsandbytes_config(quantization, compute_dtype)) is not None:
+            quantizer = AutoHfQuantizer.from_config(settings)
+            quantizer.preprocess_model(model=model, device_map={"": META})
+            for module in model.modules():
+                if isinstance(module, bnb.nn.Linear4bit):
+                    _pack_4bit(module, quantization)
+                elif isinstance(module, bnb.nn.Linear8bitLt):
+                    _pack_8bit(module)
+            quantizer.postprocess_model(model)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    guard_linear4bit(model, compute_dtype)
+    guard_linear8bit(model)
+    return model
+
+
+def shortened(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The config of a model with the first `layers` only."""
+    short = dict(config)
+    if isinstance(short.get("text_config"), Mapping):
+        short["text_config"] = shortened(short["text_config"], layers)
+    name = next((name for name in LAYER_COUNTS if name in short), None)
+    if name is None or short[name] <= layers:
+        return short
+    total, short[name] = short[name], layers
+    return {
+        key: value[:layers] if isinstance(value, list) and len(value) == total else value
+        for key, value in short.items()
+    }
+
+
+def _pack_4bit(module: Any, quantization: Quantization) -> None:
+    """Give the layer what quantizing would have given it."""
+    shape = torch.Size((module.out_features, module.in_features))
+    blocks = -(-shape.numel() // BLOCK)
+    state = QuantState(
+        absmax=torch.empty(blocks),
+        shape=shape,
+        code=torch.empty(CODES),
+        blocksize=BLOCK,
+        quant_type=quantization.type,
+        dtype=module.compute_dtype,
+    )
+    if quantization.double_quant:
+        state.absmax = torch.empty(blocks, dtype=torch.uint8)
+        state.offset, state.nested = torch.empty(()), True
+        state.state2 = QuantState(
+            absmax=torch.empty(-(-blocks // CONSTANTS_BLOCK)),
+            code=torch.empty(CONSTANT_CODES),
+            blocksize=CONSTANTS_BLOCK,
+            dtype=torch.float32,
+        )
+    packed = bnb.nn.Params4bit(
+        torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8),
+        quant_state=state,
+        compress_statistics=quantization.double_quant,
+        quant_type=quantization.type,
+        bnb_quantized=True,
+        module=module,
+    )
+    module._parameters["weight"], module.quant_state = packed, state
+
+
+def _pack_8bit(module: Any) -> None:
+    codes = torch.empty(module.out_features, module.in_features, dtype=torch.int8)
+    scales = torch.empty(module.out_features)
+    module._parameters["weight"] = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)

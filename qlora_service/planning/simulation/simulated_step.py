@@ -1,0 +1,75 @@
+"""The memory of one step, taken on tensors without values. For a process of its own: `simulation_child`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from qlora_service.models.adapters import attach
+from qlora_service.planning.largest_step import LargestStep
+from qlora_service.planning.memory import Category, Memory
+from qlora_service.planning.simulation.allocator import LARGE_STEP, ROUNDING, rounded
+from qlora_service.planning.simulation.simulated_base import META, shortened, simulated_base
+from qlora_service.planning.simulation.simulated_device import CUBLAS_WORKSPACE_BYTES, simulated_device, workspaces
+from qlora_service.planning.simulation.tracked_step import run_largest_step
+from qlora_service.planning.simulation.tracker import Tracker
+from qlora_service.specs import JobSpec
+from qlora_service.training.network.isolation import Isolation, isolate_documents
+from qlora_service.training.network.micro_batch import PER_DOCUMENT
+from qlora_service.training.network.network import Network
+
+PROBED_LAYERS = 8
+"""Hybrid architectures repeat after eight layers at most (Jamba)"""
+
+
+def simulated_memory(
+    config: Mapping[str, Any],
+    spec: JobSpec,
+    step: LargestStep,
+    *,
+    compute_dtype: str,
+    checkpointing: bool,
+    cuda: bool,
+) -> Memory:
+    """What the step takes. Raises: whatever transformers, peft or torch do where they cannot."""
+    dtype: torch.dtype = getattr(torch, compute_dtype)
+    with simulated_device(cuda=cuda) as answers:
+        # Looked for on a few layers of each kind, which have all kinds' ways.
+        ways = Network(*_adapted(shortened(config, PROBED_LAYERS), spec, dtype)).ways
+        model, _ = _adapted(config, spec, dtype, isolation=ways.isolation)
+        network = Network(
+            model,
+            ways.isolation,
+            ways=ways,
+            checkpointing=checkpointing,
+            neftune_noise_alpha=spec.training.neftune_noise_alpha,
+        )
+        answers.truth = ways.isolation != "mask"
+        tracker = Tracker(
+            rounding=ROUNDING if cuda else 1,
+            vocabulary=model.config.get_text_config().vocab_size,
+            workspaces=workspaces(cuda=cuda),
+        )
+        paged_bytes = run_largest_step(network, spec, step, tracker, cuda=cuda)
+    categories = tracker.at_peak()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not cuda:
+        return Memory(categories, sum(categories.values()), 0, trained)
+    categories[Category.WORKSPACE] += CUBLAS_WORKSPACE_BYTES
+    return Memory(categories, tracker.reserved() + rounded(CUBLAS_WORKSPACE_BYTES, LARGE_STEP), paged_bytes, trained)
+
+
+def _adapted(
+    config: Mapping[str, Any], spec: JobSpec, dtype: torch.dtype, isolation: Isolation | None = None
+) -> tuple[PeftModel, Isolation]:
+    """The base with its adapter, and how it keeps documents apart: `isolation`, or what is found."""
+    base = simulated_base(config, spec.quantization, dtype)
+    if isolation is None:
+        isolation = isolate_documents(base)
+    elif isolation == "per_document":
+        base.set_attn_implementation(PER_DOCUMENT)
+    with META:
+        return attach(base, spec.adapter, spec.training.seed), isolation

@@ -1,0 +1,146 @@
+"""A training step under the tracker: the product's own passes, on real tensors or on ones without values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel
+from torch.utils.hooks import RemovableHandle
+
+from qlora_service.models.adapters import NAME as ADAPTER_NAME
+from qlora_service.models.adapters import after_step, allocation_state, trainable
+from qlora_service.planning.largest_step import LargestStep
+from qlora_service.planning.memory import Category
+from qlora_service.planning.simulation.simulated_device import workspaces
+from qlora_service.planning.simulation.tracker import Tracker
+from qlora_service.specs import JobSpec, Objective
+from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
+from qlora_service.training.network.network import Network
+from qlora_service.training.objectives import evaluate, make_objective
+from qlora_service.training.optimizer import make_optimizer
+from qlora_service.training.step import backward_passes
+
+PAGED = ("state1", "state2")
+PAGED_ELEMENTS = 100_000
+"""Parameters with fewer never page (bitsandbytes 0.50, optim/optimizer.py, `get_state_buffer`)"""
+
+
+def examples_of(step: LargestStep, objective: Objective) -> list[TrainingExample]:
+    """Examples of these lengths, every token learned: the most that there can be to a loss."""
+    rows = [TokenRow(line, [1] * length, [True] * length) for line, length in enumerate(step.lengths, start=1)]
+    if step.documents_per_example == 2:
+        return [PreferencePair(*pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
+    if objective.type == "kto":
+        return [LabelledRow(row, desirable=True) for row in rows]
+    return list(rows)
+
+
+def own_model(tracker: Tracker, model: PeftModel) -> list[RemovableHandle]:
+    """The hooks that show the tracker gradients when they appear; what is there before the first step, it is shown."""
+    for name, module in model.named_modules():
+        for own_name, parameter in module.named_parameters(recurse=False):
+            tracker.own(parameter, _category(f"{name}.{own_name}", module, parameter))
+            for constant in _constants(module, parameter):
+                tracker.own(constant, Category.CONSTANTS)
+        for own_name, buffer in module.named_buffers(recurse=False):
+            tracker.own(buffer, _category(f"{name}.{own_name}", module, buffer))
+    return [
+        parameter.register_post_accumulate_grad_hook(lambda p: tracker.own(p.grad, Category.GRADIENTS))
+        for parameter in trainable(model)
+    ]
+
+
+@contextmanager
+def tracking(model: PeftModel, optimizer: torch.optim.Optimizer) -> Iterator[Tracker]:
+    """The tracker, active over a step of a training on a CPU that is under way. The step computes the same."""
+    tracker = Tracker(vocabulary=model.config.get_text_config().vocab_size, workspaces=workspaces(cuda=False))
+    hooks = own_model(tracker, model)
+    _own_state(tracker, optimizer, model, can_page=False)
+    try:
+        with tracker:
+            yield tracker
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def run_largest_step(network: Network, spec: JobSpec, step: LargestStep, tracker: Tracker, *, cuda: bool) -> int:
+    """Take the step under the tracker, as in the middle of a training; bytes of optimizer state that can page.
+
+    Before it the longest row is evaluated, as it is between two steps.
+    """
+    model, training = network.model, spec.training
+    objective, examples = make_objective(spec.objective), examples_of(step, spec.objective)
+    model.train()
+    optimizer = make_optimizer(model, training, network.device)
+    if training.optim == "adamw_torch":
+        for group in optimizer.param_groups:
+            group["foreach"] = cuda  # as torch chooses by the parameters' device
+    _put_gradients(model)
+    _update(optimizer, model)
+    optimizer.zero_grad(set_to_none=True)
+    own_model(tracker, model)
+    can_page = cuda and training.optim.startswith("paged")
+    paged_bytes = _own_state(tracker, optimizer, model, can_page=can_page)
+    with tracker:
+        evaluate(network, objective, examples[:1])
+        if not step.is_whole_step:
+            _put_gradients(model)
+            for parameter in trainable(model):
+                assert parameter.grad is not None
+                tracker.own(parameter.grad, Category.GRADIENTS)
+        for _ in backward_passes(network, objective, examples, [range(len(examples))]):
+            pass
+        with tracker.during(Category.OPTIMIZER):
+            torch.nn.utils.clip_grad_norm_(trainable(model), training.max_grad_norm)
+            _update(optimizer, model)
+    return paged_bytes
+
+
+def _put_gradients(model: PeftModel) -> None:
+    for parameter in trainable(model):
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def _update(optimizer: torch.optim.Optimizer, model: PeftModel) -> None:
+    optimizer.step()
+    after_step(model, 1)
+
+
+def _own_state(tracker: Tracker, optimizer: torch.optim.Optimizer, model: PeftModel, *, can_page: bool) -> int:
+    """Show the tracker what the optimizer, and AdaLoRA, keep on the device; the bytes of what they need not."""
+    paged = 0
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            if can_page and key in PAGED and parameter.numel() >= PAGED_ELEMENTS:
+                paged += value.nbytes
+            else:
+                tracker.own(value, Category.OPTIMIZER)
+    for value in allocation_state(model).values():
+        tracker.own(value, Category.OPTIMIZER)
+    return paged
+
+
+def _category(name: str, module: torch.nn.Module, tensor: torch.Tensor) -> Category:
+    if ADAPTER_NAME in name.split("."):
+        return Category.ADAPTER
+    packed = isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) and not tensor.is_floating_point()
+    return Category.WEIGHTS if packed else Category.UNQUANTIZED
+
+
+def _constants(module: torch.nn.Module, parameter: Any) -> list[torch.Tensor]:
+    """What a quantized weight is unpacked with."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        inner = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
+        return [state.absmax, state.code, *inner]
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        # Moved from the weight to the layer's state by the first forward pass.
+        scales = (getattr(parameter, "SCB", None), module.state.SCB)
+        return [scale for scale in scales if isinstance(scale, torch.Tensor)]
+    return []

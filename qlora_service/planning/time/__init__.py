@@ -1,0 +1,1 @@
+"""How long a job takes, from earlier jobs or a timed step."""

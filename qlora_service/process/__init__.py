@@ -1,0 +1,1 @@
+"""Child processes, start-up, flushing to disk, log lines."""

@@ -1,0 +1,1 @@
+"""Claims on jobs under a fencing token, and which job is next."""

@@ -1,0 +1,1 @@
+"""What a resumed training depends on, on the local disk."""

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_service.actions.keys import Access, open_access
+from qlora_service.domain.keys import LOCAL_PROJECT, Caller, Scope
+from qlora_service.errors import Conflict, InvalidRequest, NotFound, Unauthenticated
+from qlora_service.store.database import Database
+from tests.control_plane import START, SteppedClock, clock, each_database, run_together
+
+__all__ = ["clock", "each_database"]
+
+
+@pytest.fixture
+def access(database: Database, clock: SteppedClock) -> Access:
+    return Access(database, clock)
+
+
+def test_key_opens_its_project_with_its_scopes(access: Access) -> None:
+    key, secret = access.create_key("team-a", "laptop", [Scope.SUBMIT])
+    assert access.authenticate(secret) == Caller("team-a", frozenset({Scope.READ, Scope.SUBMIT}), key.id)
+    assert (key.name, key.created_at, key.revoked_at) == ("laptop", START, None)
+
+
+@pytest.mark.parametrize("secret", ["", "qk_", "sk-1", "qk_" + 43 * "0", "qk_\udc80", "qk_" + 10_000 * "x"])
+def test_unknown_key_is_nobody(access: Access, secret: str) -> None:
+    access.create_key("team-a", "laptop")
+    with pytest.raises(Unauthenticated, match="not known: `qlora keys create`") as caught:
+        access.authenticate(secret)
+    assert not secret or secret not in caught.value.message
+
+
+def test_id_and_hash_of_a_key_are_no_key(access: Access, database: Database) -> None:
+    key, _ = access.create_key("team-a", "laptop")
+    for guess in (key.id, f"qk_{key.id}"):
+        with pytest.raises(Unauthenticated):
+            access.authenticate(guess)
+
+
+def test_revoked_key_is_refused_and_keeps_its_time(access: Access, clock: SteppedClock) -> None:
+    key, secret = access.create_key("team-a", "laptop")
+    _, other = access.create_key("team-a", "desk")
+    clock.advance(60)
+    revoked = access.revoke_key(key.id)
+    assert revoked.revoked_at == clock.now
+    with pytest.raises(Unauthenticated, match="revoked"):
+        access.authenticate(secret)
+    assert access.authenticate(other).project == "team-a"
+    clock.advance(60)
+    assert access.revoke_key(key.id) == revoked
+
+
+def test_keys_of_another_project_are_not_there(access: Access) -> None:
+    mine, _ = access.create_key("team-a", "mine")
+    theirs, secret = access.create_key("team-b", "theirs")
+    assert access.list_keys("team-a") == [mine]
+    assert {key.id for key in access.list_keys()} == {mine.id, theirs.id}
+    with pytest.raises(NotFound, match=theirs.id):
+        access.revoke_key(theirs.id, "team-a")
+    assert access.authenticate(secret).project == "team-b"
+
+
+def test_last_admin_key_of_a_project_is_kept_on_request(access: Access) -> None:
+    access.create_key("team-b", "admin", [Scope.ADMIN])
+    access.create_key("team-a", "reader", [Scope.READ])
+    first, _ = access.create_key("team-a", "first", [Scope.ADMIN])
+    second, _ = access.create_key("team-a", "second", [Scope.ADMIN])
+    access.revoke_key(first.id, keep_admin=True)
+    with pytest.raises(Conflict, match="last admin key of project team-a"):
+        access.revoke_key(second.id, keep_admin=True)
+    assert access.list_keys("team-a")[0].revoked_at is None
+    assert access.revoke_key(first.id, keep_admin=True).revoked_at is not None
+    assert access.revoke_key(second.id).revoked_at is not None
+
+
+@pytest.mark.parametrize(
+    ("project", "name", "scopes", "location"),
+    [
+        ("", "name", [Scope.READ], "project"),
+        ("Team A", "name", [Scope.READ], "project"),
+        ("a" * 41, "name", [Scope.READ], "project"),
+        ("team/../a", "name", [Scope.READ], "project"),
+        ("team-a", " ", [Scope.READ], "name"),
+        ("team-a", "n" * 65, [Scope.READ], "name"),
+        ("team-a", "two\nlines", [Scope.READ], "name"),
+        ("team-a", "name", [], "scopes"),
+    ],
+)
+def test_what_cannot_be_a_key_is_refused(
+    access: Access, project: str, name: str, scopes: list[Scope], location: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        access.create_key(project, name, scopes)
+    assert caught.value.location == location
+    assert access.list_keys() == []
+
+
+def test_first_key_is_made_only_where_there_never_was_one(access: Access) -> None:
+    made = access.create_first_key()
+    assert made is not None
+    key, secret = made
+    assert access.authenticate(secret) == Caller(LOCAL_PROJECT, frozenset(Scope), key.id)
+    assert access.create_first_key() is None
+    # Who revoked all keys makes a new one on the machine; a restart opens nothing.
+    access.revoke_key(key.id)
+    assert access.create_first_key() is None
+
+
+_FIRST_KEY = """
+from qlora_service.actions.keys import Access
+from qlora_service.store.database import Database
+def work(url):
+    access = Access(Database(url))
+    made = access.create_first_key()
+    access.close()
+    return made and made[1]
+"""
+
+
+def test_of_processes_that_start_at_once_one_makes_the_first_key(database: Database, access: Access) -> None:
+    made = run_together(_FIRST_KEY, database.url, processes=4)
+    (secret,) = [secret for secret in made if secret]
+    assert access.authenticate(secret).project == LOCAL_PROJECT
+    assert len(access.list_keys()) == 1
+
+
+def test_no_file_holds_a_key(tmp_path: Path) -> None:
+    access = open_access(f"sqlite:///{tmp_path / 'state.db'}")
+    key, secret = access.create_key("team-a", "laptop")
+    access.authenticate(secret)
+    # Also while the database is open: what was written last is in its WAL.
+    files = [path.read_bytes() for path in tmp_path.iterdir()]
+    access.close()
+    files += [path.read_bytes() for path in tmp_path.iterdir()]
+    assert len(files) >= 3
+    assert any(key.id.encode() in content for content in files)
+    for shown in (secret, secret.removeprefix("qk_")):
+        assert not any(shown.encode() in content for content in files)

@@ -1,0 +1,102 @@
+"""Settings of strangers: what is usable is read, everything else is refused with the file's name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_service.data.rendering.tokenizer_settings import read_tokenizer_settings
+from qlora_service.errors import InvalidModel
+
+
+def write(directory: Path, name: str, content: Any) -> Path:
+    (directory / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return directory
+
+
+def test_special_tokens_are_text_or_objects_with_text_and_switches_are_left_out(tmp_path: Path) -> None:
+    config = {
+        "bos_token": {"content": "<s>", "special": True},
+        "eos_token": "</s>",
+        "pad_token": None,
+        "image_token": "<image>",
+        "add_bos_token": True,
+        "number_token": 5,
+    }
+    tokens = read_tokenizer_settings(write(tmp_path, "tokenizer_config.json", config)).special_tokens
+    assert tokens == {"bos_token": "<s>", "eos_token": "</s>", "image_token": "<image>"}
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("one", "one"),
+        ([{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "one"}], "one"),
+        ([{"name": "tool_use", "template": "tools"}], None),
+        ({"default": "one", "tool_use": "tools"}, "one"),
+        (None, None),
+    ],
+)
+def test_template_of_the_config_is_the_one_named_default(tmp_path: Path, template: Any, expected: str | None) -> None:
+    settings = read_tokenizer_settings(write(tmp_path, "tokenizer_config.json", {"chat_template": template}))
+    assert settings.chat_template == expected
+
+
+def test_template_in_its_own_file_comes_before_the_configs(tmp_path: Path) -> None:
+    write(tmp_path, "tokenizer_config.json", {"chat_template": "config's"})
+    assert read_tokenizer_settings(write(tmp_path, "chat_template.jinja", "für 你".encode())).chat_template == "für 你"
+
+
+@pytest.mark.parametrize(("listed", "ids"), [(2, {2}), ([1, 2], {1, 2}), ([], set()), (None, set())])
+def test_generation_ends_with_one_token_or_any_of_several(tmp_path: Path, listed: Any, ids: set[int]) -> None:
+    settings = read_tokenizer_settings(write(tmp_path, "generation_config.json", {"eos_token_id": listed}))
+    assert settings.eos_token_ids == ids
+
+
+def test_model_without_settings_has_empty_ones(tmp_path: Path) -> None:
+    settings = read_tokenizer_settings(tmp_path)
+    assert (settings.special_tokens, settings.chat_template, settings.eos_token_ids) == ({}, None, frozenset())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("generation_config.json", {"eos_token_id": [[1]]}, "eos_token_id"),
+        ("generation_config.json", {"eos_token_id": {"a": 1}}, "eos_token_id"),
+        ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id"),
+        ("generation_config.json", {"eos_token_id": True}, "eos_token_id"),
+        ("generation_config.json", b"{", "not valid JSON"),
+        ("generation_config.json", b"[" * 100_000, "not valid JSON"),
+        ("generation_config.json", b'{"a": "\xff"}', "not valid JSON"),
+        ("generation_config.json", [1], "not a JSON object"),
+        ("generation_config.json", b" " * (5 << 20), "larger than 4 MiB"),
+        ("tokenizer_config.json", [], "not a JSON object"),
+        ("tokenizer_config.json", {"eos_token": {"x": 1}}, "eos_token"),
+        ("tokenizer_config.json", {"eos_token": {"content": 5}}, "eos_token"),
+        ("tokenizer_config.json", {"bos_token": ["<s>"]}, "bos_token"),
+        ("tokenizer_config.json", {"eos_token": "\ud800"}, "eos_token"),
+        ("tokenizer_config.json", {"chat_template": 5}, "chat_template"),
+        ("tokenizer_config.json", {"chat_template": ["one"]}, "chat_template"),
+        ("tokenizer_config.json", {"chat_template": [{"name": ["default"]}, {"name": "default", "template": {}}]}, "t"),
+        ("tokenizer_config.json", {"chat_template": "{{ '\ud800' }}"}, "chat_template"),
+        ("chat_template.jinja", b"\xff\xfe", "not valid UTF-8 at byte 0"),
+        ("chat_template.jinja", b"x" * (5 << 20), "larger than 4 MiB"),
+    ],
+)
+def test_unusable_settings_are_refused_by_name(tmp_path: Path, name: str, content: Any, reason: str) -> None:
+    with pytest.raises(InvalidModel) as caught:
+        read_tokenizer_settings(write(tmp_path, name, content))
+    (finding,) = caught.value.findings
+    assert finding.reason.startswith(name)
+    assert reason in finding.reason
+
+
+def test_every_finding_is_gathered(tmp_path: Path) -> None:
+    write(tmp_path, "generation_config.json", {"eos_token_id": "2"})
+    write(tmp_path, "chat_template.jinja", b"\xff")
+    with pytest.raises(InvalidModel) as caught:
+        read_tokenizer_settings(write(tmp_path, "tokenizer_config.json", {"eos_token": 5, "bos_token": 6}))
+    assert len(caught.value.findings) == 4

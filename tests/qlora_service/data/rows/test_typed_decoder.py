@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from qlora_service.data.rows.conversation import OPENAI, SHAREGPT
+from qlora_service.data.rows.examples import Shape
+from qlora_service.data.rows.shapes import COLUMNS, REQUIRED, RowProblem, to_example
+from qlora_service.data.rows.typed_decoder import count_plain
+
+USER = {"role": "user", "content": ""}
+ANSWER = {"role": "assistant", "content": "Ja"}
+HUMAN = {"from": "human", "value": "Geht das?"}
+GPT = {"from": "gpt", "value": "Ja"}
+
+PLAIN: list[tuple[Shape, dict[str, Any]]] = [
+    ("messages", {"messages": [USER, ANSWER], "id": 7, "score": 0.5}),
+    ("messages", {"messages": [{"role": "system", "content": "a"}, USER, {**ANSWER, "weight": 1}], "tools": None}),
+    ("messages", {"messages": [USER, ANSWER, USER, ANSWER], "tools": [{"type": "function"}]}),
+    ("messages", {"messages": [{"role": "tool", "content": "a", "tool_call_id": "b"}, ANSWER]}),
+    ("sharegpt", {"conversations": [HUMAN, GPT], "system": ""}),
+    ("alpaca", {"instruction": "a", "input": "", "output": "b"}),
+    ("dolly", {"instruction": "a", "context": None, "response": "b", "category": "c"}),
+    ("prompt_completion", {"prompt": "", "completion": "a"}),
+    ("text", {"text": "a", "source": ["b"]}),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}),
+    ("kto", {"prompt": "a", "completion": "b", "label": False}),
+    ("kto", {"messages": [USER, ANSWER], "label": True}),
+]
+
+TEXTS = ["a", "b", "c", "", " \u2003", "true", '{"name": "a"}']
+LISTS = [[], ["a"], [["a", "b"]], [{}], [USER], [ANSWER], [GPT]]
+CELLS = [*TEXTS, *LISTS, None, 0, 1, 1.0, True, False, {}, {"name": "a"}]
+ROLES = [*OPENAI.roles, *SHAREGPT.roles, *CELLS]
+CONTENTS = [*CELLS, *([{"type": "text", "text": text}] for text in ("a", "", None))]
+TURN_KEYS = ("weight", "tool_calls", "function_call", "name", "tool_call_id", "reasoning_content")
+IN_TURNS = {"role": ROLES, "from": ROLES, "content": CONTENTS, "value": CONTENTS} | dict.fromkeys(TURN_KEYS, CELLS)
+
+
+def changed(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The row with one cell, or one cell of one turn, left out or replaced."""
+    for column in COLUMNS | row.keys():
+        yield {name: cell for name, cell in row.items() if name != column}
+        yield from (row | {column: cell} for cell in CELLS)
+    for column in row.keys() & {"messages", "conversations"}:
+        turns = row[column]
+        for place, (key, cells) in itertools.product(range(len(turns)), IN_TURNS.items()):
+            without = {name: cell for name, cell in turns[place].items() if name != key}
+            for turn in [without, *(without | {key: cell} for cell in cells), *CELLS]:
+                yield row | {column: [*turns[:place], turn, *turns[place + 1 :]]}
+
+
+def is_usable(row: dict[str, Any], shape: Shape) -> bool:
+    try:
+        to_example(row, shape)
+    except RowProblem:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("shape", "row"), PLAIN)
+def test_rows_with_one_thing_changed_are_plain_only_if_usable(shape: Shape, row: dict[str, Any]) -> None:
+    judged = [(count_plain(json.dumps(other).encode(), shape), other) for other in changed(row)]
+    assert [other for plain, other in judged if plain is not None and not is_usable(other, shape)] == []
+    assert {plain for plain, _ in judged} == {1, None}
+
+
+@pytest.mark.parametrize(("shape", "row"), PLAIN)
+def test_rows_as_the_field_writes_them_are_plain(shape: Shape, row: dict[str, Any]) -> None:
+    line = json.dumps(row).encode() + b"\n"
+    assert count_plain(line * 3, shape) == 3
+
+
+def test_one_row_that_is_not_plain_leaves_all_to_the_readers() -> None:
+    good, bad = b'{"text": "a"}\n', b'{"text": ""}\n'
+    assert count_plain(good + good, "text") == 2
+    assert count_plain(good + bad + good, "text") is None
+
+
+def test_conversation_of_a_pair_of_answers_is_not_plain() -> None:
+    row = {"conversations": [HUMAN, GPT], "chosen": GPT, "rejected": GPT}
+    assert not is_usable(row, "sharegpt")
+    assert count_plain(json.dumps(row).encode(), "sharegpt") is None
+
+
+def test_lines_without_rows_are_no_rows() -> None:
+    assert [count_plain(b"\n \r\n", shape) for shape in REQUIRED] == [0] * len(REQUIRED)
+
+
+def test_blank_answers_of_any_character_are_not_plain() -> None:
+    blanks = [chr(code) for code in range(1, sys.maxunicode + 1) if chr(code).isspace()]
+    assert len(blanks) > 20
+    assert [count_plain(json.dumps({"text": blank}).encode(), "text") for blank in blanks] == [None] * len(blanks)

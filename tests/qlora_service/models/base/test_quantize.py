@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from qlora_service.errors import InvalidModel
+from qlora_service.models.base.quantize import base_fingerprint, dequantized_weight, guard_linear4bit, load_base
+from qlora_service.specs import Quantization
+
+CPU = torch.device("cpu")
+
+IDS = torch.arange(5, 25)[None]
+INT8 = Quantization(type="int8")
+
+
+def linear4bit(model: torch.nn.Module) -> list[bnb.nn.Linear4bit]:
+    return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_every_linear_layer_is_in_4_bits_and_guarded(
+    tiny_model: Path, kind: Literal["nf4", "fp4"], double_quant: bool
+) -> None:
+    base = load_base(tiny_model, Quantization(type=kind, double_quant=double_quant), torch.bfloat16, CPU)
+    layers = linear4bit(base)
+    assert len(layers) == 14
+    for layer in layers:
+        state = layer.weight.quant_state
+        assert (state.quant_type, state.blocksize, state.nested) == (kind, 64, double_quant)
+        assert state.dtype == torch.bfloat16
+        assert layer.support_avx512bf16_for_cpu is False
+        assert layer.compute_dtype == torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_the_guard_makes_forward_and_backward_use_one_precision(tiny_model: Path) -> None:
+    base = load_base(tiny_model, Quantization(), torch.float32, CPU)
+    layer = linear4bit(base)[0]
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, weight.sum(0).expand_as(x), atol=1e-6)
+
+
+def test_fingerprint_is_the_same_for_the_same_weights_and_differs_for_others(tiny_model: Path) -> None:
+    first = load_base(tiny_model, Quantization(), torch.bfloat16, CPU)
+    second = load_base(tiny_model, Quantization(), torch.bfloat16, CPU)
+    assert base_fingerprint(first) == base_fingerprint(second)
+    second.get_input_embeddings().weight.data[5, 0] += 1.0
+    assert base_fingerprint(first) != base_fingerprint(second)
+
+
+def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidModel, match="cannot be loaded"):
+        load_base(tmp_path, Quantization(), torch.float32, CPU)
+
+
+def test_the_guard_sets_the_backwards_precision(tiny_model: Path) -> None:
+    base = load_base(tiny_model, Quantization(), torch.float32, CPU)
+    layer = base.model.layers[0].mlp.up_proj
+    layer.weight.quant_state.dtype = torch.float16
+    layer.support_avx512bf16_for_cpu = True
+    guard_linear4bit(base, torch.float32)
+    assert (layer.weight.quant_state.dtype, layer.support_avx512bf16_for_cpu) == (torch.float32, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_quantized_has_the_compute_dtype(tiny_model: Path, dtype: torch.dtype) -> None:
+    base = load_base(tiny_model, Quantization(), dtype, CPU)
+    assert base.get_input_embeddings().weight.dtype == base.model.norm.weight.dtype == dtype
+
+
+def test_the_fingerprint_sees_attention_and_keeps_the_mode(tiny_model: Path) -> None:
+    base = load_base(tiny_model, Quantization(type="none"), torch.float32, CPU).train()
+    before = base_fingerprint(base)
+    base.model.layers[0].self_attn.q_proj.weight.data += 0.1  # one token alone would not show it
+    assert base_fingerprint(base) != before
+    assert base.training
+
+
+@pytest.mark.parametrize("quantization", [Quantization(), Quantization(type="fp4"), INT8, Quantization(type="none")])
+@pytest.mark.parametrize("after_evaluation", [False, True])
+def test_gradients_go_through_the_weights_that_are_multiplied_by(
+    tiny_model: Path, quantization: Quantization, after_evaluation: bool
+) -> None:
+    base = load_base(tiny_model, quantization, torch.float32, CPU)
+    if after_evaluation:
+        base_fingerprint(base)  # bitsandbytes moves scales and repacks weights there
+    layer = base.train().model.layers[0].mlp.down_proj
+    weight = dequantized_weight(layer)
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    y = layer(x)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    assert torch.allclose(y, x @ weight.T, atol=1e-5)
+    assert x.grad is not None
+    assert torch.allclose(x.grad, upstream @ weight, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", [Quantization(), Quantization(type="fp4"), INT8])
+def test_quantized_weights_are_near_the_models_own(tiny_model: Path, quantization: Quantization) -> None:
+    layers = [
+        load_base(tiny_model, kind, torch.float32, CPU).model.layers[1].self_attn.k_proj
+        for kind in (quantization, Quantization(type="none"))
+    ]
+    quantized, own = (dequantized_weight(layer) for layer in layers)
+    error = ((quantized - own).norm() / own.norm()).item()
+    assert 1e-4 < error < (0.02 if quantization is INT8 else 0.2)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_in_int8_a_row_does_not_depend_on_its_neighbours(tiny_model: Path, training: bool) -> None:
+    base = load_base(tiny_model, INT8, torch.float32, CPU).train(training)
+    assert {module.state.threshold for module in base.modules() if isinstance(module, bnb.nn.Linear8bitLt)} == {0.0}
+    embedded = base.get_input_embeddings()(IDS)
+    loud = embedded * 1000  # far beyond the threshold of 6 that transformers would set
+    with torch.no_grad():
+        alone = base(inputs_embeds=embedded).logits[0]
+        together = base(inputs_embeds=torch.cat([embedded, loud])).logits[0]
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_int8_computes_the_same_in_training_and_in_evaluation(tiny_model: Path) -> None:
+    base = load_base(tiny_model, INT8, torch.float32, CPU)
+    with torch.no_grad():
+        evaluated, trained = (base.train(mode)(IDS).logits for mode in (False, True))
+    assert torch.equal(evaluated, trained)
+
+
+def test_int8_says_nothing_at_every_call(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = load_base(tiny_model, INT8, torch.bfloat16, CPU)
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            module.state.__class__ = bnb.MatmulLtState  # the product of CUDA
+    base_fingerprint(base)
+    assert not caplog.records
+
+
+def test_unquantized_layers_are_plain(tiny_model: Path) -> None:
+    base = load_base(tiny_model, Quantization(type="none", double_quant=True), torch.bfloat16, CPU)
+    assert type(base.model.layers[0].mlp.up_proj) is torch.nn.Linear

@@ -1,0 +1,212 @@
+"""Text out of real files: compared with what peft and transformers make of the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_service.artifacts.store import ArtifactStore, job_key
+from qlora_service.chat.wire import AdapterRef, ContextTooLong, Finished, GenerationRequest, Sampling
+from qlora_service.errors import InvalidRequest, QLoRAError
+from qlora_service.models.catalog.catalog import BaseModel, Catalog
+from qlora_service.specs import IA3, Lora, PrefixTuning, PromptTuning, Quantization
+from tests.published import ATTEMPT, peft_answer, publish_adapter
+from tests.tiny_model import MAX_POSITIONS
+from workers.inference.engine import KEPT_ADAPTERS, Engine
+from workers.warm_base import BaseHolder
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+ANSWER_TOKENS = 24
+GREEDY = Sampling(max_tokens=ANSWER_TOKENS, temperature=0.0)
+JOBS = tuple(f"job_{number}" for number in range(KEPT_ADAPTERS + 2))
+
+
+@dataclass(frozen=True)
+class House:
+    """A catalog with a base, and a store with adapters on it."""
+
+    base: BaseModel
+    store: ArtifactStore
+    directory: Path
+
+    def engine(self, bases: BaseHolder | None = None) -> Engine:
+        scratch = self.directory / "scratch"
+        scratch.mkdir(exist_ok=True)
+        return Engine(self.base, Quantization(), self.store, scratch, bases or BaseHolder(), needs_gpu=False)
+
+    def publish(self, job_id: str, seed: int = 0, **options: Any) -> Path:
+        return publish_adapter(self.store, self.base, job_id, self.directory / job_id, seed=seed, **options)
+
+
+@pytest.fixture(scope="module")
+def house(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> House:
+    directory = tmp_path_factory.mktemp("house")
+    base = Catalog(directory / "models").import_model("tiny", tiny_model)
+    house = House(base, ArtifactStore((directory / "artifacts").as_uri()), directory)
+    for seed, job_id in enumerate(JOBS):
+        house.publish(job_id, seed)
+    return house
+
+
+@pytest.fixture(scope="module")
+def engine(house: House) -> Iterator[Engine]:
+    with house.engine() as engine:
+        yield engine
+
+
+def ask(
+    engine: Engine, job_id: str | None = None, sampling: Sampling = GREEDY, **request: Any
+) -> tuple[list[str], Finished]:
+    """The pieces of an answer that were not empty, and its end."""
+    pieces: list[str] = []
+    adapter = None if job_id is None else AdapterRef(job_id=job_id, attempt=ATTEMPT)
+    asked = GenerationRequest(adapter=adapter, sampling=sampling, **(request or {"messages": QUESTION}))
+    finished = engine.generate(asked, pieces.append)
+    return [piece for piece in pieces if piece], finished
+
+
+def answer(engine: Engine, job_id: str | None = None, sampling: Sampling = GREEDY, **request: Any) -> str:
+    return "".join(ask(engine, job_id, sampling, **request)[0])
+
+
+def test_base_and_adapter_answer_as_transformers_and_peft_do(house: House, engine: Engine) -> None:
+    base, tuned = answer(engine), answer(engine, JOBS[0])
+    assert base == peft_answer(house.base.path, None, QUESTION, ANSWER_TOKENS)
+    assert tuned == peft_answer(house.base.path, house.directory / JOBS[0], QUESTION, ANSWER_TOKENS)
+    assert base != tuned
+
+
+def test_adapters_are_switched_without_a_trace(engine: Engine) -> None:
+    alone = [answer(engine, job_id) for job_id in JOBS]
+    assert len(set(alone)) == len(JOBS)
+    base = answer(engine)
+    # More than are kept: some are loaded anew.
+    assert [answer(engine, job_id) for job_id in reversed(JOBS)] == alone[::-1]
+    assert answer(engine) == base
+    assert len(engine._adapters._attached) == KEPT_ADAPTERS
+
+
+def test_an_adapter_that_cannot_share_the_base_is_attached_alone(house: House, engine: Engine) -> None:
+    base, tuned = answer(engine), answer(engine, JOBS[0])
+    house.publish("job_ia3", adapter=IA3(method="ia3"), noise=3.0)
+    scaled = answer(engine, "job_ia3")
+    with house.engine() as another:
+        assert answer(another, "job_ia3") == scaled
+    assert answer(engine) == base
+    assert answer(engine, JOBS[0]) == tuned
+    assert scaled not in (base, tuned)
+
+
+CHATTED_WITH: dict[str, Any] = {
+    "lora": None,
+    "ia3": IA3(method="ia3"),
+    "prefix": PrefixTuning(method="prefix_tuning", num_virtual_tokens=4),
+    "tokens": Lora(r=4, trainable_token_indices=[3]),
+}
+
+
+@pytest.mark.parametrize("kind", CHATTED_WITH)
+def test_chats_leave_the_base_as_it_was_loaded(house: House, kind: str) -> None:
+    job_id, bases = f"job_shared_{kind}", BaseHolder()
+    house.publish(job_id, adapter=CHATTED_WITH[kind], noise=3.0)
+    said = []
+    for source in ("quantized", "warm", "warm"):
+        with house.engine(bases) as engine:
+            assert engine.base_source == source
+            said.append((answer(engine), answer(engine, job_id), answer(engine)))
+        assert bases.settle()
+    assert said[0] == said[1] == said[2]
+    assert said[0][0] == said[0][2] != said[0][1]
+
+
+def test_the_usage_counts_tokens_and_the_length_ends_an_answer(engine: Engine) -> None:
+    _, finished = ask(engine, sampling=Sampling(max_tokens=5, temperature=0.0))
+    assert (finished.reason, finished.completion_tokens) == ("length", 5)
+    assert finished.prompt_tokens > 10
+
+
+def test_the_template_stop_token_ends_an_answer(house: House, engine: Engine) -> None:
+    # Greedy text of random weights does not stop by itself; at a high temperature every token comes.
+    sampled = Sampling(max_tokens=400, temperature=2.0, seed=3)
+    pieces, finished = ask(engine, sampling=sampled)
+    assert finished.reason == "stop"
+    assert finished.completion_tokens < 400
+    assert "<|im_end|>" not in "".join(pieces)
+
+
+def test_a_stop_string_ends_an_answer_and_is_not_part_of_it(engine: Engine) -> None:
+    text = answer(engine, JOBS[0])
+    stop = text[len(text) // 2 :][:3]
+    assert text.index(stop) > 0
+    pieces, finished = ask(engine, JOBS[0], sampling=GREEDY.model_copy(update={"stop": (stop,)}))
+    assert "".join(pieces) == text.partition(stop)[0]
+    assert finished.reason == "stop"
+
+
+def test_a_seed_repeats_an_answer_and_temperature_changes_it(engine: Engine) -> None:
+    sampled = Sampling(max_tokens=16, temperature=1.0, seed=7)
+    first = answer(engine, JOBS[0], sampled)
+    assert answer(engine, JOBS[0], sampled) == first
+    assert answer(engine, JOBS[0], sampled.model_copy(update={"seed": 8})) != first
+    # The likeliest tokens alone are greedy's, whatever the seed.
+    likeliest = GREEDY.model_copy(update={"temperature": 1.0, "top_p": 0.0})
+    assert answer(engine, JOBS[0], likeliest) == answer(engine, JOBS[0])
+
+
+def test_a_seed_says_nothing_about_the_answers_after_it(engine: Engine) -> None:
+    seeded, unseeded = Sampling(max_tokens=16, temperature=1.0, seed=7), Sampling(max_tokens=16, temperature=1.0)
+    after = []
+    for _ in range(2):
+        answer(engine, JOBS[0], seeded)
+        after.append(answer(engine, JOBS[0], unseeded))
+    assert after[0] != after[1]
+
+
+def test_plain_text_is_continued_without_a_template(engine: Engine) -> None:
+    _, finished = ask(engine, text="seven days", sampling=Sampling(max_tokens=1))
+    assert finished.prompt_tokens < 6
+
+
+def test_what_is_too_long_for_the_model_is_refused_before_it_is_generated(house: House, engine: Engine) -> None:
+    with pytest.raises(ContextTooLong, match=f"room for {MAX_POSITIONS} tokens"):
+        ask(engine, sampling=Sampling(max_tokens=MAX_POSITIONS))
+    with pytest.raises(ContextTooLong):
+        ask(engine, text="one two three " * MAX_POSITIONS, sampling=Sampling())
+    # Virtual tokens take room too.
+    house.publish("job_room", adapter=PromptTuning(method="prompt_tuning", num_virtual_tokens=8))
+    _, finished = ask(engine, text="one", sampling=Sampling(max_tokens=1))
+    most = MAX_POSITIONS - finished.prompt_tokens
+    with pytest.raises(ContextTooLong):
+        ask(engine, "job_room", text="one", sampling=Sampling(max_tokens=most - 7))
+
+
+def test_whoever_is_shown_the_text_can_end_it(engine: Engine) -> None:
+    class EnoughError(Exception):
+        pass
+
+    def refuse(_: str) -> None:
+        raise EnoughError
+
+    with pytest.raises(EnoughError):
+        engine.generate(GenerationRequest(messages=QUESTION, sampling=GREEDY), refuse)
+    assert answer(engine) == answer(engine)
+
+
+def test_damaged_files_are_not_loaded(house: House, engine: Engine) -> None:
+    house.publish("job_damaged")
+    damaged = house.directory / "damaged"
+    damaged.write_bytes(b"{}")
+    house.store.put_file(job_key("job_damaged", ATTEMPT, "adapter_config.json"), damaged)
+    with pytest.raises(QLoRAError, match="does not have the bytes that were published"):
+        ask(engine, "job_damaged")
+
+
+def test_an_adapter_of_other_weights_is_refused(house: House, engine: Engine) -> None:
+    other = replace(house.base, weights_sha256="0" * 64)
+    publish_adapter(house.store, other, "job_other", house.directory / "job_other")
+    with pytest.raises(InvalidRequest, match="other weights"):
+        ask(engine, "job_other")

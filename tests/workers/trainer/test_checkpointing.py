@@ -1,0 +1,113 @@
+"""When checkpoints are saved and who is told, with real ones on a real disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_service.errors import Interrupted
+from qlora_service.training.checkpoint.checkpoints import Checkpoints
+from qlora_service.training.checkpoint.disk_reserve import Ballast
+from tests.qlora_service.training.checkpoint.test_checkpoints import loaded_step, state
+from tests.workers.trainer.test_attempt import AttemptRecorder
+from workers.trainer.checkpointing import Checkpointing
+
+MIB = 2**20
+
+
+class Bench:
+    """A control over real checkpoints and a real ballast, and what it told."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        token: int = 1,
+        every_s: float = 60.0,
+        check: Callable[[], None] = lambda: None,
+        checkpoint_bytes: int = 2 * MIB,
+        room_at_end: int = 2 * MIB,
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.reporter, self.ballast = AttemptRecorder(), Ballast(directory / "ballast")
+        self.checkpoints = Checkpoints(directory / "checkpoints", token)
+        self.checkpoints.latest()
+        metrics_file = directory / "metrics.jsonl"
+        metrics_file.write_text("metrics\n")
+        self.plan: dict[str, Any] = {"micro_batch_tokens": 512, "changes": []}
+        self.control = Checkpointing(
+            self.checkpoints,
+            self.reporter,
+            check,
+            self.ballast,
+            every_s=every_s,
+            checkpoint_bytes=checkpoint_bytes,
+            room_at_end=room_at_end,
+            metrics_file=metrics_file,
+            environment={"threads": 1},
+            plan=self.plan,
+        )
+
+    def save(self, step: int) -> None:
+        """A checkpoint that is on the disk, and was not told yet."""
+        self.control.save(state(step))
+        self.checkpoints.flush()
+
+
+def test_a_checkpoint_is_due_so_long_after_the_one_before(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, every_s=2)
+    assert not bench.control.checkpoint_is_due()
+    time.sleep(2.05)
+    assert bench.control.checkpoint_is_due()
+    bench.save(1)
+    assert not bench.control.checkpoint_is_due()
+    assert Bench(tmp_path / "always", every_s=0.0).control.checkpoint_is_due()
+
+
+def test_what_became_durable_is_told_once_even_if_the_check_ends_the_attempt(tmp_path: Path) -> None:
+    def stop() -> None:
+        raise Interrupted("enough")
+
+    bench = Bench(tmp_path, check=stop)
+    with pytest.raises(Interrupted):
+        bench.control.check()
+    assert bench.reporter.saved_steps == []
+    bench.save(3)
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            bench.control.check()
+    assert bench.reporter.saved_steps == [3]
+    bench.control.save(state(4))
+    bench.control.flush()
+    assert bench.reporter.saved_steps == [3, 4]
+    assert loaded_step(tmp_path / "checkpoints") == 4
+    # What an attempt goes on from was told by the one before.
+    following = Bench(tmp_path, token=2)
+    following.control.check()
+    assert following.reporter.saved_steps == []
+
+
+def test_checkpoints_take_the_ballasts_room_but_for_what_the_end_needs(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.ballast.reserve(5 * MIB)
+    held = []
+    for step in (1, 2, 3, 4):
+        bench.save(step)
+        held.append(bench.ballast.held_bytes)
+    assert held == [3 * MIB, 2 * MIB, 2 * MIB, 2 * MIB]
+
+
+def test_every_change_of_the_plan_stays_in_it_and_is_told(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    changes = [
+        {"step": 1, "what": "micro_batch_tokens", "from": 512, "to": 256, "why": "memory"},
+        {"step": 4, "what": "micro_batch_tokens", "from": 256, "to": 128, "why": "memory"},
+    ]
+    for change in changes:
+        bench.control.plan_changed(change)
+    assert bench.plan == bench.reporter.plan == {"micro_batch_tokens": 128, "changes": changes}
+    assert [message and "micro_batch_tokens is" in message for message in bench.reporter.messages] == [True, True]

@@ -1,0 +1,1 @@
+"""Chat answers from the base that a trainer has loaded."""

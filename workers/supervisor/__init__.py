@@ -1,0 +1,1 @@
+"""Claims jobs and starts a trainer per slot. Never imports torch."""

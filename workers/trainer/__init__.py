@@ -1,0 +1,1 @@
+"""The trainer process: one attempt after the other."""
