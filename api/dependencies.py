@@ -9,8 +9,8 @@ from starlette.requests import Request
 
 from api.access.auth import CallerOf
 from api.http.uploads import Uploads
-from qlora_service.actions.jobs import Service
 from qlora_service.actions.keys import Access
+from qlora_service.actions.service import Service
 
 
 async def _service(request: Request, caller: CallerOf) -> Service:

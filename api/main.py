@@ -19,8 +19,8 @@ from api.http.request_log import RequestLog
 from api.http.uploads import Uploads
 from api.openapi import Application
 from api.routes import accuracy, artifacts, datasets, docs, events, health, jobs, keys, models, plans, recipes
-from qlora_service.actions.jobs import open_service
 from qlora_service.actions.keys import Access
+from qlora_service.actions.service import open_service
 from qlora_service.models.catalog.staging import reap_stale, staging_directory
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qlora_service.actions.jobs import Service, open_service
+from qlora_service.actions.service import Service, open_service
 from qlora_service.chat.reception import Reception
 from qlora_service.chat.wire import Finished, GenerationRequest
 from qlora_service.domain.jobs import Job
@@ -50,7 +50,7 @@ class Workspace:
 
     def submit_spec(self, spec: dict[str, Any]) -> str:
         """A queued job; its id."""
-        return self.service.submit(parse_spec(spec)).job.id
+        return self.service.jobs.submit(parse_spec(spec)).job.id
 
     def start_worker(self, **settings: str) -> subprocess.Popen[bytes]:
         """`python -m workers` with further environment variables; whoever starts it ends it."""
@@ -76,7 +76,7 @@ class Workspace:
     def wait(self, job_id: str, until: Callable[[Job], bool], limit_s: float = 90.0) -> Job:
         """The job once `until` holds."""
         deadline = time.monotonic() + limit_s
-        while not until(job := self.service.get_job(job_id)):
+        while not until(job := self.service.jobs.get(job_id)):
             assert time.monotonic() < deadline, f"still {job.status}, phase {job.phase}, step {job.step}: {job.error}"
             assert not job.status.terminal, f"ended as {job.status}: {job.error}"
             time.sleep(0.05)
@@ -86,10 +86,10 @@ class Workspace:
         return self.wait(job_id, lambda job: job.status.terminal)
 
     def artifact(self, job_id: str, name: str) -> bytes:
-        return b"".join(self.service.read_artifact(self.service.artifact(job_id, name)))
+        return b"".join(self.service.artifacts.read(self.service.artifacts.get(job_id, name)))
 
     def adapter_sha256(self, job_id: str) -> str:
-        return self.service.artifact(job_id, "adapter_model.safetensors").file.sha256
+        return self.service.artifacts.get(job_id, "adapter_model.safetensors").file.sha256
 
 
 def chat(workspace: Workspace, base: LoadedBase, request: GenerationRequest) -> tuple[str, Finished]:

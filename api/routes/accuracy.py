@@ -17,4 +17,4 @@ def plan_accuracy(service: ServiceOf) -> Listing[DeviceAccuracy]:
 
     Figures are actual over predicted. Jobs of every project count, since they share the machine; none is named.
     """
-    return Listing(data=[DeviceAccuracy.model_validate(accuracy) for accuracy in service.plan_accuracy()])
+    return Listing(data=[DeviceAccuracy.model_validate(accuracy) for accuracy in service.plans.accuracy()])

@@ -32,7 +32,7 @@ _ZIP_RESPONSE: dict[int | str, dict[str, Any]] = {
 @router.get("/{job_id}/artifacts", summary="List artifacts", responses=error_responses(404, 409, 422))
 def list_artifacts(job_id: JobId, service: ServiceOf) -> Listing[Artifact]:
     """The files of a succeeded job, or of the last finite step of one that failed, with sizes and SHA-256."""
-    return Listing(data=[Artifact.of(job_id, artifact.file) for artifact in service.artifacts(job_id)])
+    return Listing(data=[Artifact.of(job_id, artifact.file) for artifact in service.artifacts.list_files(job_id)])
 
 
 @router.head("/{job_id}/artifacts/{name}", include_in_schema=False)
@@ -52,7 +52,7 @@ def get_artifact(
     if_range: Annotated[str | None, Header(description="An ETag: Range counts only if it is the file's.")] = None,
 ) -> Response:
     """The file's bytes. The ETag is the SHA-256 of the whole file: check it after a download."""
-    artifact = service.artifact(job_id, name)
+    artifact = service.artifacts.get(job_id, name)
     file, etag = artifact.file, etag_of(artifact.file.sha256)
     headers = {"ETag": etag, "Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff"}
     if is_unmodified(if_none_match, etag):
@@ -65,7 +65,7 @@ def get_artifact(
     status = 200 if part is None else 206
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=_media_type(name))
-    chunks = service.read_artifact(artifact, start, end)
+    chunks = service.artifacts.read(artifact, start, end)
     return StreamingResponse(chunks, status, headers, _media_type(name))
 
 
@@ -77,9 +77,9 @@ def get_artifact(
 )
 def get_adapter_zip(job_id: JobId, service: ServiceOf) -> StreamingResponse:
     """All artifacts of a succeeded job, streamed; the same job gives the same bytes."""
-    artifacts = {artifact.file.name: artifact for artifact in service.artifacts(job_id)}
+    artifacts = {artifact.file.name: artifact for artifact in service.artifacts.list_files(job_id)}
     files = [artifact.file for artifact in artifacts.values()]
-    body = stream_zip(files, lambda name: service.read_artifact(artifacts[name]))
+    body = stream_zip(files, lambda name: service.artifacts.read(artifacts[name]))
     headers = {"Content-Disposition": _attachment(f"{job_id}.zip")}
     return StreamingResponse(body, headers=headers, media_type="application/zip")
 

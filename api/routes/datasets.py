@@ -17,7 +17,7 @@ from api.http.multipart import MEDIA_TYPE as MULTIPART
 from api.http.multipart import Form, is_multipart
 from api.http.uploads import display_name
 from api.schemas import Dataset, DeletedDataset, Listing, Page, PreviewProblem, PreviewRow
-from qlora_service.actions.jobs import Service
+from qlora_service.actions.service import Service
 from qlora_service.actions.submission import default_length
 from qlora_service.data.rendering.renderer import RenderRules
 from qlora_service.data.rows.examples import Container, Shape
@@ -95,7 +95,7 @@ async def create_dataset(
 @router.get("", summary="List datasets", responses=error_responses(422))
 def list_datasets(service: ServiceOf, after: After = None, limit: Limit = 20) -> Page[Dataset]:
     """Datasets, newest first."""
-    found = service.list_datasets(before=after, limit=limit + 1)
+    found = service.datasets.list_datasets(before=after, limit=limit + 1)
     data = [Dataset.of(dataset) for dataset in found[:limit]]
     return Page(data=data, next=data[-1].id if len(found) > limit else None)
 
@@ -109,17 +109,17 @@ def get_dataset(
 ) -> Dataset:
     """Counts and findings; with `base_model` also the histogram of token lengths under its tokenizer."""
     with located(_PLACES):
-        dataset = service.get_dataset(dataset_id)
+        dataset = service.datasets.get(dataset_id)
         if base_model is None:
             return Dataset.of(dataset)
-        rules = RenderRules(max_seq_len_tokens or default_length(service.get_model(base_model)))
-        return Dataset.of(dataset, service.dataset_lengths(dataset_id, base_model, rules))
+        rules = RenderRules(max_seq_len_tokens or default_length(service.models.get(base_model)))
+        return Dataset.of(dataset, service.datasets.lengths(dataset_id, base_model, rules))
 
 
 @router.delete("/{dataset_id}", summary="Delete a dataset", responses=error_responses(404, 409, 422))
 def delete_dataset(dataset_id: DatasetId, service: ServiceOf, idempotency: IdempotencyOf) -> DeletedDataset:
     """Its bytes are gone, too, unless another dataset has the same. Refused while a job that has not ended needs it."""
-    return _deleted(service.delete_dataset(dataset_id, once=idempotency.once(_deleted)))
+    return _deleted(service.datasets.delete(dataset_id, once=idempotency.once(_deleted)))
 
 
 @router.get("/{dataset_id}/preview", summary="Preview the rendered rows", responses=error_responses(404, 422))
@@ -139,9 +139,9 @@ def preview_dataset(
 ) -> Listing[PreviewRow | PreviewProblem]:
     """Rows as they will be trained: the text after the chat template, its tokens, and which of them are learned."""
     with located(_PLACES):
-        max_tokens = max_seq_len_tokens or default_length(service.get_model(base_model))
+        max_tokens = max_seq_len_tokens or default_length(service.models.get(base_model))
         rules = RenderRules(max_tokens, too_long, train_on)
-        rows = service.preview(dataset_id, base_model, rules, skip=skip, limit=limit)
+        rows = service.datasets.preview(dataset_id, base_model, rules, skip=skip, limit=limit)
     return Listing.model_validate({"data": rows})
 
 
@@ -159,7 +159,7 @@ def _add(
 ) -> Dataset:
     once = idempotency.once(Dataset.of, status=201, content=idempotency.file_content(path))
     name = display_name(filename)
-    return Dataset.of(service.add_dataset(path, filename=name, container=container, shape=shape, once=once))
+    return Dataset.of(service.datasets.upload(path, filename=name, container=container, shape=shape, once=once))
 
 
 def _add_form(
@@ -175,7 +175,7 @@ def _add_form(
         raise InvalidRequest("the form has no part `file`: send the dataset in it", location="file")
     fields = {name: value.decode(errors="replace") for name, value in form.fields.items()}
     once = idempotency.once(Dataset.of, status=201, content=idempotency.form_content(form, fields))
-    dataset = service.add_dataset(
+    dataset = service.datasets.upload(
         file.path,
         filename=display_name(filename or file.filename),
         container=container or _choice(form, "container", _CONTAINER),

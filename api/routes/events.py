@@ -29,7 +29,7 @@ async def _feed(request: Request) -> EventFeed:
 
 def _existing(job_id: JobId, service: ServiceOf) -> Job:
     """A job that exists: once the stream has begun, it is too late for a 404."""
-    return service.get_job(job_id)
+    return service.jobs.get(job_id)
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -70,7 +70,7 @@ async def stream_job_events(
     `Last-Event-ID` and misses nothing. While nothing happens, a comment every 15 seconds keeps the connection open.
     """
     seq = after if last_event_id is None else last_event_id
-    read = partial(service.job_events, job.id, limit=BATCH)
+    read = partial(service.jobs.events, job.id, limit=BATCH)
     goes_on = follow and not job.status.terminal
     events = feed.follow(("job", job.id), read, seq) if goes_on else feed.history(read, seq)
     async with aclosing(events):
@@ -98,7 +98,7 @@ async def stream_events(
     connection sends the last id it saw as `Last-Event-ID` and misses nothing.
     """
     wanted = None if types is None else frozenset(types)
-    read = partial(service.project_events, types=wanted, limit=BATCH)
+    read = partial(service.jobs.project_events, types=wanted, limit=BATCH)
     seq = after if last_event_id is None else last_event_id
     async with aclosing(feed.follow(("project", service.project), read, seq)) as events:
         async for event in events:

@@ -7,7 +7,7 @@ from starlette.requests import Request
 
 from api.errors import error_responses
 from api.schemas import Health
-from qlora_service.actions.jobs import Service
+from qlora_service.actions.service import Service
 from qlora_service.errors import Unavailable
 
 router = APIRouter(tags=["health"])

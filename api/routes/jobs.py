@@ -20,7 +20,8 @@ from api.http.multipart import MEDIA_TYPE as MULTIPART
 from api.http.multipart import Form, is_multipart
 from api.http.uploads import display_name, receive_bytes
 from api.schemas import Job, Metrics, Page, SubmittedJob, job_fields
-from qlora_service.actions.jobs import Service, Submission
+from qlora_service.actions.jobs import Submission
+from qlora_service.actions.service import Service
 from qlora_service.domain.jobs import Job as DomainJob
 from qlora_service.domain.jobs import JobStatus
 from qlora_service.domain.metrics import metrics_csv
@@ -124,8 +125,8 @@ def list_jobs(
     limit: Limit = 20,
 ) -> Page[Job]:
     """Jobs, newest first."""
-    found = service.list_jobs(status=status, base_model=base_model, before=after, limit=limit + 1)
-    positions = service.queue_positions(found)
+    found = service.jobs.list_jobs(status=status, base_model=base_model, before=after, limit=limit + 1)
+    positions = service.jobs.queue_positions(found)
     data = [Job.of(job, positions.get(job.id)) for job in found[:limit]]
     return Page(data=data, next=data[-1].id if len(found) > limit else None)
 
@@ -133,14 +134,14 @@ def list_jobs(
 @router.get("/{job_id}", summary="Look at a job", responses=error_responses(404, 422))
 def get_job(job_id: JobId, service: ServiceOf) -> Job:
     """Status, progress, time to go, the latest metrics; what went wrong, if it failed."""
-    job = service.get_job(job_id)
-    return Job.of(job, service.queue_position(job))
+    job = service.jobs.get(job_id)
+    return Job.of(job, service.jobs.queue_position(job))
 
 
 @router.post("/{job_id}/cancel", summary="Cancel a job", responses=_CHANGE_ERRORS)
 def cancel_job(job_id: JobId, service: ServiceOf, idempotency: IdempotencyOf) -> Job:
     """A job ends at once, a running one at its next step (`stop_request`). Asking twice does no harm."""
-    return _not_queued(service.cancel(job_id, once=idempotency.once(_not_queued)))
+    return _not_queued(service.jobs.cancel(job_id, once=idempotency.once(_not_queued)))
 
 
 @router.post("/{job_id}/pause", summary="Pause a job", responses=_CHANGE_ERRORS)
@@ -149,7 +150,7 @@ def pause_job(job_id: JobId, service: ServiceOf, idempotency: IdempotencyOf) -> 
 
     The GPU is free for other jobs until `resume`. Asking twice does no harm.
     """
-    return _not_queued(service.pause(job_id, once=idempotency.once(_not_queued)))
+    return _not_queued(service.jobs.pause(job_id, once=idempotency.once(_not_queued)))
 
 
 @router.post("/{job_id}/resume", summary="Resume a job", responses=_CHANGE_ERRORS)
@@ -158,7 +159,7 @@ def resume_job(job_id: JobId, service: ServiceOf, idempotency: IdempotencyOf) ->
 
     A pause that has not come about yet is taken back. Asking twice does no harm.
     """
-    return _resumed(service.resume(job_id, once=idempotency.once(_resumed)))
+    return _resumed(service.jobs.resume(job_id, once=idempotency.once(_resumed)))
 
 
 @router.get("/{job_id}/metrics", summary="All metrics of a job", responses=error_responses(404, 422))
@@ -172,7 +173,7 @@ def get_metrics(
 
     A job that was interrupted goes on from its last saved step: `attempt` says which attempt did a step.
     """
-    records = [record for record in service.job_metrics(job_id) if after is None or record["step"] > after]
+    records = [record for record in service.jobs.metrics(job_id) if after is None or record["step"] > after]
     steps = list(dict.fromkeys(record["step"] for record in records))
     if limit is None or len(steps) <= limit:
         return Metrics(data=records, next=None)
@@ -189,8 +190,8 @@ def get_metrics(
 )
 def get_metrics_csv(job_id: JobId, service: ServiceOf) -> Response:
     """One line per step that was measured, in the columns of the hosted API's result files."""
-    holds_out = service.get_job(job_id).spec.validation.holds_out
-    return Response(metrics_csv(service.job_metrics(job_id), holds_out=holds_out), media_type="text/csv")
+    holds_out = service.jobs.get(job_id).spec.validation.holds_out
+    return Response(metrics_csv(service.jobs.metrics(job_id), holds_out=holds_out), media_type="text/csv")
 
 
 def _submit_json(service: Service, idempotency: Idempotency, body: bytes) -> Submission:
@@ -221,7 +222,7 @@ def _submit(
     spec = parse_spec(document)
     once = idempotency.once(_submitted, status=201, content=content, location=_location)
     with located(_PLACES), _rows_located(inline=spec.dataset.rows is not None):
-        return service.submit(spec, path, filename, force=force, once=once)
+        return service.jobs.submit(spec, path, filename, force=force, once=once)
 
 
 @contextmanager

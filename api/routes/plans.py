@@ -14,8 +14,8 @@ from api.errors import error_responses, located
 from api.http.json_body import parse_body
 from api.http.uploads import receive_bytes
 from api.plan_schemas import Plan, PlanOptions
-from qlora_service.actions.jobs import Service
-from qlora_service.actions.plans import NAMELESS
+from qlora_service.actions.plans import UNNAMED_MODEL
+from qlora_service.actions.service import Service
 from qlora_service.errors import Finding, InvalidDataset, InvalidModel, InvalidSpec, QLoRAError
 from qlora_service.specs import parse_spec
 
@@ -82,10 +82,10 @@ def _plan(service: Service, body: bytes) -> Plan:
     if options.config is not None:
         if "base_model" in document:
             raise InvalidSpec("base_model and config are two models: leave one of them out", location="/config")
-        document["base_model"] = NAMELESS
+        document["base_model"] = UNNAMED_MODEL
     spec = parse_spec(document)
     with located(_PLACES if options.config is None else _PLACES_OF_CONFIG):
-        plan = service.plan(
+        plan = service.plans.plan(
             spec, config=options.config, device=options.device, free_bytes=options.free_bytes, probe=options.probe
         )
     return Plan.of(plan)

@@ -20,7 +20,7 @@ from api.openai_errors import on_openai_wire
 from api.v1.chat_answers import ChatCompletion, ChatWriter, Completion, TextWriter
 from api.v1.chat_requests import CreateChatCompletion, CreateCompletion
 from api.v1.routes import JsonRoute, openai_errors
-from qlora_service.actions.jobs import Service
+from qlora_service.actions.service import Service
 from qlora_service.chat.reception import Reception
 from qlora_service.chat.wire import AdapterRef, Answer
 from qlora_service.domain.jobs import Job, JobStatus
@@ -91,10 +91,10 @@ def find_model(service: Service, name: str) -> tuple[LoadedBase, AdapterRef | No
     nowhere = ModelNotFound(f"there is no model {name[:200]!r}; GET /v1/models lists them", location="model")
     try:
         if name.startswith("job_"):
-            return _tuned(service.get_job(name))
+            return _tuned(service.jobs.get(name))
         if name.startswith("ft:"):
-            return _tuned(service.get_tuned_model(name))
-        return LoadedBase(service.get_model(name).name, Quantization().model_dump_json()), None
+            return _tuned(service.tuned_models.get(name))
+        return LoadedBase(service.models.get(name).name, Quantization().model_dump_json()), None
     except ModelNotFound:
         raise
     except (NotFound, InvalidModel):

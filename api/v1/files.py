@@ -21,7 +21,7 @@ from api.v1.ids import asked_for, dataset_of_file, file_of_dataset, job_of_resul
 from api.v1.rendering import seconds
 from api.v1.routes import After, FileId, openai_errors
 from api.v1.schemas import DeletedFile, File, ListPage, page_of
-from qlora_service.actions.jobs import Service
+from qlora_service.actions.service import Service
 from qlora_service.domain.datasets import Dataset
 from qlora_service.domain.jobs import Job, JobStatus
 from qlora_service.domain.metrics import metrics_csv
@@ -83,11 +83,11 @@ def list_files(
     ascending = order == "asc"
     files: list[list[File]] = []
     if purpose in (None, PURPOSE):
-        datasets = service.list_datasets(**_beyond("ds", bound, ascending), limit=limit + 1)
+        datasets = service.datasets.list_datasets(**_beyond("ds", bound, ascending), limit=limit + 1)
         files.append([file_of(dataset) for dataset in datasets])
     if purpose in (None, "fine-tune-results"):
         beyond = _beyond("job", bound, ascending)
-        jobs = service.list_jobs(status=JobStatus.SUCCEEDED, **beyond, limit=limit + 1)
+        jobs = service.jobs.list_jobs(status=JobStatus.SUCCEEDED, **beyond, limit=limit + 1)
         files.append([_results_file(service, job) for job in jobs])
     merged = heapq.merge(*files, key=lambda file: own_part(file.id) or "", reverse=not ascending)
     return page_of(list(merged), limit)
@@ -115,7 +115,7 @@ def get_content(file_id: FileId, service: ServiceOf) -> Response:
     if isinstance(found, Job):
         return Response(base64.b64encode(_results(service, found)), media_type="application/octet-stream")
     headers = {"Content-Length": str(found.report.bytes), "X-Content-Type-Options": "nosniff"}
-    return StreamingResponse(service.read_dataset(found), headers=headers, media_type="application/octet-stream")
+    return StreamingResponse(service.datasets.read(found), headers=headers, media_type="application/octet-stream")
 
 
 @router.delete("/{file_id}", summary="Delete a file", responses=openai_errors(404, 409))
@@ -126,7 +126,7 @@ def delete_file(file_id: FileId, service: ServiceOf, idempotency: IdempotencyOf)
         _find(service, file_id)
         raise Conflict(f"{file_id} is made of its job's metrics: it is there as long as the job is", location="file_id")
     with asked_for(file_id):
-        return _deleted(service.delete_dataset(dataset_id, once=idempotency.once(_deleted)))
+        return _deleted(service.datasets.delete(dataset_id, once=idempotency.once(_deleted)))
 
 
 def file_of(dataset: Dataset) -> File:
@@ -161,7 +161,7 @@ def _create(service: Service, idempotency: Idempotency, form: Form) -> File:
         raise InvalidRequest("the form has no part `file`: send the dataset in it", location="file")
     once = idempotency.once(file_of, content=idempotency.form_content(form, {"purpose": purpose}))
     with located({InvalidDataset: "file"}):
-        return file_of(service.add_dataset(file.path, filename=display_name(file.filename), once=once))
+        return file_of(service.datasets.upload(file.path, filename=display_name(file.filename), once=once))
 
 
 def refuse_expiry() -> InvalidRequest:
@@ -182,14 +182,14 @@ def _find(service: Service, file_id: str) -> Dataset | Job:
     dataset_id, job_id = dataset_of_file(file_id), job_of_results(file_id)
     with asked_for(file_id):
         if dataset_id is not None:
-            return service.get_dataset(dataset_id)
-        if job_id is not None and (job := service.get_job(job_id)).status is JobStatus.SUCCEEDED:
+            return service.datasets.get(dataset_id)
+        if job_id is not None and (job := service.jobs.get(job_id)).status is JobStatus.SUCCEEDED:
             return job
     raise no_file(file_id)
 
 
 def _results(service: Service, job: Job) -> bytes:
-    return metrics_csv(service.job_metrics(job.id), holds_out=job.spec.validation.holds_out).encode()
+    return metrics_csv(service.jobs.metrics(job.id), holds_out=job.spec.validation.holds_out).encode()
 
 
 def _results_file(service: Service, job: Job) -> File:

@@ -52,7 +52,7 @@ def create_job(body: CreateFineTuningJob, service: ServiceOf, idempotency: Idemp
     spec, force = to_spec(body, service)
     once = idempotency.once(_submitted, content=body.model_dump(mode="json", exclude_unset=True))
     with in_request(body):
-        return _submitted(service.submit(spec, force=force, once=once))
+        return _submitted(service.jobs.submit(spec, force=force, once=once))
 
 
 @router.get("", summary="List fine-tuning jobs", responses=openai_errors(), openapi_extra=_METADATA_FILTER)
@@ -60,35 +60,35 @@ def list_jobs(
     request: Request, service: ServiceOf, after: After = None, limit: PageLimit = 20
 ) -> ListPage[FineTuningJob]:
     """Jobs, newest first."""
-    found = service.list_jobs(metadata=_metadata_filter(request), before=after, limit=limit + 1)
-    positions, ends, now = service.queue_positions(found), service.seconds_to_end(found), utc_now()
+    found = service.jobs.list_jobs(metadata=_metadata_filter(request), before=after, limit=limit + 1)
+    positions, ends, now = service.jobs.queue_positions(found), service.jobs.seconds_to_end(found), utc_now()
     return page_of([fine_tuning_job(job, positions.get(job.id), now, ends.get(job.id)) for job in found], limit)
 
 
 @router.get("/{fine_tuning_job_id}", summary="Look at a fine-tuning job", responses=openai_errors(404))
 def get_job(fine_tuning_job_id: FineTuningJobId, service: ServiceOf) -> FineTuningJob:
     """Status and times; under `qlora` all that GET /jobs/{id} shows."""
-    job = service.get_job(fine_tuning_job_id)
-    ends_in_s = service.seconds_to_end([job]).get(job.id)
-    return fine_tuning_job(job, service.queue_position(job), utc_now(), ends_in_s)
+    job = service.jobs.get(fine_tuning_job_id)
+    ends_in_s = service.jobs.seconds_to_end([job]).get(job.id)
+    return fine_tuning_job(job, service.jobs.queue_position(job), utc_now(), ends_in_s)
 
 
 @router.post("/{fine_tuning_job_id}/cancel", summary="Cancel a fine-tuning job", responses=_CHANGE_ERRORS)
 def cancel_job(fine_tuning_job_id: FineTuningJobId, service: ServiceOf, idempotency: IdempotencyOf) -> FineTuningJob:
     """A running job ends at its next step."""
-    return _not_queued(service.cancel(fine_tuning_job_id, once=idempotency.once(_not_queued)))
+    return _not_queued(service.jobs.cancel(fine_tuning_job_id, once=idempotency.once(_not_queued)))
 
 
 @router.post("/{fine_tuning_job_id}/pause", summary="Pause a fine-tuning job", responses=_CHANGE_ERRORS)
 def pause_job(fine_tuning_job_id: FineTuningJobId, service: ServiceOf, idempotency: IdempotencyOf) -> FineTuningJob:
     """A running job stops at its next step, with that step saved."""
-    return _not_queued(service.pause(fine_tuning_job_id, once=idempotency.once(_not_queued)))
+    return _not_queued(service.jobs.pause(fine_tuning_job_id, once=idempotency.once(_not_queued)))
 
 
 @router.post("/{fine_tuning_job_id}/resume", summary="Resume a fine-tuning job", responses=_CHANGE_ERRORS)
 def resume_job(fine_tuning_job_id: FineTuningJobId, service: ServiceOf, idempotency: IdempotencyOf) -> FineTuningJob:
     """A paused job goes back into the queue, and on from its last saved step."""
-    return _submitted(service.resume(fine_tuning_job_id, once=idempotency.once(_submitted)))
+    return _submitted(service.jobs.resume(fine_tuning_job_id, once=idempotency.once(_submitted)))
 
 
 @router.get("/{fine_tuning_job_id}/events", summary="List a job's events", responses=openai_errors(404))
@@ -101,9 +101,9 @@ def list_events(
     limit: PageLimit = 20,
 ) -> ListPage[FineTuningEvent]:
     """Events, newest first. GET /jobs/{id}/events streams them as they happen."""
-    job = service.get_job(fine_tuning_job_id)
+    job = service.jobs.get(fine_tuning_job_id)
     before = None if after is None else int(after.removeprefix("ftevent-"))
-    events = service.job_events_before(job.id, before, types=EVENT_TYPES, limit=limit + 1)
+    events = service.jobs.events_before(job.id, before, types=EVENT_TYPES, limit=limit + 1)
     return page_of([fine_tuning_event(event, job) for event in events], limit)
 
 
@@ -115,8 +115,8 @@ def list_checkpoints(
 
     Only a published one is a model that can be used.
     """
-    job = service.get_job(fine_tuning_job_id)
-    checkpoints = fine_tuning_checkpoints(job, service.job_events(job.id))
+    job = service.jobs.get(fine_tuning_job_id)
+    checkpoints = fine_tuning_checkpoints(job, service.jobs.events(job.id))
     return page_of([checkpoint for checkpoint in checkpoints if after != checkpoint.id], limit)
 
 

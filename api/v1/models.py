@@ -9,7 +9,7 @@ from api.http.idempotency import IdempotencyOf
 from api.v1.rendering import seconds
 from api.v1.routes import ModelId, openai_errors
 from api.v1.schemas import DeletedModel, Model, ModelList
-from qlora_service.actions.jobs import Service
+from qlora_service.actions.service import Service
 from qlora_service.domain.jobs import Job
 from qlora_service.domain.tuned_models import tuned_model_name
 from qlora_service.errors import Conflict, InvalidModel
@@ -24,15 +24,15 @@ MAX_TUNED = 10_000
 @router.get("", summary="List models", responses=openai_errors())
 def list_models(service: ServiceOf) -> ModelList:
     """The base models, then the project's fine-tuned ones, the newest first, up to 10,000 of these."""
-    base = [_base(model) for model in service.list_models()]
-    return ModelList(data=[*base, *map(_tuned, service.list_published(limit=MAX_TUNED))])
+    base = [_base(model) for model in service.models.list()]
+    return ModelList(data=[*base, *map(_tuned, service.tuned_models.list_models(limit=MAX_TUNED))])
 
 
 @router.get("/{model:path}", summary="Look at a model", responses=openai_errors(404))
 def get_model(model: ModelId, service: ServiceOf) -> Model:
     """A base model or a fine-tuned one."""
     base = _find_base(service, model)
-    return _tuned(service.get_tuned_model(model)) if base is None else _base(base)
+    return _tuned(service.tuned_models.get(model)) if base is None else _base(base)
 
 
 @router.delete("/{model:path}", summary="Delete a fine-tuned model", responses=openai_errors(404, 409))
@@ -44,12 +44,12 @@ def delete_model(model: ModelId, service: ServiceOf, idempotency: IdempotencyOf)
             "runs, removes it",
             location="model",
         )
-    return _deleted(service.withdraw_model(model, once=idempotency.once(_deleted)))
+    return _deleted(service.tuned_models.delete(model, once=idempotency.once(_deleted)))
 
 
 def _find_base(service: Service, name: str) -> BaseModel | None:
     try:
-        return service.get_model(name)
+        return service.models.get(name)
     except InvalidModel:
         return None
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from api.force import take_force
 from api.v1.ids import dataset_of_file, no_file
 from api.v1.requests import MAX_SEED, CreateFineTuningJob, DpoHyperparameters, Hyperparameters, UnsupportedMethod
-from qlora_service.actions.jobs import Service
+from qlora_service.actions.service import Service
 from qlora_service.errors import (
     Finding,
     InvalidDataset,
@@ -63,7 +63,7 @@ def to_spec(body: CreateFineTuningJob, service: Service) -> tuple[JobSpec, bool]
     with in_request(body):
         asked = any(_has(ours, ("training", field)) for field in ("epochs", "max_steps"))
         if not asked and "epochs" not in _recipe_values(ours.get("recipe")):
-            rows = service.get_dataset(ours["dataset"]["id"]).report.usable_rows
+            rows = service.datasets.get(ours["dataset"]["id"]).report.usable_rows
             _put(ours, ("training", "epochs"), auto_epochs(rows))
         return parse_spec(ours), force
 

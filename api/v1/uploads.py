@@ -18,7 +18,7 @@ from api.v1.files import file_of, refuse_expiry
 from api.v1.rendering import seconds
 from api.v1.requests import CompleteUpload, CreateUpload
 from api.v1.routes import JsonRoute, UploadId, openai_errors
-from qlora_service.actions.jobs import Service
+from qlora_service.actions.service import Service
 from qlora_service.actions.uploads import ClosedUpload
 from qlora_service.domain.uploads import Part, Upload
 from qlora_service.errors import InvalidRequest, TooLarge

@@ -1,1 +1,1 @@
-"""What a user can do, one function per action. The API and the tests call these."""
+"""What a user can do, one method per action. `service.Service` holds one object per subject."""

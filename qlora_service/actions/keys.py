@@ -67,8 +67,7 @@ class Access:
             key_rows.insert_key(connection, key, digest(secret))
             return key
 
-        with self._database.write() as connection:
-            return write_once(connection, once, self._clock(), insert), secret
+        return write_once(self._database, once, self._clock(), insert), secret
 
     def create_first_key(self) -> tuple[ApiKey, str] | None:
         """An admin key of the default project, if there never was a key: made once, however many ask for it."""

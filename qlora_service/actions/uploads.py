@@ -1,65 +1,50 @@
-"""Datasets that arrive in parts: begun, added to, completed or cancelled; what is not completed in time is removed."""
+"""Uploads in parts, which become datasets: begin, add parts, complete, cancel; expired ones are removed."""
 
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 
 from sqlalchemy.engine import Connection
 
+from qlora_service.actions.dataset_storage import DatasetStorage
 from qlora_service.artifacts.manifest import describe_file
 from qlora_service.artifacts.store import ArtifactStore, part_key
+from qlora_service.domain.clock import Clock
 from qlora_service.domain.datasets import Dataset
 from qlora_service.domain.ids import new_id
 from qlora_service.domain.uploads import Part, Upload, UploadStatus
 from qlora_service.errors import Conflict, InvalidRequest, TooLarge
-from qlora_service.store import idempotency
 from qlora_service.store import uploads as rows
 from qlora_service.store.database import Database
-from qlora_service.store.idempotency import Once
+from qlora_service.store.idempotency import Once, recall, write_once
 
 PENDING_FOR = timedelta(hours=1)
 """As long as the hosted API keeps an upload open."""
 
-Result = TypeVar("Result")
-Prepare = Callable[[Path, str], Callable[[Connection], Dataset]]
-"""Checks and stores a file's bytes; what it returns adds the dataset's row in a transaction."""
-
 
 @dataclass(frozen=True)
 class ClosedUpload:
-    """An upload that takes no more parts, and the dataset it became, if it was completed."""
+    """A completed or cancelled upload, and the dataset that a completed one became."""
 
     upload: Upload
     dataset: Dataset | None = None
 
 
-class PartUploads:
-    """The uploads of one project. Parts lie in the artifact store: they survive a restart, on every machine's API."""
+class Uploads:
+    """The uploads of one project. Parts are in the artifact store, so they survive a restart of the API."""
 
     def __init__(
-        self,
-        *,
-        database: Database,
-        artifacts: ArtifactStore,
-        tmp_dir: Path,
-        project: str,
-        clock: Callable[[], datetime],
-        check_room: Callable[[Connection], None],
-        prepare: Prepare,
+        self, database: Database, artifacts: ArtifactStore, storage: DatasetStorage, project: str, clock: Clock
     ) -> None:
         self._database = database
         self._artifacts = artifacts
-        self._tmp_dir = tmp_dir
+        self._storage = storage
         self._project = project
         self._clock = clock
-        self._check_room = check_room
-        self._prepare = prepare
 
     def begin(
         self, *, filename: str, size: int, purpose: str, mime_type: str, once: Once[Upload] | None = None
@@ -86,10 +71,10 @@ class PartUploads:
 
         def insert(connection: Connection) -> Upload:
             rows.insert_upload(connection, upload)
-            self._check_room(connection)
+            self._storage.check_room(connection)
             return upload
 
-        return self._write(once, insert)
+        return write_once(self._database, once, self._clock(), insert)
 
     def add_part(self, upload_id: str, path: Path, *, once: Once[Part] | None = None) -> Part:
         """A part with the bytes of the file at `path`.
@@ -99,9 +84,8 @@ class PartUploads:
             Conflict: it takes no more parts.
             TooLarge: the parts have more bytes than were announced.
         """
+        recall(self._database, once)
         with self._database.read() as connection:
-            if once is not None:
-                idempotency.recall(connection, once)
             self._pending(connection, upload_id)
         file = describe_file(path)
         part = Part(new_id("part"), upload_id, file.bytes, file.sha256, self._clock())
@@ -121,7 +105,7 @@ class PartUploads:
             return part
 
         try:
-            return self._write(once, insert)
+            return write_once(self._database, once, self._clock(), insert)
         except BaseException:
             self._artifacts.remove(part_key(upload_id, part.id))
             raise
@@ -137,15 +121,15 @@ class PartUploads:
             InvalidRequest: a part is not the upload's, or the whole is not what was announced.
             InvalidDataset: no row of the file is usable.
         """
+        recall(self._database, once)
         with self._database.read() as connection:
-            if once is not None:
-                idempotency.recall(connection, once)
             upload = self._pending(connection, upload_id)
             parts = _chosen(rows.list_parts(connection, upload_id), part_ids, upload)
-        with tempfile.TemporaryDirectory(dir=self._tmp_dir) as scratch:
-            path = Path(scratch) / "joined"
+        with self._storage.scratch() as scratch:
+            path = scratch / "joined"
             self._join(parts, path, md5)
-            insert_dataset = self._prepare(path, upload.filename)
+            # The upload's announced size counted towards the quota when it was begun.
+            insert_dataset = self._storage.store_file(path, upload.filename, room_is_reserved=True)
 
             def close(connection: Connection) -> ClosedUpload:
                 self._pending(connection, upload_id, lock=True)
@@ -153,7 +137,7 @@ class PartUploads:
                 rows.close_upload(connection, upload_id, UploadStatus.COMPLETED, dataset.id)
                 return ClosedUpload(rows.get_upload(connection, upload_id, project=self._project), dataset)
 
-            closed = self._write(once, close)
+            closed = write_once(self._database, once, self._clock(), close)
         self._discard(upload_id)
         return closed
 
@@ -167,7 +151,7 @@ class PartUploads:
                 rows.close_upload(connection, upload_id, UploadStatus.CANCELLED)
             return ClosedUpload(rows.get_upload(connection, upload_id, project=self._project))
 
-        cancelled = self._write(once, close)
+        cancelled = write_once(self._database, once, self._clock(), close)
         self._discard(upload_id)
         return cancelled
 
@@ -177,12 +161,6 @@ class PartUploads:
             closed = rows.expire_uploads(connection, self._clock())
         for upload_id in closed:
             self._discard(upload_id)
-
-    # --- inside
-
-    def _write(self, once: Once[Result] | None, action: Callable[[Connection], Result]) -> Result:
-        with self._database.write() as connection:
-            return idempotency.write_once(connection, once, self._clock(), action)
 
     def _pending(self, connection: Connection, upload_id: str, *, lock: bool = False) -> Upload:
         """The upload, which still takes parts. Raises: NotFound, Conflict."""

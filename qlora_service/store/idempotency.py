@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from qlora_service.errors import Conflict
+from qlora_service.store.database import Database
 from qlora_service.store.tables import idempotency_keys as keys
 from qlora_service.store.upsert import insert
 
@@ -63,13 +64,37 @@ class Replay(Exception):
         self.answer = answer
 
 
-def recall(connection: Connection, once: Once[Any]) -> None:
-    """Returns when the key is new.
+def recall(database: Database, once: Once[Any] | None) -> None:
+    """Returns when the key is new: call it before work that `write_once` would throw away.
 
     Raises:
         Replay: the request was answered before.
         Conflict: the key was used for another request.
     """
+    if once is not None:
+        with database.read() as connection:
+            raise_stored_answer(connection, once)
+
+
+def write_once(
+    database: Database, once: Once[Result] | None, now: datetime, action: Callable[[Connection], Result]
+) -> Result:
+    """The result of `action`; its writes and the key's answer are one transaction.
+
+    Raises:
+        Replay, Conflict: as `recall` does.
+    """
+    with database.write() as connection:
+        if once is None:
+            return action(connection)
+        reserve(connection, once, now)
+        result = action(connection)
+        keep(connection, once, result)
+        return result
+
+
+def raise_stored_answer(connection: Connection, once: Once[Any]) -> None:
+    """As `recall`, in the caller's transaction."""
     query = sa.select(keys.c.fingerprint, keys.c.answer).where(*_same(once))
     if once.attempt is not None:
         query = query.where(_answers(once.attempt))
@@ -83,22 +108,6 @@ def recall(connection: Connection, once: Once[Any]) -> None:
             location="idempotency-key",
         )
     raise Replay(row.answer)
-
-
-def write_once(
-    connection: Connection, once: Once[Result] | None, now: datetime, action: Callable[[Connection], Result]
-) -> Result:
-    """What `action` returns, written with the key's answer in the caller's transaction.
-
-    Raises:
-        Replay, Conflict: as `recall` does.
-    """
-    if once is None:
-        return action(connection)
-    reserve(connection, once, now)
-    result = action(connection)
-    keep(connection, once, result)
-    return result
 
 
 def reserve(connection: Connection, once: Once[Any], now: datetime) -> None:
@@ -120,7 +129,7 @@ def reserve(connection: Connection, once: Once[Any], now: datetime) -> None:
     inserted = connection.execute(new.returning(keys.c.key)).one_or_none()
     if inserted is None:
         # A statement of its own sees what was committed while the insert waited (PostgreSQL, read committed).
-        recall(connection, once)
+        raise_stored_answer(connection, once)
 
 
 def keep(connection: Connection, once: Once[Result], result: Result) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy.engine import Connection
 
@@ -31,8 +31,6 @@ OLD_SECRET_LASTS = timedelta(hours=24)
 """What the wire's `keep_old_secret_active_for_24_hours` promises."""
 SAMPLE_JOB = "job_0000000000000000000000"
 """What a test call says has ended."""
-
-Result = TypeVar("Result")
 
 
 class Webhooks:
@@ -66,7 +64,7 @@ class Webhooks:
             InvalidRequest: name or event types cannot be used, or the URL may not be asked.
             NoRoom: the project has as many as may be.
         """
-        self._recall(once)
+        recall(self._database, once)
         _check_name(name)
         types = _known(event_types)
         self._sender.check(url)
@@ -82,7 +80,7 @@ class Webhooks:
             rows.insert_endpoint(connection, endpoint)
             return endpoint
 
-        return self._write(once, insert)
+        return write_once(self._database, once, self._clock(), insert)
 
     def get(self, endpoint_id: str) -> Endpoint:
         """Raises: NotFound."""
@@ -108,7 +106,7 @@ class Webhooks:
         Raises:
             NotFound; InvalidRequest, as `create` does.
         """
-        self._recall(once)
+        recall(self._database, once)
         self.get(endpoint_id)
         changes: dict[str, Any] = {"name": name, "url": url, "event_types": event_types}
         changes = {field: value for field, value in changes.items() if value is not None}
@@ -124,7 +122,7 @@ class Webhooks:
             rows.update_endpoint(connection, endpoint_id, **changes, disabled_at=None)
             return replace(old, **changes, disabled_at=None)
 
-        return self._write(once, change)
+        return write_once(self._database, once, self._clock(), change)
 
     def delete(self, endpoint_id: str) -> None:
         """Raises: NotFound."""
@@ -151,7 +149,7 @@ class Webhooks:
             rows.update_endpoint(connection, endpoint_id, **changes)
             return replace(endpoint, **changes)
 
-        return self._write(once, change)
+        return write_once(self._database, once, self._clock(), change)
 
     def test(self, endpoint_id: str, event_type: str, *, once: Once[Delivery] | None = None) -> Delivery:
         """How the endpoint took a sample event, sent while the caller waits and never again.
@@ -160,7 +158,7 @@ class Webhooks:
             NotFound: no such endpoint.
             InvalidRequest: there are no such events, or it did not answer.
         """
-        self._recall(once)
+        recall(self._database, once)
         endpoint = self.get(endpoint_id)
         _known([event_type])
         sample = rows.new_delivery(endpoint_id, event_type, SAMPLE_JOB, self._clock())
@@ -169,10 +167,20 @@ class Webhooks:
             status = attempt(self._sender, sample, endpoint, self._clock())
         except InvalidRequest as error:
             # In a transaction of its own: sent again under its key, the request tries again.
-            self._write(None, partial(self._log, replace(told, last_error=error.message[:MAX_ERROR_CHARS])))
+            write_once(
+                self._database,
+                None,
+                self._clock(),
+                partial(self._log, replace(told, last_error=error.message[:MAX_ERROR_CHARS])),
+            )
             raise
         delivered_at = self._clock() if 200 <= status < 300 else None
-        return self._write(once, partial(self._log, replace(told, last_status=status, delivered_at=delivered_at)))
+        return write_once(
+            self._database,
+            once,
+            self._clock(),
+            partial(self._log, replace(told, last_status=status, delivered_at=delivered_at)),
+        )
 
     def deliveries(self, endpoint_id: str, *, before: str | None = None, limit: int = 20) -> list[Delivery]:
         """What the endpoint was told and is to be told, newest first. Raises: NotFound."""
@@ -185,16 +193,6 @@ class Webhooks:
         rows.get_endpoint(connection, delivery.endpoint_id, project=self._project)
         rows.insert_delivery(connection, delivery)
         return delivery
-
-    def _write(self, once: Once[Result] | None, action: Callable[[Connection], Result]) -> Result:
-        with self._database.write() as connection:
-            return write_once(connection, once, self._clock(), action)
-
-    def _recall(self, once: Once[Result] | None) -> None:
-        """Spares a request that was answered before what is done ahead of its `_write`. Raises: Replay, Conflict."""
-        if once is not None:
-            with self._database.read() as connection:
-                recall(connection, once)
 
 
 def _check_name(name: str) -> None:

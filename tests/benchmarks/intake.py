@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from qlora_service.actions.jobs import open_service
+from qlora_service.actions.service import open_service
 from qlora_service.data.files.checks import MAX_FINDINGS, check_rows
 from qlora_service.data.rows.examples import Shape
 from qlora_service.errors import Finding
@@ -180,7 +180,7 @@ def _intake(path: Path, data: Path) -> Callable[[], Found]:
     )
 
     def work() -> Found:
-        report = service.add_dataset(path, filename=path.name).report
+        report = service.datasets.upload(path, filename=path.name).report
         return report.finding_count, report.findings
 
     return work

@@ -85,7 +85,7 @@ def _from_claim(workspace: Workspace, job_id: str) -> tuple[float, float]:
     """Seconds from the claim to the first micro-batch, and of them until rendering began."""
     at = {
         event.data.get("message") or event.data.get("status"): event.at
-        for event in workspace.service.job_events(job_id)
+        for event in workspace.service.jobs.events(job_id)
     }
     claimed = at[JobStatus.RUNNING]
     return (at["training"] - claimed).total_seconds(), (at["rendering"] - claimed).total_seconds()

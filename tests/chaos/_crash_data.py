@@ -8,7 +8,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from qlora_service.actions.jobs import Service
+from qlora_service.actions.service import Service, Stores
 from qlora_service.artifacts.store import ArtifactStore
 from qlora_service.domain.jobs import Job
 from qlora_service.models.catalog.catalog import Catalog
@@ -38,12 +38,14 @@ class DataDirectory:
         self.artifacts = ArtifactStore((path / "artifacts").as_uri())
         self.catalog = Catalog(prepared / "models")
         self.queue = Queue(self.database, lease_s=LEASE_S)
-        self.service = Service(
-            database=self.database,
-            artifacts=self.artifacts,
-            catalog=self.catalog,
-            queue=self.queue,
-            tmp_dir=path / "tmp",
+        self.service = Service.of(
+            Stores(
+                database=self.database,
+                artifacts=self.artifacts,
+                catalog=self.catalog,
+                queue=self.queue,
+                tmp_dir=path / "tmp",
+            )
         )
 
     def __enter__(self) -> DataDirectory:
@@ -55,12 +57,12 @@ class DataDirectory:
     @property
     def job(self) -> Job:
         """The only one."""
-        (job,) = self.service.list_jobs()
+        (job,) = self.service.jobs.list_jobs()
         return job
 
     def statuses(self, job: Job) -> list[str]:
         """Those that the job went through, by its events."""
-        events = self.service.job_events(job.id)
+        events = self.service.jobs.events(job.id)
         return [event.data["status"] for event in events if event.type == "status"]
 
     def damage(self) -> list[str]:
@@ -85,7 +87,7 @@ def prepare(to: Path) -> None:
         database.close()
         with DataDirectory(to / name, to) as data:
             if name != "empty":
-                data.service.submit(parse_spec(SPEC))
+                data.service.jobs.submit(parse_spec(SPEC))
             if name == "running":
                 data.queue.claim("a worker")
     _train(source, to)

@@ -49,14 +49,14 @@ class Scenario:
 
 
 def submit(data: DataDirectory, answer: Answer) -> None:
-    answer(data.service.submit(parse_spec(SPEC), once=_once()).job.id)
+    answer(data.service.jobs.submit(parse_spec(SPEC), once=_once()).job.id)
     data.database.close()
 
 
 def submit_twice(data: DataDirectory, answer: Answer) -> None:
     """By the same process: what failed must not stay in its way."""
     try:
-        job_id = data.service.submit(parse_spec(SPEC), once=_once()).job.id
+        job_id = data.service.jobs.submit(parse_spec(SPEC), once=_once()).job.id
     except Exception:
         job_id = _send_again(data)
     answer(job_id)
@@ -65,7 +65,7 @@ def submit_twice(data: DataDirectory, answer: Answer) -> None:
 
 def check_submitted(data: DataDirectory, answer: Any) -> list[str]:
     wrong = data.damage()
-    jobs = data.service.list_jobs()
+    jobs = data.service.jobs.list_jobs()
     if len(jobs) > 1 or (answer and [job.id for job in jobs] != [answer]):
         wrong.append(f"the answer was {answer}, the jobs are {[job.id for job in jobs]}")
     if len(jobs) != _kept_answers(data):
@@ -73,7 +73,7 @@ def check_submitted(data: DataDirectory, answer: Any) -> list[str]:
     if jobs:
         wrong += _broken_submission(data, jobs[0])
     again = _send_again(data)
-    if [job.id for job in data.service.list_jobs()] != [again] or (jobs and again != jobs[0].id):
+    if [job.id for job in data.service.jobs.list_jobs()] != [again] or (jobs and again != jobs[0].id):
         wrong.append(f"the same key made {again} beside {[job.id for job in jobs]}")
     return wrong + _broken_submission(data, data.job)
 
@@ -84,7 +84,7 @@ def _once() -> Once[Submission]:
 
 def _send_again(data: DataDirectory) -> str:
     try:
-        return data.service.submit(parse_spec(SPEC), once=_once()).job.id
+        return data.service.jobs.submit(parse_spec(SPEC), once=_once()).job.id
     except Replay as replay:
         return str(replay.answer["job"])
 
@@ -98,7 +98,7 @@ def _broken_submission(data: DataDirectory, job: Job) -> list[str]:
     wrong = data.misfits(job)
     if job.status is not JobStatus.QUEUED:
         wrong.append(f"the new job is {job.status}")
-    dataset = data.service.get_dataset(job.dataset_id)
+    dataset = data.service.datasets.get(job.dataset_id)
     return wrong + _other_bytes(data, dataset_key(dataset.sha256), dataset.sha256)
 
 
@@ -162,7 +162,7 @@ def check_published(data: DataDirectory, answer: Any) -> list[str]:
         data.queue.claim("another worker")
         _publish(data, attempt)
     wrong += data.misfits(data.job)
-    published = data.service.artifacts(job.id)
+    published = data.service.artifacts.list_files(job.id)
     for artifact in published:
         wrong += _other_bytes(data, artifact.key, artifact.file.sha256)
     data.artifacts.remove_attempts(job.id, keep=attempt)
@@ -243,7 +243,7 @@ def report(data: DataDirectory, answer: Answer) -> None:
 
 def check_reported(data: DataDirectory, answer: Any) -> list[str]:
     job, wrong = data.job, data.damage()
-    told = [record["step"] for record in data.service.job_metrics(job.id)]
+    told = [record["step"] for record in data.service.jobs.metrics(job.id)]
     if (job.step, job.checkpoint_step, told) not in [(3, 3, [3]), *([] if answer else [(0, 0, [])])]:
         wrong.append(f"step {job.step}, checkpoint of step {job.checkpoint_step}, metrics of steps {told}")
     return wrong + data.misfits(job)

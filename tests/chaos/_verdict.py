@@ -29,10 +29,10 @@ def judge(workspace: Workspace, reference: str, posted: Sequence[str], steps: in
     """What is wrong with the `posted` jobs, which should have ended as `reference` did, an undisturbed one."""
     verdict = Verdict()
     sha256 = workspace.adapter_sha256(reference)
-    evaluated = _steps(workspace.service.job_metrics(reference), "eval_loss")
+    evaluated = _steps(workspace.service.jobs.metrics(reference), "eval_loss")
     known = job_ids(workspace)
     for job_id in posted:
-        if job_id not in known or workspace.service.get_job(job_id).status is not JobStatus.SUCCEEDED:
+        if job_id not in known or workspace.service.jobs.get(job_id).status is not JobStatus.SUCCEEDED:
             verdict.lost.append(job_id)
             continue
         if len(_ends(workspace, job_id)) != 1 or len(_manifests(workspace, job_id)) != 1:
@@ -81,7 +81,7 @@ def job_ids(workspace: Workspace) -> set[str]:
 
 def _ends(workspace: Workspace, job_id: str) -> list[str]:
     """The terminal ones of a job's status events."""
-    events = workspace.service.job_events(job_id)
+    events = workspace.service.jobs.events(job_id)
     return [e.data["status"] for e in events if e.type == "status" and JobStatus(e.data["status"]).terminal]
 
 
@@ -95,10 +95,10 @@ def _faults(workspace: Workspace, job_id: str, steps: int, evaluated: list[int])
     It should have done `steps` steps, and been evaluated after those of `evaluated`.
     """
     faults = []
-    events = workspace.service.job_events(job_id)
+    events = workspace.service.jobs.events(job_id)
     if events[-1].type != "status" or events[-1].data["status"] != JobStatus.SUCCEEDED:
         faults.append("something happened after its end")
-    manifest = workspace.service.manifest(job_id)
+    manifest = workspace.service.artifacts.manifest(job_id)
     directory = workspace.settings.data_dir / "artifacts" / "jobs" / job_id
     attempts = sorted(path.name for path in directory.iterdir())
     if attempts != [str(manifest.attempt)]:
@@ -113,7 +113,7 @@ def _faults(workspace: Workspace, job_id: str, steps: int, evaluated: list[int])
         if file.name in names and describe_file(published / file.name) != file
     ]
     records = [json.loads(line) for line in (published / "metrics.jsonl").read_text().splitlines()]
-    for name, found in {"metrics.jsonl": records, "GET /metrics": workspace.service.job_metrics(job_id)}.items():
+    for name, found in {"metrics.jsonl": records, "GET /metrics": workspace.service.jobs.metrics(job_id)}.items():
         if _steps(found, "loss") != list(range(1, steps + 1)):
             faults.append(f"{name} has the steps {_steps(found, 'loss')}")
         if _steps(found, "eval_loss") != evaluated:

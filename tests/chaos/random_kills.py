@@ -182,7 +182,7 @@ class _Havoc:
         key = str(uuid.uuid4())
         with Client(self.api.url, patience_s=PATIENCE_S) as client:
             while not self._over.wait(TICK_S):
-                running = {job_id for job_id in running if not self.workspace.service.get_job(job_id).status.terminal}
+                running = {job_id for job_id in running if not self.workspace.service.jobs.get(job_id).status.terminal}
                 if len(running) < UNDER_WAY:
                     # A busy machine may not bring the API up for longer than the client sends a request again, and
                     # what was sent may have arrived: it is the same job that is posted then.
@@ -203,7 +203,7 @@ class _Havoc:
                 if (since := self._bereft.pop(claim.job_id, None)) is not None:
                     with suppress(FileNotFoundError):
                         self.respawn_s.append(started_at(pid) - since)
-            doom, job = self._dooms[claim], self.workspace.service.get_job(claim.job_id)
+            doom, job = self._dooms[claim], self.workspace.service.jobs.get(claim.job_id)
             if doom is None or job.attempt != claim.token or not doom.is_due(job, now) or not self._left(doom.victim):
                 continue
             self.phases[job.phase or "ended"] += 1
@@ -234,7 +234,7 @@ class _Havoc:
             killed_at = time.monotonic()
             self.kills[Victim.TRAINER] += 1
             self._in_succession = self.chance.random() < 0.5
-            if not self.workspace.service.get_job(claim.job_id).status.terminal:
+            if not self.workspace.service.jobs.get(claim.job_id).status.terminal:
                 self._bereft[claim.job_id] = killed_at
 
     def _kill_worker(self, now: float) -> None:
@@ -270,7 +270,7 @@ def _drain(workspace: Workspace, posted: list[str]) -> list[str]:
     open_jobs, deadline = posted, time.monotonic() + PATIENCE_S
     while open_jobs and time.monotonic() < deadline:
         time.sleep(TICK_S)
-        still_open = [job_id for job_id in open_jobs if not workspace.service.get_job(job_id).status.terminal]
+        still_open = [job_id for job_id in open_jobs if not workspace.service.jobs.get(job_id).status.terminal]
         if still_open != open_jobs:
             open_jobs, deadline = still_open, time.monotonic() + PATIENCE_S
     return open_jobs
@@ -281,7 +281,7 @@ def _phase_seconds(workspace: Workspace, job_ids: list[str]) -> tuple[float, flo
     imports, loads = list[float](), list[float]()
     for job_id in job_ids:
         begun: datetime | None = None
-        for event in workspace.service.job_events(job_id):
+        for event in workspace.service.jobs.events(job_id):
             message = event.data.get("message")
             if message in {"rendering", "training"} and begun is not None:
                 (imports if message == "rendering" else loads).append((event.at - begun).total_seconds())

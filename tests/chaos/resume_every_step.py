@@ -67,7 +67,7 @@ def run(workspace: Workspace, steps: int, optimizers: Sequence[str] = OPTIMIZERS
     for optim, (undisturbed, *killed) in jobs.items():
         verdict = judge(workspace, undisturbed, killed, steps)
         wrong += [f"{optim}, {fault}" for fault in verdict.lost + verdict.published_twice + verdict.wrong]
-        ended = [workspace.service.get_job(job_id) for job_id in (undisturbed, *killed)]
+        ended = [workspace.service.jobs.get(job_id) for job_id in (undisturbed, *killed)]
         succeeded = [job for job in ended if job.status is JobStatus.SUCCEEDED]
         resumed += sum(job.attempt == 2 for job in succeeded)
         adapters[optim] = len({workspace.adapter_sha256(job.id) for job in succeeded})

@@ -46,7 +46,7 @@ def run(workspace: Workspace, times: int, *, seed: int = 0) -> Stops:
         with workspace.worker(QLORA_SLOTS="2", QLORA_LEASE_S="30") as worker:
             _wait_for_moment(workspace, worker.pid, (slow, short), number, chance)
             running = {claim.job_id for claim in trainers_of(worker.pid).values()}
-            phases.update(workspace.service.get_job(job_id).phase or "ended" for job_id in running)
+            phases.update(workspace.service.jobs.get(job_id).phase or "ended" for job_id in running)
             trainers += len(running)
             worker.send_signal(signal.SIGTERM)
             stopped_at = time.monotonic()
@@ -55,11 +55,11 @@ def run(workspace: Workspace, times: int, *, seed: int = 0) -> Stops:
         if code != 0:
             wrong.append(f"the worker ended with exit code {code}")
         for job_id in (slow, short):
-            job = workspace.service.get_job(job_id)
+            job = workspace.service.jobs.get(job_id)
             lost += _last_step(workspace, job_id) - job.checkpoint_step
             if job.deaths or job.status not in {JobStatus.QUEUED, JobStatus.SUCCEEDED}:
                 wrong.append(f"{job_id} is {job.status} after {len(job.deaths)} deaths: {job.error}")
-        if workspace.service.get_job(short).status.terminal:
+        if workspace.service.jobs.get(short).status.terminal:
             short = workspace.submit(max_steps=4)
         if wrong:
             break
@@ -84,8 +84,8 @@ def _wait_for_moment(
     deadline = time.monotonic() + 120
 
     def wait_for(job_id: str, reached: set[str]) -> None:
-        while not _has_reached(workspace.service.get_job(job_id), reached):
-            assert time.monotonic() < deadline, workspace.service.get_job(job_id)
+        while not _has_reached(workspace.service.jobs.get(job_id), reached):
+            assert time.monotonic() < deadline, workspace.service.jobs.get(job_id)
             time.sleep(0.01)
 
     if number % 3 == 0:
@@ -106,4 +106,4 @@ def _has_reached(job: Job, phases: set[str]) -> bool:
 
 
 def _last_step(workspace: Workspace, job_id: str) -> int:
-    return max((record["step"] for record in workspace.service.job_metrics(job_id) if "loss" in record), default=0)
+    return max((record["step"] for record in workspace.service.jobs.metrics(job_id) if "loss" in record), default=0)

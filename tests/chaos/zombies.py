@@ -61,7 +61,7 @@ def run(workspace: Workspace, times: int, *, seed: int = 0) -> Zombies:
         while rounds.zombies < times + times // 4:
             rounds.turn(take_lease=True)
     for job_id in jobs:
-        workspace.service.cancel(job_id)
+        workspace.service.jobs.cancel(job_id)
     return Zombies(
         zombies=zombies,
         unaware=rounds.zombies - zombies,
@@ -75,7 +75,7 @@ def run(workspace: Workspace, times: int, *, seed: int = 0) -> Zombies:
 def accepted_writes(workspace: Workspace, job_id: str) -> list[str]:
     """Events of a job that an older attempt than the current one wrote, or its supervisor."""
     found, current = list[str](), 0
-    for event in workspace.service.job_events(job_id):
+    for event in workspace.service.jobs.events(job_id):
         if event.data.get("status") == JobStatus.RUNNING:
             current = event.data["attempt"]
         elif _writer(job_id, event, current) != current:
@@ -122,11 +122,11 @@ class _Rounds:
         """The owner and its trainers become zombies, the heir becomes the owner."""
         service = self._workspace.service
         if train:
-            self._until(lambda: all(service.get_job(job_id).phase == "training" for job_id in self._jobs))
+            self._until(lambda: all(service.jobs.get(job_id).phase == "training" for job_id in self._jobs))
         time.sleep(self._chance.uniform(*LIFE_S))
         zombies = self._stop_owner()
         self.zombies += len(zombies)
-        self.phases.update(service.get_job(claim.job_id).phase or "between" for claim in zombies.values())
+        self.phases.update(service.jobs.get(claim.job_id).phase or "between" for claim in zombies.values())
         if take_lease:
             self._write("UPDATE jobs SET lease_until = 0 WHERE status = 'running'", wait_s=10)
         self._until(lambda: self._inherited(zombies))
@@ -185,7 +185,7 @@ class _Rounds:
     def _until(self, reached: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
         while not reached():
-            assert time.monotonic() < deadline, [self._workspace.service.get_job(job_id) for job_id in self._jobs]
+            assert time.monotonic() < deadline, [self._workspace.service.jobs.get(job_id) for job_id in self._jobs]
             time.sleep(0.05)
 
 

@@ -59,7 +59,7 @@ def inference_processes(workspace: Workspace) -> list[int]:
 def test_base_and_tuned_model_answer_as_their_files_do_elsewhere(
     workspace: Workspace, client: openai.OpenAI, tuned: str, tmp_path: Path
 ) -> None:
-    for artifact in workspace.service.artifacts(tuned):
+    for artifact in workspace.service.artifacts.list_files(tuned):
         (tmp_path / artifact.file.name).write_bytes(workspace.artifact(tuned, artifact.file.name))
     base_path = workspace.catalog.get("tiny").path
     name = client.fine_tuning.jobs.retrieve(tuned).fine_tuned_model
@@ -116,7 +116,7 @@ def test_a_job_takes_the_slot_from_an_idle_chat_and_a_chat_waits_for_the_job(
     assert refused.value.status_code == 503
     assert int(refused.value.response.headers["Retry-After"]) >= 1
     assert job_id in refused.value.message
-    workspace.service.cancel(job_id)
+    workspace.service.jobs.cancel(job_id)
     workspace.wait_for_end(job_id)
 
 
@@ -129,12 +129,12 @@ def test_a_job_makes_way_for_a_chat_where_that_is_allowed_and_goes_on(tiny_model
         request = GenerationRequest(messages=QUESTION, sampling=Sampling(max_tokens=5, temperature=0.0))
         _, finished = chat(workspace, TINY, request)
         assert finished.completion_tokens == 5
-        before = workspace.service.get_job(job_id)
+        before = workspace.service.jobs.get(job_id)
         assert before.checkpoint_step >= 2
         job = workspace.wait(job_id, lambda job: job.status is JobStatus.RUNNING and job.step > before.checkpoint_step)
         assert (job.attempt, job.deaths) == (2, [])
         assert trainer_pids(job_id) == [trainer]  # which had the base all the time
-        workspace.service.cancel(job_id)
+        workspace.service.jobs.cancel(job_id)
         workspace.wait_for_end(job_id)
 
 

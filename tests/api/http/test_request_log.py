@@ -72,7 +72,7 @@ def test_defect_is_logged_once_and_answered_without_its_inside(
     assert "Traceback" not in response.text
     assert [line["event"] for line in lines] == ["request_failed", "request"]
     assert lines[0]["error"] == "ValidationError"
-    assert "actions/jobs.py" in str(lines[0]["frames"])
+    assert "actions/artifacts.py" in str(lines[0]["frames"])
     assert SECRET not in str(lines)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from qlora_service.actions.jobs import Service, Submission, open_service
+from qlora_service.actions.jobs import Submission
+from qlora_service.actions.service import Service, Stores, open_service
 from qlora_service.artifacts.manifest import Manifest, describe_file
 from qlora_service.artifacts.store import ArtifactStore, dataset_key, job_key
 from qlora_service.data.rendering.renderer import RenderRules
@@ -50,8 +51,10 @@ def catalog(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Catal
 @pytest.fixture
 def service(database: Database, queue: Queue, catalog: Catalog, clock: SteppedClock, tmp_path: Path) -> Service:
     artifacts = ArtifactStore((tmp_path / "artifacts").as_uri())
-    return Service(
-        database=database, artifacts=artifacts, catalog=catalog, queue=queue, tmp_dir=tmp_path / "tmp", clock=clock
+    return Service.of(
+        Stores(
+            database=database, artifacts=artifacts, catalog=catalog, queue=queue, tmp_dir=tmp_path / "tmp", clock=clock
+        )
     )
 
 
@@ -89,7 +92,7 @@ def document(**groups: Any) -> dict[str, Any]:
 
 
 def submit(service: Service, upload: Path | None = None, **groups: Any) -> Submission:
-    return service.submit(parse_spec(document(**groups)), upload, upload.name if upload else None)
+    return service.jobs.submit(parse_spec(document(**groups)), upload, upload.name if upload else None)
 
 
 # --- submitting
@@ -101,8 +104,8 @@ def test_inline_rows_become_a_dataset_and_a_queued_job(
     job = submit(service, dataset={"rows": ROWS}, name="sums", priority=3).job
     assert (job.status, job.created_at, job.spec.name, job.spec.priority) == (JobStatus.QUEUED, clock.now, "sums", 3)
     assert (job.spec.dataset.id, job.spec.dataset.rows) == (job.dataset_id, None)
-    assert service.get_job(job.id) == job
-    dataset = service.get_dataset(job.dataset_id)
+    assert service.jobs.get(job.id) == job
+    dataset = service.datasets.get(job.dataset_id)
     assert (dataset.report.rows, dataset.report.shape, dataset.filename) == (20, "prompt_completion", None)
     stored = (tmp_path / "artifacts" / dataset_key(dataset.sha256)).read_bytes()
     assert hashlib.sha256(stored).hexdigest() == dataset.sha256
@@ -144,7 +147,7 @@ def test_preference_rows_are_queued_under_their_objectives(
 
 def test_rows_of_any_language_survive(service: Service, tmp_path: Path) -> None:
     rows = [{"prompt": "你好 🌊 ", "completion": "ça va\u2028?\\n"}, {"prompt": "ñ", "completion": "\U0001f600"}]
-    dataset = service.get_dataset(submit(service, dataset={"rows": rows}).job.dataset_id)
+    dataset = service.datasets.get(submit(service, dataset={"rows": rows}).job.dataset_id)
     stored = (tmp_path / "artifacts" / dataset_key(dataset.sha256)).read_bytes()
     assert [json.loads(line) for line in stored.split(b"\n") if line] == rows
     assert dataset.report.usable_rows == 2
@@ -155,7 +158,7 @@ def test_upload_is_stored_as_it_came(
 ) -> None:
     path = upload(ROWS)
     job = submit(service, path).job
-    dataset = service.get_dataset(job.dataset_id)
+    dataset = service.datasets.get(job.dataset_id)
     assert (dataset.filename, dataset.sha256) == ("rows.jsonl", describe_file(path).sha256)
     assert (tmp_path / "artifacts" / dataset_key(dataset.sha256)).read_bytes() == path.read_bytes()
     assert not any("tmp/" in str(file.relative_to(tmp_path)) for file in kept()[1])
@@ -164,7 +167,7 @@ def test_upload_is_stored_as_it_came(
 def test_upload_is_read_as_the_spec_says(service: Service, upload: Callable[..., Path]) -> None:
     reading = {"container": "text", "shape": "text"}
     job = submit(service, upload(ROWS[:1], "a.jsonl"), dataset=reading, validation={"fraction": 0}).job
-    report = service.get_dataset(job.dataset_id).report
+    report = service.datasets.get(job.dataset_id).report
     assert (report.container, report.shape) == ("text", "text")
     # The dataset knows how it is read; the stored spec need not say it again.
     assert job.spec.dataset.model_dump(exclude_none=True) == {"id": job.dataset_id}
@@ -173,7 +176,7 @@ def test_upload_is_read_as_the_spec_says(service: Service, upload: Callable[...,
 def test_stored_dataset_serves_many_jobs(
     service: Service, upload: Callable[..., Path], database: Database, tmp_path: Path
 ) -> None:
-    dataset = service.add_dataset(upload(ROWS), filename="rows.jsonl")
+    dataset = service.datasets.upload(upload(ROWS), filename="rows.jsonl")
     stored = tmp_path / "artifacts" / dataset_key(dataset.sha256)
     written_ns = stored.stat().st_mtime_ns
     jobs = [submit(service, dataset={"id": dataset.id}).job for _ in range(2)]
@@ -185,22 +188,22 @@ def test_stored_dataset_serves_many_jobs(
 
 
 def test_same_content_is_the_same_dataset(service: Service, upload: Callable[..., Path], database: Database) -> None:
-    first = service.add_dataset(upload(ROWS, "a.jsonl"), filename="a.jsonl")
-    assert service.add_dataset(upload(ROWS, "b.jsonl"), filename="b.jsonl") == first
+    first = service.datasets.upload(upload(ROWS, "a.jsonl"), filename="a.jsonl")
+    assert service.datasets.upload(upload(ROWS, "b.jsonl"), filename="b.jsonl") == first
     assert submit(service, upload(ROWS, "c.jsonl")).job.dataset_id == first.id
     inline = {submit(service, dataset={"rows": ROWS[:5]}).job.dataset_id for _ in range(2)}
     assert len(inline) == 1
-    assert service.list_datasets() == [service.get_dataset(inline.pop()), first]
+    assert service.datasets.list_datasets() == [service.datasets.get(inline.pop()), first]
 
 
 def test_upload_heals_an_object_that_a_power_cut_tore(
     service: Service, upload: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = upload(ROWS)
-    dataset = service.add_dataset(path, filename=None)
+    dataset = service.datasets.upload(path, filename=None)
     stored = tmp_path / "artifacts" / dataset_key(dataset.sha256)
     stored.write_bytes(b"")
-    service.add_dataset(path, filename=None)
+    service.datasets.upload(path, filename=None)
     assert stored.read_bytes() == path.read_bytes()
 
 
@@ -217,7 +220,7 @@ def test_unreadable_rows_are_told_with_a_dataset_that_exists(service: Service, u
     for submission in (submit(service, path), submit(service, path)):
         (warning,) = submission.warnings
         assert warning.startswith("1 rows of the upload are left out")
-        service.get_dataset(warning.rsplit("/", 1)[-1])
+        service.datasets.get(warning.rsplit("/", 1)[-1])
 
 
 def test_dropped_and_truncated_rows_are_told(service: Service) -> None:
@@ -335,7 +338,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
 def test_refused_job_leaves_a_stored_dataset_as_it_was(
     service: Service, upload: Callable[..., Path], database: Database
 ) -> None:
-    dataset = service.add_dataset(upload([*ROWS, LONG]), filename=None)
+    dataset = service.datasets.upload(upload([*ROWS, LONG]), filename=None)
     with pytest.raises(InvalidDataset, match="1 of 21 rows"):
         submit(service, dataset={"id": dataset.id})
     rows = stored_rows(database)
@@ -351,7 +354,7 @@ def test_unusable_upload_to_the_datasets_leaves_nothing(
 ) -> None:
     before = kept()
     with pytest.raises(InvalidDataset, match="PNG"):
-        service.add_dataset(upload(PNG, "a.csv"), filename="a.csv")
+        service.datasets.upload(upload(PNG, "a.csv"), filename="a.csv")
     assert kept() == before
 
 
@@ -361,38 +364,38 @@ def test_unusable_upload_to_the_datasets_leaves_nothing(
 def test_lengths_are_rendered_once_and_then_remembered(
     service: Service, upload: Callable[..., Path], database: Database
 ) -> None:
-    dataset = service.add_dataset(upload([*ROWS, LONG]), filename=None)
-    report = service.dataset_lengths(dataset.id, "tiny", RenderRules(128))
+    dataset = service.datasets.upload(upload([*ROWS, LONG]), filename=None)
+    report = service.datasets.lengths(dataset.id, "tiny", RenderRules(128))
     assert (report.rows, report.usable_rows, report.too_long_rows, report.complete) == (21, 20, 1, True)
     assert sum(report.histogram.values()) == 21
     assert report.findings[0]["line"] == 21
-    assert service.dataset_lengths(dataset.id, "tiny", RenderRules(128)) == report
+    assert service.datasets.lengths(dataset.id, "tiny", RenderRules(128)) == report
     # A mark in the cache shows that it is read; other rules are another entry.
     with database.write() as connection:
         marked = {**connection.execute(sa.select(render_reports.c.report)).scalar_one(), "rows": 999}
         connection.execute(sa.update(render_reports).values(report=marked))
-    assert service.dataset_lengths(dataset.id, "tiny", RenderRules(128)).rows == 999
-    assert service.dataset_lengths(dataset.id, "tiny", RenderRules(127)).rows == 21
+    assert service.datasets.lengths(dataset.id, "tiny", RenderRules(128)).rows == 999
+    assert service.datasets.lengths(dataset.id, "tiny", RenderRules(127)).rows == 21
 
 
 def test_preview_shows_the_tokens_and_which_are_trained(service: Service, upload: Callable[..., Path]) -> None:
-    dataset = service.add_dataset(upload([*ROWS, LONG]), filename=None)
-    first, second = service.preview(dataset.id, "tiny", RenderRules(128), skip=3, limit=2)
+    dataset = service.datasets.upload(upload([*ROWS, LONG]), filename=None)
+    first, second = service.datasets.preview(dataset.id, "tiny", RenderRules(128), skip=3, limit=2)
     assert (first["line"], second["line"]) == (4, 5)
     assert first["text"] == "What is 3 + 3? It is 6."
     assert "".join(token["text"] for token in first["tokens"] if token["trained"]) == "It is 6.<|im_end|>"
-    (too_long,) = service.preview(dataset.id, "tiny", RenderRules(128), skip=20)
+    (too_long,) = service.datasets.preview(dataset.id, "tiny", RenderRules(128), skip=20)
     assert too_long["line"] == 21
     assert "max_seq_len_tokens is 128" in too_long["problem"]
 
 
-@pytest.mark.parametrize("look", ["dataset_lengths", "preview"])
+@pytest.mark.parametrize("look", ["lengths", "preview"])
 def test_look_at_what_is_not_there_says_so(service: Service, upload: Callable[..., Path], look: str) -> None:
-    dataset = service.add_dataset(upload(ROWS), filename=None)
+    dataset = service.datasets.upload(upload(ROWS), filename=None)
     with pytest.raises(NotFound, match="ds_none"):
-        getattr(service, look)("ds_none", "tiny", RenderRules(128))
+        getattr(service.datasets, look)("ds_none", "tiny", RenderRules(128))
     with pytest.raises(InvalidModel, match="did you mean 'tiny'"):
-        getattr(service, look)(dataset.id, "tinny", RenderRules(128))
+        getattr(service.datasets, look)(dataset.id, "tinny", RenderRules(128))
 
 
 # --- following a job
@@ -406,28 +409,28 @@ def running(service: Service, queue: Queue) -> Claim:
 
 def test_queue_position_counts_the_jobs_before(service: Service, queue: Queue) -> None:
     low = submit(service, dataset={"rows": ROWS}, priority=-1).job
-    assert service.queue_position(low) == 0
+    assert service.jobs.queue_position(low) == 0
     high = submit(service, dataset={"rows": ROWS}, priority=5).job
-    assert (service.queue_position(low), service.queue_position(high)) == (1, 0)
+    assert (service.jobs.queue_position(low), service.jobs.queue_position(high)) == (1, 0)
     claim_next(queue)
-    assert service.queue_position(low) == 0
-    assert service.queue_position(service.get_job(high.id)) is None
+    assert service.jobs.queue_position(low) == 0
+    assert service.jobs.queue_position(service.jobs.get(high.id)) is None
 
 
 def test_jobs_are_listed_newest_first(service: Service, running: Claim) -> None:
     later = submit(service, dataset={"rows": ROWS}).job
-    assert [job.id for job in service.list_jobs()] == [later.id, running.job_id]
-    assert [job.id for job in service.list_jobs(before=later.id)] == [running.job_id]
-    assert [job.id for job in service.list_jobs(status=JobStatus.RUNNING, base_model="tiny")] == [running.job_id]
-    assert service.list_jobs(base_model="other") == []
+    assert [job.id for job in service.jobs.list_jobs()] == [later.id, running.job_id]
+    assert [job.id for job in service.jobs.list_jobs(before=later.id)] == [running.job_id]
+    assert [job.id for job in service.jobs.list_jobs(status=JobStatus.RUNNING, base_model="tiny")] == [running.job_id]
+    assert service.jobs.list_jobs(base_model="other") == []
 
 
 def test_events_are_read_on_from_a_number(service: Service, running: Claim) -> None:
-    queued, started = service.job_events(running.job_id)
-    assert service.job_events(running.job_id, after=queued.seq) == [started]
-    assert service.job_events(running.job_id, limit=1) == [queued]
+    queued, started = service.jobs.events(running.job_id)
+    assert service.jobs.events(running.job_id, after=queued.seq) == [started]
+    assert service.jobs.events(running.job_id, limit=1) == [queued]
     with pytest.raises(NotFound, match="job_none"):
-        service.job_events("job_none")
+        service.jobs.events("job_none")
 
 
 def record(queue: Queue, claim: Claim, step: int, kind: str = "metrics") -> dict[str, Any]:
@@ -440,18 +443,18 @@ def test_metrics_of_a_resumed_job_are_those_of_all_attempts(service: Service, qu
     first = [record(queue, running, 0, "evaluation"), *(record(queue, running, step) for step in (1, 2, 3, 4))]
     first.append(record(queue, running, 4, "evaluation"))
     queue.report(running, Progress(), ("log", {"message": "training", "attempt": running.token}))
-    assert service.job_metrics(running.job_id) == first
+    assert service.jobs.metrics(running.job_id) == first
     queue.release(running, "the worker was stopped")
     second = claim_next(queue)
     # Until it is known where the second attempt begins, what the first did is the best that is known.
-    assert service.job_metrics(running.job_id) == first
+    assert service.jobs.metrics(running.job_id) == first
     resumed = {"message": "resumed after step 2", "attempt": second.token, "resumed_from_step": 2}
     queue.report(second, Progress(), ("log", resumed))
-    assert service.job_metrics(running.job_id) == first[:3]
+    assert service.jobs.metrics(running.job_id) == first[:3]
     again = record(queue, second, 3)
-    assert service.job_metrics(running.job_id) == [*first[:3], again]
+    assert service.jobs.metrics(running.job_id) == [*first[:3], again]
     with pytest.raises(NotFound):
-        service.job_metrics("job_none")
+        service.jobs.metrics("job_none")
 
 
 def test_of_a_step_done_twice_the_latest_metrics_count(service: Service, queue: Queue, running: Claim) -> None:
@@ -460,20 +463,20 @@ def test_of_a_step_done_twice_the_latest_metrics_count(service: Service, queue: 
     queue.release(running, "the worker was stopped")
     second = claim_next(queue)
     records = [record(queue, second, 0, "evaluation"), record(queue, second, 1), record(queue, second, 1, "evaluation")]
-    assert service.job_metrics(running.job_id) == records
+    assert service.jobs.metrics(running.job_id) == records
 
 
 def test_cancel_ends_a_queued_job_and_asks_a_running_one(service: Service, running: Claim) -> None:
     queued = submit(service, dataset={"rows": ROWS}).job
-    assert service.cancel(queued.id).status is JobStatus.CANCELLED
-    assert service.cancel(running.job_id).stop_request is StopRequest.CANCEL
+    assert service.jobs.cancel(queued.id).status is JobStatus.CANCELLED
+    assert service.jobs.cancel(running.job_id).stop_request is StopRequest.CANCEL
 
 
 def test_queued_job_waits_while_it_is_paused(service: Service, queue: Queue) -> None:
     job_id = submit(service, dataset={"rows": ROWS}).job.id
-    assert service.pause(job_id).status is JobStatus.PAUSED
+    assert service.jobs.pause(job_id).status is JobStatus.PAUSED
     assert queue.claim("worker") is None
-    resumed = service.resume(job_id)
+    resumed = service.jobs.resume(job_id)
     assert (resumed.job.status, resumed.queue_position, resumed.warnings) == (JobStatus.QUEUED, 0, ())
     assert claim_next(queue).job_id == job_id
 
@@ -481,17 +484,17 @@ def test_queued_job_waits_while_it_is_paused(service: Service, queue: Queue) -> 
 @pytest.mark.parametrize("action", ["cancel", "pause", "resume"])
 def test_unknown_job_cannot_be_changed(service: Service, action: str) -> None:
     with pytest.raises(NotFound, match="job_none"):
-        getattr(service, action)("job_none")
+        getattr(service.jobs, action)("job_none")
 
 
 def test_only_so_many_jobs_may_wait(
     service: Service, database: Database, queue: Queue, catalog: Catalog, tmp_path: Path, kept: Callable[[], Any]
 ) -> None:
     artifacts = ArtifactStore((tmp_path / "artifacts").as_uri())
-    limited = Service(
+    limited = Service.of(Stores(
         database=database, artifacts=artifacts, catalog=catalog, queue=queue, tmp_dir=tmp_path / "tmp",
         max_queued_jobs=1,
-    )  # fmt: skip
+    ))  # fmt: skip
     submit(limited, dataset={"rows": ROWS})
     before = kept()
     with pytest.raises(QuotaExceeded, match=r"1 jobs are in the queue.*cancel one"):
@@ -509,11 +512,11 @@ def test_submission_answered_before_is_not_checked_again(
 
     once = Once("k", "local", "f", answer)
     path = upload(ROWS)
-    job = service.submit(parse_spec(document()), path, once=once).job
+    job = service.jobs.submit(parse_spec(document()), path, once=once).job
     before = stored_rows(database)
     path.unlink()  # reading it again would fail
     with pytest.raises(Replay) as caught:
-        service.submit(parse_spec(document()), path, once=once)
+        service.jobs.submit(parse_spec(document()), path, once=once)
     assert caught.value.answer == {"id": job.id}
     assert stored_rows(database) == before
 
@@ -525,7 +528,7 @@ def test_key_is_stored_with_the_work_or_not_at_all(service: Service, kept: Calla
     job_id = submit(service, dataset={"rows": ROWS}).job.id
     before = kept()
     with pytest.raises(ZeroDivisionError):
-        service.cancel(job_id, once=Once("k", "local", "f", fail))
+        service.jobs.cancel(job_id, once=Once("k", "local", "f", fail))
     assert kept() == before
 
 
@@ -551,7 +554,7 @@ def published(running: Claim, service: Service, queue: Queue, tmp_path: Path) ->
     )  # fmt: skip
     artifacts.create(job_key(claim.job_id, claim.token, "manifest.json"), manifest.model_dump_json().encode())
     queue.succeed(claim, {"attempt": claim.token})
-    return service.get_job(claim.job_id)
+    return service.jobs.get(claim.job_id)
 
 
 def content(chunks: Iterator[bytes]) -> bytes:
@@ -559,24 +562,24 @@ def content(chunks: Iterator[bytes]) -> bytes:
 
 
 def test_published_files_are_listed_with_the_manifest_last(service: Service, published: Job) -> None:
-    listed = service.artifacts(published.id)
+    listed = service.artifacts.list_files(published.id)
     assert [artifact.file.name for artifact in listed] == ["adapter_model.safetensors", "README.md", "manifest.json"]
     for artifact in listed:
-        assert service.artifact(published.id, artifact.file.name) == artifact
-        data = content(service.read_artifact(artifact))
+        assert service.artifacts.get(published.id, artifact.file.name) == artifact
+        data = content(service.artifacts.read(artifact))
         assert (len(data), hashlib.sha256(data).hexdigest()) == (artifact.file.bytes, artifact.file.sha256)
-    assert service.manifest(published.id).attempt == 2
+    assert service.artifacts.manifest(published.id).attempt == 2
 
 
 def test_part_of_a_published_file_is_read(service: Service, published: Job) -> None:
-    artifact = service.artifact(published.id, "adapter_model.safetensors")
-    assert content(service.read_artifact(artifact, 3, 12)) == (b"weights" * 100)[3:12]
+    artifact = service.artifacts.get(published.id, "adapter_model.safetensors")
+    assert content(service.artifacts.read(artifact, 3, 12)) == (b"weights" * 100)[3:12]
 
 
 @pytest.mark.parametrize("name", ["nothing", "../1/adapter_model.safetensors", "", "/etc/passwd", "..", "%2e%2e"])
 def test_only_what_the_manifest_lists_is_an_artifact(service: Service, published: Job, name: str) -> None:
     with pytest.raises(NotFound, match=r"it published adapter_model\.safetensors, README\.md, manifest\.json"):
-        service.artifact(published.id, name)
+        service.artifacts.get(published.id, name)
 
 
 @pytest.mark.parametrize("state", ["queued", "running", "failed", "cancelled"])
@@ -588,7 +591,11 @@ def test_job_that_has_not_succeeded_has_no_artifacts(service: Service, queue: Qu
         queue.fail(claim, {"code": "job_failed"})
     elif state == "cancelled":
         queue.cancelled(claim)
-    for look in (service.manifest, service.artifacts, lambda job_id: service.artifact(job_id, "README.md")):
+    for look in (
+        service.artifacts.manifest,
+        service.artifacts.list_files,
+        lambda job_id: service.artifacts.get(job_id, "README.md"),
+    ):
         with pytest.raises(Conflict, match=f"job {job.id} is {state}"):
             look(job.id)
         with pytest.raises(NotFound):
@@ -628,15 +635,15 @@ def test_service_opens_on_an_empty_directory_and_again_on_what_is_there(tmp_path
     job = submit(first, dataset={"rows": ROWS}).job
     first.close()
     second = opened()
-    assert second.list_jobs() == [job]
-    assert [model.name for model in second.list_models()] == ["tiny"]
-    assert second.get_model("tiny") == second.list_models()[0]
+    assert second.jobs.list_jobs() == [job]
+    assert [model.name for model in second.models.list()] == ["tiny"]
+    assert second.models.get("tiny") == second.models.list()[0]
     second.close()
 
 
 def test_a_length_nobody_asked_for_fits_the_model(service: Service) -> None:
     spec = parse_spec({"base_model": "tiny", "dataset": {"rows": ROWS}, "training": {"batch_size": 4}})
-    job = service.submit(spec).job
+    job = service.jobs.submit(spec).job
     assert job.spec.training.max_seq_len_tokens == MAX_POSITIONS
     assert job.spec.training.batch_size == 4
 
@@ -645,18 +652,18 @@ def test_a_length_nobody_asked_for_fits_the_model(service: Service) -> None:
 
 
 def test_job_is_judged_with_the_dataset_it_names(service: Service, upload: Callable[..., Path]) -> None:
-    judged = service.add_dataset(upload(ROWS[:3], "judged.jsonl"), filename=None)
+    judged = service.datasets.upload(upload(ROWS[:3], "judged.jsonl"), filename=None)
     job = submit(service, dataset={"rows": ROWS[3:]}, validation={"dataset_id": judged.id}).job
     assert job.spec.validation.dataset_id == judged.id
     assert not job.spec.validation.held_out_fraction
-    assert service.get_job(job.id) == job
+    assert service.jobs.get(job.id) == job
 
 
 @pytest.mark.parametrize(
     ("rows", "fault", "reason"),
     [
         (None, NotFound, "no dataset"),
-        (ROWS[:6], InvalidSpec, "judged with the rows that it is trained on"),
+        (ROWS[:6], InvalidSpec, "validation rows are the training rows"),
         ([*ROWS[:3], LONG], InvalidDataset, "1 of 4 rows of the dataset are longer"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c"}], InvalidSpec, "pairs of a chosen"),
     ],
@@ -664,16 +671,16 @@ def test_job_is_judged_with_the_dataset_it_names(service: Service, upload: Calla
 def test_dataset_that_cannot_judge_is_refused(
     service: Service, upload: Callable[..., Path], rows: list[Any] | None, fault: type[QLoRAError], reason: str
 ) -> None:
-    judged = "ds_none" if rows is None else service.add_dataset(upload(rows, "judged.jsonl"), filename=None).id
-    trained = service.add_dataset(upload(ROWS[:6], "trained.jsonl"), filename=None).id
+    judged = "ds_none" if rows is None else service.datasets.upload(upload(rows, "judged.jsonl"), filename=None).id
+    trained = service.datasets.upload(upload(ROWS[:6], "trained.jsonl"), filename=None).id
     with pytest.raises(fault, match=reason) as caught:
         submit(service, dataset={"id": trained}, validation={"dataset_id": judged})
     assert caught.value.location == "/validation/dataset_id"
-    assert service.list_jobs() == []
+    assert service.jobs.list_jobs() == []
 
 
 def test_another_projects_dataset_cannot_judge(service: Service, upload: Callable[..., Path]) -> None:
-    judged = service.within("other").add_dataset(upload(ROWS[:3], "judged.jsonl"), filename=None)
+    judged = service.within("other").datasets.upload(upload(ROWS[:3], "judged.jsonl"), filename=None)
     with pytest.raises(NotFound):
         submit(service, dataset={"rows": ROWS[3:]}, validation={"dataset_id": judged.id})
 
@@ -684,17 +691,17 @@ def test_another_projects_dataset_cannot_judge(service: Service, upload: Callabl
 def test_withdrawn_model_is_gone_and_says_when(service: Service, published: Job, tmp_path: Path) -> None:
     name = tuned_model_name(published)
     assert name is not None
-    assert service.list_published(limit=9) == [service.get_tuned_model(name)] == [published]
+    assert service.tuned_models.list_models(limit=9) == [service.tuned_models.get(name)] == [published]
     with pytest.raises(NotFound):
-        service.within("other").withdraw_model(name)
-    withdrawn = service.withdraw_model(name)
+        service.within("other").tuned_models.delete(name)
+    withdrawn = service.tuned_models.delete(name)
     assert withdrawn.withdrawn_at is not None
     assert not list((tmp_path / "artifacts" / "jobs").rglob("*.*"))
-    for look in (service.get_tuned_model, service.withdraw_model):
+    for look in (service.tuned_models.get, service.tuned_models.delete):
         with pytest.raises(NotFound, match="no model"):
             look(name)
     with pytest.raises(Conflict, match=f"was deleted at {withdrawn.withdrawn_at:%Y-%m-%d}"):
-        service.artifacts(published.id)
+        service.artifacts.list_files(published.id)
 
 
 def test_name_that_is_not_quite_the_models_finds_nothing(service: Service, published: Job) -> None:
@@ -702,5 +709,5 @@ def test_name_that_is_not_quite_the_models_finds_nothing(service: Service, publi
     assert name is not None
     for wrong in (name.replace("ft:tiny", "ft:tony"), f"{name} ", name[3:], "tiny", published.id):
         with pytest.raises(NotFound):
-            service.withdraw_model(wrong)
-    assert service.artifacts(published.id)
+            service.tuned_models.delete(wrong)
+    assert service.artifacts.list_files(published.id)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora_service.actions.jobs import Service
+from qlora_service.actions.service import Service, Stores
 from qlora_service.artifacts.store import ArtifactStore
 from qlora_service.data.rendering.renderer import RenderRules
 from qlora_service.errors import InvalidDataset, InvalidModel, InvalidSpec, NotFound
@@ -40,13 +40,15 @@ def on(tmp_path: Path, tiny_model: Path, simulations: Path) -> Iterator[Open]:
     catalog.import_model("tiny", tiny_model)
 
     def open_for(device: str) -> Service:
-        return Service(
-            database=database,
-            artifacts=ArtifactStore((tmp_path / "artifacts").as_uri()),
-            catalog=catalog,
-            queue=Queue(database, lease_s=30),
-            planner=Planner(device, simulations),
-            tmp_dir=tmp_path / "tmp",
+        return Service.of(
+            Stores(
+                database=database,
+                artifacts=ArtifactStore((tmp_path / "artifacts").as_uri()),
+                catalog=catalog,
+                queue=Queue(database, lease_s=30),
+                planner=Planner(device, simulations),
+                tmp_dir=tmp_path / "tmp",
+            )
         )
 
     yield open_for
@@ -61,31 +63,31 @@ def spec(**groups: Any) -> JobSpec:
 
 def test_the_stored_rows_say_how_long_the_longest_is(on: Open, tmp_path: Path) -> None:
     service = on("24GB")
-    dataset = service.add_dataset(write_rows(tmp_path / "rows.jsonl"), filename="rows.jsonl")
-    longest = service.dataset_lengths(dataset.id, "tiny", RenderRules(128)).longest_tokens
-    known, unknown = service.plan(spec(dataset={"id": dataset.id})), service.plan(spec(dataset={}))
+    dataset = service.datasets.upload(write_rows(tmp_path / "rows.jsonl"), filename="rows.jsonl")
+    longest = service.datasets.lengths(dataset.id, "tiny", RenderRules(128)).longest_tokens
+    known, unknown = service.plans.plan(spec(dataset={"id": dataset.id})), service.plans.plan(spec(dataset={}))
     assert (known.longest_tokens, unknown.longest_tokens) == (longest, 128)
     assert known.memory.allocated < unknown.memory.allocated
     assert known.storage.checkpoint_bytes > unknown.storage.checkpoint_bytes  # its rows and steps are known
 
 
 def test_a_length_that_nobody_asked_for_is_what_a_job_would_have(on: Open) -> None:
-    plan = on("24GB").plan(spec(dataset={}, training={}))
+    plan = on("24GB").plans.plan(spec(dataset={}, training={}))
     assert plan.longest_tokens == 512  # all that the tiny model handles
 
 
 def test_a_plan_for_another_card_than_the_jobs_run_on(on: Open) -> None:
     service = on(FITS_NOTHING)
-    named = service.plan(spec(dataset={}), device="RTX 3090")
+    named = service.plans.plan(spec(dataset={}), device="RTX 3090")
     assert (named.verdict, named.device.name, named.found_by) == ("fits", "RTX 3090", "name")
-    own = service.plan(spec(dataset={}))
+    own = service.plans.plan(spec(dataset={}))
     assert (own.verdict, own.found_by) == ("does_not_fit", "setting")
-    part = service.plan(spec(dataset={}), device="RTX 3090", free_bytes=GIB)
+    part = service.plans.plan(spec(dataset={}), device="RTX 3090", free_bytes=GIB)
     assert (part.verdict, part.usable_bytes) == ("does_not_fit", 0)
 
 
 def test_a_config_is_enough(on: Open) -> None:
-    plan = on("24GB").plan(JobSpec(base_model="config.json"), config=MODELS["Llama-2-70B"])
+    plan = on("24GB").plans.plan(JobSpec(base_model="config.json"), config=MODELS["Llama-2-70B"])
     assert plan.verdict == "does_not_fit"
     assert plan.memory.trained_parameters > 10**8
 
@@ -102,27 +104,27 @@ def test_a_config_is_enough(on: Open) -> None:
 )
 def test_what_a_job_is_refused_for_its_plan_is_too(on: Open, asked: JobSpec, error: type, place: str | None) -> None:
     with pytest.raises(error) as caught:
-        on("24GB").plan(asked)
+        on("24GB").plans.plan(asked)
     assert caught.value.location == place
 
 
 def test_rows_that_are_too_long_are_refused_before_they_are_planned(on: Open, tmp_path: Path) -> None:
     service = on("24GB")
-    dataset = service.add_dataset(write_rows(tmp_path / "rows.jsonl"), filename="rows.jsonl")
+    dataset = service.datasets.upload(write_rows(tmp_path / "rows.jsonl"), filename="rows.jsonl")
     with pytest.raises(InvalidDataset, match="longer than max_seq_len_tokens = 8"):
-        service.plan(spec(dataset={"id": dataset.id}, training={"max_seq_len_tokens": 8}))
+        service.plans.plan(spec(dataset={"id": dataset.id}, training={"max_seq_len_tokens": 8}))
 
 
 def test_rows_of_a_config_have_no_length(on: Open) -> None:
     asked = JobSpec.model_validate({"base_model": "config.json", "dataset": {"id": "ds_1"}})
     with pytest.raises(InvalidSpec, match="tokenizer"):
-        on("24GB").plan(asked, config=MODELS["Llama-2-7B"])
+        on("24GB").plans.plan(asked, config=MODELS["Llama-2-7B"])
 
 
 def test_what_was_predicted_is_kept_with_the_job(on: Open) -> None:
     service = on("RTX 3090")
-    submission = service.submit(spec())
-    forecast = service.get_job(submission.job.id).forecast
+    submission = service.jobs.submit(spec())
+    forecast = service.jobs.get(submission.job.id).forecast
     assert forecast is not None
     assert (forecast["verdict"], forecast["device"]["name"]) == ("fits", "RTX 3090")
     assert forecast["settings"]["gradient_checkpointing"] is False
@@ -133,7 +135,7 @@ def test_what_was_predicted_is_kept_with_the_job(on: Open) -> None:
 def test_a_job_that_does_not_fit_is_refused_and_nothing_is_stored(on: Open) -> None:
     service = on(FITS_NOTHING)
     with pytest.raises(InvalidSpec, match=r"needs .* at least, a card of 1 GB has 0 MiB for it.*force: true") as caught:
-        service.submit(spec())
+        service.jobs.submit(spec())
     assert caught.value.location == "/base_model"
     details = caught.value.details
     assert (details["verdict"], details["device"]["name"], details["alternatives"]) == (
@@ -143,11 +145,11 @@ def test_a_job_that_does_not_fit_is_refused_and_nothing_is_stored(on: Open) -> N
     )
     assert details["largest"] == {"max_seq_len_tokens": None, "batch_size": None, "model": None}
     assert details["memory"]["free"] < 0
-    assert service.list_jobs() == service.list_datasets() == []
+    assert service.jobs.list_jobs() == service.datasets.list_datasets() == []
 
 
 def test_force_queues_it_with_a_warning(on: Open) -> None:
-    submission = on(FITS_NOTHING).submit(spec(), force=True)
+    submission = on(FITS_NOTHING).jobs.submit(spec(), force=True)
     (warning,) = submission.warnings
     assert warning.startswith("it is not expected to fit: the job needs")
     assert submission.job.forecast is not None
@@ -155,4 +157,4 @@ def test_force_queues_it_with_a_warning(on: Open) -> None:
 
 
 def test_where_the_device_is_unknown_nobody_is_refused(on: Open) -> None:
-    assert on(UNKNOWN).submit(spec()).job.forecast is None
+    assert on(UNKNOWN).jobs.submit(spec()).job.forecast is None

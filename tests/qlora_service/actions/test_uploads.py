@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_service.actions.jobs import Service
-from qlora_service.actions.uploads import PartUploads
+from qlora_service.actions.service import Service, Stores
+from qlora_service.actions.uploads import Uploads
 from qlora_service.artifacts.store import ArtifactStore
 from qlora_service.domain.uploads import UploadStatus
 from qlora_service.errors import Conflict, InvalidDataset, InvalidRequest, NotFound, TooLarge
@@ -24,13 +24,15 @@ HALVES = [CONTENT[:50], CONTENT[50:]]
 
 @pytest.fixture
 def service(database: Database, queue: Queue, clock: SteppedClock, tmp_path: Path) -> Service:
-    return Service(
-        database=database,
-        artifacts=ArtifactStore((tmp_path / "artifacts").as_uri()),
-        catalog=Catalog(tmp_path / "models"),
-        queue=queue,
-        tmp_dir=tmp_path / "tmp",
-        clock=clock,
+    return Service.of(
+        Stores(
+            database=database,
+            artifacts=ArtifactStore((tmp_path / "artifacts").as_uri()),
+            catalog=Catalog(tmp_path / "models"),
+            queue=queue,
+            tmp_dir=tmp_path / "tmp",
+            clock=clock,
+        )
     )
 
 
@@ -40,11 +42,11 @@ def parts_left(tmp_path: Path) -> Callable[[], int]:
     return lambda: len([path for path in (tmp_path / "artifacts" / "uploads").rglob("*") if path.is_file()])
 
 
-def begin(uploads: PartUploads, size: int = len(CONTENT)) -> str:
+def begin(uploads: Uploads, size: int = len(CONTENT)) -> str:
     return uploads.begin(filename="rows.jsonl", size=size, purpose="fine-tune", mime_type="application/jsonl").id
 
 
-def send(uploads: PartUploads, upload_id: str, tmp_path: Path, *contents: bytes) -> list[str]:
+def send(uploads: Uploads, upload_id: str, tmp_path: Path, *contents: bytes) -> list[str]:
     path, ids = tmp_path / "part", []
     for content in contents:
         path.write_bytes(content)
@@ -62,7 +64,7 @@ def test_parts_become_a_dataset_in_the_order_named(
     closed = uploads.complete(upload_id, [first, second], md5.upper())
     assert closed.dataset is not None
     assert (closed.upload.status, closed.upload.dataset_id) == (UploadStatus.COMPLETED, closed.dataset.id)
-    assert b"".join(service.read_dataset(closed.dataset)) == CONTENT
+    assert b"".join(service.datasets.read(closed.dataset)) == CONTENT
     assert (closed.dataset.filename, closed.dataset.report.usable_rows) == ("rows.jsonl", 6)
     assert parts_left() == 0
 
@@ -81,7 +83,7 @@ def test_a_damaged_whole_is_refused_and_can_be_mended(
     ]:
         with pytest.raises(InvalidRequest, match=why):
             uploads.complete(upload_id, named, md5)
-    assert (service.list_datasets(), parts_left()) == ([], 2)
+    assert (service.datasets.list_datasets(), parts_left()) == ([], 2)
     assert uploads.complete(upload_id, ids).dataset is not None
 
 

@@ -79,15 +79,15 @@ def test_a_model_that_jobs_still_need_is_removed_by_force_alone(
         return run("models", "remove", "tiny", "--data-dir", workspace.settings.data_dir, *flags)
 
     ended, first, second = workspace.submit(), workspace.submit(), workspace.submit()
-    workspace.service.cancel(ended)
+    workspace.service.jobs.cancel(ended)
     refused = remove()
     assert refused.code == 1
     assert f"tiny is still needed by {first} and 1 more: let" in refused.stderr
     assert workspace.catalog.get("tiny")
-    workspace.service.cancel(second)
+    workspace.service.jobs.cancel(second)
     assert f"needed by {first}: let" in remove().stderr
     assert remove("--force").code == 0
     assert workspace.catalog.list() == []
     workspace.catalog.import_model("tiny", tiny_model)
-    workspace.service.cancel(first)
+    workspace.service.jobs.cancel(first)
     assert remove().code == 0

@@ -45,8 +45,8 @@ def test_request_under_a_known_key_gets_the_first_answer(database: Database) -> 
     with pytest.raises(Replay) as caught:
         act(database, once(), result=2)
     assert caught.value.answer == {"status": 201, "body": {"result": 1}}
-    with database.read() as connection, pytest.raises(Replay) as recalled:
-        recall(connection, once())
+    with pytest.raises(Replay) as recalled:
+        recall(database, once())
     assert recalled.value.answer == caught.value.answer
 
 
@@ -54,16 +54,15 @@ def test_another_request_under_a_known_key_is_a_conflict(database: Database) -> 
     act(database, once())
     with pytest.raises(Conflict, match=r"'k' was used for another request.*send a new key"):
         act(database, once(fingerprint="g"))
-    with database.read() as connection, pytest.raises(Conflict):
-        recall(connection, once(fingerprint="g"))
+    with pytest.raises(Conflict):
+        recall(database, once(fingerprint="g"))
 
 
 def test_projects_do_not_share_keys(database: Database) -> None:
     act(database, once())
     act(database, once(project="somebody", fingerprint="g"))
     assert [row[:2] for row in stored_rows(database)["idempotency_keys"]] == [("local", "k"), ("somebody", "k")]
-    with database.read() as connection:
-        recall(connection, once(project="nobody"))
+    recall(database, once(project="nobody"))
 
 
 def test_key_of_work_that_failed_is_free(database: Database) -> None:
@@ -126,8 +125,8 @@ def test_a_retry_is_answered_what_the_first_attempt_was(database: Database) -> N
     assert answered(database, attempt(retry=False), 1) == 1
     later = timedelta(seconds=2)
     assert answered(database, attempt(True, later), 2, later) == 1
-    with database.read() as connection, pytest.raises(Replay):
-        recall(connection, attempt(True, later))
+    with pytest.raises(Replay):
+        recall(database, attempt(True, later))
 
 
 def test_first_attempts_are_requests_of_their_own(database: Database) -> None:

@@ -58,7 +58,7 @@ def test_next_job_on_the_base_has_the_same_process_and_one_on_another_does_not(w
         assert base_of(workspace, warm) == "warm"
         assert waiting(worker) == pid
         assert workspace.adapter_sha256(warm) == workspace.adapter_sha256(cold)
-        assert workspace.service.manifest(warm).plan == workspace.service.manifest(cold).plan
+        assert workspace.service.artifacts.manifest(warm).plan == workspace.service.artifacts.manifest(cold).plan
         other = workspace.submit_spec(spec | {"quantization": {"type": "none"}})
         assert base_of(workspace, other) == "unquantized"
         assert waiting(worker) != pid
@@ -112,11 +112,11 @@ def test_a_paused_jobs_trainer_gives_the_card_back_and_a_cancelled_ones_stays(wo
     job_id = workspace.submit(max_steps=10_000)
     with workspace.worker() as worker:
         workspace.wait(job_id, lambda job: job.step >= 1)
-        workspace.service.pause(job_id)
+        workspace.service.jobs.pause(job_id)
         assert until(lambda: not all_trainers_of(worker.pid))
-        workspace.service.resume(job_id)
+        workspace.service.jobs.resume(job_id)
         workspace.wait(job_id, lambda job: job.attempt == 2 and job.phase == "training")
-        workspace.service.cancel(job_id)
+        workspace.service.jobs.cancel(job_id)
         pid = waiting(worker)
         worker.kill()
         assert until(lambda: pid not in trainers())

@@ -37,7 +37,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
 
 def resumed_from(workspace: Workspace, job_id: str) -> int:
     """The step after which the job's second attempt went on."""
-    events = workspace.service.job_events(job_id)
+    events = workspace.service.jobs.events(job_id)
     return next(int(event.data["resumed_from_step"]) for event in events if "resumed_from_step" in event.data)
 
 
@@ -65,7 +65,7 @@ def test_a_killed_trainer_is_followed_at_once_by_one_that_goes_on_to_the_same_ad
     job = served.wait_for_end(killed)
     assert (job.status, job.attempt) == (JobStatus.SUCCEEDED, 2)
     assert served.adapter_sha256(killed) == served.adapter_sha256(undisturbed)
-    assert served.service.manifest(killed).plan == served.service.manifest(undisturbed).plan
+    assert served.service.artifacts.manifest(killed).plan == served.service.artifacts.manifest(undisturbed).plan
     assert resumed_from(served, killed) >= 3
     # The published metrics are whole: every step once.
     published = [json.loads(line) for line in served.artifact(killed, "metrics.jsonl").splitlines()]
@@ -77,7 +77,7 @@ def test_a_killed_trainer_is_followed_at_once_by_one_that_goes_on_to_the_same_ad
 def test_a_job_whose_trainers_keep_dying_is_failed_with_every_cause_and_the_next_one_runs(served: Workspace) -> None:
     poison, next_job = served.submit(**ENDLESS), served.submit()
     seen: set[int] = set()
-    while not (job := served.service.get_job(poison)).status.terminal:
+    while not (job := served.service.jobs.get(poison)).status.terminal:
         for pid in set(trainer_pids(poison)) - seen:
             seen.add(pid)
             os.kill(pid, signal.SIGKILL)
@@ -94,7 +94,7 @@ def test_a_job_whose_trainers_keep_dying_is_failed_with_every_cause_and_the_next
 def test_cancel_stops_a_running_job_at_the_next_step(served: Workspace) -> None:
     job_id = served.submit(**ENDLESS)
     served.wait(job_id, lambda job: job.step >= 1)
-    served.service.cancel(job_id)
+    served.service.jobs.cancel(job_id)
     asked_at = time.monotonic()
     assert served.wait_for_end(job_id).status is JobStatus.CANCELLED
     assert time.monotonic() - asked_at < 10  # long before the grace period's end
@@ -134,30 +134,30 @@ def test_a_stopped_worker_loses_no_completed_step(workspace: Workspace) -> None:
         assert worker.wait(15) == 0
         assert time.monotonic() - stopped_at < 8
         assert not trainer_pids(stopped)
-    job = workspace.service.get_job(stopped)
-    steps = [record["step"] for record in workspace.service.job_metrics(stopped) if "loss" in record]
+    job = workspace.service.jobs.get(stopped)
+    steps = [record["step"] for record in workspace.service.jobs.metrics(stopped) if "loss" in record]
     assert (job.status, job.attempt, job.deaths) == (JobStatus.QUEUED, 1, [])
     assert job.checkpoint_step == steps[-1] >= 5
     with workspace.worker():
         workspace.wait_for_end(stopped)
     assert workspace.adapter_sha256(stopped) == workspace.adapter_sha256(undisturbed)
-    metrics = [record["step"] for record in workspace.service.job_metrics(stopped) if "loss" in record]
+    metrics = [record["step"] for record in workspace.service.jobs.metrics(stopped) if "loss" in record]
     assert metrics == list(range(1, 121))
 
 
 def test_a_paused_job_waits_and_goes_on_where_it_was(served: Workspace) -> None:
     job_id = served.submit(**ENDLESS)
     served.wait(job_id, lambda job: job.step >= 2)
-    served.service.pause(job_id)
+    served.service.jobs.pause(job_id)
     job = served.wait(job_id, lambda job: job.status is JobStatus.PAUSED, limit_s=15)
     assert job.checkpoint_step >= 2
     assert no_trainer_within(job_id, 5)
     other = served.submit()
     assert served.wait_for_end(other).status is JobStatus.SUCCEEDED
-    served.service.resume(job_id)
+    served.service.jobs.resume(job_id)
     resumed = served.wait(job_id, lambda later: later.step > job.checkpoint_step)
     assert resumed.attempt == 2
-    served.service.cancel(job_id)
+    served.service.jobs.cancel(job_id)
     served.wait_for_end(job_id)
 
 
@@ -179,12 +179,12 @@ def test_no_more_of_a_projects_jobs_run_than_may(workspace: Workspace) -> None:
     with workspace.worker(QLORA_SLOTS="2", QLORA_MAX_RUNNING_JOBS="1"):
         # Until it trains a second slot has looked for work many times.
         workspace.wait(first, lambda job: job.step >= 1)
-        assert workspace.service.get_job(second).status is JobStatus.QUEUED
+        assert workspace.service.jobs.get(second).status is JobStatus.QUEUED
         # It makes room for its own project's more urgent job, and for nobody less urgent.
         urgent = workspace.submit(priority=5, max_steps=2)
         assert workspace.wait_for_end(urgent).status is JobStatus.SUCCEEDED
-        assert workspace.service.get_job(second).status is JobStatus.QUEUED
-        workspace.service.cancel(first)
+        assert workspace.service.jobs.get(second).status is JobStatus.QUEUED
+        workspace.service.jobs.cancel(first)
         assert workspace.wait_for_end(second).status is JobStatus.SUCCEEDED
 
 
@@ -201,7 +201,7 @@ def test_a_killed_worker_takes_its_trainer_along_and_the_next_worker_goes_on_at_
         assert time.monotonic() - began_at < 8
         job = workspace.wait_for_end(job_id)
     assert (job.status, job.attempt) == (JobStatus.SUCCEEDED, 2)
-    steps = [record["step"] for record in workspace.service.job_metrics(job_id) if "loss" in record]
+    steps = [record["step"] for record in workspace.service.jobs.metrics(job_id) if "loss" in record]
     assert steps == list(range(1, 101))
 
 
@@ -212,7 +212,7 @@ def test_a_second_worker_waits_for_the_slot(workspace: Workspace) -> None:
         trainers = trainer_pids(first_job)
         with workspace.worker():
             time.sleep(3)
-            assert workspace.service.get_job(second_job).status is JobStatus.QUEUED
+            assert workspace.service.jobs.get(second_job).status is JobStatus.QUEUED
             assert trainer_pids(first_job) == trainers
             first.kill()
             first.wait()
@@ -353,7 +353,7 @@ def test_scratch_of_a_killed_supervisor_is_reaped(workspace: Workspace) -> None:
     left.mkdir()
     (left / "rows.arrow").write_text("left behind")
     ended = workspace.submit()
-    workspace.service.cancel(ended)
+    workspace.service.jobs.cancel(ended)
     checkpoint = workspace.settings.checkpoint_dir / ended / "step-00000001.a1"
     checkpoint.mkdir(parents=True)
     job_id = workspace.submit()
@@ -376,7 +376,7 @@ def test_a_trainer_that_hangs_is_killed_when_its_job_is_cancelled(workspace: Wor
     with workspace.worker(QLORA_CANCEL_GRACE_S="1"):
         workspace.wait(job_id, lambda job: job.step >= 1)
         with standing_still(workspace, job_id):
-            workspace.service.cancel(job_id)
+            workspace.service.jobs.cancel(job_id)
             job = workspace.wait(job_id, lambda job: job.status.terminal, limit_s=10)
             assert job.status is JobStatus.CANCELLED
             assert no_trainer_within(job_id, 1)
@@ -390,7 +390,7 @@ def test_a_trainer_that_hangs_does_not_hold_up_the_workers_stop(workspace: Works
             worker.send_signal(signal.SIGTERM)
             assert worker.wait(12) == 0
         assert not trainer_pids(job_id)
-        job = workspace.service.get_job(job_id)
+        job = workspace.service.jobs.get(job_id)
         assert (job.status, job.deaths) == (JobStatus.QUEUED, [])
 
 
@@ -423,8 +423,8 @@ def test_a_full_disk_pauses_the_job_until_there_is_room(small_disk: Path, tiny_m
         assert "disk is full" in job.hold["message"]
         assert job.checkpoint_step >= 2
         assert no_trainer_within(job_id, 10)
-        assert workspace.service.get_job(job_id).status is JobStatus.PAUSED
+        assert workspace.service.jobs.get(job_id).status is JobStatus.PAUSED
         filler.unlink()
         workspace.wait(job_id, lambda later: later.step > job.checkpoint_step)
-        workspace.service.cancel(job_id)
+        workspace.service.jobs.cancel(job_id)
         workspace.wait_for_end(job_id)

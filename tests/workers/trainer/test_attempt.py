@@ -50,13 +50,13 @@ from workers.warm_base import BaseHolder
 
 
 def attempt(workspace: Workspace, job_id: str, token: int = 1) -> AttemptInputs:
-    job = workspace.service.get_job(job_id)
+    job = workspace.service.jobs.get(job_id)
     scratch = workspace.settings.tmp_dir / f"{job_id}-{token}"
     scratch.mkdir(parents=True)
     return AttemptInputs(
         job=job,
         token=token,
-        dataset=workspace.service.get_dataset(job.dataset_id),
+        dataset=workspace.service.datasets.get(job.dataset_id),
         base=workspace.catalog.get("tiny"),
         artifacts=ArtifactStore(workspace.settings.resolved_artifact_url),
         scratch=scratch,
@@ -176,7 +176,7 @@ def test_every_kind_of_job_ends_certified(
 ) -> None:
     training = {"max_steps": 3, "batch_size": 4, "max_seq_len_tokens": 128} | parts.pop("training", {})
     spec = {"base_model": "tiny", "dataset": {"rows": rows}, "training": training, **parts}
-    inputs = attempt(workspace, workspace.service.submit(parse_spec(spec)).job.id)
+    inputs = attempt(workspace, workspace.service.jobs.submit(parse_spec(spec)).job.id)
     certificate = run(inputs)["certificate"]
     assert isinstance(certificate, dict)
     assert certificate["difference"] == 0.0
@@ -192,7 +192,7 @@ def test_answers_are_published_side_by_side(workspace: Workspace) -> None:
         "training": {"max_steps": 2, "batch_size": 4, "max_seq_len_tokens": 128},
         "evaluation": {"generate_rows": 2, "questions": ["How many days has a week?"], "max_new_tokens": 4},
     }
-    inputs = attempt(workspace, workspace.service.submit(parse_spec(spec)).job.id)
+    inputs = attempt(workspace, workspace.service.jobs.submit(parse_spec(spec)).job.id)
     scores = run(inputs)["generation"]
     report = json.loads(published(inputs, "generation.json"))
     assert report["scores"] == scores
@@ -515,7 +515,7 @@ def test_every_part_of_the_spec_is_used(workspace: Workspace, monkeypatch: pytes
         "training": {"max_steps": 30, "batch_size": 1, "max_seq_len_tokens": 128, "train_on": "all", "seed": 7},
         "evaluation": {"every_steps": 11},
     }
-    inputs = attempt(workspace, workspace.service.submit(parse_spec(spec)).job.id)
+    inputs = attempt(workspace, workspace.service.jobs.submit(parse_spec(spec)).job.id)
     run(inputs)
     assert seen["evaluate_every"] == 11
     assert now == [inputs.job.created_at]
@@ -536,7 +536,7 @@ def test_job_is_judged_with_the_dataset_it_names(workspace: Workspace, monkeypat
     seen = spy_on_training(monkeypatch)
     rows = workspace.settings.tmp_dir / "judged.jsonl"
     rows.write_text("".join(json.dumps({"instruction": f"Ask {n}", "output": "Yes."}) + "\n" for n in range(5)))
-    judged = workspace.service.add_dataset(rows, filename=None)
+    judged = workspace.service.datasets.upload(rows, filename=None)
     spec = job_spec(max_steps=1) | {"validation": {"dataset_id": judged.id, "max_rows": 3}}
     inputs = replace(attempt(workspace, workspace.submit_spec(spec)), validation=judged)
     result = run(inputs)

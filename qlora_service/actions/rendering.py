@@ -1,0 +1,92 @@
+"""Datasets rendered with a base model's tokenizer and chat template: the report on all rows, and a preview of some."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from qlora_service.actions.dataset_storage import DatasetStorage
+from qlora_service.data.files.checks import read_examples
+from qlora_service.data.rendering.renderer import (
+    RenderedRow,
+    Renderer,
+    RenderReport,
+    RenderRules,
+    UnusableRow,
+    render_report,
+)
+from qlora_service.data.rows.examples import SourceRow
+from qlora_service.domain.clock import Clock
+from qlora_service.domain.datasets import Dataset
+from qlora_service.models.catalog.catalog import BaseModel
+from qlora_service.store import datasets as dataset_rows
+from qlora_service.store.database import Database
+
+CHECKED_ROWS = 50_000
+"""Rows rendered while a job is posted; the trainer checks the rest before its first step."""
+
+
+class Rendering:
+    """Renders the datasets of one project."""
+
+    def __init__(self, database: Database, storage: DatasetStorage, clock: Clock) -> None:
+        self._database = database
+        self._storage = storage
+        self._clock = clock
+
+    def stored_report(self, dataset: Dataset, model: BaseModel, rules: RenderRules) -> RenderReport:
+        """The report on a stored dataset, cached by model and rules.
+
+        Raises:
+            InvalidModel: the model's tokenizer or chat template cannot be used.
+        """
+        identity = [model.name, model.weights_sha256, model.imported_at, asdict(rules), CHECKED_ROWS]
+        key = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()
+        with self._database.read() as connection:
+            known = dataset_rows.get_render_report(connection, dataset.id, key)
+        if known is not None:
+            return RenderReport(**known)
+        with self._storage.scratch() as scratch:
+            report = self.report(dataset, self._storage.local_copy(dataset, scratch), model, rules)
+        with self._database.write() as connection:
+            dataset_rows.put_render_report(connection, dataset.id, key, asdict(report))
+        return report
+
+    def report(self, dataset: Dataset, path: Path, model: BaseModel, rules: RenderRules) -> RenderReport:
+        """The report on a dataset whose bytes are at `path`. Raises: InvalidModel."""
+        with Renderer(model.path, rules, self._clock()) as renderer:
+            return render_report(renderer, _examples(dataset, path), CHECKED_ROWS)
+
+    def preview(
+        self, dataset: Dataset, model: BaseModel, rules: RenderRules, *, skip: int, limit: int
+    ) -> list[dict[str, Any]]:
+        """Rows as they are trained: text, tokens (id, text, trained), and the number of tokens cut off."""
+        with self._storage.scratch() as scratch, Renderer(model.path, rules, self._clock()) as renderer:
+            path = self._storage.local_copy(dataset, scratch)
+            rows = islice(_examples(dataset, path), skip, skip + limit)
+            return [_preview(renderer, result) for result in renderer.render(rows)]
+
+
+def _examples(dataset: Dataset, path: Path) -> Iterator[SourceRow]:
+    return read_examples(path, dataset.report.container, dataset.report.shape)
+
+
+def _preview(renderer: Renderer, result: RenderedRow | UnusableRow) -> dict[str, Any]:
+    if isinstance(result, UnusableRow):
+        return {"line": result.finding.line, "problem": result.finding.reason}
+    rejected = None if result.rejected is None else _preview_document(renderer, result.rejected)
+    chosen = _preview_document(renderer, result)
+    return {"line": result.line, **chosen, "rejected": rejected, "desirable": result.desirable}
+
+
+def _preview_document(renderer: Renderer, document: RenderedRow) -> dict[str, Any]:
+    tokens = [
+        {"id": token_id, "text": renderer.token_text(token_id), "trained": trained}
+        for token_id, trained in zip(document.input_ids, document.trained, strict=True)
+    ]
+    return {"text": document.text, "tokens": tokens, "cut_tokens": document.cut_tokens}
