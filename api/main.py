@@ -96,7 +96,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             artifact_url=settings.resolved_artifact_url,
             models_dir=settings.models_dir,
             tmp_dir=scratch.path,
-            lease_s=settings.lease_s,
             max_queued_jobs=settings.max_queued_jobs,
             max_stored_bytes=settings.max_stored_bytes,
             plan_device=settings.plan_device,

@@ -21,7 +21,8 @@ from qlora_service.domain.datasets import Dataset, DatasetReport
 from qlora_service.domain.ids import new_id
 from qlora_service.domain.jobs import TRANSITIONS, HoldReason, Job, JobEvent, JobStatus
 from qlora_service.domain.keys import LOCAL_PROJECT
-from qlora_service.queue.queue import Claim, Progress, Queue
+from qlora_service.queue.claim import Claim, Progress
+from qlora_service.queue.queue import Queue
 from qlora_service.specs import JobSpec
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import insert_dataset
@@ -47,7 +48,7 @@ VERBS: dict[str, Callable[[Queue, Claim], object]] = {
     "died": lambda queue, claim: queue.died(claim, {"message": "it was killed"}),
 }
 
-Ask = Callable[[Connection, str], Job]
+Request = Callable[[Connection, str, datetime], Job]
 
 
 class SteppedClock:
@@ -169,10 +170,10 @@ def run_together(script: str, *arguments: str, processes: int) -> list[Any]:
     return results
 
 
-def ask(database: Database, verb: Ask, job_id: str) -> Job:
-    """What a user wants, in a transaction of its own."""
+def ask(database: Database, request: Request, job_id: str, now: datetime = START) -> Job:
+    """A user's request about a job, in a transaction of its own."""
     with database.write() as connection:
-        return verb(connection, job_id)
+        return request(connection, job_id, now)
 
 
 def claim_next(queue: Queue, worker: str = "host:1:0") -> Claim:

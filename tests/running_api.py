@@ -21,7 +21,8 @@ from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.cli.serving import pick_port
 from qlora_service.client import Client
 from qlora_service.models.catalog.catalog import Catalog
-from qlora_service.queue.queue import Claim, Queue
+from qlora_service.queue.claim import Claim
+from qlora_service.queue.queue import Queue
 from qlora_service.store.database import Database
 
 ROOT = Path(__file__).parents[1]

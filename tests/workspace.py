@@ -18,7 +18,7 @@ from qlora_service.chat.reception import Reception
 from qlora_service.chat.wire import Finished, GenerationRequest
 from qlora_service.domain.jobs import Job
 from qlora_service.models.catalog.catalog import Catalog
-from qlora_service.queue.queue import Claim
+from qlora_service.queue.claim import Claim
 from qlora_service.settings import Settings
 from qlora_service.specs import parse_spec
 from qlora_service.store.database import Database
@@ -41,7 +41,6 @@ class Workspace:
             artifact_url=self.settings.resolved_artifact_url,
             models_dir=self.settings.models_dir,
             tmp_dir=self.settings.tmp_dir,
-            lease_s=self.settings.lease_s,
         )
 
     def submit(self, *, priority: int = 0, **training: Any) -> str:

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from qlora_service.models.base.needed_base import NeededBase
-from qlora_service.queue.queue import Claim
+from qlora_service.queue.claim import Claim
 from qlora_service.store.inference import LoadedBase
 from workers import exit_codes
 

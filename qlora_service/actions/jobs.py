@@ -31,7 +31,7 @@ from qlora_service.errors import InvalidSpec, QuotaExceeded
 from qlora_service.models.catalog.catalog import BaseModel, Catalog
 from qlora_service.planning.plan import Plan
 from qlora_service.planning.time.duration import Work
-from qlora_service.queue.queue import Queue
+from qlora_service.queue.requests import request_cancel, request_pause, request_resume
 from qlora_service.specs import Container, DatasetRef, JobSpec
 from qlora_service.store import jobs as job_rows
 from qlora_service.store.database import Database
@@ -68,7 +68,6 @@ class Jobs:
     def __init__(
         self,
         database: Database,
-        queue: Queue,
         catalog: Catalog,
         storage: DatasetStorage,
         rendering: Rendering,
@@ -80,7 +79,6 @@ class Jobs:
     ) -> None:
         """`max_queued_jobs` bounds the project's jobs in the queue; None for no bound."""
         self._database = database
-        self._queue = queue
         self._catalog = catalog
         self._storage = storage
         self._rendering = rendering
@@ -195,7 +193,7 @@ class Jobs:
         """The job: cancelled, or asked to stop at its next step boundary. Raises: NotFound, Conflict."""
 
         def cancel(connection: Connection) -> Job:
-            return self._queue.request_cancel(connection, self._owned_id(connection, job_id))
+            return request_cancel(connection, self._owned_id(connection, job_id), self._clock())
 
         return write_once(self._database, once, self._clock(), cancel)
 
@@ -203,7 +201,7 @@ class Jobs:
         """The job: paused, or asked to stop at its next step boundary. Raises: NotFound, Conflict."""
 
         def pause(connection: Connection) -> Job:
-            return self._queue.request_pause(connection, self._owned_id(connection, job_id))
+            return request_pause(connection, self._owned_id(connection, job_id), self._clock())
 
         return write_once(self._database, once, self._clock(), pause)
 
@@ -216,7 +214,7 @@ class Jobs:
         """
 
         def enqueue(connection: Connection) -> Submission:
-            job = self._queue.resume(connection, self._owned_id(connection, job_id))
+            job = request_resume(connection, self._owned_id(connection, job_id), self._clock())
             queued = job.status is JobStatus.QUEUED
             if queued:
                 self._check_queue(connection)

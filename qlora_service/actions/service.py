@@ -22,7 +22,6 @@ from qlora_service.domain.keys import LOCAL_PROJECT
 from qlora_service.errors import Unavailable
 from qlora_service.models.catalog.catalog import Catalog
 from qlora_service.planning.planner import AUTO, Planner
-from qlora_service.queue.queue import Queue
 from qlora_service.store.database import Database
 
 
@@ -33,7 +32,6 @@ class Stores:
     database: Database
     artifacts: ArtifactStore
     catalog: Catalog
-    queue: Queue
     tmp_dir: Path
     planner: Planner = field(default_factory=Planner)
     clock: Clock = utc_now
@@ -79,7 +77,6 @@ class Service:
             project=project,
             jobs=Jobs(
                 database,
-                stores.queue,
                 catalog,
                 storage,
                 rendering,
@@ -129,7 +126,6 @@ def open_service(
     artifact_url: str,
     models_dir: Path,
     tmp_dir: Path,
-    lease_s: float,
     max_queued_jobs: int | None = None,
     max_stored_bytes: int | None = None,
     plan_device: str = AUTO,
@@ -146,7 +142,6 @@ def open_service(
         database=database,
         artifacts=ArtifactStore(artifact_url),
         catalog=Catalog(models_dir),
-        queue=Queue(database, lease_s=lease_s),
         planner=Planner(plan_device, plan_cache_dir),
         tmp_dir=tmp_dir,
         max_queued_jobs=max_queued_jobs,

@@ -45,6 +45,11 @@ TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
 }
 
 
+def sources_of(status: JobStatus) -> list[JobStatus]:
+    """The statuses from which a job may get `status`."""
+    return [source for source, targets in TRANSITIONS.items() if status in targets]
+
+
 class StopRequest(StrEnum):
     """What a running attempt is asked to do at its next step boundary."""
 

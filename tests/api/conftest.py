@@ -23,7 +23,8 @@ from qlora_service.artifacts.manifest import NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest, describe_file
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.models.catalog.catalog import Catalog
-from qlora_service.queue.queue import Claim, Queue
+from qlora_service.queue.claim import Claim
+from qlora_service.queue.queue import Queue
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database
 

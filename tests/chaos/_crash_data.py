@@ -43,7 +43,6 @@ class DataDirectory:
                 database=self.database,
                 artifacts=self.artifacts,
                 catalog=self.catalog,
-                queue=self.queue,
                 tmp_dir=path / "tmp",
             )
         )

@@ -21,7 +21,8 @@ from qlora_service.artifacts.manifest import Manifest
 from qlora_service.artifacts.store import dataset_key, job_key
 from qlora_service.domain.jobs import Job, JobStatus
 from qlora_service.errors import ClaimLost, NotFound
-from qlora_service.queue.queue import Claim, Progress, Queue
+from qlora_service.queue.claim import Claim, Progress
+from qlora_service.queue.queue import Queue
 from qlora_service.specs import parse_spec
 from qlora_service.store.idempotency import Once, Replay
 from qlora_service.store.tables import idempotency_keys

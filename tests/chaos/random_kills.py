@@ -25,7 +25,7 @@ from enum import StrEnum
 from qlora_service.client import Client
 from qlora_service.domain.jobs import Job, JobStatus
 from qlora_service.errors import Unavailable
-from qlora_service.queue.queue import Claim
+from qlora_service.queue.claim import Claim
 from tests.chaos._verdict import job_ids, judge, leftovers, orphans
 from tests.running_api import RunningApi
 from tests.workspace import Workspace, job_spec, started_at, trainers_of

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_service.domain.jobs import JobStatus
-from qlora_service.queue.queue import Claim, Queue
+from qlora_service.queue.claim import Claim
+from qlora_service.queue.queue import Queue
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database
 from tests.chaos._verdict import judge

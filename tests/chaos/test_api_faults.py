@@ -17,7 +17,7 @@ import pytest
 
 from qlora_service.client import Client, Event
 from qlora_service.models.catalog.catalog import Catalog
-from qlora_service.queue.queue import Progress
+from qlora_service.queue.claim import Progress
 from tests.running_api import ROWS, RunningApi, open_queue
 
 SPEC = {"base_model": "tiny", "dataset": {"rows": ROWS}, "training": {"max_seq_len_tokens": 64}}

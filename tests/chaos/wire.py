@@ -26,7 +26,7 @@ from schemathesis.core.failures import FailureGroup
 from api.main import create_app
 from qlora_service.actions.keys import Access
 from qlora_service.models.catalog.catalog import Catalog
-from qlora_service.queue.queue import Progress
+from qlora_service.queue.claim import Progress
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database
 from tests.running_api import RunningApi, open_queue, succeed

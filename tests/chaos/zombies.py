@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_service.domain.jobs import JobEvent, JobStatus
-from qlora_service.queue.queue import Claim
+from qlora_service.queue.claim import Claim
 from tests.workspace import Workspace, trainers_of
 
 JOBS = 5

@@ -17,7 +17,7 @@ import pytest
 
 from qlora_service.chat.wire import address, listen
 from qlora_service.models.base.needed_base import NeededBase
-from qlora_service.queue.queue import Claim
+from qlora_service.queue.claim import Claim
 from qlora_service.specs import Quantization
 from qlora_service.store.inference import LoadedBase
 from tests.workspace import ROOT

@@ -12,7 +12,8 @@ import structlog
 from qlora_service.artifacts.store import ArtifactStore, dataset_key
 from qlora_service.domain.clock import utc_now
 from qlora_service.errors import NotFound
-from qlora_service.queue.queue import Claim, Queue
+from qlora_service.queue.claim import Claim
+from qlora_service.queue.queue import Queue
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import all_needed_bytes, are_bytes_needed, first_stored_at, lock_bytes
 from qlora_service.store.jobs import get_job

@@ -17,7 +17,7 @@ from qlora_service.domain.clock import utc_now
 from qlora_service.errors import QLoRAError
 from qlora_service.models.base.needed_base import NeededBase
 from qlora_service.models.catalog.catalog import Catalog
-from qlora_service.queue.queue import Claim
+from qlora_service.queue.claim import Claim
 from qlora_service.specs import Quantization
 from qlora_service.store import inference
 from qlora_service.store.database import Database, is_outage, persist

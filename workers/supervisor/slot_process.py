@@ -19,7 +19,7 @@ import structlog
 from qlora_service.domain.jobs import Job
 from qlora_service.models.base.needed_base import NeededBase, may_change_base
 from qlora_service.process.child import kill_group
-from qlora_service.queue.queue import Claim
+from qlora_service.queue.claim import Claim
 from qlora_service.store.inference import LoadedBase
 from workers.supervisor_channel import LEAVE, MAX_BYTES, Assignment, Attempt, ChatTurn
 

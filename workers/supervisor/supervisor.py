@@ -22,7 +22,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from qlora_service.domain.jobs import FailureReason, Job, StopRequest
 from qlora_service.errors import ClaimLost
 from qlora_service.models.catalog.catalog import Catalog
-from qlora_service.queue.queue import Claim, Queue
+from qlora_service.queue.claim import Claim
+from qlora_service.queue.queue import Queue
 from qlora_service.store.database import Database, is_outage, persist
 from workers.exit_codes import CAUSES
 from workers.supervisor.host_memory import oom_kills

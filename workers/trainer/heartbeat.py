@@ -12,7 +12,8 @@ import structlog
 
 from qlora_service.domain.jobs import HoldReason, StopRequest
 from qlora_service.errors import ClaimLost, Interrupted, JobCancelled
-from qlora_service.queue.queue import Claim, Queue
+from qlora_service.queue.claim import Claim
+from qlora_service.queue.queue import Queue
 from workers import exit_codes
 from workers.disk_space import is_disk_full
 

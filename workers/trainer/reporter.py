@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_service.domain.metrics import finite_or_null
-from qlora_service.queue.queue import Claim, Progress, Queue
+from qlora_service.queue.claim import Claim, Progress
+from qlora_service.queue.queue import Queue
 from qlora_service.store.database import persist
 from workers.trainer.heartbeat import ClaimKeeper
 from workers.trainer.measurements import Measuring

@@ -33,7 +33,9 @@ from qlora_service.models.base.quantized_cache import QuantizedCache
 from qlora_service.models.catalog.catalog import BaseModel, Catalog
 from qlora_service.models.catalog.staging import reap_stale, staging_directory
 from qlora_service.process.startup import importing_torch
-from qlora_service.queue.queue import USER_HOLD, Claim, Queue
+from qlora_service.queue.claim import Claim
+from qlora_service.queue.queue import Queue
+from qlora_service.queue.transitions import USER_HOLD
 from qlora_service.settings import Settings
 from qlora_service.specs import Quantization
 from qlora_service.store.database import Database, persist

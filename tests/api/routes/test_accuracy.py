@@ -11,7 +11,8 @@ from fastapi.testclient import TestClient
 
 from qlora_service.planning.hardware import this_cpu
 from qlora_service.planning.time.duration import Kind, Work
-from qlora_service.queue.queue import Claim, Progress, Queue
+from qlora_service.queue.claim import Claim, Progress
+from qlora_service.queue.queue import Queue
 from qlora_service.specs import JobSpec
 from tests.api.conftest import spec_of
 

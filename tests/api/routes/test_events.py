@@ -12,7 +12,10 @@ import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
-from qlora_service.queue.queue import Claim, Progress, Queue
+from qlora_service.domain.clock import utc_now
+from qlora_service.queue.claim import Claim, Progress
+from qlora_service.queue.queue import Queue
+from qlora_service.queue.requests import request_cancel
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database
 from tests.api.conftest import Server, chat_rows, spec_of
@@ -185,8 +188,8 @@ def test_one_stream_follows_all_jobs_of_the_project(live: RunningApi, live_datab
         assert next(lines) == ": ping"  # it has begun
         job_id = add_job(live_database)
         with live_database.write() as connection:
-            queue.request_cancel(connection, foreign)
-            queue.request_cancel(connection, old)
+            request_cancel(connection, foreign, utc_now())
+            request_cancel(connection, old, utc_now())
         events = parse(lines)
         seen = [next(events), next(events)]
         assert [(event["data"]["job_id"], event["data"]["status"]) for event in seen] == [
@@ -207,5 +210,5 @@ def test_event_id_that_is_yet_to_come_is_taken_for_now(live: RunningApi, live_da
     with stream(f"{live.url}/jobs/{job_id}/events?after={2**62}") as lines:
         assert next(lines) == ": ping"
         with live_database.write() as connection:
-            open_queue(live.data_dir).request_cancel(connection, job_id)
+            request_cancel(connection, job_id, utc_now())
         assert [event["data"]["status"] for event in parse(lines)] == ["cancelled"]

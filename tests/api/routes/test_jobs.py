@@ -10,7 +10,8 @@ from fastapi.testclient import TestClient
 
 from api.main import create_app
 from qlora_service.domain.jobs import StopRequest
-from qlora_service.queue.queue import Progress, Queue
+from qlora_service.queue.claim import Progress
+from qlora_service.queue.queue import Queue
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database
 from qlora_service.store.tables import jobs

@@ -16,7 +16,8 @@ from fastapi.testclient import TestClient
 from api.main import create_app
 from qlora_service.chat import reception
 from qlora_service.chat.wire import AdapterRef, Sampling
-from qlora_service.queue.queue import Progress, Queue
+from qlora_service.queue.claim import Progress
+from qlora_service.queue.queue import Queue
 from qlora_service.settings import Settings
 from tests.api.conftest import URL, Server, spec_of
 from tests.speaking_desk import BROKEN_OFF, ENDLESS, TOO_LONG, SpeakingDesk

@@ -9,7 +9,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from qlora_service.domain.jobs import JobStatus
-from qlora_service.queue.queue import Progress, Queue
+from qlora_service.queue.claim import Progress
+from qlora_service.queue.queue import Queue
 from tests.api.conftest import chat_rows
 
 BAD = b'{"x": 1}\n'

@@ -8,7 +8,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.main import create_app
-from qlora_service.queue.queue import Progress, Queue
+from qlora_service.queue.claim import Progress
+from qlora_service.queue.queue import Queue
 from qlora_service.store.idempotency import RETRIED_FOR
 from tests.api.conftest import URL, chat_rows, settings_in, spec_of
 

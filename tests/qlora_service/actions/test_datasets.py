@@ -29,7 +29,6 @@ def open_service(database: Database, queue: Queue, clock: SteppedClock, tmp_path
             database=database,
             artifacts=ArtifactStore((tmp_path / "artifacts").as_uri()),
             catalog=Catalog(tmp_path / "models"),
-            queue=queue,
             tmp_dir=tmp_path / "tmp",
             clock=clock,
             **limits,

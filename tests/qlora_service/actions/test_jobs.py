@@ -27,12 +27,13 @@ from qlora_service.errors import (
     Unavailable,
 )
 from qlora_service.models.catalog.catalog import Catalog
-from qlora_service.queue.queue import Claim, Progress, Queue
+from qlora_service.queue.claim import Claim, Progress
+from qlora_service.queue.queue import Queue
 from qlora_service.specs import parse_spec
 from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Once, Replay
 from qlora_service.store.tables import render_reports
-from tests.control_plane import LEASE_S, SteppedClock, claim_next, job_events, stored_rows
+from tests.control_plane import SteppedClock, claim_next, job_events, stored_rows
 from tests.tiny_model import MAX_POSITIONS
 
 ROWS = [{"prompt": f"What is {n} + {n}? ", "completion": f"It is {2 * n}."} for n in range(20)]
@@ -52,9 +53,7 @@ def catalog(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Catal
 def service(database: Database, queue: Queue, catalog: Catalog, clock: SteppedClock, tmp_path: Path) -> Service:
     artifacts = ArtifactStore((tmp_path / "artifacts").as_uri())
     return Service.of(
-        Stores(
-            database=database, artifacts=artifacts, catalog=catalog, queue=queue, tmp_dir=tmp_path / "tmp", clock=clock
-        )
+        Stores(database=database, artifacts=artifacts, catalog=catalog, tmp_dir=tmp_path / "tmp", clock=clock)
     )
 
 
@@ -492,7 +491,7 @@ def test_only_so_many_jobs_may_wait(
 ) -> None:
     artifacts = ArtifactStore((tmp_path / "artifacts").as_uri())
     limited = Service.of(Stores(
-        database=database, artifacts=artifacts, catalog=catalog, queue=queue, tmp_dir=tmp_path / "tmp",
+        database=database, artifacts=artifacts, catalog=catalog, tmp_dir=tmp_path / "tmp",
         max_queued_jobs=1,
     ))  # fmt: skip
     submit(limited, dataset={"rows": ROWS})
@@ -628,7 +627,6 @@ def test_service_opens_on_an_empty_directory_and_again_on_what_is_there(tmp_path
             artifact_url=(tmp_path / "data/artifacts").as_uri(),
             models_dir=catalog.models_dir,
             tmp_dir=tmp_path / "data/tmp",
-            lease_s=LEASE_S,
         )
 
     first = opened()

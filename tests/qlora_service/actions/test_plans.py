@@ -15,7 +15,6 @@ from qlora_service.errors import InvalidDataset, InvalidModel, InvalidSpec, NotF
 from qlora_service.models.catalog.catalog import Catalog
 from qlora_service.planning.memory import GIB
 from qlora_service.planning.planner import UNKNOWN, Planner
-from qlora_service.queue.queue import Queue
 from qlora_service.specs import JobSpec, parse_spec
 from tests.control_plane import sqlite_database
 from tests.planning_models import MODELS
@@ -45,7 +44,6 @@ def on(tmp_path: Path, tiny_model: Path, simulations: Path) -> Iterator[Open]:
                 database=database,
                 artifacts=ArtifactStore((tmp_path / "artifacts").as_uri()),
                 catalog=catalog,
-                queue=Queue(database, lease_s=30),
                 planner=Planner(device, simulations),
                 tmp_dir=tmp_path / "tmp",
             )

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from qlora_service.client import Client
-from qlora_service.queue.queue import Claim, Progress, Queue
+from qlora_service.queue.claim import Claim, Progress
+from qlora_service.queue.queue import Queue
 from tests.running_api import RunningApi
 
 SPEC = {"base_model": "tiny", "priority": 100, "training": {"max_seq_len_tokens": 64}}

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from qlora_service.client import Client
-from qlora_service.queue.queue import Claim, Progress, Queue
+from qlora_service.queue.claim import Claim, Progress
+from qlora_service.queue.queue import Queue
 from tests.breaking_proxy import BreakingProxy
 from tests.running_api import RunningApi, succeed
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qlora_service.client import Client
-from qlora_service.queue.queue import Claim, Queue
+from qlora_service.queue.claim import Claim
+from qlora_service.queue.queue import Queue
 from tests.breaking_proxy import BreakingProxy
 from tests.running_api import RunningApi, api, queue, rows
 

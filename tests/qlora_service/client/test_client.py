@@ -14,7 +14,8 @@ import pytest
 from qlora_service.client import Client, Event, ServiceError
 from qlora_service.domain.jobs import JobStatus
 from qlora_service.errors import InvalidRequest, Unavailable
-from qlora_service.queue.queue import Claim, Progress, Queue
+from qlora_service.queue.claim import Claim, Progress
+from qlora_service.queue.queue import Queue
 from qlora_service.specs import DatasetRef, JobSpec
 from tests.breaking_proxy import BreakingProxy
 from tests.running_api import ROWS, RunningApi

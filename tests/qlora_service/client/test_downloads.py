@@ -12,7 +12,8 @@ import pytest
 from qlora_service.artifacts.store import job_key
 from qlora_service.client import Client, Unreachable
 from qlora_service.errors import InvalidRequest, Unavailable
-from qlora_service.queue.queue import Claim, Queue
+from qlora_service.queue.claim import Claim
+from qlora_service.queue.queue import Queue
 from tests.breaking_proxy import BreakingProxy
 from tests.running_api import RunningApi, succeed
 

@@ -6,7 +6,9 @@ import sqlalchemy as sa
 
 from qlora_service.domain.jobs import FailureReason, JobStatus
 from qlora_service.errors import ClaimLost, Conflict
-from qlora_service.queue.queue import Claim, Progress, Queue
+from qlora_service.queue.claim import Claim, Progress
+from qlora_service.queue.queue import Queue
+from qlora_service.queue.requests import request_cancel, request_pause
 from qlora_service.store.database import Database
 from qlora_service.store.tables import jobs
 from tests.control_plane import (
@@ -36,7 +38,8 @@ OUTCOMES = {
 }
 
 CLAIM_ALL = """
-from qlora_service.queue.queue import Progress, Queue
+from qlora_service.queue.queue import Queue
+from qlora_service.queue.claim import Progress
 from qlora_service.store.database import Database
 
 def work(url):
@@ -290,10 +293,10 @@ def test_ended_job_is_never_claimed_requeued_or_cancelled(
     assert queue.claim("host:1:0") is None
     assert queue.requeue_lost() == []
     if verb == "cancelled":
-        assert ask(database, queue.request_cancel, job_id).status is JobStatus.CANCELLED
+        assert ask(database, request_cancel, job_id).status is JobStatus.CANCELLED
     else:
         with pytest.raises(Conflict, match="nothing left to cancel"):
-            ask(database, queue.request_cancel, job_id)
+            ask(database, request_cancel, job_id)
     assert stored_rows(database) == before
 
 
@@ -412,8 +415,8 @@ def test_third_death_of_a_job_whose_user_stops_it_is_no_failure(queue: Queue, da
         queue.died(claim_next(queue), {"message": "killed"})
     claim = claim_next(queue)
     request, status = {
-        "cancel": (queue.request_cancel, JobStatus.CANCELLED),
-        "pause": (queue.request_pause, JobStatus.PAUSED),
+        "cancel": (request_cancel, JobStatus.CANCELLED),
+        "pause": (request_pause, JobStatus.PAUSED),
     }[wish]
     ask(database, request, job_id)
     assert queue.died(claim, {"message": "killed"}) is status

@@ -14,10 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from qlora_service.domain.jobs import TRANSITIONS, HoldReason, Job, JobEvent, JobStatus, StopRequest
 from qlora_service.errors import ClaimLost, Conflict
-from qlora_service.queue.queue import Claim, Progress, Queue
+from qlora_service.queue.claim import Claim, Progress
+from qlora_service.queue.queue import Queue
+from qlora_service.queue.requests import request_cancel, request_pause, request_resume
 from qlora_service.store.jobs import events_after, get_job
-from tests.control_plane import LEASE_S, SteppedClock, add_job, sqlite_database
-from tests.qlora_service.queue.test_queue import ask, job_of
+from tests.control_plane import LEASE_S, Request, SteppedClock, add_job, ask, job_of, sqlite_database
 
 MAX_DEATHS = 3
 MAX_RUNNING = 2
@@ -141,18 +142,18 @@ class QueueStates(RuleBasedStateMachine):
             }[how]  # fmt: skip
 
     @precondition(lambda self: self.ids)
-    @rule(pick=PICK, what=st.sampled_from(["request_cancel", "request_pause", "resume"]))
-    def request(self, pick: int, what: str) -> None:
+    @rule(pick=PICK, what=st.sampled_from([request_cancel, request_pause, request_resume]))
+    def request(self, pick: int, what: Request) -> None:
         job_id = self.ids[pick % len(self.ids)]
         before = self._job(job_id)
         try:
-            job = ask(self.database, getattr(self.queue, what), job_id)
+            job = ask(self.database, what, job_id)
         except Conflict:
             assert before.status.terminal or before.stop_request is StopRequest.CANCEL
             return
-        if what == "request_cancel":
+        if what is request_cancel:
             assert job.status is JobStatus.CANCELLED or job.stop_request is StopRequest.CANCEL
-        elif what == "request_pause":
+        elif what is request_pause:
             assert job.status is JobStatus.PAUSED or job.stop_request is StopRequest.PAUSE
         else:
             assert job.status in (JobStatus.QUEUED, JobStatus.RUNNING)

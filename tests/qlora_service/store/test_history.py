@@ -6,7 +6,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from qlora_service.queue.queue import Progress, Queue
+from qlora_service.queue.claim import Progress
+from qlora_service.queue.queue import Queue
 from qlora_service.store.database import Database
 from qlora_service.store.history import measured_anywhere, measured_on
 from qlora_service.store.tables import jobs

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from qlora_service.domain.jobs import JobStatus, StopRequest
-from qlora_service.queue.queue import Claim, Progress, Queue
+from qlora_service.queue.claim import Claim, Progress
+from qlora_service.queue.queue import Queue
 from qlora_service.store import inference
 from qlora_service.store.database import Database
 from qlora_service.store.inference import WANTED_S, LoadedBase

@@ -7,7 +7,9 @@ from sqlalchemy.exc import IntegrityError
 from qlora_service.domain.ids import new_id
 from qlora_service.domain.jobs import JobStatus
 from qlora_service.errors import NotFound
-from qlora_service.queue.queue import Progress, Queue
+from qlora_service.queue.claim import Progress
+from qlora_service.queue.queue import Queue
+from qlora_service.queue.requests import request_cancel, request_pause, request_resume
 from qlora_service.specs import JobSpec, parse_spec
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import (
@@ -150,9 +152,9 @@ def test_job_of_another_version_is_still_there_to_be_seen_and_ended(
     assert "post it again" in (job.unreadable or "")
     assert (job.spec.base_model, job.spec.name, job.spec.metadata, job.spec.priority) == ("tiny", name, metadata, 7)
     with database.write() as connection:
-        assert queue.request_pause(connection, odd).status is JobStatus.PAUSED
-        assert queue.resume(connection, odd).status is JobStatus.QUEUED
-        assert queue.request_cancel(connection, odd).status is JobStatus.CANCELLED
+        assert request_pause(connection, odd, START).status is JobStatus.PAUSED
+        assert request_resume(connection, odd, START).status is JobStatus.QUEUED
+        assert request_cancel(connection, odd, START).status is JobStatus.CANCELLED
 
 
 @pytest.mark.parametrize("key", ["who", 'a"b', "x.y", "k[0]", "$", "ü\\", "a,b}", "'"])
@@ -183,7 +185,7 @@ def test_a_dataset_is_needed_until_every_job_on_it_has_ended(database: Database,
         assert unfinished_on(connection, dataset_id) == trained
         assert unfinished_on(connection, "ds_judged") == judged
         for job_id in (trained, judged):
-            queue.request_cancel(connection, job_id)
+            request_cancel(connection, job_id, START)
         assert unfinished_on(connection, dataset_id) is unfinished_on(connection, "ds_judged") is None
 
 

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from qlora_service.queue.queue import Progress, Queue
+from qlora_service.queue.claim import Progress
+from qlora_service.queue.queue import Queue
 from qlora_service.store.database import Database
 from qlora_service.store.queue_times import seconds_to_end
 from qlora_service.store.tables import jobs

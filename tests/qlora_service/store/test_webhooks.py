@@ -10,7 +10,9 @@ import pytest
 from qlora_service.domain.ids import new_id
 from qlora_service.domain.jobs import JobStatus
 from qlora_service.domain.webhooks import EVENT_TYPES, Delivery, Endpoint
-from qlora_service.queue.queue import Claim, Queue
+from qlora_service.queue.claim import Claim
+from qlora_service.queue.queue import Queue
+from qlora_service.queue.requests import request_cancel
 from qlora_service.store.database import Database
 from qlora_service.store.webhooks import (
     any_due,
@@ -51,7 +53,7 @@ def die_three_times(queue: Queue, claim: Claim) -> None:
 
 def cancel_running(database: Database, queue: Queue, claim: Claim) -> None:
     with database.write() as connection:
-        queue.request_cancel(connection, claim.job_id)
+        request_cancel(connection, claim.job_id, START)
     queue.release(claim, "stopped")
 
 
@@ -80,7 +82,7 @@ def test_queued_job_that_is_cancelled_is_told(database: Database, queue: Queue) 
     endpoint, job_id = add_endpoint(database), add_job(database)
     for _ in range(2):
         with database.write() as connection:
-            queue.request_cancel(connection, job_id)
+            request_cancel(connection, job_id, START)
     assert [delivery.type for delivery in told(database, endpoint)] == ["fine_tuning.job.cancelled"]
 
 

@@ -9,7 +9,9 @@ import sqlalchemy as sa
 
 from qlora_service.artifacts.store import ArtifactStore, dataset_key, job_key
 from qlora_service.domain.jobs import HoldReason, JobStatus, StopRequest
-from qlora_service.queue.queue import Claim, Queue
+from qlora_service.queue.claim import Claim
+from qlora_service.queue.queue import Queue
+from qlora_service.queue.requests import request_cancel
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import mark_deleted
 from qlora_service.store.jobs import get_job
@@ -148,7 +150,7 @@ def test_job_of_another_version_does_not_keep_the_rest_from_being_tidied(
         connection.execute(sa.update(jobs).where(jobs.c.id == ids[0]).values(spec={"adapter": {"method": "of later"}}))
     with database.write() as connection:
         for job_id in ids:
-            queue.request_cancel(connection, job_id)
+            request_cancel(connection, job_id, START)
     housekeeping.tick(preemptible=[])
     assert not any(directory.exists() for directory in directories)
 
@@ -194,7 +196,7 @@ def test_remains_of_jobs_cancelled_between_attempts_are_reaped(
         path.mkdir(parents=True)
     queue.release(claim, "the worker was stopped")
     with database.write() as connection:
-        queue.request_cancel(connection, claim.job_id)
+        request_cancel(connection, claim.job_id, START)
     stranger = tmp_path / "checkpoints" / "job_of_another_database"
     stranger.mkdir()
     housekeeping.tick(preemptible=[])

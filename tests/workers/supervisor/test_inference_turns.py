@@ -14,7 +14,8 @@ import pytest
 from qlora_service.chat.wire import Status
 from qlora_service.domain.jobs import StopRequest
 from qlora_service.models.catalog.catalog import Catalog
-from qlora_service.queue.queue import Claim, Progress, Queue
+from qlora_service.queue.claim import Claim, Progress
+from qlora_service.queue.queue import Queue
 from qlora_service.store import inference
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import get_job

@@ -12,7 +12,8 @@ import pytest
 
 from qlora_service.domain.jobs import HoldReason, StopRequest
 from qlora_service.errors import Interrupted, JobCancelled
-from qlora_service.queue.queue import Claim, Queue
+from qlora_service.queue.claim import Claim
+from qlora_service.queue.queue import Queue
 from qlora_service.store.database import Database
 from tests.control_plane import add_job
 from tests.workspace import ROOT
@@ -22,7 +23,8 @@ from workers.trainer.heartbeat import ClaimKeeper
 # A trainer's frame without the training: the claim is kept, and the main thread does what the test says.
 FRAME = """
 import sys, time
-from qlora_service.queue.queue import Claim, Queue
+from qlora_service.queue.queue import Queue
+from qlora_service.queue.claim import Claim
 from qlora_service.store.database import Database
 from workers.trainer.heartbeat import ClaimKeeper
 

@@ -8,7 +8,9 @@ import pytest
 
 from qlora_service.domain.jobs import HoldReason, JobStatus, StopRequest
 from qlora_service.errors import Conflict, NotFound
-from qlora_service.queue.queue import Claim, Progress, Queue
+from qlora_service.queue.claim import Claim, Progress
+from qlora_service.queue.queue import Queue
+from qlora_service.queue.requests import request_cancel, request_pause, request_resume
 from qlora_service.store.database import Database
 from tests.control_plane import (
     DISK_FULL,
@@ -33,7 +35,7 @@ def test_cancelled_queued_job_ends_at_once_and_is_never_claimed(
 ) -> None:
     job_id = add_job(database)
     clock.advance(1)
-    job = ask(database, queue.request_cancel, job_id)
+    job = ask(database, request_cancel, job_id, clock.now)
     assert (job.status, job.finished_at) == (JobStatus.CANCELLED, clock.now)
     assert queue.claim("host:1:0") is None
     assert status_history(database, job_id) == ["queued", "cancelled"]
@@ -42,7 +44,7 @@ def test_cancelled_queued_job_ends_at_once_and_is_never_claimed(
 def test_running_job_hears_of_the_cancel_at_its_next_sign_of_life(queue: Queue, database: Database) -> None:
     job_id = add_job(database)
     claim = claim_next(queue)
-    job = ask(database, queue.request_cancel, job_id)
+    job = ask(database, request_cancel, job_id)
     assert (job.status, job.stop_request) == (JobStatus.RUNNING, StopRequest.CANCEL)
     assert queue.renew(claim) is StopRequest.CANCEL
     assert queue.report(claim, Progress(step=1)) is StopRequest.CANCEL
@@ -53,9 +55,9 @@ def test_running_job_hears_of_the_cancel_at_its_next_sign_of_life(queue: Queue, 
 def test_cancel_asked_twice_is_told_once(queue: Queue, database: Database) -> None:
     job_id = add_job(database)
     claim_next(queue)
-    ask(database, queue.request_cancel, job_id)
+    ask(database, request_cancel, job_id)
     before = stored_rows(database)
-    assert ask(database, queue.request_cancel, job_id).stop_request is StopRequest.CANCEL
+    assert ask(database, request_cancel, job_id).stop_request is StopRequest.CANCEL
     assert stored_rows(database) == before
     assert [event.data for event in job_events(database, job_id) if event.type == "log"] == [
         {"message": "cancel requested"}
@@ -65,7 +67,7 @@ def test_cancel_asked_twice_is_told_once(queue: Queue, database: Database) -> No
 def test_job_that_finishes_before_it_hears_of_the_cancel_has_succeeded(queue: Queue, database: Database) -> None:
     job_id = add_job(database)
     claim = claim_next(queue)
-    ask(database, queue.request_cancel, job_id)
+    ask(database, request_cancel, job_id)
     queue.succeed(claim, {"attempt": 1})
     assert job_of(database, job_id).status is JobStatus.SUCCEEDED
 
@@ -76,7 +78,7 @@ def test_job_to_be_cancelled_does_not_go_back_to_the_queue(
 ) -> None:
     job_id = add_job(database)
     claim = claim_next(queue)
-    ask(database, queue.request_cancel, job_id)
+    ask(database, request_cancel, job_id)
     if how == "lost":
         clock.advance(LEASE_S + 1)
         queue.requeue_lost()
@@ -89,7 +91,7 @@ def test_job_to_be_cancelled_does_not_go_back_to_the_queue(
 
 def test_cancel_of_no_job_is_not_found(queue: Queue, database: Database) -> None:
     with pytest.raises(NotFound, match="job_none"):
-        ask(database, queue.request_cancel, "job_none")
+        ask(database, request_cancel, "job_none")
 
 
 def test_race_of_cancels_and_claims_leaves_every_job_with_one_story(database: Database) -> None:
@@ -111,7 +113,7 @@ def test_race_of_cancels_and_claims_leaves_every_job_with_one_story(database: Da
             claimed.append(found[0])
 
     def cancel_all(order: list[str]) -> Callable[[Queue, Database], Any]:
-        return lambda queue, own: [ask(own, queue.request_cancel, job_id) for job_id in order]
+        return lambda queue, own: [ask(own, request_cancel, job_id) for job_id in order]
 
     threads = [with_own_connections(work) for work in (claim_all, cancel_all(ids), cancel_all(ids[::-1]))]
     for thread in threads:
@@ -142,12 +144,12 @@ def test_job_that_does_not_run_stands_where_its_checkpoint_is(queue: Queue, data
 
 def test_paused_queued_job_waits_until_it_is_resumed(queue: Queue, database: Database) -> None:
     job_id = add_job(database)
-    job = ask(database, queue.request_pause, job_id)
+    job = ask(database, request_pause, job_id)
     assert job.status is JobStatus.PAUSED
     assert job.hold is not None
     assert job.hold["reason"] == HoldReason.USER
     assert queue.claim("host:1:0") is None
-    assert ask(database, queue.resume, job_id).status is JobStatus.QUEUED
+    assert ask(database, request_resume, job_id).status is JobStatus.QUEUED
     assert claim_next(queue).job_id == job_id
     assert status_history(database, job_id) == ["queued", "paused", "queued", "running"]
 
@@ -158,11 +160,11 @@ def test_running_job_is_paused_at_its_step_boundary_and_goes_on_from_its_checkpo
     job_id = add_job(database)
     claim = claim_next(queue)
     queue.report(claim, Progress(step=9, checkpoint_step=9, plan={"threads": 1}))
-    job = ask(database, queue.request_pause, job_id)
+    job = ask(database, request_pause, job_id)
     assert (job.status, job.stop_request) == (JobStatus.RUNNING, StopRequest.PAUSE)
     assert queue.renew(claim) is StopRequest.PAUSE
     queue.pause(claim, {"reason": HoldReason.USER, "message": "paused"})
-    job = ask(database, queue.resume, job_id)
+    job = ask(database, request_resume, job_id)
     assert (job.status, job.hold, job.stop_request) == (JobStatus.QUEUED, None, None)
     claim_next(queue)
     job = job_of(database, job_id)
@@ -172,24 +174,24 @@ def test_running_job_is_paused_at_its_step_boundary_and_goes_on_from_its_checkpo
 def test_pause_can_be_taken_back_before_the_attempt_hears_of_it(queue: Queue, database: Database) -> None:
     job_id = add_job(database)
     claim = claim_next(queue)
-    ask(database, queue.request_pause, job_id)
-    assert ask(database, queue.resume, job_id).stop_request is None
+    ask(database, request_pause, job_id)
+    assert ask(database, request_resume, job_id).stop_request is None
     assert queue.renew(claim) is None
 
 
 def test_cancel_wins_over_pause_and_ends_a_paused_job(queue: Queue, database: Database) -> None:
     running, paused = add_job(database, priority=1), add_job(database)
     claim = claim_next(queue)
-    ask(database, queue.request_pause, running)
-    assert ask(database, queue.request_cancel, running).stop_request is StopRequest.CANCEL
+    ask(database, request_pause, running)
+    assert ask(database, request_cancel, running).stop_request is StopRequest.CANCEL
     with pytest.raises(Conflict, match="being cancelled"):
-        ask(database, queue.request_pause, running)
+        ask(database, request_pause, running)
     with pytest.raises(Conflict, match="being cancelled"):
-        ask(database, queue.resume, running)
+        ask(database, request_resume, running)
     queue.pause(claim, DISK_FULL)
     assert job_of(database, running).status is JobStatus.CANCELLED
-    ask(database, queue.request_pause, paused)
-    assert ask(database, queue.request_cancel, paused).status is JobStatus.CANCELLED
+    ask(database, request_pause, paused)
+    assert ask(database, request_cancel, paused).status is JobStatus.CANCELLED
 
 
 @pytest.mark.parametrize("how", ["lost", "released", "died"])
@@ -198,7 +200,7 @@ def test_job_to_be_paused_does_not_go_back_to_the_queue(
 ) -> None:
     job_id = add_job(database)
     claim = claim_next(queue)
-    ask(database, queue.request_pause, job_id)
+    ask(database, request_pause, job_id)
     if how == "lost":
         clock.advance(LEASE_S + 1)
         queue.requeue_lost()
@@ -213,14 +215,14 @@ def test_ended_job_is_neither_paused_nor_resumed(queue: Queue, database: Databas
     job_id = add_job(database)
     VERBS[verb](queue, claim_next(queue))
     before = stored_rows(database)
-    for request in (queue.request_pause, queue.resume):
+    for request in (request_pause, request_resume):
         with pytest.raises(Conflict, match="nothing left to"):
             ask(database, request, job_id)
     assert stored_rows(database) == before
 
 
 def test_requests_for_no_job_are_not_found(queue: Queue, database: Database) -> None:
-    for request in (queue.request_pause, queue.resume):
+    for request in (request_pause, request_resume):
         with pytest.raises(NotFound, match="job_none"):
             ask(database, request, "job_none")
 
@@ -228,7 +230,7 @@ def test_requests_for_no_job_are_not_found(queue: Queue, database: Database) -> 
 def test_job_that_waits_for_room_is_resumed_when_there_is_enough(queue: Queue, database: Database) -> None:
     job_id, by_user = add_job(database, priority=1), add_job(database)
     queue.pause(claim_next(queue), DISK_FULL)
-    ask(database, queue.request_pause, by_user)
+    ask(database, request_pause, by_user)
     assert job_of(database, job_id).hold == DISK_FULL
     assert queue.resume_held(999) == []
     assert queue.resume_held(1000) == [job_id]
@@ -240,7 +242,7 @@ def test_user_who_pauses_a_job_without_room_keeps_it_paused(queue: Queue, databa
     job_id = add_job(database)
     queue.pause(claim_next(queue), DISK_FULL)
     for _ in range(2):
-        hold = ask(database, queue.request_pause, job_id).hold
+        hold = ask(database, request_pause, job_id).hold
         assert hold is not None
         assert hold["reason"] == HoldReason.USER
     assert queue.resume_held(10**12) == []
@@ -318,7 +320,7 @@ def test_while_one_job_stops_no_other_is_asked_to(queue: Queue, database: Databa
     add_job(database)
     claim_next(queue, "a")
     less_urgent = claim_next(queue, "b")
-    ask(database, queue.request_cancel, stopping)
+    ask(database, request_cancel, stopping)
     add_job(database, priority=9)
     assert queue.preempt(["a", "b"]) is None
     assert queue.renew(less_urgent) is None
@@ -329,7 +331,7 @@ def test_resuming_a_job_that_makes_room_keeps_nobody_waiting(queue: Queue, datab
     claim = claim_next(queue, "a")
     add_job(database, priority=1)
     queue.preempt(["a"])
-    ask(database, queue.resume, job_id)
+    ask(database, request_resume, job_id)
     assert queue.renew(claim) is StopRequest.PREEMPT
 
 
@@ -338,7 +340,7 @@ def test_job_that_is_paused_while_it_makes_room_stays_paused(queue: Queue, datab
     claim = claim_next(queue, "a")
     add_job(database, priority=1)
     queue.preempt(["a"])
-    ask(database, queue.request_pause, job_id)
+    ask(database, request_pause, job_id)
     assert queue.renew(claim) is StopRequest.PAUSE
     queue.release(claim, "made room")
     assert job_of(database, job_id).status is JobStatus.PAUSED
