@@ -7,8 +7,6 @@ from typing import Any
 
 from qlora_service.domain.jobs import HoldReason
 
-BALLAST = "ballast"
-"""The file in a job's checkpoint directory that holds room for what is to come."""
 LEAST_ROOM = 64 * 2**20
 """Bytes that have to be free, beside those the job will take, before one that found the disk full goes on."""
 _SIGNS = ("no space left", "disk is full", "disk quota exceeded")

@@ -36,14 +36,13 @@ with importing_torch():
     from qlora_service.specs import JobSpec
     from qlora_service.store.database import Database, persist
     from qlora_service.store.probes import find_probe, finish_probe
-    from qlora_service.training.device import choose_device, device_name, synchronize
+    from qlora_service.training.device import choose_device, compute_dtype, device_name, synchronize
     from qlora_service.training.network.isolation import isolate_documents
     from qlora_service.training.network.micro_batch import TrainingExample
     from qlora_service.training.network.network import Network
     from qlora_service.training.objectives import evaluate, make_objective
     from qlora_service.training.optimizer import optimizing
     from qlora_service.training.step import StepGradients, example_tokens
-    from workers.trainer.attempt import compute_dtype
     from workers.trainer.step_memory import peak_memory
 
 DATABASE_PATIENCE_S = 30.0

@@ -39,8 +39,8 @@ class BaseRequest:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was found out with an adapter on the base."""
+class ProbedAdapter:
+    """Results of the probes with an adapter on the base."""
 
     ways: Ways
     """How losses are computed"""
@@ -60,8 +60,8 @@ class WarmBase:
     fingerprint: str
     """Of its logits when it was loaded"""
     state: BaseState
-    found: dict[str, Found] = field(default_factory=dict)
-    """By the adapter as it was asked for"""
+    probed: dict[str, ProbedAdapter] = field(default_factory=dict)
+    """By the adapter's spec as JSON"""
 
     @classmethod
     def load(cls, wanted: BaseRequest) -> WarmBase:

@@ -74,6 +74,13 @@ def has_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def compute_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """The precision of the maths: "bfloat16", "float32", or for "auto" bfloat16 where it runs in hardware."""
+    if requested == "auto":
+        return torch.bfloat16 if has_bf16(device) else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[requested]
+
+
 def can_page(device: torch.device) -> bool:
     """Whether optimizer state can page to host memory (CUDA managed memory)."""
     return device.type == "cuda"

@@ -13,10 +13,11 @@ import torch
 
 from qlora_service.errors import Interrupted
 from qlora_service.specs import Quantization
-from qlora_service.training.checkpoint.disk_reserve import Ballast
+from qlora_service.training.checkpoint.disk_reserve import DiskReserve
 from tests.workers.trainer.test_attempt import PAIRS, AttemptRecorder, attempt, published
 from tests.workspace import Workspace, job_spec
-from workers.trainer.attempt import AttemptInputs, run_attempt
+from workers.trainer.attempt import run_attempt
+from workers.trainer.context import AttemptContext, AttemptInputs
 from workers.trainer.process_reset import clean_slate, release_all
 from workers.warm_base import BaseHolder, BaseRequest
 
@@ -52,9 +53,11 @@ def run_inputs(
 ) -> tuple[dict[str, Any], str]:
     metrics_file = inputs.scratch / "metrics.jsonl"
     metrics_file.write_text("")
-    ballast = Ballast(inputs.checkpoint_dir / "ballast")
+    reserve = DiskReserve(inputs.checkpoint_dir / "ballast")
     with clean_slate():
-        result = run_attempt(inputs, reporter or AttemptRecorder(), lambda: None, ballast, metrics_file, bases)
+        result = run_attempt(
+            AttemptContext(inputs, reporter or AttemptRecorder(), lambda: None, reserve, metrics_file, bases)
+        )
     return result, hashlib.sha256(published(inputs, "adapter_model.safetensors")).hexdigest()
 
 
@@ -128,7 +131,7 @@ def test_a_job_whose_optimizer_pages_is_the_processes_last(
 ) -> None:
     """A CPU has nothing to page to: here it is only said that one did."""
     bases = BaseHolder()
-    monkeypatch.setattr("workers.trainer.attempt.leaves_paged_memory", lambda *_: True)
+    monkeypatch.setattr("workers.trainer.load.leaves_paged_memory", lambda *_: True)
     run(workspace, bases, spec())
     assert not bases.settle()
 

@@ -29,7 +29,7 @@ from qlora_service.models.adapters import CONFIG, NAME, WEIGHTS, detach, load_ad
 from qlora_service.models.base.quantized_cache import QuantizedCache
 from qlora_service.models.catalog.catalog import BaseModel
 from qlora_service.specs import Quantization
-from qlora_service.training.device import choose_device, has_bf16, is_out_of_memory, release_memory
+from qlora_service.training.device import choose_device, compute_dtype, is_out_of_memory, release_memory
 from workers.warm_base import BaseHolder, BaseRequest
 
 KEPT_ADAPTERS = 4
@@ -65,9 +65,7 @@ class Engine:
         """Loads the base, unless `bases` has it. Raises: InvalidModel, JobFailed; Unavailable, without the memory."""
         disable_progress_bar()  # a log is no terminal
         self._device = choose_device(needs_gpu)
-        wanted = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-        fitting = torch.bfloat16 if has_bf16(self._device) else torch.float32
-        dtype = wanted.get(quantization.compute_dtype, fitting)
+        dtype = compute_dtype(quantization.compute_dtype, self._device)
         self._weights_sha256 = base.weights_sha256
         self._artifacts, self._scratch = artifacts, scratch
         try:

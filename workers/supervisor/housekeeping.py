@@ -18,7 +18,7 @@ from qlora_service.store.database import Database
 from qlora_service.store.datasets import all_needed_bytes, are_bytes_needed, first_stored_at, lock_bytes
 from qlora_service.store.jobs import get_job
 from qlora_service.store.probes import drop_old
-from workers.disk_space import BALLAST
+from qlora_service.training.checkpoint.disk_reserve import RESERVE_FILE
 
 REAP_EVERY_S = 60.0
 UNFINISHED_S = 24 * 3600.0
@@ -55,7 +55,7 @@ class Housekeeping:
 
     def make_room(self, claim: Claim) -> None:
         """Give up the disk space that an attempt held which has ended: the database may need it."""
-        (self._checkpoint_dir / claim.job_id / BALLAST).unlink(missing_ok=True)
+        (self._checkpoint_dir / claim.job_id / RESERVE_FILE).unlink(missing_ok=True)
 
     def after_attempt(self, claim: Claim) -> None:
         """Remove what the attempt needed while it ran, and all that a job that has ended will not need again."""

@@ -42,9 +42,9 @@ from qlora_service.store.database import Database, persist
 from qlora_service.store.datasets import get_dataset
 from qlora_service.store.history import measured_on
 from qlora_service.store.jobs import get_job
-from qlora_service.training.checkpoint.disk_reserve import Ballast
+from qlora_service.training.checkpoint.disk_reserve import RESERVE_FILE, DiskReserve
 from workers import exit_codes
-from workers.disk_space import BALLAST, disk_full_hold, is_disk_full
+from workers.disk_space import disk_full_hold, is_disk_full
 from workers.inference.server import Desk, serve
 from workers.supervisor_channel import ChatTurn, SupervisorLine
 from workers.trainer.heartbeat import ClaimKeeper
@@ -96,22 +96,22 @@ class Trainer:
 
         Exits when the claim is lost.
         """
-        ballast = Ballast(self._settings.checkpoint_dir / claim.job_id / BALLAST)
+        reserve = DiskReserve(self._settings.checkpoint_dir / claim.job_id / RESERVE_FILE)
         keeper = ClaimKeeper(
             self._queue,
             claim,
             interval_s=self._settings.heartbeat_s,
             lease_s=self._settings.lease_s,
             hang_s=self._settings.hang_s,
-            make_room=ballast.release,
+            make_room=reserve.release,
         )
         keeper.start()
         scratch = self._settings.tmp_dir / claim.name
         needed: list[NeededBase] = []
         try:
             # A context of its own: what the job sets there is gone with it.
-            attempt = partial(copy_context().run, self._attempt, claim, keeper, ballast, scratch, needed.append)
-            outcome = _outcome(self._queue, claim, ballast, attempt)
+            attempt = partial(copy_context().run, self._attempt, claim, keeper, reserve, scratch, needed.append)
+            outcome = _outcome(self._queue, claim, reserve, attempt)
             with self._line.finishing():
                 keeper.end()
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -121,7 +121,7 @@ class Trainer:
             log.error("claim_lost", job=claim.job_id, token=claim.token)
             sys.exit(exit_codes.CLAIM_LOST)
         finally:
-            ballast.release()
+            reserve.release()
             keeper.close()
         # From here on nothing would be lost again.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -187,7 +187,7 @@ class Trainer:
         self,
         claim: Claim,
         keeper: ClaimKeeper,
-        ballast: Ballast,
+        reserve: DiskReserve,
         scratch: Path,
         tell_base: Callable[[NeededBase], object],
     ) -> dict[str, Any]:
@@ -201,7 +201,8 @@ class Trainer:
             judged = job.spec.validation.dataset_id
             validation = None if judged is None else get_dataset(connection, judged)
         with importing_torch():
-            from workers.trainer.attempt import AttemptInputs, run_attempt
+            from workers.trainer.attempt import run_attempt
+            from workers.trainer.context import AttemptContext, AttemptInputs
             from workers.trainer.process_reset import clean_slate
             from workers.warm_base import BaseHolder
 
@@ -234,10 +235,10 @@ class Trainer:
         tell_base(NeededBase.of(job.spec, job.base_weights_sha256))
         self._bases = self._bases or BaseHolder()
         with clean_slate(), closing(reporter):
-            return run_attempt(inputs, reporter, keeper.check, ballast, metrics_file, self._bases)
+            return run_attempt(AttemptContext(inputs, reporter, keeper.check, reserve, metrics_file, self._bases))
 
 
-def _outcome(queue: Queue, claim: Claim, ballast: Ballast, attempt: Callable[[], dict[str, Any]]) -> _Outcome:
+def _outcome(queue: Queue, claim: Claim, reserve: DiskReserve, attempt: Callable[[], dict[str, Any]]) -> _Outcome:
     """Run the attempt. Raises: ClaimLost."""
     try:
         result = attempt()
@@ -247,7 +248,7 @@ def _outcome(queue: Queue, claim: Claim, ballast: Ballast, attempt: Callable[[],
     except Interrupted as interruption:
         holds: dict[Any, dict[str, Any]] = {
             HoldReason.USER: USER_HOLD,
-            HoldReason.DISK_FULL: disk_full_hold(ballast.wanted_bytes),
+            HoldReason.DISK_FULL: disk_full_hold(reserve.wanted_bytes),
         }
         why, hold = interruption.message, holds.get(interruption.details.get("hold"))
         return _Outcome(
@@ -258,9 +259,9 @@ def _outcome(queue: Queue, claim: Claim, ballast: Ballast, attempt: Callable[[],
         raise
     except Exception as error:
         if is_disk_full(error):
-            ballast.release()  # the database may be on the same disk
+            reserve.release()  # the database may be on the same disk
             log.error("disk_full", job=claim.job_id, token=claim.token, exc_info=error)
-            hold = disk_full_hold(ballast.wanted_bytes)
+            hold = disk_full_hold(reserve.wanted_bytes)
             return _Outcome(lambda: queue.pause(claim, hold))
         failure = as_failure(error, f"logs/{claim.name}.log")
         reason = failure.details["reason"]

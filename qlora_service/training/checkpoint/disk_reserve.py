@@ -1,4 +1,4 @@
-"""Disk space that is held for checkpoints before there are any."""
+"""Disk space reserved for checkpoints before they are written."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ import os
 import shutil
 from pathlib import Path
 
+RESERVE_FILE = "ballast"
+"""Name of the reserve in a job's checkpoint directory"""
 
-class Ballast:
-    """A file that takes up the space, and gives it up piece by piece."""
+
+class DiskReserve:
+    """An allocated file that occupies disk space, and gives it up piece by piece."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.wanted_bytes = 0
-        """What was asked for and not given up piece by piece, also where there was no room for it."""
+        """Bytes requested and not given up by `shrink`, also where there was no room for them"""
 
     def reserve(self, size_bytes: int) -> None:
-        """Hold so many bytes, whatever was held before.
+        """Reserve `size_bytes` in place of what was reserved before.
 
-        The room is looked for first: to find out by taking all there is would leave others none meanwhile.
+        Free space is checked before it is allocated: a failing allocation would leave other writers none meanwhile.
 
         Raises:
-            OSError: ENOSPC, there is not so much room; nothing is held then.
+            OSError: ENOSPC, there is too little free space; nothing is reserved then.
         """
         self.release()
         self.wanted_bytes = max(size_bytes, 0)
@@ -39,7 +42,7 @@ class Ballast:
                 raise
 
     def shrink(self, by_bytes: int) -> None:
-        """Give up so many bytes, or what is left."""
+        """Give up `by_bytes`, or all that is left."""
         self.wanted_bytes = max(self.wanted_bytes - by_bytes, 0)
         left = self.held_bytes - by_bytes
         if left > 0:
@@ -53,7 +56,7 @@ class Ballast:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that are held."""
+        """Bytes that the file occupies now."""
         try:
             return self._path.stat().st_size
         except FileNotFoundError:

@@ -16,21 +16,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from qlora_service.process.startup import end_process, importing_torch
 
 with importing_torch():
-    import torch
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     from qlora_service.models.adapters import load_adapter
     from qlora_service.models.base.quantize import load_base
     from qlora_service.specs import Quantization
-    from qlora_service.training.device import choose_device, has_bf16
+    from qlora_service.training.device import choose_device, compute_dtype
     from qlora_service.training.evaluation.generation import compare_answers, question_ids
 
 
 def compare(model_dir: Path, adapter_dir: Path, questions: list[str], max_new_tokens: int) -> dict[str, list[str]]:
     """Answers of the NF4 base without and with the adapter."""
     device = choose_device()
-    dtype = torch.bfloat16 if has_bf16(device) else torch.float32
+    dtype = compute_dtype("auto", device)
     model = load_adapter(load_base(model_dir, Quantization(), dtype, device), adapter_dir)
     tokenizer = AutoTokenizer.from_pretrained(str(adapter_dir), local_files_only=True)
     prompts = [question_ids(tokenizer, question) for question in questions]

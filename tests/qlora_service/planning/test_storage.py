@@ -21,7 +21,7 @@ from qlora_service.training.checkpoint.checkpoints import KEPT, expected_bytes
 from qlora_service.training.network.isolation import isolate_documents
 from qlora_service.training.network.network import Network
 from tests.qlora_service.planning.test_fit import question, with_free
-from workers.trainer import attempt
+from workers.trainer.train import DATABASE_BYTES
 
 
 def stored(asked: Question, **work: int) -> Storage:
@@ -49,7 +49,7 @@ def test_a_checkpoint_is_as_large_as_the_trainer_expects(tiny_model: Path, spec:
 def test_disk_is_for_all_checkpoints_there_are_at_a_time_and_what_is_published() -> None:
     found = stored(question())
     assert KEPT_CHECKPOINTS == KEPT
-    assert DATABASE_ROOM == attempt.DATABASE_ROOM
+    assert DATABASE_ROOM == DATABASE_BYTES
     assert found.disk_bytes == (KEPT + 2) * found.checkpoint_bytes + DATABASE_ROOM
 
 

@@ -16,9 +16,8 @@ from qlora_service.store.database import Database
 from qlora_service.store.datasets import mark_deleted
 from qlora_service.store.jobs import get_job
 from qlora_service.store.tables import jobs
-from qlora_service.training.checkpoint.disk_reserve import Ballast
+from qlora_service.training.checkpoint.disk_reserve import RESERVE_FILE, DiskReserve
 from tests.control_plane import LEASE_S, START, SteppedClock, add_job
-from workers.disk_space import BALLAST
 from workers.supervisor.housekeeping import Housekeeping
 
 
@@ -121,7 +120,7 @@ def test_room_that_a_dead_attempt_held_is_given_up_and_its_checkpoints_are_not(
     claim = claim_next(queue)
     directory = tmp_path / "checkpoints" / claim.job_id
     (directory / "step-00000001.a1").mkdir(parents=True)
-    Ballast(directory / BALLAST).reserve(2**20)
+    DiskReserve(directory / RESERVE_FILE).reserve(2**20)
     for _ in range(2):
         housekeeping.make_room(claim)
     assert [path.name for path in directory.iterdir()] == ["step-00000001.a1"]

@@ -17,7 +17,10 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-import workers.trainer.attempt
+import workers.trainer.certify
+import workers.trainer.load
+import workers.trainer.prepare
+import workers.trainer.train
 import workers.warm_base
 from qlora_service.artifacts.manifest import Manifest
 from qlora_service.artifacts.store import ArtifactStore, job_key
@@ -29,22 +32,18 @@ from qlora_service.models.base.load import LoadedBase, load_cached_base
 from qlora_service.models.base.quantized_cache import QuantizedCache
 from qlora_service.specs import JobSpec, parse_spec
 from qlora_service.training.checkpoint.checkpoints import Checkpoints
-from qlora_service.training.checkpoint.disk_reserve import Ballast
+from qlora_service.training.checkpoint.disk_reserve import DiskReserve
 from qlora_service.training.loop import EvaluationMetrics, Outcome, StepMetrics
 from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import Evaluation
 from tests.tiny_training import Recorder
 from tests.workspace import ROWS, Workspace, job_spec
 from workers.disk_space import is_disk_full
-from workers.trainer.attempt import (
-    DATABASE_ROOM,
-    AttemptInputs,
-    certify,
-    make_network,
-    outcome_warnings,
-    run_attempt,
-    totals,
-)
+from workers.trainer.attempt import outcome_warnings, run_attempt, totals
+from workers.trainer.certify import check_loss
+from workers.trainer.context import AttemptContext, AttemptInputs
+from workers.trainer.load import make_network
+from workers.trainer.train import DATABASE_BYTES
 from workers.trainer.trainer import as_failure
 from workers.warm_base import BaseHolder
 
@@ -112,8 +111,10 @@ def run(
 ) -> dict[str, Any]:
     metrics_file = inputs.scratch / "metrics.jsonl"
     metrics_file.write_text('{"step": 0}\n')
-    ballast = Ballast(inputs.checkpoint_dir / "ballast")
-    return run_attempt(inputs, reporter or AttemptRecorder(on_phase), check, ballast, metrics_file, BaseHolder())
+    reserve = DiskReserve(inputs.checkpoint_dir / "ballast")
+    return run_attempt(
+        AttemptContext(inputs, reporter or AttemptRecorder(on_phase), check, reserve, metrics_file, BaseHolder())
+    )
 
 
 def published(inputs: AttemptInputs, name: str) -> bytes:
@@ -291,7 +292,7 @@ def test_the_next_job_on_a_base_finds_it_quantized_and_ends_with_the_same_bytes(
 @pytest.mark.parametrize("loss", [0.5011, float("nan")])
 def test_a_reloaded_loss_that_differs_is_no_success(loss: float) -> None:
     with pytest.raises(JobFailed, match="not what was trained") as failure:
-        certify(loss, 0.5)
+        check_loss(loss, 0.5)
     assert failure.value.details["reason"] == FailureReason.CERTIFICATE
 
 
@@ -378,7 +379,7 @@ def test_an_observer_may_stop_the_attempt(workspace: Workspace) -> None:
 def spy_on_training(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `train` is called with."""
     seen: dict[str, Any] = {}
-    real = workers.trainer.attempt.train
+    real = workers.trainer.train.run_loop
 
     def spy(network: Any, objective: Any, examples_of_step: Any, held_out: Any, **settings: Any) -> Any:
         seen.update(settings, network=network, held_out={example.line for example in held_out})
@@ -386,7 +387,7 @@ def spy_on_training(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["trained"] = {example.line for step in range(50) for example in examples_of_step(step)}
         return real(network, objective, examples_of_step, held_out, **settings)
 
-    monkeypatch.setattr(workers.trainer.attempt, "train", spy)
+    monkeypatch.setattr(workers.trainer.train, "run_loop", spy)
     return seen
 
 
@@ -442,7 +443,7 @@ def test_gradients_that_stay_infinite_end_the_job_and_the_last_finite_adapter_is
         learned[1].register_hook(grow)
         return network
 
-    monkeypatch.setattr(workers.trainer.attempt, "make_network", breaking_after_two_steps)
+    monkeypatch.setattr(workers.trainer.load, "make_network", breaking_after_two_steps)
     with pytest.raises(JobFailed, match="step 5, and the 2 before it") as failure:
         run(inputs)
     assert failure.value.details["reason"] == FailureReason.NOT_FINITE
@@ -480,7 +481,7 @@ def test_an_adapter_that_reloads_differently_is_no_success(
         next(p for name, p in model.named_parameters() if "lora_B" in name).data.add_(damage)
         return model
 
-    monkeypatch.setattr(workers.trainer.attempt, "load_adapter", spoilt)
+    monkeypatch.setattr(workers.trainer.certify, "load_adapter", spoilt)
     with pytest.raises(JobFailed, match="not what was trained") as failure:
         run(attempt(workspace, workspace.submit()))
     assert failure.value.details["reason"] == FailureReason.CERTIFICATE
@@ -502,11 +503,11 @@ def test_every_part_of_the_spec_is_used(workspace: Workspace, monkeypatch: pytes
 
     seen = spy_on_training(monkeypatch)
     now: list[object] = []
-    renderer = workers.trainer.attempt.Renderer
-    monkeypatch.setattr(workers.trainer.attempt, "Renderer", lambda *given: (now.append(given[2]), renderer(*given))[1])
+    renderer = workers.trainer.prepare.Renderer
+    monkeypatch.setattr(workers.trainer.prepare, "Renderer", lambda *given: (now.append(given[2]), renderer(*given))[1])
     splits = []
-    split = workers.trainer.attempt.split_rows
-    monkeypatch.setattr(workers.trainer.attempt, "split_rows", lambda *given: (splits.append(given), split(*given))[1])
+    split = workers.trainer.prepare.split_rows
+    monkeypatch.setattr(workers.trainer.prepare, "split_rows", lambda *given: (splits.append(given), split(*given))[1])
     spec = {
         "base_model": "tiny",
         "dataset": {"rows": ROWS},
@@ -641,8 +642,8 @@ def test_room_is_held_for_what_is_not_on_the_disk_yet_and_given_up_for_what_is_p
     held: list[dict[str, int]] = [{}, {}]
 
     def note(number: int, inputs: AttemptInputs) -> Callable[[str], object]:
-        ballast = Ballast(inputs.checkpoint_dir / "ballast")
-        return lambda phase: held[number].update({phase: ballast.held_bytes})
+        reserve = DiskReserve(inputs.checkpoint_dir / "ballast")
+        return lambda phase: held[number].update({phase: reserve.held_bytes})
 
     def stop(phase: str) -> None:
         note(0, first)(phase)
@@ -656,7 +657,7 @@ def test_room_is_held_for_what_is_not_on_the_disk_yet_and_given_up_for_what_is_p
     second = next_attempt(first, told.plan, workspace)
     run(second, note(1, second))
     assert held[1]["training"] == held[0]["training"] - taken
-    assert held[1]["training"] > DATABASE_ROOM
+    assert held[1]["training"] > DATABASE_BYTES
     assert (held[1]["publishing"] > 0, held[1]["certifying"]) == (True, 0)
 
 
@@ -675,9 +676,9 @@ def test_the_plan_is_chosen_once(workspace: Workspace, monkeypatch: pytest.Monke
 def test_going_on_elsewhere_says_what_differs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     first = attempt(workspace, workspace.submit(max_steps=4))
     told = interrupted_after(2, first)
-    here = workers.trainer.attempt.describe_environment(torch.device("cpu"))
+    here = workers.trainer.load.describe_environment(torch.device("cpu"))
     elsewhere = here | {"versions": here["versions"] | {"peft": "9.9"}}
-    monkeypatch.setattr(workers.trainer.attempt, "describe_environment", lambda _: elsewhere)
+    monkeypatch.setattr(workers.trainer.load, "describe_environment", lambda _: elsewhere)
     reporter = AttemptRecorder()
     second = next_attempt(first, told.plan, workspace)
     result = run(second, reporter=reporter)
@@ -715,7 +716,7 @@ def test_a_job_that_will_not_find_room_on_the_disk_does_not_begin(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = shutil.disk_usage(workspace.settings.data_dir).free
-    monkeypatch.setattr(workers.trainer.attempt, "expected_bytes", lambda *_, **__: free)
+    monkeypatch.setattr(workers.trainer.train, "expected_bytes", lambda *_, **__: free)
     reporter = AttemptRecorder()
     with pytest.raises(OSError) as raised:  # noqa: PT011 - the number says it
         run(attempt(workspace, workspace.submit()), reporter=reporter)

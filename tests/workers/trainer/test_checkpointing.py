@@ -11,16 +11,19 @@ import pytest
 
 from qlora_service.errors import Interrupted
 from qlora_service.training.checkpoint.checkpoints import Checkpoints
-from qlora_service.training.checkpoint.disk_reserve import Ballast
+from qlora_service.training.checkpoint.disk_reserve import DiskReserve
 from tests.qlora_service.training.checkpoint.test_checkpoints import loaded_step, state
 from tests.workers.trainer.test_attempt import AttemptRecorder
 from workers.trainer.checkpointing import Checkpointing
+from workers.trainer.context import AttemptContext, AttemptInputs
+from workers.trainer.load import Loaded
+from workers.warm_base import BaseHolder
 
 MIB = 2**20
 
 
 class Bench:
-    """A control over real checkpoints and a real ballast, and what it told."""
+    """A control over real checkpoints and a real reserve, and what it told."""
 
     def __init__(
         self,
@@ -30,26 +33,24 @@ class Bench:
         every_s: float = 60.0,
         check: Callable[[], None] = lambda: None,
         checkpoint_bytes: int = 2 * MIB,
-        room_at_end: int = 2 * MIB,
+        bytes_at_end: int = 2 * MIB,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.reporter, self.ballast = AttemptRecorder(), Ballast(directory / "ballast")
+        self.reporter, self.reserve = AttemptRecorder(), DiskReserve(directory / "ballast")
         self.checkpoints = Checkpoints(directory / "checkpoints", token)
         self.checkpoints.latest()
         metrics_file = directory / "metrics.jsonl"
         metrics_file.write_text("metrics\n")
         self.plan: dict[str, Any] = {"micro_batch_tokens": 512, "changes": []}
+        unused: Any = None
+        inputs = AttemptInputs(unused, token, unused, unused, unused, unused, unused, every_s, needs_gpu=False)
+        loaded = Loaded(unused, unused, unused, self.plan, environment={"threads": 1}, base_source="cached")
         self.control = Checkpointing(
+            AttemptContext(inputs, self.reporter, check, self.reserve, metrics_file, BaseHolder()),
             self.checkpoints,
-            self.reporter,
-            check,
-            self.ballast,
-            every_s=every_s,
+            loaded,
             checkpoint_bytes=checkpoint_bytes,
-            room_at_end=room_at_end,
-            metrics_file=metrics_file,
-            environment={"threads": 1},
-            plan=self.plan,
+            bytes_at_end=bytes_at_end,
         )
 
     def save(self, step: int) -> None:
@@ -93,11 +94,11 @@ def test_what_became_durable_is_told_once_even_if_the_check_ends_the_attempt(tmp
 
 def test_checkpoints_take_the_ballasts_room_but_for_what_the_end_needs(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    bench.ballast.reserve(5 * MIB)
+    bench.reserve.reserve(5 * MIB)
     held = []
     for step in (1, 2, 3, 4):
         bench.save(step)
-        held.append(bench.ballast.held_bytes)
+        held.append(bench.reserve.held_bytes)
     assert held == [3 * MIB, 2 * MIB, 2 * MIB, 2 * MIB]
 
 

@@ -1,0 +1,59 @@
+"""Fifth stage: reload the adapter from the published bytes and measure its held-out loss again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora_service.artifacts.manifest import Manifest
+from qlora_service.artifacts.published import fetch_published
+from qlora_service.domain.jobs import FailureReason
+from qlora_service.errors import JobFailed
+from qlora_service.models.adapters import load_adapter
+from qlora_service.training.loop import Outcome, checking
+from qlora_service.training.network.network import Network
+from qlora_service.training.objectives import evaluate, make_objective
+from workers.trainer.context import AttemptContext
+from workers.trainer.load import Loaded
+from workers.trainer.prepare import PreparedRows
+
+CERTIFICATE_TOLERANCE = 1e-4
+"""Nats. The same code on the same device gives the same loss; this leaves room for non-deterministic kernels."""
+
+
+def certify(
+    context: AttemptContext, rows: PreparedRows, loaded: Loaded, outcome: Outcome, manifest: Manifest
+) -> dict[str, Any]:
+    """The certificate of the published adapter. Network and base in `loaded` are gone when this returns.
+
+    Raises:
+        JobFailed: a published file has other bytes than the manifest says, or the loss is another.
+    """
+    context.reporter.enter_phase("certifying", rows.total_steps)
+    published = context.inputs.scratch / "published"
+    fetch_published(manifest, context.inputs.artifacts, published)
+    ways, isolation, base = loaded.network.ways, loaded.warm.isolation, loaded.warm.model
+    reused = loaded.warm.restore()
+    loaded.drop()
+    if not reused:
+        del base  # the last reference: the changed base goes before its replacement is loaded
+        base = context.bases.replace_changed(loaded.request).model
+    reloaded = Network(load_adapter(base, published), isolation, ways=ways)
+    with checking(reloaded, context.check):
+        measured = evaluate(reloaded, make_objective(context.spec.objective), rows.held_out)
+    return check_loss(measured.loss, outcome.after.loss) | {"base_reused": reused}
+
+
+def check_loss(published: float, trained: float) -> dict[str, Any]:
+    """The figures of a certificate, from the held-out losses (nats) of the published and of the trained adapter.
+
+    Raises:
+        JobFailed: they differ.
+    """
+    difference = abs(published - trained)
+    if not difference <= CERTIFICATE_TOLERANCE:  # also when it is not a number
+        raise JobFailed(
+            f"the published adapter gives a held-out loss of {published:.6f}, the trained one gave {trained:.6f}: "
+            "the files are not what was trained",
+            reason=FailureReason.CERTIFICATE,
+        )
+    return {"held_out_loss": published, "difference": difference}

@@ -1,0 +1,135 @@
+"""First stage: render the rows to token ids, and split them into training and held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qlora_service.artifacts.store import dataset_key
+from qlora_service.data.batching import Split, sample_rows, split_rows, step_rows, total_steps
+from qlora_service.data.files.checks import read_examples
+from qlora_service.data.rendering.renderer import Renderer, RenderReport, RenderRules
+from qlora_service.domain.datasets import Dataset
+from qlora_service.domain.jobs import FailureReason
+from qlora_service.errors import Finding, JobFailed
+from qlora_service.planning.time.duration import JUDGED_TRAINING_ROWS
+from qlora_service.specs import Training
+from qlora_service.training.evaluation.generation import question_ids
+from qlora_service.training.network.micro_batch import TrainingExample
+from qlora_service.training.rows import RenderedRows, store_rendered
+from workers.trainer.context import AttemptContext, AttemptInputs
+
+Rendered = TypeVar("Rendered")
+
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """The job's rows: which of them are trained on in which step, and which are held out."""
+
+    rows: RenderedRows
+    split: Split
+    validation: RenderedRows | None
+    """Rows of a validation dataset; `split.held_out` then selects among these"""
+    report: RenderReport
+    validation_report: RenderReport | None
+    training: Training
+    chat_template: str
+
+    @cached_property
+    def held_out(self) -> list[TrainingExample]:
+        """The held-out rows; without any, the first training rows."""
+        positions = self.split.held_out or self.split.train[:JUDGED_TRAINING_ROWS]
+        rows = self.rows if self.validation is None else self.validation
+        return [rows[position] for position in positions]
+
+    @property
+    def total_steps(self) -> int:
+        training = self.training
+        return total_steps(len(self.split.train), training.batch_size, training.epochs, training.max_steps)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of the longest row as it is trained; of a pair, of the longer side."""
+        return min(self.report.longest_tokens, self.training.max_seq_len_tokens)
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Positions in `rows` of the examples of step `step` (from 0)."""
+        train, training = self.split.train, self.training
+        size, seed = training.batch_size, training.seed
+        return [train[i] for i in step_rows(step, len(train), size, training.epochs, training.max_steps, seed)]
+
+    def examples_of_step(self, step: int) -> list[TrainingExample]:
+        """The examples of step `step` (from 0)."""
+        return [self.rows[row] for row in self.rows_of_step(step)]
+
+
+def prepare(context: AttemptContext) -> PreparedRows:
+    """The rendered and split rows.
+
+    Raises:
+        JobFailed: rows too long, none usable, or too few to hold any out.
+        QLoRAError: the chat template refuses one of the evaluation's questions.
+    """
+    context.reporter.enter_phase("rendering", None)
+    prepared = prepare_rows(context.inputs, context.check)
+    if questions := context.spec.evaluation.questions:
+        tokenizer = load_tokenizer(context.inputs.base.path, prepared.chat_template)
+        for question in questions:
+            question_ids(tokenizer, question)  # a refusal shows now, not after the training
+    return prepared
+
+
+def prepare_rows(inputs: AttemptInputs, check: Callable[[], None]) -> PreparedRows:
+    """The rendered and split rows; `check()` is called before each row. Raises: JobFailed."""
+    training, validation = inputs.job.spec.training, inputs.job.spec.validation
+    # The time of the job's creation, not the clock's: every attempt renders the same text.
+    with Renderer(inputs.base.path, RenderRules.of(training), inputs.job.created_at) as renderer:
+        rows, report = _render(inputs, inputs.dataset, renderer, check)
+        validation_rows, validation_report = None, None
+        if inputs.validation is not None:
+            validation_rows, validation_report = _render(inputs, inputs.validation, renderer, check)
+        chat_template = renderer.chat_template
+    try:
+        split = split_rows(len(rows), validation.held_out_fraction, validation.max_rows, training.seed)
+        if validation_rows is not None:
+            split = replace(split, held_out=sample_rows(len(validation_rows), validation.max_rows, training.seed))
+    except ValueError as error:
+        findings = [Finding(**finding) for finding in report.findings]
+        raise JobFailed(str(error), reason=FailureReason.INVALID_INPUT, findings=findings) from None
+    return PreparedRows(rows, split, validation_rows, report, validation_report, training, chat_template)
+
+
+def load_tokenizer(model_dir: Path, chat_template: str) -> PreTrainedTokenizerBase:
+    """The base's tokenizer with the chat template that the rows were rendered with."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def _render(
+    inputs: AttemptInputs, dataset: Dataset, renderer: Renderer, check: Callable[[], None]
+) -> tuple[RenderedRows, RenderReport]:
+    """A dataset's usable rows, and the report on all of them. Raises: JobFailed."""
+    training, report = inputs.job.spec.training, dataset.report
+    path = inputs.artifacts.local_copy(dataset_key(dataset.sha256), inputs.scratch)
+    results = _checked(renderer.render(read_examples(path, report.container, report.shape)), check)
+    rows, rendered = store_rendered(results, inputs.scratch / f"{dataset.id}.arrow")
+    if rendered.too_long_rows and training.too_long == "refuse":
+        raise JobFailed(
+            f"{rendered.too_long_rows} rows are longer than max_seq_len_tokens = {training.max_seq_len_tokens}; "
+            f"the longest has {rendered.longest_tokens} tokens",
+            reason=FailureReason.INVALID_INPUT,
+            findings=[Finding(**finding) for finding in rendered.findings],
+        )
+    return rows, rendered
+
+
+def _checked(results: Iterable[Rendered], check: Callable[[], None]) -> Iterator[Rendered]:
+    for result in results:
+        check()
+        yield result

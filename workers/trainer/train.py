@@ -1,0 +1,144 @@
+"""Third stage: run the training loop from the last checkpoint, then generate the answers of base and adapter."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qlora_service.planning.time.duration import Kind, Work, evaluation_interval, later_phases
+from qlora_service.planning.time.job_times import readable
+from qlora_service.training.checkpoint.checkpoints import KEPT, Checkpoints, expected_bytes
+from qlora_service.training.device import device_name
+from qlora_service.training.evaluation.generation import evaluate_generation
+from qlora_service.training.evaluation.row_losses import RowLosses
+from qlora_service.training.loop import AroundStep, LossNotFinite, Outcome
+from qlora_service.training.loop import train as run_loop
+from qlora_service.training.objectives import make_objective
+from workers.trainer.checkpointing import Checkpointing
+from workers.trainer.context import AttemptContext
+from workers.trainer.environment import change_note, environment_changes
+from workers.trainer.load import Loaded
+from workers.trainer.prepare import PreparedRows, load_tokenizer
+from workers.trainer.step_memory import TrackedStep, largest_step, predicted_memory
+
+DATABASE_BYTES = 16 * 2**20
+"""Disk space kept for the database, which has to record that the disk is full."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the training came to."""
+
+    outcome: Outcome
+    row_losses: RowLosses
+    failure: LossNotFinite | None
+    """Why the training ended early; the outcome is then that of the last finite step"""
+    answers: dict[str, Any] | None
+    """The report for generation.json, if the evaluation asks for one"""
+
+
+def train(context: AttemptContext, rows: PreparedRows, loaded: Loaded) -> Trained:
+    """The trained adapter, on `loaded.network`.
+
+    Raises:
+        Interrupted: a checkpoint has what was completed.
+        LossNotFinite: before the first finite step.
+        OSError: the disk is full (ENOSPC); the last checkpoint is unharmed.
+    """
+    spec, reporter, plan, steps = context.spec, context.reporter, loaded.plan, rows.total_steps
+    training = spec.training.model_copy(update={"micro_batch_tokens": plan["micro_batch_tokens"]})
+    checkpoints = Checkpoints(context.inputs.checkpoint_dir, context.inputs.token)
+    start, metrics = None, b""
+    if found := checkpoints.latest():
+        start, metrics, environment_then = found
+        plan["changes"] += environment_changes(environment_then, loaded.environment, start.step)
+    control = _reserve_disk(context, rows, loaded, checkpoints)
+    # The base's source is no part of the plan: the same job has the same plan with a cold and with a warm base.
+    reporter.choose_plan(plan, f"base: {loaded.base_source}")
+    first_step = start.step if start else 0
+    if context.inputs.token > 1:
+        reporter.resumed(first_step, metrics, [change_note(change) for change in plan["changes"]])
+    evaluate_every = spec.evaluation.every_steps or evaluation_interval(steps)
+    _report_expectations(context, rows, loaded, evaluate_every)
+    row_losses = RowLosses()
+    around_step = _memory_tracking(context, rows, loaded, range(first_step, steps))
+    reporter.enter_phase("training", steps)
+    failure: LossNotFinite | None = None
+    try:
+        outcome = run_loop(
+            loaded.network,
+            make_objective(spec.objective),
+            rows.examples_of_step,
+            rows.held_out,
+            total_steps=steps,
+            evaluate_every=evaluate_every,
+            training=training,
+            observer=reporter,
+            row_losses=row_losses,
+            start=start,
+            control=control,
+            around_step=around_step,
+        )
+    except LossNotFinite as error:
+        if error.outcome is None:
+            raise
+        failure, outcome = error, error.outcome
+    finally:
+        control.flush()
+    answers = None if failure is not None else _generate(context, rows, loaded)
+    return Trained(outcome, row_losses, failure, answers)
+
+
+def _reserve_disk(
+    context: AttemptContext, rows: PreparedRows, loaded: Loaded, checkpoints: Checkpoints
+) -> Checkpointing:
+    """Holds disk space for checkpoints and for publishing; the loop's control, which uses it up."""
+    training = context.spec.training
+    size = expected_bytes(loaded.network, training, rows=len(rows.split.train), total_steps=rows.total_steps)
+    # The checkpoints that are kept, one being written, and as much again to publish; and what the database needs.
+    bytes_at_end = size + DATABASE_BYTES
+    context.reserve.reserve(max(0, (KEPT + 1) * size - checkpoints.bytes_on_disk()) + bytes_at_end)
+    return Checkpointing(context, checkpoints, loaded, checkpoint_bytes=size, bytes_at_end=bytes_at_end)
+
+
+def _report_expectations(context: AttemptContext, rows: PreparedRows, loaded: Loaded, evaluate_every: int) -> None:
+    """Reports predicted memory and time under the final plan; the measurements are held against them."""
+    inputs, spec, plan = context.inputs, context.spec, loaded.plan
+    device = device_name(loaded.network.device)
+    work = Work.of(spec, rows.report, dataset_rows=inputs.dataset.report.usable_rows, validation=rows.validation_report)
+    kind = Kind.of(
+        spec,
+        work,
+        micro_batch_tokens=plan["micro_batch_tokens"],
+        checkpointing=plan["gradient_checkpointing"],
+    )
+    predicted = predicted_memory(
+        inputs.base.path,
+        spec,
+        plan,
+        longest_tokens=rows.longest_tokens,
+        cuda=loaded.network.device.type == "cuda",
+        cache_dir=inputs.plan_cache,
+    )
+    context.reporter.note(device=device, kind=asdict(kind), work=asdict(work), predicted=predicted)
+    context.reporter.expect(rows.total_steps, evaluate_every, later_phases(work, readable(inputs.history, device)))
+
+
+def _memory_tracking(context: AttemptContext, rows: PreparedRows, loaded: Loaded, steps: range) -> AroundStep:
+    """On a CPU, a tracker of the tensors of the largest step; on CUDA the allocator counts."""
+    network = loaded.network
+    if network.device.type == "cuda" or not steps:
+        return lambda *_: nullcontext()
+    step = largest_step(rows.rows.tokens(), rows.rows_of_step, loaded.plan["micro_batch_tokens"], steps)
+    return TrackedStep(network, step, lambda memory: context.reporter.note(memory=memory))
+
+
+def _generate(context: AttemptContext, rows: PreparedRows, loaded: Loaded) -> dict[str, Any] | None:
+    """The answers of base and adapter, side by side; None when the evaluation asks for none."""
+    evaluation = context.spec.evaluation
+    if not (evaluation.generate_rows or evaluation.questions):
+        return None
+    context.reporter.enter_phase("generating", rows.total_steps)
+    tokenizer = load_tokenizer(context.inputs.base.path, rows.chat_template)
+    return evaluate_generation(loaded.network, tokenizer, rows.held_out, evaluation, on_answer=context.check)
