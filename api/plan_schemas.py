@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 
+from qlora_service import wire
 from qlora_service.planning.plan import Plan as DomainPlan
 
 MAX_FREE_BYTES = 2**50
@@ -87,28 +88,18 @@ class PlannedStorage(BaseModel):
     host_bytes: int = Field(description="The trainer's share of the host's memory.")
 
 
-class Plan(BaseModel):
+class Plan(wire.Plan):
     """Whether a job fits, how it would run, what it takes, and why."""
 
     object: Literal["plan"] = "plan"
     verdict: Literal["fits", "fits_if", "does_not_fit"]
-    reason: str
     device: PlannedDevice
-    settings: ChosenSettings = Field(description="The fastest that fits; if none does, what needs least.")
-    longest_tokens: int = Field(description="The longest row, or the longest there may be.")
+    settings: Annotated[ChosenSettings, wire.Plan.model_fields["settings"]]
     memory: PlannedMemory
     source: Literal["simulation", "formula"]
-    is_sure: bool = Field(description="Whether the prediction's error cannot change the verdict.")
-    alternatives: list[dict[str, JsonValue]] = Field(
-        description="Of `fits_if`: fields to set, with values; each entry alone makes it fit."
-    )
-    largest: Largest | None = Field(description="Of a job that does not fit as it is.")
-    trained_parameters: int
+    alternatives: Annotated[list[dict[str, JsonValue]], wire.Plan.model_fields["alternatives"]]
+    largest: Annotated[Largest | None, wire.Plan.model_fields["largest"]]
     storage: PlannedStorage
-    bf16_lora_bytes: int = Field(description="What the same job would take on a base that is not quantized.")
-    full_fine_tuning_bytes: int = Field(description="What the same steps would take with every weight trained.")
-    notes: list[str]
-    time: dict[str, Any] | None = Field(description="Null when nothing is known of this base on this device.")
 
     @classmethod
     def of(cls, plan: DomainPlan) -> Self:

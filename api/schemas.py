@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from qlora_service import wire
 from qlora_service.actions.keys import MAX_NAME_CHARS
 from qlora_service.artifacts.manifest import ManifestFile
 from qlora_service.data.rendering.renderer import RenderReport
@@ -68,40 +69,20 @@ class ErrorResponse(BaseModel):
 # --- datasets
 
 
-class Lengths(BaseModel):
+class Lengths(wire.Lengths):
     """Token counts under one base model's tokenizer and chat template."""
 
-    model_config = ConfigDict(from_attributes=True)
-
-    rows: int
-    usable_rows: int
-    tokens: int
-    trained_tokens: int
-    longest_tokens: int
-    cut_rows: int = Field(description="Usable rows that lost tokens to truncation.")
-    too_long_rows: int
-    complete: bool = Field(description="False when only the first rows were rendered.")
-    histogram: dict[str, int] = Field(description='Rows by length: "128" counts rows of 65 to 128 tokens.')
-    finding_count: int
     findings: list[Finding]
 
 
-class Dataset(BaseModel):
+class Dataset(wire.Dataset):
     """An upload that was checked and stored. The same bytes read the same way are one dataset."""
 
-    id: str = Field(examples=["ds_019a9c2f8d31c4e55f0a7b"])
     object: Literal["dataset"] = "dataset"
-    sha256: str
-    filename: str | None
-    bytes: int
     container: Container
     shape: Shape
-    rows: int
-    usable_rows: int
-    finding_count: int = Field(description="Exact, also where `findings` holds only the first of them.")
     findings: list[Finding]
-    created_at: datetime
-    lengths: Lengths | None = Field(None, description="With ?base_model: how long the rows are.")
+    lengths: Lengths | None = Field(None, description="With ?base_model: token lengths of the rows.")
 
     @classmethod
     def of(cls, dataset: DomainDataset, lengths: RenderReport | None = None) -> Dataset:
@@ -121,25 +102,13 @@ class DeletedDataset(BaseModel):
     deleted: Literal[True] = True
 
 
-class PreviewToken(BaseModel):
-    id: int
-    text: str
-    trained: bool = Field(description="Whether this token is learned.")
-
-
-class PreviewDocument(BaseModel):
-    """One sequence of tokens."""
-
-    text: str
-    tokens: list[PreviewToken]
-    cut_tokens: int = Field(description="Tokens that truncation took off the end.")
-
-
-class PreviewRow(PreviewDocument):
+class PreviewRow(wire.PreviewDocument):
     """A row as it will be trained; of a preference pair, the chosen answer's document."""
 
     line: int
-    rejected: PreviewDocument | None = Field(None, description="Of a preference pair, the rejected answer's document.")
+    rejected: wire.PreviewDocument | None = Field(
+        None, description="Of a preference pair, the rejected answer's document."
+    )
     desirable: bool | None = Field(None, description="Of a labelled answer (KTO), whether it is wanted.")
 
 
@@ -153,51 +122,17 @@ class PreviewProblem(BaseModel):
 # --- base models
 
 
-class Model(BaseModel):
+class Model(wire.Model):
     """A base model of the catalog."""
 
-    name: str = Field(examples=["SmolLM2-135M-Instruct"])
     source: Literal["directory", "gguf", "hub"]
-    hub_id: str | None
-    revision: str | None
-    weights_sha256: str
-    architecture: str
-    model_type: str
-    parameters: int
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    max_positions: int | None = Field(description="Longest sequence it handles, in tokens.")
-    chat_template: bool
-    imported_at: datetime
 
     @classmethod
     def of(cls, model: DomainModel) -> Model:
         return cls.model_validate(model.as_dict())
 
 
-# --- recipes
-
-
-class Recipe(BaseModel):
-    """Named values for what a job's spec leaves open, and where they come from."""
-
-    name: str = Field(description="What a spec's `recipe` says.", examples=["qlora-paper"])
-    title: str
-    source: str
-    values: dict[str, dict[str, Any]] = Field(
-        description="By group of the spec and field.", examples=[{"training": {"learning_rate": 2e-4}}]
-    )
-
-
 # --- jobs
-
-
-class Progress(BaseModel):
-    step: int = Field(description="Optimizer steps done.")
-    total_steps: int | None
-    fraction: float | None = Field(description="0 to 1; null until the number of steps is known.")
-    eta_s: float | None = Field(description="Seconds until the end, from the speed so far.")
 
 
 class Hold(BaseModel):
@@ -208,39 +143,16 @@ class Hold(BaseModel):
     needs_bytes: int | None = Field(None, description="Free space on the data disk with which it goes on.")
 
 
-class Job(BaseModel):
+class Job(wire.Job):
     """A fine-tuning job."""
 
-    id: str = Field(examples=["job_019a9c2f8d31c4e55f0a7b"])
     object: Literal["job"] = "job"
-    name: str | None
     status: JobStatus
-    phase: str | None = Field(description="What the running attempt is doing.", examples=["training"])
-    progress: Progress
-    queue_position: int | None = Field(description="Jobs that run before this queued one.")
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
-    attempt: int = Field(description="How often it was claimed.")
-    stop_request: StopRequest | None = Field(
-        description="What a running job will do at its next step: end (`cancel`), wait until it is resumed (`pause`), "
-        "or make way for a more urgent job (`preempt`)."
-    )
-    hold: Hold | None = Field(description="Of a paused job: why it waits.")
-    checkpoint_step: int = Field(description="Steps that are saved: where the job goes on, whatever happens.")
-    base_model: str
-    dataset_id: str
-    metrics: dict[str, Any] = Field(description="The latest, by name.", examples=[{"step": 7, "loss": 1.25}])
-    forecast: dict[str, Any] | None = Field(description="What was predicted when it was posted: memory and time.")
-    measured: dict[str, Any] | None = Field(
-        description="What its attempts took, as far as they got: `actual` beside `predicted` (bytes and seconds), "
-        "seconds by phase, tokens per second, and each ETA that was promised against what came."
-    )
-    error: dict[str, Any] | None = Field(description="Of a failed job: an error as in `Error`.")
-    result: dict[str, Any] | None = Field(description="Of a succeeded job: held-out losses, certificate.")
+    stop_request: Annotated[StopRequest | None, wire.Job.model_fields["stop_request"]]
+    hold: Annotated[Hold | None, wire.Job.model_fields["hold"]]
     spec: JobSpec | None = Field(
-        description="As it was asked for, with its defaults. Null when another version stored it, in a form that this "
-        "one cannot read; `unreadable` says so."
+        description="As requested, with its defaults. Null when another version stored it, in a form that this one "
+        "cannot read; `unreadable` says so."
     )
     unreadable: str | None = Field(description="Why there is no `spec`, and what to do.")
     metadata: dict[str, str]
@@ -265,7 +177,7 @@ class SubmittedJob(Job):
 
 def job_fields(job: DomainJob, queue_position: int | None) -> dict[str, Any]:
     """The fields of `Job`."""
-    progress = Progress(
+    progress = wire.Progress(
         step=job.step,
         total_steps=job.total_steps,
         fraction=job.step / job.total_steps if job.total_steps else None,
@@ -320,12 +232,9 @@ class DeviceAccuracy(BaseModel):
 # --- artifacts
 
 
-class Artifact(BaseModel):
+class Artifact(wire.ArtifactFile):
     """A published file."""
 
-    name: str = Field(examples=["adapter_model.safetensors"])
-    bytes: int
-    sha256: str
     url: str
 
     @classmethod

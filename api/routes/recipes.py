@@ -5,8 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from api.errors import error_responses
-from api.schemas import Listing, Recipe
+from api.schemas import Listing
 from qlora_service.specs import RECIPES
+from qlora_service.wire import Recipe
 
 router = APIRouter(prefix="/recipes", tags=["recipes"])
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from qlora_service import wire
 from qlora_service.domain.jobs import JobStatus
 from qlora_service.errors import Finding, Unavailable
 
@@ -16,60 +17,31 @@ TERMINAL = frozenset(status.value for status in JobStatus if status.terminal)
 
 
 class Answer(BaseModel):
+    """Keeps fields that a newer service adds."""
+
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
-class Lengths(Answer):
-    """Token counts under one base model's tokenizer and chat template."""
-
-    rows: int
-    usable_rows: int
-    tokens: int
-    trained_tokens: int
-    longest_tokens: int
-    cut_rows: int
-    """Usable rows that lose tokens to truncation."""
-    too_long_rows: int
-    complete: bool
-    """False when only the first rows were rendered."""
-    histogram: dict[str, int]
-    """Rows by length: key "128" counts rows of 65 to 128 tokens."""
-    finding_count: int
+class Lengths(wire.Lengths, Answer):
     findings: list[dict[str, Any]]
 
 
-class Dataset(Answer):
-    id: str
-    sha256: str
-    filename: str | None
-    bytes: int
-    container: str
-    shape: str
-    rows: int
-    usable_rows: int
-    finding_count: int
+class Dataset(wire.Dataset, Answer):
     findings: list[dict[str, Any]]
-    created_at: datetime
     lengths: Lengths | None = None
-    """How long the rows are, when a base model was named."""
+    """Token lengths of the rows, if a base model was named"""
 
 
-class PreviewToken(Answer):
-    id: int
-    text: str
-    trained: bool
+class PreviewToken(wire.PreviewToken, Answer):
+    pass
 
 
-class PreviewDocument(Answer):
-    """One sequence of tokens."""
-
-    text: str
-    tokens: list[PreviewToken]
-    cut_tokens: int
+class PreviewDocument(wire.PreviewDocument, Answer):
+    tokens: list[PreviewToken]  # type: ignore[assignment]  # a list is invariant
 
 
-class PreviewRow(Answer):
-    """A row as it will be trained, or its `problem`: why it is left out."""
+class PreviewRow(PreviewDocument):
+    """A row as it is trained, or its `problem`: why it is left out."""
 
     line: int
     problem: str | None = None
@@ -77,85 +49,41 @@ class PreviewRow(Answer):
     tokens: list[PreviewToken] = []
     cut_tokens: int = 0
     rejected: PreviewDocument | None = None
-    """Of a preference pair, the rejected answer's document; the row itself is the chosen one's."""
+    """Of a preference pair, the rejected answer's document; the row itself is the chosen one's"""
 
 
-class Model(Answer):
-    """A base model of the catalog."""
-
-    name: str
-    source: str
-    hub_id: str | None
-    revision: str | None
-    parameters: int
-    max_positions: int | None
+class Model(wire.Model, Answer):
+    pass
 
 
-class Recipe(Answer):
-    """Named values for what a job's spec leaves open."""
-
-    name: str
-    title: str
-    source: str
-    values: dict[str, dict[str, Any]]
+class Recipe(wire.Recipe, Answer):
+    pass
 
 
-class Plan(Answer):
-    """Whether a job would fit, and how it would run."""
-
-    verdict: str
-    """fits | fits_if | does_not_fit"""
-    reason: str
+class Plan(wire.Plan, Answer):
     device: dict[str, Any]
     settings: dict[str, Any]
-    """The fastest that fits; if none does, what needs least."""
-    longest_tokens: int
+    """The fastest that fit; if none do, those that need least memory"""
     memory: dict[str, Any]
-    """Bytes, by category and in all."""
-    source: str
-    """simulation | formula"""
-    is_sure: bool
+    """Bytes, by category and in all"""
     alternatives: list[dict[str, Any]]
-    """Fields to set with which it would fit, each entry by itself."""
+    """Fields to set with which it would fit, each entry by itself"""
     largest: dict[str, Any] | None
-    trained_parameters: int
     storage: dict[str, int]
-    bf16_lora_bytes: int
-    full_fine_tuning_bytes: int
-    notes: list[str]
-    time: dict[str, Any] | None
 
 
-class Progress(Answer):
-    step: int
-    total_steps: int | None
-    fraction: float | None
-    eta_s: float | None
+class Progress(wire.Progress, Answer):
+    pass
 
 
-class Job(Answer):
-    id: str
-    name: str | None
-    status: str
-    phase: str | None
+class Job(wire.Job, Answer):
     progress: Progress
-    queue_position: int | None
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
-    attempt: int
-    stop_request: str | None
-    """What a running job will do at its next step: cancel, pause or preempt."""
     hold: dict[str, Any] | None
-    """Why a paused job waits: `reason` and `message`."""
-    checkpoint_step: int
-    base_model: str
-    dataset_id: str
-    metrics: dict[str, Any]
-    error: dict[str, Any] | None
-    result: dict[str, Any] | None
+    """Why a paused job waits: `reason` and `message`"""
+    forecast: dict[str, Any] | None = None
+    measured: dict[str, Any] | None = None
     unreadable: str | None = None
-    """Why the service cannot read what the job was asked to do."""
+    """Why the service cannot read the job's spec"""
     warnings: list[str] = []
 
     @property
@@ -163,10 +91,8 @@ class Job(Answer):
         return self.status in TERMINAL
 
 
-class ArtifactFile(Answer):
-    name: str
-    bytes: int
-    sha256: str
+class ArtifactFile(wire.ArtifactFile, Answer):
+    pass
 
 
 @dataclass(frozen=True)
