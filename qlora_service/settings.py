@@ -5,13 +5,14 @@ Built once, at an entry point (`api`, `workers`, `cli`); everything below gets p
 
 from __future__ import annotations
 
-import ipaddress
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from qlora_service.process.loopback import is_loopback
 
 GIB = 2**30
 
@@ -134,7 +135,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _not_open_to_the_network(self) -> Settings:
-        if self.keys == "off" and not _is_loopback(self.host):
+        if self.keys == "off" and not is_loopback(self.host):
             raise ValueError(
                 f"QLORA_KEYS=off with QLORA_HOST={self.host} would let the whole network in: leave QLORA_KEYS out, so "
                 "that every request needs a key, or listen on 127.0.0.1"
@@ -210,14 +211,6 @@ def read_settings(**given: Any) -> Settings:
             faults.append(name + fault["msg"].removeprefix("Value error, "))
         print(f"error: these settings cannot be used: {'; '.join(faults)}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        # Any other name is whatever a resolver makes of it.
-        return host.lower() == "localhost"
 
 
 def _names(listed: str) -> list[str]:

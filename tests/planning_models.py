@@ -10,7 +10,7 @@ from qlora_service.planning.formula import memory
 from qlora_service.planning.largest_step import largest_step
 from qlora_service.planning.memory import Memory
 from qlora_service.planning.shapes import ModelShape
-from qlora_service.planning.simulation.run import simulate
+from qlora_service.planning.simulation.run import Simulator
 from qlora_service.planning.simulation.simulated_step import simulated_memory
 from qlora_service.specs import JobSpec
 
@@ -79,7 +79,7 @@ class Case:
 
     def simulated_by_child(self) -> Memory:
         """As the service does it."""
-        return simulate(MODELS[self.model], self.job(), timeout_s=300, **self._sizes())
+        return Simulator(timeout_s=300).simulate(MODELS[self.model], self.job(), **self._sizes())
 
     def estimated(self) -> Memory:
         """By the formula."""

@@ -20,7 +20,7 @@ from qlora_service.training.checkpoint.checkpoints import Checkpoints
 from qlora_service.training.checkpoint.state import TrainingState
 from qlora_service.training.evaluation.held_out import EvaluationMetrics
 from qlora_service.training.evaluation.row_losses import RowLosses
-from qlora_service.training.loop import Control, Outcome, StepMetrics, Unattended, train
+from qlora_service.training.loop import Control, Outcome, StepMetrics, Unattended, Workload, train
 from qlora_service.training.network.isolation import Isolation, isolate_documents
 from qlora_service.training.network.micro_batch import TokenRow, TrainingExample
 from qlora_service.training.network.network import Network
@@ -153,13 +153,15 @@ def run(
     outcome = train(
         network(model, neftune_noise_alpha=training.neftune_noise_alpha, **options),
         make_objective(objective or Supervised()),
-        lambda step: [train_rows[(step * size + i) % len(train_rows)] for i in range(size)],
-        held_out or rows(4, seed=99),
-        total_steps=steps,
-        evaluate_every=evaluate_every,
-        training=training,
-        observer=recorder,
-        row_losses=RowLosses() if row_losses is None else row_losses,
+        Workload(
+            lambda step: [train_rows[(step * size + i) % len(train_rows)] for i in range(size)],
+            held_out or rows(4, seed=99),
+            steps,
+            evaluate_every,
+        ),
+        training,
+        recorder,
+        RowLosses() if row_losses is None else row_losses,
         start=start,
         control=control,
     )

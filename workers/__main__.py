@@ -14,7 +14,7 @@ from qlora_service.settings import read_settings
 from qlora_service.store.database import Database
 from workers.supervisor.housekeeping import Housekeeping
 from workers.supervisor.inference_turns import ChatRules
-from workers.supervisor.supervisor import Slot, Supervisor
+from workers.supervisor.supervisor import Slot, Supervisor, SupervisorSettings
 
 
 def make_slots(wanted: int | None, gpus: list[str]) -> list[Slot]:
@@ -51,12 +51,14 @@ def main() -> None:
             max_running=settings.max_running_jobs,
         ),
         catalog=Catalog(settings.models_dir),
-        socket_dir=settings.inference_dir,
-        lock_dir=settings.resolved_lock_dir,
-        log_dir=settings.resolved_data_dir / "logs",
-        cancel_grace_s=settings.cancel_grace_s,
-        lease_s=settings.lease_s,
-        warm_s=settings.warm_s,
+        settings=SupervisorSettings(
+            socket_dir=settings.inference_dir,
+            lock_dir=settings.resolved_lock_dir,
+            log_dir=settings.resolved_data_dir / "logs",
+            cancel_grace_s=settings.cancel_grace_s,
+            lease_s=settings.lease_s,
+            warm_s=settings.warm_s,
+        ),
     )
     signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())
     signal.signal(signal.SIGINT, lambda *_: supervisor.stop())

@@ -16,7 +16,7 @@ from qlora_service.models.catalog.catalog import BaseModel
 from qlora_service.specs import Quantization
 from qlora_service.training.device import release_memory
 from qlora_service.training.network.isolation import Isolation, isolate_documents
-from qlora_service.training.network.network import Ways
+from qlora_service.training.network.network import KernelPaths
 
 log = structlog.get_logger()
 
@@ -42,7 +42,7 @@ class BaseRequest:
 class ProbedAdapter:
     """Results of the probes with an adapter on the base."""
 
-    ways: Ways
+    paths: KernelPaths
     """How losses are computed"""
     activation_bytes_per_token: float | None
     """None where nobody has measured it yet"""

@@ -21,6 +21,7 @@ from qlora_service.store import datasets as dataset_rows
 from qlora_service.store import jobs as job_rows
 from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Once, recall, write_once
+from qlora_service.store.pages import PageRequest
 
 
 class Datasets:
@@ -74,7 +75,7 @@ class Datasets:
         """Datasets whose ids lie between `after` and `before`."""
         with self._database.read() as connection:
             return dataset_rows.list_datasets(
-                connection, project=self._project, before=before, after=after, oldest_first=oldest_first, limit=limit
+                connection, PageRequest(limit, before, after, oldest_first), project=self._project
             )
 
     def read(self, dataset: Dataset) -> Iterator[bytes]:

@@ -36,6 +36,7 @@ from qlora_service.specs import Container, DatasetRef, JobSpec
 from qlora_service.store import jobs as job_rows
 from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Once, recall, write_once
+from qlora_service.store.pages import PageRequest
 from qlora_service.store.queue_times import seconds_to_end
 
 TRAINING_LOCATION = "/dataset/id"
@@ -156,14 +157,11 @@ class Jobs:
         with self._database.read() as connection:
             return job_rows.list_jobs(
                 connection,
+                PageRequest(limit, before, after, oldest_first),
                 project=self._project,
                 status=status,
                 base_model=base_model,
                 metadata=metadata,
-                before=before,
-                after=after,
-                oldest_first=oldest_first,
-                limit=limit,
             )
 
     def queue_position(self, job: Job) -> int | None:

@@ -92,7 +92,7 @@ def show(
 
 
 @app.command()
-def preview(
+def preview(  # noqa: PLR0913 - an argument per option of the command
     dataset: DatasetId,
     base_model: Annotated[str, typer.Option(help="Base model, as in `qlora models list`.")],
     max_seq_len_tokens: MaxSeqLen = None,

@@ -25,7 +25,7 @@ _BASES = {
 }
 
 
-def plan(
+def plan(  # noqa: PLR0913 - an argument per option of the command
     spec_file: Annotated[
         Path | None,
         typer.Argument(metavar="SPEC_FILE", exists=True, dir_okay=False, help="Job spec in YAML or JSON."),

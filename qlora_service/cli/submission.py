@@ -23,7 +23,7 @@ Document = dict[str, Any]
 TRAINING = "Training"
 
 
-def submit(
+def submit(  # noqa: PLR0913 - an argument per option of the command
     file: Annotated[
         Path | None,
         typer.Argument(metavar="FILE", help="Rows to train on: JSONL, JSON, CSV, Parquet or text."),
@@ -76,8 +76,7 @@ def submit(
         "adapter.r": r,
         "adapter.lora_alpha": lora_alpha,
     }
-    given = {field: value for field, value in flags.items() if value is not None}
-    document, spec = read_spec(config, {**given, **assignments(set_fields or [])})
+    document, spec = read_spec(config, _without_none(flags) | assignments(set_fields or []))
     _check_one_dataset(file, document)
     with connect(url) as client:
         job = _send(client, spec, file, force=force)
@@ -110,6 +109,10 @@ def read_spec(config: Path | None, given: Document) -> tuple[Document, JobSpec]:
             raise
         findings = [replace(finding, line=lines.get(finding.pointer)) for finding in error.findings]
         raise FaultsInFile(config, "the configuration is refused", findings) from None
+
+
+def _without_none(flags: Document) -> Document:
+    return {field: value for field, value in flags.items() if value is not None}
 
 
 def _send(client: Client, spec: JobSpec, file: Path | None, *, force: bool) -> Job:

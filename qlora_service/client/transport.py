@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 import time
 import uuid
@@ -14,6 +13,7 @@ import httpx2
 
 from qlora_service.client.wire import ServiceError, Unreachable
 from qlora_service.errors import Finding, InvalidRequest, QuotaExceeded
+from qlora_service.process.loopback import is_loopback
 
 EXAMPLE_URL = "http://127.0.0.1:8080"
 ANSWER_S = 60.0
@@ -42,7 +42,7 @@ class Transport:
         self._on_drop = on_drop
         self._reached = False
         url = _address(base_url)
-        is_local = _is_loopback(url.host)
+        is_local = is_loopback(url.host)
         self._http = httpx2.Client(
             base_url=self.base_url,
             headers={} if api_key is None else {"Authorization": f"Bearer {_checked_key(api_key)}"},
@@ -262,10 +262,3 @@ def _checked_key(api_key: str) -> str:
             "the API key holds a blank, a line break or another character that no key has: copy it again"
         )
     return api_key
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

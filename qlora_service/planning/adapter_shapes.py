@@ -22,14 +22,12 @@ from qlora_service.specs import (
     Training,
     Vera,
 )
+from qlora_service.training.sizes import EIGHT_BIT_BLOCK, FEWEST_8BIT_ELEMENTS, FEWEST_PAGED_ELEMENTS
 
 FLOAT = 4
 EMBEDDINGS = {"embed_tokens", "lm_head"}
 LLAMA_ADAPTER_BOTTOM = 2
 """Layers that LLaMA-Adapter leaves alone by default (`models/adapters.py`)"""
-FEWEST_8BIT_ELEMENTS, EIGHT_BIT_BLOCK = 4096, 256
-FEWEST_PAGED_ELEMENTS = 100_000
-"""Smaller parameters keep 32-bit state; smaller ones never page (bitsandbytes 0.50, optim/optimizer.py)"""
 
 
 @dataclass(frozen=True)

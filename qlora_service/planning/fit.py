@@ -13,9 +13,9 @@ from typing import Any, Literal
 from qlora_service.planning.cards import Device
 from qlora_service.planning.formula import memory
 from qlora_service.planning.largest_step import largest_step
+from qlora_service.planning.layer_cost import FAST_LAYERS
 from qlora_service.planning.memory import Memory
 from qlora_service.planning.shapes import ModelShape
-from qlora_service.planning.ways import FAST_LAYERS
 from qlora_service.specs import JobSpec, PrefixTuning
 
 BUDGETS = (8192, 4096, 2048, 1024, 512)
@@ -95,7 +95,7 @@ class Question:
         if training.micro_batch_tokens != "auto" or not self.device.cuda:
             return [training.resolved_micro_batch_tokens]
         # A row is never cut: less than the longest gains nothing. Nor does more than a step holds.
-        example = example_tokens(self.spec, self.longest_tokens)
+        example = longest_example_tokens(self.spec, self.longest_tokens)
         whole_step = example * training.batch_size
         return sorted({max(example, min(budget, whole_step)) for budget in BUDGETS}, reverse=True)
 
@@ -142,13 +142,13 @@ def chosen(question: Question, holds: Callable[[int], bool]) -> Choice:
     left to "auto", it has the last word on doing without.
     """
     for choice in fitting_choices(question):
-        together = max(choice.micro_batch_tokens, example_tokens(question.spec, question.longest_tokens))
+        together = max(choice.micro_batch_tokens, longest_example_tokens(question.spec, question.longest_tokens))
         if choice.gradient_checkpointing or question.spec.training.gradient_checkpointing is False or holds(together):
             return choice
     return fastest_fit(question).choice
 
 
-def example_tokens(spec: JobSpec, longest_tokens: int) -> int:
+def longest_example_tokens(spec: JobSpec, longest_tokens: int) -> int:
     """Of the largest example that is never cut: a row, or both sides of a pair."""
     return largest_step(spec, micro_batch_tokens=1, longest_tokens=longest_tokens).tokens
 

@@ -11,17 +11,15 @@ from dataclasses import dataclass
 
 from qlora_service.planning.adapter_shapes import AdapterShape, adapter_shape, optimizer_bytes
 from qlora_service.planning.largest_step import LargestStep, largest_step
+from qlora_service.planning.layer_cost import DORA, FAST, LayerCost, layer_cost, resolved_dtype, virtual_tokens
 from qlora_service.planning.memory import MIB, Category, Memory
 from qlora_service.planning.shapes import Matrix, ModelShape
 from qlora_service.planning.simulation.allocator import ROUNDING, rounded
-from qlora_service.planning.ways import DORA, FAST, Way, resolved_dtype, virtual_tokens, way_of
 from qlora_service.specs import JobSpec, Oft, PromptMethod, Quantization
+from qlora_service.training.sizes import CPU_ROWS, HEAD_CHUNK
 
 Bytes = dict[Category, int]
 FLOAT = 4
-HEAD_CHUNK = 256
-CPU_ROWS = 16
-"""Positions whose logits exist, and in float32 on a CPU, at a time (`training/head.py`)"""
 CUBLAS_WORKSPACE = (2 * 4096 + 8 * 16) * 1024
 FRAGMENTED_SHARE, FRAGMENTED_BYTES = 0.05, 80 * MIB
 """What the allocator reserves beyond what is allocated, fitted to the simulator: within 4 % of it from 4 GiB on"""
@@ -45,7 +43,7 @@ def memory(
     )
     width = 2 if resolved_dtype(spec, cuda=cuda, auto=compute_dtype) == "bfloat16" else FLOAT
     adapter = adapter_shape(spec.adapter, shape)
-    setting = _Setting(shape, spec, adapter, way_of(spec, shape), step, width, checkpointing, cuda)
+    setting = _Setting(shape, spec, adapter, layer_cost(spec, shape), step, width, checkpointing, cuda)
     resident, paged = _resident(setting)
     highest = max(_moments(setting), key=lambda moment: sum(moment.values()))
     categories = {category: resident.get(category, 0) + highest.get(category, 0) for category in Category}
@@ -61,7 +59,7 @@ class _Setting:
     shape: ModelShape
     spec: JobSpec
     adapter: AdapterShape
-    way: Way
+    way: LayerCost
     step: LargestStep
     width: int
     """Bytes of a number in the compute dtype"""

@@ -14,10 +14,10 @@ from typing import Any
 import structlog
 
 from qlora_service.planning.cards import Device
+from qlora_service.process.cgroup import memory_limit
 
 AMPERE = (8, 0)
 """Compute capability from which bfloat16 runs in hardware"""
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CPU_FACTS = Path("/proc/cpuinfo")
 
 log = structlog.get_logger()
@@ -65,7 +65,7 @@ def choose_visible(uuids: list[str | None], visible: str | None) -> list[str]:
 def this_cpu() -> Device:
     """The CPU, with the machine's memory within the container's limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _cgroup_limit()
+    limit = memory_limit()
     return Device(
         f"{platform.machine()} CPU", total if limit is None else min(total, limit), cuda=False, bf16=_has_cpu_bf16()
     )
@@ -115,14 +115,6 @@ def _memory(nvml: Any, handle: Any) -> tuple[int, int]:
         page = os.sysconf("SC_PAGE_SIZE")
         return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
     return int(memory.total), int(memory.free)
-
-
-def _cgroup_limit() -> int | None:
-    """Bytes that this process's control group (version 2) may have; None without a limit."""
-    try:
-        return int(CGROUP_LIMIT.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _has_cpu_bf16() -> bool:

@@ -18,7 +18,7 @@ from qlora_service.planning.hardware import Gpu, gpus, this_cpu, trains_here
 from qlora_service.planning.memory import Memory
 from qlora_service.planning.plan import FoundBy, Plan, make_plan, with_notes
 from qlora_service.planning.shapes import ModelShape
-from qlora_service.planning.simulation.run import CannotSimulate, simulate
+from qlora_service.planning.simulation.run import CannotSimulate, Simulator
 from qlora_service.specs import JobSpec
 
 AUTO, UNKNOWN = "auto", "unknown"
@@ -90,16 +90,14 @@ class _Simulations:
             self._give_up("other plans are being simulated")
             return None
         try:
-            return simulate(
+            return Simulator(SIMULATION_S, self.cache_dir).simulate(
                 self.config,
                 spec,
                 micro_batch_tokens=tokens,
                 checkpointing=recomputed,
-                timeout_s=SIMULATION_S,
                 longest_tokens=self.longest_tokens,
                 cuda=self.device.cuda,
                 compute_dtype=self.device.compute_dtype,
-                cache_dir=self.cache_dir,
             )
         except CannotSimulate as error:
             self._give_up(error.reason)

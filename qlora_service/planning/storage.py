@@ -6,13 +6,11 @@ from dataclasses import dataclass
 
 from qlora_service.planning.adapter_shapes import adapter_shape, optimizer_bytes
 from qlora_service.planning.fit import Fit, Question
-from qlora_service.planning.memory import GIB, MIB
+from qlora_service.planning.memory import GIB
+from qlora_service.training.sizes import DATABASE_BYTES, KEPT_CHECKPOINTS, ROW_BYTES, SMALL_FILES_BYTES, STEP_BYTES
 
-KEPT_CHECKPOINTS = 2
-HEADER_BYTES, SMALL_FILES_BYTES = 10 * 256, 256 * 1024
-ROW_BYTES, STEP_BYTES = 36, 512
-DATABASE_ROOM = 16 * MIB
-"""As in `training/checkpoints.py` and `workers/trainer/attempt.py`, which need torch; a test holds the sum to theirs"""
+HEADER_BYTES = 10 * 256
+"""Header of a checkpoint's tensor; a test holds the sum to what checkpoints take"""
 ADALORA_COPIES = 3
 CUDA_PROCESS_BYTES = 2 * GIB
 """Resident memory of a process once torch has initialized CUDA (pytorch/pytorch#113326)"""
@@ -45,7 +43,7 @@ def storage(question: Question, fit: Fit, *, rows: int = 0, total_steps: int = 0
     return Storage(
         adapter_bytes=adapter.stored_bytes,
         checkpoint_bytes=checkpoint,
-        disk_bytes=(KEPT_CHECKPOINTS + 2) * checkpoint + DATABASE_ROOM,
+        disk_bytes=(KEPT_CHECKPOINTS + 2) * checkpoint + DATABASE_BYTES,
         host_bytes=_host_bytes(question, fit),
     )
 

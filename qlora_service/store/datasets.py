@@ -10,6 +10,7 @@ from sqlalchemy.engine import Connection
 
 from qlora_service.domain.datasets import Dataset, DatasetReport
 from qlora_service.errors import NotFound
+from qlora_service.store.pages import PageRequest
 from qlora_service.store.tables import datasets, render_reports
 from qlora_service.store.upsert import insert
 
@@ -62,24 +63,10 @@ def get_dataset(connection: Connection, dataset_id: str, *, project: str | None 
     return _from_row(row)
 
 
-def list_datasets(
-    connection: Connection,
-    *,
-    project: str,
-    before: str | None = None,
-    after: str | None = None,
-    oldest_first: bool = False,
-    limit: int,
-) -> list[Dataset]:
-    """Up to `limit` datasets of a project, newest first unless told otherwise, whose ids lie between the two given."""
-    mine = (datasets.c.project == project, datasets.c.deleted_at.is_(None))
-    order = datasets.c.id if oldest_first else datasets.c.id.desc()
-    query = sa.select(datasets).where(*mine).order_by(order).limit(limit)
-    if before is not None:
-        query = query.where(datasets.c.id < before)
-    if after is not None:
-        query = query.where(datasets.c.id > after)
-    return [_from_row(row) for row in connection.execute(query)]
+def list_datasets(connection: Connection, page: PageRequest, *, project: str) -> list[Dataset]:
+    """A page of the project's datasets."""
+    query = sa.select(datasets).where(datasets.c.project == project, datasets.c.deleted_at.is_(None))
+    return [_from_row(row) for row in connection.execute(page.of(query, datasets.c.id))]
 
 
 def mark_deleted(connection: Connection, dataset_id: str, now: datetime) -> None:

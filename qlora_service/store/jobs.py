@@ -14,6 +14,7 @@ from sqlalchemy.engine import Connection, Row
 from qlora_service.domain.jobs import Job, JobEvent, JobStatus, StopRequest
 from qlora_service.errors import NotFound
 from qlora_service.specs import JobSpec
+from qlora_service.store.pages import PageRequest
 from qlora_service.store.tables import events, jobs
 
 EVENT_LOCK = 0x716C6F726165  # "qlorae", for pg_advisory_xact_lock
@@ -65,33 +66,24 @@ def get_job(connection: Connection, job_id: str, *, project: str | None = None, 
 
 def list_jobs(
     connection: Connection,
+    page: PageRequest,
     *,
     project: str,
     status: JobStatus | None = None,
     base_model: str | None = None,
     metadata: Mapping[str, str] | None = None,
-    before: str | None = None,
-    after: str | None = None,
-    oldest_first: bool = False,
-    limit: int,
 ) -> list[Job]:
-    """Up to `limit` jobs, newest first unless told otherwise, whose ids lie between the two given.
+    """A page of the project's jobs, those with an `unreadable` spec among them: their owner may cancel them.
 
-    One whose spec is `unreadable` is among them: its owner has to see it to cancel it. With `metadata` those that have
-    all of these pairs; of an empty one, those without any.
+    `metadata` selects jobs with all of these pairs; an empty mapping selects jobs without metadata.
     """
-    order = jobs.c.id if oldest_first else jobs.c.id.desc()
-    query = sa.select(jobs).where(jobs.c.project == project).order_by(order).limit(limit)
+    query = page.of(sa.select(jobs).where(jobs.c.project == project), jobs.c.id)
     if metadata is not None:
         query = query.where(*_has_metadata(connection, metadata))
     if status is not None:
         query = query.where(jobs.c.status == status)
     if base_model is not None:
         query = query.where(jobs.c.base_model == base_model)
-    if before is not None:
-        query = query.where(jobs.c.id < before)
-    if after is not None:
-        query = query.where(jobs.c.id > after)
     return [_shown(row) for row in connection.execute(query)]
 
 

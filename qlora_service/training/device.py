@@ -9,13 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 
 import psutil
 import torch
 
 from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import JobFailed
+from qlora_service.process.cgroup import memory_limit, memory_used
 
 OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "alloc_failed")
 """What cuBLAS, bitsandbytes' managed memory and torch's allocator on a CPU say, in errors of no type of their own."""
@@ -154,13 +154,5 @@ def free_memory_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     available = psutil.virtual_memory().available
-    limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
+    limit, used = memory_limit(), memory_used()
     return available if limit is None or used is None else min(available, limit - used)
-
-
-def _cgroup_bytes(name: str) -> int | None:
-    """A figure of this process's control group (version 2); None without one, or without a limit."""
-    try:
-        return int((Path("/sys/fs/cgroup") / name).read_text())
-    except (OSError, ValueError):
-        return None

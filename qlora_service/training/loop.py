@@ -89,6 +89,10 @@ class Control(Protocol):
         """
         ...
 
+    def around_step(self, step: int, optimizer: torch.optim.Optimizer) -> AbstractContextManager[object]:
+        """Entered around the passes and the update of step `step` (from 0)."""
+        ...
+
 
 class Unattended:
     """A control that never stops the training and keeps nothing."""
@@ -105,9 +109,24 @@ class Unattended:
     def plan_changed(self, change: dict[str, Any]) -> None:
         pass
 
+    def around_step(self, step: int, optimizer: torch.optim.Optimizer) -> AbstractContextManager[object]:
+        return nullcontext()
+
 
 AroundStep = Callable[[int, torch.optim.Optimizer], AbstractContextManager[object]]
-"""Entered around a step's passes and its update; given the step (from 0)"""
+"""As `Control.around_step`"""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The examples of each step, and when the adapter is evaluated."""
+
+    examples_of_step: Callable[[int], Sequence[TrainingExample]]
+    """Of step i (from 0)"""
+    held_out: Sequence[TrainingExample]
+    total_steps: int
+    evaluate_every: int
+    """Steps between evaluations"""
 
 
 @dataclass(frozen=True)
@@ -132,19 +151,15 @@ class LossNotFinite(JobFailed):
 def train(  # noqa: PLR0915 - the loop reads top to bottom
     network: Network,
     objective: TrainingObjective,
-    examples_of_step: Callable[[int], Sequence[TrainingExample]],
-    held_out: Sequence[TrainingExample],
-    *,
-    total_steps: int,
-    evaluate_every: int,
+    workload: Workload,
     training: Training,
     observer: Observer,
     row_losses: RowLosses,
+    *,
     start: TrainingState | None = None,
     control: Control | None = None,
-    around_step: AroundStep = lambda *_: nullcontext(),
 ) -> Outcome:
-    """Train the adapter in place; `examples_of_step(i)` are the examples of step i (from 0).
+    """Train the adapter in place.
 
     A step is a set of examples. However they are cut into micro-batches, its loss is the sum over its learned tokens
     (or pairs, or examples) divided by their number in the whole step.
@@ -162,7 +177,8 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
     model, device = network.model, network.device
     parameters = trainable(model)
     control = control or Unattended()
-    held = HeldOut(network, objective, held_out, training, observer.on_evaluation)
+    total_steps, evaluate_every = workload.total_steps, workload.evaluate_every
+    held = HeldOut(network, objective, workload.held_out, training, observer.on_evaluation)
     gradients = StepGradients(network, objective, training, control.plan_changed)
     history, chance = StepHistory(), random_state(device)
     model.train()
@@ -214,9 +230,8 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
                     save()
                 step = history.step
                 if history.skipped_in_a_row == SKIPS_IN_A_ROW:
-                    raise _not_finite(
-                        history, examples_of_step(step - 1), learning_rate(step - 1, total_steps, training), held
-                    )
+                    rate = learning_rate(step - 1, total_steps, training)
+                    raise _not_finite(history, workload.examples_of_step(step - 1), rate, held)
                 if held.state.measured_step != step and (step % evaluate_every == 0 or step == total_steps):
                     held.measure(step)
                     continue
@@ -224,8 +239,8 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
                     break
 
                 started = time.perf_counter()
-                examples = examples_of_step(step)
-                with around_step(step, optimizer):
+                examples = workload.examples_of_step(step)
+                with control.around_step(step, optimizer):
                     loss = gradients.compute(step, examples)
                     if step == 0:
                         _check_every_parameter_learns(model)

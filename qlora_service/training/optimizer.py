@@ -16,15 +16,12 @@ from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import JobFailed
 from qlora_service.specs import Training
 from qlora_service.training.device import can_page, synchronize
+from qlora_service.training.sizes import EIGHT_BIT_BLOCK, FEWEST_8BIT_ELEMENTS, FEWEST_PAGED_ELEMENTS
 
 OptimizerState = dict[str, dict[str, torch.Tensor]]
 """By the parameter's name in the model: its moments, their constants, and the number of steps it took."""
 
 _B_MATRICES = {"lora_B", "lora_embedding_B"}
-FEWEST_PAGED_ELEMENTS = 100_000
-"""bitsandbytes 0.50, optim/optimizer.py, `get_state_buffer`: smaller parameters' state never pages."""
-FEWEST_8BIT_ELEMENTS, EIGHT_BIT_BLOCK = 4096, 256
-"""bitsandbytes 0.50, optim/optimizer.py: smaller parameters keep 32-bit state; the block of its constants."""
 _CODE_TABLES = ("qmap1", "qmap2")
 """The values that 8-bit codes stand for: bitsandbytes' own, the same for every parameter, so never stored."""
 

@@ -18,10 +18,11 @@ from peft import PeftModel
 from qlora_service.models.adapters import attach
 from qlora_service.models.base.quantize import load_base
 from qlora_service.specs import Quantization, Supervised
+from qlora_service.training import loop
 from qlora_service.training.evaluation.row_losses import RowLosses
-from qlora_service.training.loop import EvaluationMetrics, StepMetrics, train
+from qlora_service.training.loop import EvaluationMetrics, StepMetrics
+from qlora_service.training.network import network
 from qlora_service.training.network.isolation import isolate_documents
-from qlora_service.training.network.network import network
 from qlora_service.training.objectives import make_objective
 from tests.benchmarks._measurement import Run, StepClock, layer_shapes, parameters, peak_rss_bytes
 from tests.benchmarks._workload import ADAPTER, SEED, TRAINING, Workload
@@ -97,7 +98,7 @@ def _train_ours(layers: Layers, work: Workload) -> tuple[PeftModel, StepRecorder
     model = attach(base, ADAPTER, SEED, total_steps=work.total_steps)
     net = network.Network(model, isolation, fast=layers == "fast")
     if (net.layers == "general") is not (layers == "general"):
-        raise RuntimeError(f"asked for {layers} layers, the network chose {net.layers}: see Network._find_ways")
+        raise RuntimeError(f"asked for {layers} layers, the network chose {net.layers}: see Network._choose_paths")
     rows = work.rows()
     recorder = StepRecorder(StepClock(layer_shapes(base), TRAINING.resolved_micro_batch_tokens))
     recorder.count(network.Network, "losses", as_engine=True)
@@ -105,16 +106,18 @@ def _train_ours(layers: Layers, work: Workload) -> tuple[PeftModel, StepRecorder
     recorder.count(torch.Tensor, "backward", as_engine=True)
     recorder.count(torch.nn.utils, "clip_grad_norm_", as_engine=True)
     recorder.count(bnb.optim.AdamW, "step", as_engine=True)
-    train(
+    loop.train(
         net,
         make_objective(Supervised()),
-        lambda step: work.rows_of_step(rows, step),
-        work.rows_of_step(rows, 0)[:1],
-        total_steps=work.total_steps,
-        evaluate_every=work.total_steps,
-        training=TRAINING,
-        observer=recorder,
-        row_losses=RowLosses(),
+        loop.Workload(
+            lambda step: work.rows_of_step(rows, step),
+            work.rows_of_step(rows, 0)[:1],
+            total_steps=work.total_steps,
+            evaluate_every=work.total_steps,
+        ),
+        TRAINING,
+        recorder,
+        RowLosses(),
     )
     return model, recorder
 

@@ -29,7 +29,8 @@ from qlora_service.store.tables import idempotency_keys
 from qlora_service.training.checkpoint.state import to_files
 from tests.chaos._crash_data import ATTEMPT, SPEC, DataDirectory, checkpoints_of, save_checkpoint, states_of
 from tests.chaos._syscalls import Answer, Fault
-from workers.trainer.publishing import publish
+from workers.trainer.environment import package_versions
+from workers.trainer.publish import publish_directory
 
 WHOLE = re.compile(r"step-\d{8}\.a\d+")
 
@@ -176,17 +177,18 @@ def _publish(data: DataDirectory, token: int) -> None:
     job = data.job
     directory = data.path / "tmp" / f"{job.id}-{token}"
     shutil.copytree(data.prepared / "adapter", directory)
-    publish(
-        directory,
-        data.artifacts,
+    draft = Manifest(
         job_id=job.id,
-        token=token,
-        base=data.catalog.get("tiny"),
+        attempt=token,
+        base_model={"name": "tiny", "hub_id": None, "revision": None, "weights_sha256": "0" * 64},
         dataset={"id": job.dataset_id, "sha256": "0" * 64, "trained_on": 8},
         spec=job.spec.model_dump(mode="json"),
         plan={"compute_dtype": "float32"},
         held_out={"rows": 2, "source": "held-out rows", "loss_before": 6.0, "loss_after": 5.0},
+        versions=package_versions(),
+        files=(),
     )
+    publish_directory(directory, data.artifacts, draft)
     data.queue.succeed(Claim(job.id, token), {"attempt": token})
 
 

@@ -13,11 +13,12 @@ from qlora_service.models.adapters import attach, trainable
 from qlora_service.models.base.quantize import base_fingerprint, load_base
 from qlora_service.specs import Lora, Quantization
 from qlora_service.training.device import choose_device, has_bf16, has_flash_attention, peak_memory_bytes
-from qlora_service.training.network.cross_entropy import CHUNK, fused_losses
+from qlora_service.training.network.cross_entropy import fused_losses
 from qlora_service.training.network.isolation import isolate_documents
 from qlora_service.training.network.micro_batch import collate, forward
 from qlora_service.training.network.network import Network
 from qlora_service.training.network.varlen_attention import AttentionShape, document_attention
+from qlora_service.training.sizes import HEAD_CHUNK
 from tests.tiny_training import gradients, rows
 
 pytestmark = [
@@ -126,8 +127,8 @@ def test_the_head_is_that_of_the_cpu(
     device: torch.device, dtype: torch.dtype, bound: float, gradient_bound: float
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(size, 16, generator=generator).to(dtype) for size in (CHUNK + 10, 5_000))
-    targets = torch.randint(5_000, (CHUNK + 10,), generator=generator)
+    hidden, weight = (torch.randn(size, 16, generator=generator).to(dtype) for size in (HEAD_CHUNK + 10, 5_000))
+    targets = torch.randint(5_000, (HEAD_CHUNK + 10,), generator=generator)
     exact = hidden.double().requires_grad_()
     expected = F.cross_entropy(exact @ weight.double().t(), targets, reduction="none")
     (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)

@@ -49,6 +49,19 @@ worker stops; it did not do what was asked of it in time, or its claim is anothe
 
 
 @dataclass(frozen=True)
+class SupervisorSettings:
+    """Directories and times; see the service's settings of the same names."""
+
+    socket_dir: Path
+    lock_dir: Path
+    log_dir: Path
+    cancel_grace_s: float
+    lease_s: float
+    warm_s: float
+    """How long a base stays loaded for the next job; 0 for a new trainer each time"""
+
+
+@dataclass(frozen=True)
 class Slot:
     """Room for one trainer: a GPU by its UUID, or the CPU."""
 
@@ -81,29 +94,18 @@ class Supervisor:
         housekeeping: Housekeeping,
         chat_rules: ChatRules,
         catalog: Catalog,
-        socket_dir: Path,
-        lock_dir: Path,
-        log_dir: Path,
-        cancel_grace_s: float,
-        lease_s: float,
-        warm_s: float,
+        settings: SupervisorSettings,
     ) -> None:
-        """`warm_s` is how long a base stays loaded for the next job; 0 for a new trainer each time."""
         self._database = database
         self._queue = queue
         self._slots = slots
         self._housekeeping = housekeeping
         self._chat_rules = chat_rules
         self._catalog = catalog
-        self._socket_dir = socket_dir
-        self._lock_dir = lock_dir
-        self._log_dir = log_dir
-        self._cancel_grace_s = cancel_grace_s
-        self._lease_s = lease_s
-        self._warm_s = warm_s
+        self._settings = settings
         self._busy: set[str] = set()
         self._stop = threading.Event()
-        log_dir.mkdir(parents=True, exist_ok=True)
+        settings.log_dir.mkdir(parents=True, exist_ok=True)
 
     def stop(self) -> None:
         """Stop claiming, let trainers give their jobs back, and return from `run`; safe in a signal handler."""
@@ -143,28 +145,28 @@ class Supervisor:
         self._stop.wait(IDLE_POLL_S)
 
     def _keep_slot(self, slot: Slot) -> None:
-        lock = SlotLock(self._lock_dir, slot.name)
+        lock = SlotLock(self._settings.lock_dir, slot.name)
         chats = ChatTurns(
             self._database,
             self._chat_rules,
             slot=slot.name,
             catalog=self._catalog,
-            socket_dir=self._socket_dir,
+            socket_dir=self._settings.socket_dir,
         )
         trainer = SlotProcess(
             slot=slot.name,
             device=slot.device,
             environment=slot.environment(),
             lock=lock.descriptor,
-            log_dir=self._log_dir,
-            warm_s=self._warm_s,
+            log_dir=self._settings.log_dir,
+            warm_s=self._settings.warm_s,
         )
         probes = ProbeTurns(
             self._database,
             slot=slot.name,
             device=slot.device,
             environment=slot.environment(),
-            log_dir=self._log_dir,
+            log_dir=self._settings.log_dir,
             max_running=self._chat_rules.max_running,
         )
         self._forever(lambda: self._serve(slot, lock, chats, probes, trainer))
@@ -201,7 +203,7 @@ class Supervisor:
         except OSError as error:
             # No room for the log, no process to be had.
             cause = {"message": f"the trainer could not be started: {error}", "reason": FailureReason.INTERNAL}
-            persist(lambda: self._queue.died(claim, cause), self._lease_s)
+            persist(lambda: self._queue.died(claim, cause), self._settings.lease_s)
             raise
         finally:
             self._busy.discard(worker)
@@ -233,7 +235,7 @@ class Supervisor:
         trainer.end()
         host_oom = oom_kills() > oom_kills_before
         cause = death(code, how, f"{claim.name}.log", host_oom=host_oom)
-        persist(lambda: self._record_end(claim, how, cause), self._lease_s)
+        persist(lambda: self._record_end(claim, how, cause), self._settings.lease_s)
 
     def _wait(self, trainer: SlotProcess, claim: Claim, consider_chats: Callable[[], None]) -> End:
         """Wait for the attempt's end, or for a reason to end it."""
@@ -253,7 +255,7 @@ class Supervisor:
                 next_look = now + REQUEST_POLL_S
                 try:
                     if self._queue.stop_request(claim) is not None:
-                        how, deadline = "overdue", now + self._cancel_grace_s
+                        how, deadline = "overdue", now + self._settings.cancel_grace_s
                     else:
                         consider_chats()
                 except ClaimLost:  # its outcome is written and it is about to end, or the claim is another's

@@ -31,13 +31,13 @@ def certify(
     context.reporter.enter_phase("certifying", rows.total_steps)
     published = context.inputs.scratch / "published"
     fetch_published(manifest, context.inputs.artifacts, published)
-    ways, isolation, base = loaded.network.ways, loaded.warm.isolation, loaded.warm.model
+    paths, isolation, base = loaded.network.paths, loaded.warm.isolation, loaded.warm.model
     reused = loaded.warm.restore()
     loaded.drop()
     if not reused:
         del base  # the last reference: the changed base goes before its replacement is loaded
         base = context.bases.replace_changed(loaded.request).model
-    reloaded = Network(load_adapter(base, published), isolation, ways=ways)
+    reloaded = Network(load_adapter(base, published), isolation, paths=paths)
     with checking(reloaded, context.check):
         measured = evaluate(reloaded, make_objective(context.spec.objective), rows.held_out)
     return check_loss(measured.loss, outcome.after.loss) | {"base_reused": reused}

@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_service.training.checkpoint.checkpoints import Checkpoints
 from qlora_service.training.checkpoint.state import TrainingState
+from qlora_service.training.loop import AroundStep
 from workers.trainer.context import AttemptContext
 from workers.trainer.environment import change_note
 from workers.trainer.load import Loaded
@@ -20,6 +21,7 @@ class Checkpointing:
         context: AttemptContext,
         checkpoints: Checkpoints,
         loaded: Loaded,
+        around_step: AroundStep,
         *,
         checkpoint_bytes: int,
         bytes_at_end: int,
@@ -27,6 +29,7 @@ class Checkpointing:
         """`checkpoint_bytes` is the size of one checkpoint; `bytes_at_end` of the reserve are kept for publishing."""
         self._context, self._checkpoints = context, checkpoints
         self._plan, self._environment = loaded.plan, loaded.environment
+        self.around_step = around_step
         self._checkpoint_bytes = checkpoint_bytes
         self._bytes_at_end = bytes_at_end
         self._due_at = time.monotonic() + context.inputs.checkpoint_s

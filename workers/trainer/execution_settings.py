@@ -6,7 +6,7 @@ import torch
 
 from qlora_service.errors import InvalidModel
 from qlora_service.planning.cards import Device
-from qlora_service.planning.fit import Choice, Question, chosen, example_tokens
+from qlora_service.planning.fit import Choice, Question, chosen, longest_example_tokens
 from qlora_service.planning.shapes import ModelShape
 from qlora_service.specs import JobSpec
 from qlora_service.training.device import device_name, free_memory_bytes, has_bf16
@@ -23,7 +23,7 @@ def starting_settings(network: Network, spec: JobSpec, longest_tokens: int) -> C
         return chosen(question, network.fits)
     tokens, wanted = spec.training.resolved_micro_batch_tokens, spec.training.gradient_checkpointing
     # A row longer than a micro-batch is one of its own; of a pair, both sides are.
-    together = max(tokens, example_tokens(spec, longest_tokens))
+    together = max(tokens, longest_example_tokens(spec, longest_tokens))
     return Choice(tokens, gradient_checkpointing=wanted is True or (wanted == "auto" and not network.fits(together)))
 
 

@@ -12,7 +12,7 @@ from qlora_service.models.base.needed_base import may_change_base
 from qlora_service.specs import JobSpec
 from qlora_service.training.device import choose_device, compute_dtype, forget_peaks
 from qlora_service.training.network.isolation import Isolation
-from qlora_service.training.network.network import Network, Ways
+from qlora_service.training.network.network import KernelPaths, Network
 from qlora_service.training.optimizer import leaves_paged_memory
 from workers.trainer.context import AttemptContext
 from workers.trainer.environment import describe_environment, take_over
@@ -82,11 +82,11 @@ def make_network(
     `activation_bytes_per_token` is None.
     """
     training = spec.training
-    known = {field.name: plan[field.name] for field in fields(Ways) if field.name in plan}
+    known = {field.name: plan[field.name] for field in fields(KernelPaths) if field.name in plan}
     network = Network(
         attach(base, spec.adapter, training.seed, total_steps=rows.total_steps),
         isolation,
-        ways=Ways(**known) if known else None,
+        paths=KernelPaths(**known) if known else None,
         neftune_noise_alpha=training.neftune_noise_alpha,
         activation_bytes_per_token=activation_bytes_per_token,
     )
@@ -96,7 +96,7 @@ def make_network(
         plan["gradient_checkpointing"] = choice.gradient_checkpointing
     if plan["gradient_checkpointing"]:
         network.checkpoint()
-    plan |= asdict(network.ways) | {"gradient_checkpointing": network.checkpointing}
+    plan |= asdict(network.paths) | {"gradient_checkpointing": network.checkpointing}
     return network
 
 
@@ -106,8 +106,8 @@ def _probed_network(warm: WarmBase, spec: JobSpec, rows: PreparedRows, plan: dic
     activation_bytes = None
     if (probed := warm.probed.get(adapter)) is not None:
         activation_bytes = probed.activation_bytes_per_token
-        for name, way in asdict(probed.ways).items():
+        for name, way in asdict(probed.paths).items():
             plan.setdefault(name, way)  # the plan of an earlier attempt has its own
     network = make_network(warm.model, spec, warm.isolation, rows, plan, activation_bytes)
-    warm.probed[adapter] = ProbedAdapter(network.ways, network.activation_bytes_per_token)
+    warm.probed[adapter] = ProbedAdapter(network.paths, network.activation_bytes_per_token)
     return network

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from qlora_service.artifacts.manifest import NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest, describe_file
 from qlora_service.artifacts.model_card import model_card
-from qlora_service.artifacts.store import job_key
+from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.models.adapters import detach, save_adapter
+from qlora_service.models.catalog.catalog import BaseModel
 from qlora_service.training.loop import Outcome
 from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TrainingExample
 from qlora_service.training.objectives import Evaluation
@@ -35,9 +39,15 @@ def publish(context: AttemptContext, rows: PreparedRows, loaded: Loaded, trained
     context.reserve.release()
     directory = context.inputs.scratch / "adapter"
     directory.mkdir()
-    _write_files(context, rows, loaded, trained, directory)
-    detach(loaded.network.model)
-    manifest = _put_files(context, rows, loaded, trained.outcome, directory)
+    if trained.answers is not None:
+        answers = json.dumps(trained.answers, indent=2, ensure_ascii=False)
+        (directory / "generation.json").write_text(answers, encoding="utf-8")
+    trained.row_losses.write(directory / "rows.jsonl")
+    model, base = loaded.network.model, context.inputs.base
+    write_adapter(model, base, rows.held_out, rows.chat_template, context.metrics_file, directory)
+    detach(model)
+    draft = _draft(context, rows, loaded, trained.outcome)
+    manifest = publish_directory(directory, context.inputs.artifacts, draft)
     if trained.failure is not None:
         trained.failure.details |= {
             "kept_attempt": context.inputs.token,
@@ -66,22 +76,48 @@ def held_out_record(outcome: Outcome, rows: PreparedRows) -> dict[str, Any]:
     )
 
 
-def _write_files(context: AttemptContext, rows: PreparedRows, loaded: Loaded, trained: Trained, to: Path) -> None:
-    """Every published file but the model card and the manifest, in the directory `to`."""
-    base = context.inputs.base
-    if trained.answers is not None:
-        answers = json.dumps(trained.answers, indent=2, ensure_ascii=False)
-        (to / "generation.json").write_text(answers, encoding="utf-8")
-    trained.row_losses.write(to / "rows.jsonl")
-    save_adapter(loaded.network.model, to, base.reference, base.revision)
+def write_adapter(
+    model: PeftModel,
+    base: BaseModel,
+    held_out: Sequence[TrainingExample],
+    chat_template: str,
+    metrics_file: Path,
+    to: Path,
+) -> None:
+    """The adapter, the tokenizer's files, the metrics and the held-out rows, as files in the directory `to`."""
+    save_adapter(model, to, base.reference, base.revision)
     for name in TOKENIZER_FILES:
         if (base.path / name).is_file():
             shutil.copyfile(base.path / name, to / name)
-    (to / "chat_template.jinja").write_text(rows.chat_template, encoding="utf-8")
-    shutil.copyfile(context.metrics_file, to / "metrics.jsonl")
+    (to / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    shutil.copyfile(metrics_file, to / "metrics.jsonl")
     with (to / "held_out.jsonl").open("w", encoding="utf-8") as file:
-        for example in rows.held_out:
+        for example in held_out:
             file.write(json.dumps(_held_out_row(example)) + "\n")
+
+
+def publish_directory(directory: Path, artifacts: ArtifactStore, draft: Manifest) -> Manifest:
+    """Stores the files of `directory` and a model card, and last, create-only, the manifest that names them.
+
+    `draft` is the manifest without files.
+    """
+    card = model_card(
+        draft.job_id,
+        draft.base_model,
+        draft.dataset,
+        draft.spec,
+        draft.plan["compute_dtype"],
+        draft.held_out,
+        draft.versions,
+    )
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    files = sorted(directory.iterdir())
+    manifest = draft.model_copy(update={"files": tuple(describe_file(path) for path in files)})
+    for path in files:
+        artifacts.put_file(job_key(manifest.job_id, manifest.attempt, path.name), path)
+    content = manifest.model_dump_json(indent=2).encode() + b"\n"
+    artifacts.create(job_key(manifest.job_id, manifest.attempt, MANIFEST), content)
+    return manifest
 
 
 def _held_out_row(example: TrainingExample) -> dict[str, Any]:
@@ -98,38 +134,25 @@ def _held_out_row(example: TrainingExample) -> dict[str, Any]:
     return record
 
 
-def _put_files(
-    context: AttemptContext, rows: PreparedRows, loaded: Loaded, outcome: Outcome, directory: Path
-) -> Manifest:
-    """Adds the model card to the files of `directory` and stores them; the manifest is stored last, create-only."""
+def _draft(context: AttemptContext, rows: PreparedRows, loaded: Loaded, outcome: Outcome) -> Manifest:
+    """The manifest without files."""
     inputs, base = context.inputs, context.inputs.base
-    base_record = {
-        "name": base.name,
-        "hub_id": base.hub_id,
-        "revision": base.revision,
-        "weights_sha256": base.weights_sha256,
-    }
-    dataset, spec, versions = _dataset_record(inputs, rows), context.spec.model_dump(mode="json"), package_versions()
-    held_out = held_out_record(outcome, rows)
-    card = model_card(context.job.id, base_record, dataset, spec, loaded.plan["compute_dtype"], held_out, versions)
-    (directory / "README.md").write_text(card, encoding="utf-8")
-    files = sorted(directory.iterdir())
-    manifest = Manifest(
+    return Manifest(
         job_id=context.job.id,
         attempt=inputs.token,
-        base_model=base_record,
-        dataset=dataset,
-        spec=spec,
+        base_model={
+            "name": base.name,
+            "hub_id": base.hub_id,
+            "revision": base.revision,
+            "weights_sha256": base.weights_sha256,
+        },
+        dataset=_dataset_record(inputs, rows),
+        spec=context.spec.model_dump(mode="json"),
         plan=loaded.plan,
-        versions=versions,
-        held_out=held_out,
-        files=tuple(describe_file(path) for path in files),
+        versions=package_versions(),
+        held_out=held_out_record(outcome, rows),
+        files=(),
     )
-    for path in files:
-        inputs.artifacts.put_file(job_key(context.job.id, inputs.token, path.name), path)
-    content = manifest.model_dump_json(indent=2).encode() + b"\n"
-    inputs.artifacts.create(job_key(context.job.id, inputs.token, MANIFEST), content)
-    return manifest
 
 
 def _dataset_record(inputs: AttemptInputs, rows: PreparedRows) -> dict[str, Any]:

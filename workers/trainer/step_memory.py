@@ -14,7 +14,7 @@ from qlora_service.data.batching import pack
 from qlora_service.errors import InvalidModel
 from qlora_service.planning.formula import memory
 from qlora_service.planning.shapes import ModelShape
-from qlora_service.planning.simulation.run import CannotSimulate, simulate
+from qlora_service.planning.simulation.run import CannotSimulate, Simulator
 from qlora_service.planning.simulation.tracked_step import tracking
 from qlora_service.specs import JobSpec
 from qlora_service.training.device import peak_memory_bytes, peak_reserved_bytes
@@ -39,7 +39,8 @@ def predicted_memory(
         "longest_tokens": longest_tokens,
     }
     try:
-        found, source = simulate(config, spec, cuda=cuda, timeout_s=0, cache_dir=cache_dir, **settings), "simulation"
+        simulator = Simulator(timeout_s=0, cache_dir=cache_dir)
+        found, source = simulator.simulate(config, spec, cuda=cuda, **settings), "simulation"
     except CannotSimulate:
         try:
             found, source = memory(ModelShape.from_config(config), spec, cuda=cuda, **settings), "formula"
@@ -51,7 +52,7 @@ def predicted_memory(
     return {"allocated": found.allocated, **reserved, "source": source, **settings}
 
 
-def largest_step(
+def find_largest_step(
     lengths: Sequence[int], members_of: Callable[[int], Sequence[int]], budget_tokens: int, steps: range
 ) -> int:
     """The first of the steps (from 0) that has the largest micro-batch; `members_of(i)` are step i's rows.

@@ -8,22 +8,20 @@ from typing import Any
 
 from qlora_service.planning.time.duration import Kind, Work, evaluation_interval, later_phases
 from qlora_service.planning.time.job_times import readable
-from qlora_service.training.checkpoint.checkpoints import KEPT, Checkpoints, expected_bytes
+from qlora_service.training.checkpoint.checkpoints import Checkpoints, expected_bytes
 from qlora_service.training.device import device_name
 from qlora_service.training.evaluation.generation import evaluate_generation
 from qlora_service.training.evaluation.row_losses import RowLosses
-from qlora_service.training.loop import AroundStep, LossNotFinite, Outcome
+from qlora_service.training.loop import AroundStep, LossNotFinite, Outcome, Workload
 from qlora_service.training.loop import train as run_loop
 from qlora_service.training.objectives import make_objective
+from qlora_service.training.sizes import DATABASE_BYTES, KEPT_CHECKPOINTS
 from workers.trainer.checkpointing import Checkpointing
 from workers.trainer.context import AttemptContext
 from workers.trainer.environment import change_note, environment_changes
 from workers.trainer.load import Loaded
 from workers.trainer.prepare import PreparedRows, load_tokenizer
-from workers.trainer.step_memory import TrackedStep, largest_step, predicted_memory
-
-DATABASE_BYTES = 16 * 2**20
-"""Disk space kept for the database, which has to record that the disk is full."""
+from workers.trainer.step_memory import TrackedStep, find_largest_step, predicted_memory
 
 
 @dataclass(frozen=True)
@@ -53,32 +51,27 @@ def train(context: AttemptContext, rows: PreparedRows, loaded: Loaded) -> Traine
     if found := checkpoints.latest():
         start, metrics, environment_then = found
         plan["changes"] += environment_changes(environment_then, loaded.environment, start.step)
-    control = _reserve_disk(context, rows, loaded, checkpoints)
+    first_step = start.step if start else 0
+    control = _make_control(context, rows, loaded, checkpoints, first_step)
     # The base's source is no part of the plan: the same job has the same plan with a cold and with a warm base.
     reporter.choose_plan(plan, f"base: {loaded.base_source}")
-    first_step = start.step if start else 0
     if context.inputs.token > 1:
         reporter.resumed(first_step, metrics, [change_note(change) for change in plan["changes"]])
     evaluate_every = spec.evaluation.every_steps or evaluation_interval(steps)
     _report_expectations(context, rows, loaded, evaluate_every)
     row_losses = RowLosses()
-    around_step = _memory_tracking(context, rows, loaded, range(first_step, steps))
     reporter.enter_phase("training", steps)
     failure: LossNotFinite | None = None
     try:
         outcome = run_loop(
             loaded.network,
             make_objective(spec.objective),
-            rows.examples_of_step,
-            rows.held_out,
-            total_steps=steps,
-            evaluate_every=evaluate_every,
-            training=training,
-            observer=reporter,
-            row_losses=row_losses,
+            Workload(rows.examples_of_step, rows.held_out, steps, evaluate_every),
+            training,
+            reporter,
+            row_losses,
             start=start,
             control=control,
-            around_step=around_step,
         )
     except LossNotFinite as error:
         if error.outcome is None:
@@ -90,16 +83,17 @@ def train(context: AttemptContext, rows: PreparedRows, loaded: Loaded) -> Traine
     return Trained(outcome, row_losses, failure, answers)
 
 
-def _reserve_disk(
-    context: AttemptContext, rows: PreparedRows, loaded: Loaded, checkpoints: Checkpoints
+def _make_control(
+    context: AttemptContext, rows: PreparedRows, loaded: Loaded, checkpoints: Checkpoints, first_step: int
 ) -> Checkpointing:
-    """Holds disk space for checkpoints and for publishing; the loop's control, which uses it up."""
-    training = context.spec.training
-    size = expected_bytes(loaded.network, training, rows=len(rows.split.train), total_steps=rows.total_steps)
+    """The loop's control, with disk space reserved for its checkpoints and for publishing. Raises: OSError (ENOSPC)."""
+    training, steps = context.spec.training, rows.total_steps
+    size = expected_bytes(loaded.network, training, rows=len(rows.split.train), total_steps=steps)
     # The checkpoints that are kept, one being written, and as much again to publish; and what the database needs.
     bytes_at_end = size + DATABASE_BYTES
-    context.reserve.reserve(max(0, (KEPT + 1) * size - checkpoints.bytes_on_disk()) + bytes_at_end)
-    return Checkpointing(context, checkpoints, loaded, checkpoint_bytes=size, bytes_at_end=bytes_at_end)
+    context.reserve.reserve(max(0, (KEPT_CHECKPOINTS + 1) * size - checkpoints.bytes_on_disk()) + bytes_at_end)
+    around_step = _memory_tracking(context, rows, loaded, range(first_step, steps))
+    return Checkpointing(context, checkpoints, loaded, around_step, checkpoint_bytes=size, bytes_at_end=bytes_at_end)
 
 
 def _report_expectations(context: AttemptContext, rows: PreparedRows, loaded: Loaded, evaluate_every: int) -> None:
@@ -130,7 +124,7 @@ def _memory_tracking(context: AttemptContext, rows: PreparedRows, loaded: Loaded
     network = loaded.network
     if network.device.type == "cuda" or not steps:
         return lambda *_: nullcontext()
-    step = largest_step(rows.rows.tokens(), rows.rows_of_step, loaded.plan["micro_batch_tokens"], steps)
+    step = find_largest_step(rows.rows.tokens(), rows.rows_of_step, loaded.plan["micro_batch_tokens"], steps)
     return TrackedStep(network, step, lambda memory: context.reporter.note(memory=memory))
 
 

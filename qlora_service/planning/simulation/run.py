@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from qlora_service.planning.layer_cost import resolved_dtype
 from qlora_service.planning.memory import Memory
 from qlora_service.planning.shapes import ModelShape
-from qlora_service.planning.ways import resolved_dtype
 from qlora_service.specs import JobSpec
 
 CHILD = "qlora_service.planning.simulation.child"
@@ -37,55 +38,62 @@ class CannotSimulate(Exception):
         self.reason = reason
 
 
-def simulate(
-    config: Mapping[str, Any],
-    spec: JobSpec,
-    *,
-    micro_batch_tokens: int,
-    checkpointing: bool,
-    timeout_s: float,
-    longest_tokens: int | None = None,
-    cuda: bool = True,
-    compute_dtype: str | None = None,
-    cache_dir: Path | None = None,
-) -> Memory:
-    """What the job takes on a CUDA device from Ampere on, or on a CPU, where its largest step needs most.
+@dataclass(frozen=True)
+class Simulator:
+    """Simulates steps in child processes."""
 
-    `longest_tokens` is the longest row there is, if that is known; else rows are as long as the spec admits.
-    `compute_dtype` is what "auto" comes to; None: bfloat16 on CUDA, float32 on a CPU. With a `timeout_s` of 0, only
-    what was kept in `cache_dir` is looked up.
+    timeout_s: float
+    """Longest that a simulation may take; with 0 only the cache is looked up"""
+    cache_dir: Path | None = None
+    """Results of earlier simulations; None for no cache"""
 
-    Raises:
-        CannotSimulate: transformers, peft or torch cannot build or run it, or it took longer than `timeout_s`.
-        InvalidModel: the config lacks a size.
-    """
-    request = {
-        "config": dict(config),
-        "spec": {
-            "base_model": "simulated",
-            "training": spec.training.model_dump(mode="json", include=TRAINING_FIELDS),
-            **spec.model_dump(mode="json", include={"quantization", "adapter", "objective"}),
-        },
-        "micro_batch_tokens": micro_batch_tokens,
-        "longest_tokens": longest_tokens or ModelShape.from_config(config).longest_tokens(spec),
-        "checkpointing": checkpointing,
-        "cuda": cuda,
-        "compute_dtype": resolved_dtype(spec, cuda=cuda, auto=compute_dtype),
-    }
-    if cache_dir is None:
-        return Memory.from_dict(_ask(request, timeout_s))
-    versions = {name: version(name) for name in PACKAGES}
-    key = hashlib.sha256(json.dumps([request, versions], sort_keys=True).encode()).hexdigest()
-    kept = cache_dir / f"{key}.json"
-    try:
-        return Memory.from_dict(json.loads(kept.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError):
-        answer = _ask(request, timeout_s)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=cache_dir, delete=False) as fresh:
-        fresh.write(json.dumps(answer).encode())
-    Path(fresh.name).replace(kept)
-    return Memory.from_dict(answer)
+    def simulate(
+        self,
+        config: Mapping[str, Any],
+        spec: JobSpec,
+        *,
+        micro_batch_tokens: int,
+        checkpointing: bool,
+        longest_tokens: int | None = None,
+        cuda: bool = True,
+        compute_dtype: str | None = None,
+    ) -> Memory:
+        """Memory of the job's largest step, on a CUDA device from Ampere on or on a CPU.
+
+        `longest_tokens` is the longest row, if it is known; else the longest that the spec admits. `compute_dtype` is
+        the precision that "auto" stands for; None: bfloat16 on CUDA, float32 on a CPU.
+
+        Raises:
+            CannotSimulate: transformers, peft or torch cannot build or run it, or it took longer than `timeout_s`.
+            InvalidModel: the config lacks a size.
+        """
+        request = {
+            "config": dict(config),
+            "spec": {
+                "base_model": "simulated",
+                "training": spec.training.model_dump(mode="json", include=TRAINING_FIELDS),
+                **spec.model_dump(mode="json", include={"quantization", "adapter", "objective"}),
+            },
+            "micro_batch_tokens": micro_batch_tokens,
+            "longest_tokens": longest_tokens or ModelShape.from_config(config).longest_tokens(spec),
+            "checkpointing": checkpointing,
+            "cuda": cuda,
+            "compute_dtype": resolved_dtype(spec, cuda=cuda, auto=compute_dtype),
+        }
+        if self.cache_dir is None:
+            return Memory.from_dict(_ask(request, self.timeout_s))
+        versions = {name: version(name) for name in PACKAGES}
+        key = hashlib.sha256(json.dumps([request, versions], sort_keys=True).encode()).hexdigest()
+        kept = self.cache_dir / f"{key}.json"
+        try:
+            return Memory.from_dict(json.loads(kept.read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError):
+            answer = _ask(request, self.timeout_s)
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.cache_dir, delete=False) as fresh:
+            fresh.write(json.dumps(answer).encode())
+        Path(fresh.name).replace(kept)
+        return Memory.from_dict(answer)
 
 
 def _ask(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inpla
     return torch.native_dropout(x, p, True)[0]
 
 
-def _attention(
+def _attention(  # noqa: PLR0913 - the arguments of torch's scaled_dot_product_attention
     cuda: bool,
     query: torch.Tensor,
     key: torch.Tensor,

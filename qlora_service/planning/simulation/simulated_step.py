@@ -38,16 +38,16 @@ def simulated_memory(
     dtype: torch.dtype = getattr(torch, compute_dtype)
     with simulated_device(cuda=cuda) as answers:
         # Looked for on a few layers of each kind, which have all kinds' ways.
-        ways = Network(*_adapted(shortened(config, PROBED_LAYERS), spec, dtype)).ways
-        model, _ = _adapted(config, spec, dtype, isolation=ways.isolation)
+        paths = Network(*_adapted(shortened(config, PROBED_LAYERS), spec, dtype)).paths
+        model, _ = _adapted(config, spec, dtype, isolation=paths.isolation)
         network = Network(
             model,
-            ways.isolation,
-            ways=ways,
+            paths.isolation,
+            paths=paths,
             checkpointing=checkpointing,
             neftune_noise_alpha=spec.training.neftune_noise_alpha,
         )
-        answers.truth = ways.isolation != "mask"
+        answers.truth = paths.isolation != "mask"
         tracker = Tracker(
             rounding=ROUNDING if cuda else 1,
             vocabulary=model.config.get_text_config().vocab_size,

@@ -22,10 +22,10 @@ from qlora_service.training.network.micro_batch import LabelledRow, PreferencePa
 from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import evaluate, make_objective
 from qlora_service.training.optimizer import make_optimizer
+from qlora_service.training.sizes import FEWEST_PAGED_ELEMENTS
 from qlora_service.training.step import backward_passes
 
 PAGED = ("state1", "state2")
-PAGED_ELEMENTS = 100_000
 """Parameters with fewer never page (bitsandbytes 0.50, optim/optimizer.py, `get_state_buffer`)"""
 
 
@@ -118,7 +118,7 @@ def _own_state(tracker: Tracker, optimizer: torch.optim.Optimizer, model: PeftMo
         for key, value in state.items():
             if not isinstance(value, torch.Tensor):
                 continue
-            if can_page and key in PAGED and parameter.numel() >= PAGED_ELEMENTS:
+            if can_page and key in PAGED and parameter.numel() >= FEWEST_PAGED_ELEMENTS:
                 paged += value.nbytes
             else:
                 tracker.own(value, Category.OPTIMIZER)

@@ -32,14 +32,9 @@ from qlora_service.specs import Training
 from qlora_service.training.checkpoint.state import BEST, TrainingState, from_files, to_files
 from qlora_service.training.network.network import Network
 from qlora_service.training.optimizer import optimizer_state_bytes
+from qlora_service.training.sizes import KEPT_CHECKPOINTS, ROW_BYTES, SMALL_FILES_BYTES, STEP_BYTES
 
-KEPT = 2
-"""Checkpoints that stay: the last, and the one before should that be found damaged."""
 METRICS, ENVIRONMENT, MANIFEST = "metrics.jsonl", "environment.json", "manifest.json"
-ROW_BYTES, STEP_BYTES = 36, 512
-"""A row's entry in the row losses; a step's line in the metrics, generously."""
-SMALL_FILES_BYTES = 256 * 1024
-"""Headers, values, generators' states, and the rounding up to blocks of the disk."""
 # A replaced checkpoint has ".old" behind its name until it is removed.
 _NAME = re.compile(r"step-(?P<step>\d{8,})\.a(?P<token>\d+)(?P<old>\.old)?")
 _LEFTOVER = re.compile(r"(staging|removed|bad)-step-\d{8,}\.a(?P<token>\d+)(\.old)?")
@@ -168,7 +163,7 @@ class Checkpoints:
         entries = self._entries()
         whole = [entry for entry in entries if not entry.is_replaced]
         for entry in entries:
-            if entry not in whole[:KEPT] and entry.path != newest and entry.token <= self._token:
+            if entry not in whole[:KEPT_CHECKPOINTS] and entry.path != newest and entry.token <= self._token:
                 with suppress(OSError):
                     _set_aside(entry.path, "removed")
         for path in self._directory.iterdir():

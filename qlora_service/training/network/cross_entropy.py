@@ -1,7 +1,7 @@
 """From hidden states to the loss of each learned token, without the logits of more than a few positions at a time.
 
 Logits are the largest thing a training step can make: 2,048 tokens of a 128,000-word vocabulary are 1 GB in float32,
-and their gradient another. Here they exist for `CHUNK` positions, and only for positions whose next token is learned.
+and their gradient another. Here they exist for `HEAD_CHUNK` positions, and only where the next token is trained.
 """
 
 from __future__ import annotations
@@ -17,11 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_service.training.device import computes_as_cpu
 from qlora_service.training.network.elementwise import wide
-
-CHUNK = 256
-"""Positions whose logits exist at a time."""
-CPU_ROWS = 16
-"""Positions whose float32 logits stay in a CPU's cache."""
+from qlora_service.training.sizes import CPU_ROWS, HEAD_CHUNK
 
 
 @dataclass(frozen=True)
@@ -55,8 +51,8 @@ class FrozenHead(torch.autograd.Function):
         nll = wide(hidden.new_empty(0)).new_empty(count)
         hits = torch.empty(count, dtype=torch.bool, device=hidden.device)
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, count, CHUNK):
-            rows = slice(start, min(start + CHUNK, count))
+        for start in range(0, count, HEAD_CHUNK):
+            rows = slice(start, min(start + HEAD_CHUNK, count))
             target = targets[rows, None]
             logits = hidden[rows] @ weight.t()  # (chunk, vocabulary)
             of_target = wide(logits.gather(1, target))
@@ -94,7 +90,7 @@ def chunked_losses(
 ) -> TokenLosses:
     """The same for any head, also one that is trained: each chunk's logits are computed again in the backward pass."""
     nll, hits = [], []
-    for states, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+    for states, target in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
         losses = checkpoint(_chunk, head, states, target, use_reentrant=False)
         nll.append(losses[0])
         hits.append(losses[1])

@@ -33,7 +33,7 @@ FREE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Ways:
+class KernelPaths:
     """How a model's losses are computed: what was found to give its own logits."""
 
     isolation: Isolation
@@ -44,7 +44,7 @@ class Ways:
 
 
 class Network:
-    """Computes losses, the ways `ways` says."""
+    """Computes losses, the ways `paths` says."""
 
     def __init__(
         self,
@@ -52,12 +52,12 @@ class Network:
         isolation: Isolation,
         *,
         fast: bool = True,
-        ways: Ways | None = None,
+        paths: KernelPaths | None = None,
         checkpointing: bool = False,
         neftune_noise_alpha: float | None = None,
         activation_bytes_per_token: float | None = None,
     ) -> None:
-        """`ways` and the activations' bytes are those of another network with the same base and kind of adapter;
+        """`paths` and the activations' bytes are those of another network with the same base and kind of adapter;
         without them, they are found.
 
         `isolation` is what `isolate_documents` chose for the base; `fast` allows the fast path.
@@ -83,15 +83,15 @@ class Network:
         self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
         if runs_alone(model):
             use_own_attention(self._base)
-            self.ways = Ways("alone", fused=False, layers="general", head="logits")
-        elif ways is None:
-            self.ways = self._find_ways(isolation, fast)
+            self.paths = KernelPaths("alone", fused=False, layers="general", head="logits")
+        elif paths is None:
+            self.paths = self._choose_paths(isolation, fast)
         else:
-            if ways.fused:
+            if paths.fused:
                 self._fused = fuse(model)
-            if ways.layers == "llama":
+            if paths.layers == "llama":
                 self._build_decoders()
-            self.ways = ways
+            self.paths = paths
         if neftune_noise_alpha is not None and self.head == "logits":
             raise InvalidSpec(
                 f"NEFTune's noise does not reach {type(self._base).__name__}: leave neftune_noise_alpha out",
@@ -102,15 +102,15 @@ class Network:
 
     @property
     def isolation(self) -> Isolation:
-        return self.ways.isolation
+        return self.paths.isolation
 
     @property
     def layers(self) -> Layers:
-        return self.ways.layers
+        return self.paths.layers
 
     @property
     def head(self) -> Head:
-        return self.ways.head
+        return self.paths.head
 
     def losses(self, documents: Sequence[TokenRow], *, adapter: bool = True) -> TokenLosses:
         """Of every learned token of the documents, in their order; of the base, and without gradients, if asked for."""
@@ -210,7 +210,7 @@ class Network:
         return sum(kept.values())
 
     @torch.no_grad()
-    def _find_ways(self, isolation: Isolation, fast: bool) -> Ways:
+    def _choose_paths(self, isolation: Isolation, fast: bool) -> KernelPaths:
         """Each shortcut that gives the model's own logits on a probe, taken."""
         with self.evaluating():
             batch = collate(probe_documents(self._base)[:1], self.device)
@@ -226,7 +226,7 @@ class Network:
                 self._build_decoders()
                 if self._decoder is not None and self._agrees(expected, head, "llama", batch):
                     layers = "llama"
-        return Ways(isolation, bool(self._fused), layers, head)
+        return KernelPaths(isolation, bool(self._fused), layers, head)
 
     def _build_decoders(self) -> None:
         self._decoder = llama_decoder(self._base)
@@ -312,12 +312,12 @@ class Network:
     @contextmanager
     def _unfused(self) -> Iterator[None]:
         """The general path with PEFT's own LoRA layers; the other fused modules round as their own forward does."""
-        ways, self.ways = self.ways, replace(self.ways, layers="general")
+        paths, self.paths = self.paths, replace(self.paths, layers="general")
         layers = [module for module in self._fused if isinstance(module, LoraLayer)]
         forwards = [layer.__dict__.pop("forward") for layer in layers]
         try:
             yield
         finally:
-            self.ways = ways
+            self.paths = paths
             for layer, fused in zip(layers, forwards, strict=True):
                 layer.__dict__["forward"] = fused

@@ -9,8 +9,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from qlora_service.models.adapters import attach, load_adapter, peft_config, save_adapter, trainable
+from qlora_service.models.adapters import attach, load_adapter, save_adapter, trainable
 from qlora_service.models.base.quantize import load_base
+from qlora_service.models.peft_config import peft_config
 from qlora_service.specs import Lora, Quantization
 from tests.tiny_training import CPU
 

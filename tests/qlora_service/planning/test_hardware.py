@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_service.planning import hardware
 from qlora_service.planning.hardware import choose_visible, gpus, this_cpu, trains_here
+from qlora_service.process import cgroup
 from qlora_service.training.device import has_bf16
 
 CARDS: list[str | None] = ["GPU-aaa", None, "GPU-ccc", "GPU-cdd"]
@@ -35,7 +35,7 @@ def test_hidden_gpus_are_none() -> None:
 
 def test_a_containers_limit_is_all_the_memory_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(hardware, "CGROUP_LIMIT", limit)
+    monkeypatch.setattr(cgroup, "CGROUP", tmp_path)
     machine = this_cpu()
     assert not machine.cuda
     limit.write_text("max\n")

@@ -15,13 +15,13 @@ from qlora_service.planning.cards import Device
 from qlora_service.planning.fit import Question, fastest_fit
 from qlora_service.planning.hardware import this_cpu
 from qlora_service.planning.shapes import ModelShape
-from qlora_service.planning.storage import CUDA_PROCESS_BYTES, DATABASE_ROOM, KEPT_CHECKPOINTS, Storage, storage
+from qlora_service.planning.storage import CUDA_PROCESS_BYTES, Storage, storage
 from qlora_service.specs import JobSpec
-from qlora_service.training.checkpoint.checkpoints import KEPT, expected_bytes
+from qlora_service.training.checkpoint.checkpoints import expected_bytes
 from qlora_service.training.network.isolation import isolate_documents
 from qlora_service.training.network.network import Network
+from qlora_service.training.sizes import DATABASE_BYTES, KEPT_CHECKPOINTS
 from tests.qlora_service.planning.test_fit import question, with_free
-from workers.trainer.train import DATABASE_BYTES
 
 
 def stored(asked: Question, **work: int) -> Storage:
@@ -48,9 +48,7 @@ def test_a_checkpoint_is_as_large_as_the_trainer_expects(tiny_model: Path, spec:
 
 def test_disk_is_for_all_checkpoints_there_are_at_a_time_and_what_is_published() -> None:
     found = stored(question())
-    assert KEPT_CHECKPOINTS == KEPT
-    assert DATABASE_ROOM == DATABASE_BYTES
-    assert found.disk_bytes == (KEPT + 2) * found.checkpoint_bytes + DATABASE_ROOM
+    assert found.disk_bytes == (KEPT_CHECKPOINTS + 2) * found.checkpoint_bytes + DATABASE_BYTES
 
 
 def test_paged_state_is_in_the_hosts_memory() -> None:

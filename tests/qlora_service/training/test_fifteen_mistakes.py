@@ -36,11 +36,11 @@ from qlora_service.training import optimizer
 from qlora_service.training.checkpoint.state import TrainingState
 from qlora_service.training.loop import Unattended
 from qlora_service.training.network import llama_layers
-from qlora_service.training.network.cross_entropy import CHUNK
 from qlora_service.training.network.isolation import isolate_documents
 from qlora_service.training.network.micro_batch import MicroBatch, TokenRow, TrainingExample, collate
 from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import Compute, Share, ShareOf, SupervisedObjective
+from qlora_service.training.sizes import HEAD_CHUNK
 from qlora_service.training.step import StepGradients, StepLoss
 from tests.judges import SMALL, LargestTensor, pair
 from tests.tiny_training import CPU, FLOAT64, NF4, load, network, rows, run
@@ -269,7 +269,7 @@ def test_7_random_numbers_that_depend_on_what_ran_before(tiny_model: Path, monke
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]], ids=["frozen head", "trained head"])
 def test_8_evaluation_makes_full_logits(targets: Any, fast: bool) -> None:
     """The mistake: the model's own forward, whose logits are (tokens, vocabulary), judges the held-out rows."""
-    vocabulary, length = 8_000, 2 * CHUNK
+    vocabulary, length = 8_000, 2 * HEAD_CHUNK
     config = CONFIG_MAPPING["llama"](**(SMALL | {"vocab_size": vocabulary}))
     mine, _ = pair(config, Lora(r=4, target_modules=targets), fast=fast)
     (document,) = rows(1, low=length, high=length)
@@ -280,8 +280,8 @@ def test_8_evaluation_makes_full_logits(targets: Any, fast: bool) -> None:
             mine.evaluate([document])
         return tensor.elements
 
-    assert largest() <= CHUNK * vocabulary
-    mine.ways = replace(mine.ways, head="logits")
+    assert largest() <= HEAD_CHUNK * vocabulary
+    mine.paths = replace(mine.paths, head="logits")
     assert largest() == (length - 1) * vocabulary
 
 

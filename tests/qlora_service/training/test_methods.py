@@ -134,7 +134,7 @@ def test_a_method_trains_and_reloads_on_a_quantization(
     save_adapter(model, tmp_path, "tiny", None)
     fresh = load_base(tiny_model, QUANTIZATIONS[quantization], torch.bfloat16, CPU)
     isolate_documents(fresh)
-    reloaded = network(load_adapter(fresh, tmp_path), ways=trained.ways)
+    reloaded = network(load_adapter(fresh, tmp_path), paths=trained.paths)
     assert torch.equal(reloaded.evaluate(JUDGED).nll, expected)
 
 

@@ -20,7 +20,7 @@ from qlora_service.training.checkpoint.checkpoints import Checkpoints
 from qlora_service.training.device import is_out_of_memory
 from qlora_service.training.evaluation.held_out import trainable_copies
 from qlora_service.training.evaluation.row_losses import RowLosses
-from qlora_service.training.loop import Interrupted, train
+from qlora_service.training.loop import Interrupted, Workload, train
 from qlora_service.training.network.micro_batch import LabelledRow, TokenRow
 from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import evaluate, make_objective
@@ -82,13 +82,15 @@ def trained(
     train(
         mine,
         make_objective(options.pop("objective", Supervised())),
-        lambda step: examples[step * size : (step + 1) * size],
-        options.pop("held_out", rows(2, seed=99)),
-        total_steps=steps,
-        evaluate_every=1000,
-        training=training,
-        observer=recorder,
-        row_losses=RowLosses(),
+        Workload(
+            lambda step: examples[step * size : (step + 1) * size],
+            options.pop("held_out", rows(2, seed=99)),
+            total_steps=steps,
+            evaluate_every=1000,
+        ),
+        training,
+        recorder,
+        RowLosses(),
         control=control,
         **options,
     )

@@ -33,9 +33,10 @@ from qlora_service.models.base.quantized_cache import QuantizedCache
 from qlora_service.specs import JobSpec, parse_spec
 from qlora_service.training.checkpoint.checkpoints import Checkpoints
 from qlora_service.training.checkpoint.disk_reserve import DiskReserve
-from qlora_service.training.loop import EvaluationMetrics, Outcome, StepMetrics
+from qlora_service.training.loop import EvaluationMetrics, Outcome, StepMetrics, Workload
 from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import Evaluation
+from qlora_service.training.sizes import DATABASE_BYTES
 from tests.tiny_training import Recorder
 from tests.workspace import ROWS, Workspace, job_spec
 from workers.disk_space import is_disk_full
@@ -43,7 +44,6 @@ from workers.trainer.attempt import outcome_warnings, run_attempt, totals
 from workers.trainer.certify import check_loss
 from workers.trainer.context import AttemptContext, AttemptInputs
 from workers.trainer.load import make_network
-from workers.trainer.train import DATABASE_BYTES
 from workers.trainer.trainer import as_failure
 from workers.warm_base import BaseHolder
 
@@ -381,11 +381,12 @@ def spy_on_training(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     real = workers.trainer.train.run_loop
 
-    def spy(network: Any, objective: Any, examples_of_step: Any, held_out: Any, **settings: Any) -> Any:
-        seen.update(settings, network=network, held_out={example.line for example in held_out})
+    def spy(network: Any, objective: Any, workload: Workload, *given: Any, **state: Any) -> Any:
+        held_out = {example.line for example in workload.held_out}
+        seen.update(state, network=network, held_out=held_out, evaluate_every=workload.evaluate_every)
         seen["first_a"] = {n: p.detach().clone() for n, p in network.model.named_parameters() if "lora_A" in n}
-        seen["trained"] = {example.line for step in range(50) for example in examples_of_step(step)}
-        return real(network, objective, examples_of_step, held_out, **settings)
+        seen["trained"] = {example.line for step in range(50) for example in workload.examples_of_step(step)}
+        return real(network, objective, workload, *given, **state)
 
     monkeypatch.setattr(workers.trainer.train, "run_loop", spy)
     return seen
@@ -667,7 +668,7 @@ def test_the_plan_is_chosen_once(workspace: Workspace, monkeypatch: pytest.Monke
     assert told.plan["gradient_checkpointing"] is False
     # The next attempt finds no memory and would choose otherwise, were it asked.
     monkeypatch.setattr(Network, "fits", lambda *_: False)
-    monkeypatch.setattr(Network, "_find_ways", lambda *_: pytest.fail("the ways were looked for again"))
+    monkeypatch.setattr(Network, "_choose_paths", lambda *_: pytest.fail("the ways were looked for again"))
     reporter = AttemptRecorder()
     run(next_attempt(first, told.plan, workspace), reporter=reporter)
     assert reporter.plan == told.plan

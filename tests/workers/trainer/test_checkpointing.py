@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Bench:
             AttemptContext(inputs, self.reporter, check, self.reserve, metrics_file, BaseHolder()),
             self.checkpoints,
             loaded,
+            lambda *_: nullcontext(),
             checkpoint_bytes=checkpoint_bytes,
             bytes_at_end=bytes_at_end,
         )

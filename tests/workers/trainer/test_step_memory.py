@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from qlora_service.models.adapters import trainable
-from qlora_service.planning.simulation.run import simulate
+from qlora_service.planning.simulation.run import Simulator
 from qlora_service.specs import Lora, Supervised, Training, parse_spec
 from qlora_service.training.evaluation.row_losses import RowLosses
-from qlora_service.training.loop import AroundStep, train
+from qlora_service.training.loop import AroundStep, Unattended, Workload, train
 from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import make_objective
 from tests.tiny_training import Recorder, load, network, rows
 from tests.workspace import Workspace, job_spec
-from workers.trainer.step_memory import TrackedStep, largest_step
+from workers.trainer.step_memory import TrackedStep, find_largest_step
 
 STEPS = 4
 
@@ -27,16 +27,16 @@ STEPS = 4
 def test_the_largest_micro_batch_is_found_by_how_steps_are_cut_not_by_their_sums() -> None:
     lengths = [10, 10, 10, 10, 10, 10, 10, 10, 16, 1]
     steps = [[0, 1, 2], [3, 4, 5], [6, 7, 9], [8, 9], [8, 9]]
-    assert largest_step(lengths, steps.__getitem__, 20, range(5)) == 1  # two of ten beside each other
-    assert largest_step(lengths, steps.__getitem__, 19, range(5)) == 3  # 16 and 1
-    assert largest_step(lengths, steps.__getitem__, 4, range(5)) == 3  # 16 alone
+    assert find_largest_step(lengths, steps.__getitem__, 20, range(5)) == 1  # two of ten beside each other
+    assert find_largest_step(lengths, steps.__getitem__, 19, range(5)) == 3  # 16 and 1
+    assert find_largest_step(lengths, steps.__getitem__, 4, range(5)) == 3  # 16 alone
 
 
 def test_the_first_step_is_looked_at_only_if_there_is_no_other() -> None:
     lengths, steps = [50, 10, 10], [[0], [1], [2]]
-    assert largest_step(lengths, steps.__getitem__, 100, range(3)) == 1
-    assert largest_step(lengths, steps.__getitem__, 100, range(1)) == 0
-    assert largest_step(lengths, steps.__getitem__, 100, range(2, 3)) == 2  # a later attempt
+    assert find_largest_step(lengths, steps.__getitem__, 100, range(3)) == 1
+    assert find_largest_step(lengths, steps.__getitem__, 100, range(1)) == 0
+    assert find_largest_step(lengths, steps.__getitem__, 100, range(2, 3)) == 2  # a later attempt
 
 
 def trained(model_dir: Path, around: Callable[[Network], AroundStep | None]) -> dict[str, torch.Tensor]:
@@ -45,18 +45,17 @@ def trained(model_dir: Path, around: Callable[[Network], AroundStep | None]) -> 
     examples = rows(12)
     net = network(model)
     around_step = around(net)
-    options = {} if around_step is None else {"around_step": around_step}
+    control = Unattended()
+    if around_step is not None:
+        setattr(control, "around_step", around_step)  # noqa: B010 - a method of this object alone
     train(
         net,
         make_objective(Supervised()),
-        lambda step: examples[3 * step : 3 * step + 3],
-        examples[:2],
-        total_steps=STEPS,
-        evaluate_every=2,
-        training=Training(batch_size=3, micro_batch_tokens=64, learning_rate=1e-2),
-        observer=Recorder(),
-        row_losses=RowLosses(),
-        **options,
+        Workload(lambda step: examples[3 * step : 3 * step + 3], examples[:2], STEPS, evaluate_every=2),
+        Training(batch_size=3, micro_batch_tokens=64, learning_rate=1e-2),
+        Recorder(),
+        RowLosses(),
+        control=control,
     )
     assert not any(parameter._post_accumulate_grad_hooks for parameter in trainable(model))  # type: ignore[attr-defined]
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -92,12 +91,10 @@ def test_job_records_what_it_took_within_a_percent_of_what_was_simulated(tmp_pat
         # Somebody plans a job of two full micro-batches a step: what is simulated for the plan is kept.
         settings = {name: predicted[name] for name in ("checkpointing", "compute_dtype", "longest_tokens")}
         settings["micro_batch_tokens"] = 2 * predicted["longest_tokens"]
-        simulated = simulate(
+        simulated = Simulator(timeout_s=60, cache_dir=workspace.settings.plan_cache_dir).simulate(
             json.loads((tiny_model / "config.json").read_text()),
             parse_spec(job_spec(batch_size=4)),
             cuda=False,
-            timeout_s=60,
-            cache_dir=workspace.settings.plan_cache_dir,
             **settings,
         )
         second = measured(micro_batch_tokens=settings["micro_batch_tokens"])

@@ -10,6 +10,25 @@ depends_on = None
 
 
 def upgrade() -> None:
+    _create_datasets()
+    _create_jobs()
+    _create_events()
+
+
+def downgrade() -> None:
+    with op.batch_alter_table("events", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_events_job_id_events_seq"))
+
+    op.drop_table("events")
+    op.drop_table("render_reports")
+    with op.batch_alter_table("jobs", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_jobs_status_jobs_priority_jobs_id"))
+
+    op.drop_table("jobs")
+    op.drop_table("datasets")
+
+
+def _create_datasets() -> None:
     op.create_table(
         "datasets",
         sa.Column("id", sa.String(length=40), nullable=False),
@@ -23,6 +42,19 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_datasets")),
         sa.UniqueConstraint("sha256", "container", "shape", name=op.f("uq_datasets_sha256_container_shape")),
     )
+    op.create_table(
+        "render_reports",
+        sa.Column("dataset_id", sa.String(length=40), nullable=False),
+        sa.Column("key", sa.String(length=64), nullable=False),
+        sa.Column("report", sa.JSON(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["dataset_id"], ["datasets.id"], name=op.f("fk_render_reports_dataset_id"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("dataset_id", "key", name=op.f("pk_render_reports")),
+    )
+
+
+def _create_jobs() -> None:
     op.create_table(
         "jobs",
         sa.Column("id", sa.String(length=40), nullable=False),
@@ -56,16 +88,8 @@ def upgrade() -> None:
             unique=False,
         )
 
-    op.create_table(
-        "render_reports",
-        sa.Column("dataset_id", sa.String(length=40), nullable=False),
-        sa.Column("key", sa.String(length=64), nullable=False),
-        sa.Column("report", sa.JSON(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["dataset_id"], ["datasets.id"], name=op.f("fk_render_reports_dataset_id"), ondelete="CASCADE"
-        ),
-        sa.PrimaryKeyConstraint("dataset_id", "key", name=op.f("pk_render_reports")),
-    )
+
+def _create_events() -> None:
     op.create_table(
         "events",
         sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
@@ -79,16 +103,3 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("events", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_events_job_id_events_seq"), ["job_id", "seq"], unique=False)
-
-
-def downgrade() -> None:
-    with op.batch_alter_table("events", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_events_job_id_events_seq"))
-
-    op.drop_table("events")
-    op.drop_table("render_reports")
-    with op.batch_alter_table("jobs", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_jobs_status_jobs_priority_jobs_id"))
-
-    op.drop_table("jobs")
-    op.drop_table("datasets")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_service.planning.memory import Category, Memory
-from qlora_service.planning.simulation.run import CannotSimulate, simulate
+from qlora_service.planning.simulation.run import CannotSimulate, Simulator
 from qlora_service.specs import JobSpec
 from tests.planning_models import config
 from tests.planning_published import ROWS, emulated_bytes
@@ -18,7 +18,8 @@ JOB = JobSpec(base_model="tiny")
 
 
 def ask(values: dict[str, Any], job: JobSpec = JOB, timeout_s: float = 240, **options: Any) -> Memory:
-    return simulate(values, job, micro_batch_tokens=256, checkpointing=True, timeout_s=timeout_s, **options)
+    simulator = Simulator(timeout_s, options.pop("cache_dir", None))
+    return simulator.simulate(values, job, micro_batch_tokens=256, checkpointing=True, **options)
 
 
 def test_a_config_is_enough_and_answers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

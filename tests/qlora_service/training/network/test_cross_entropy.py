@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora_service.training.network.cross_entropy import CHUNK, TokenLosses, chunked_losses, fused_losses, logit_losses
+from qlora_service.training.network.cross_entropy import TokenLosses, chunked_losses, fused_losses, logit_losses
+from qlora_service.training.sizes import HEAD_CHUNK
 from tests.judges import LargestTensor
 
 VOCABULARY, HIDDEN = 300, 16
-COUNTS = [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 17]
+COUNTS = [1, HEAD_CHUNK - 1, HEAD_CHUNK, HEAD_CHUNK + 1, 2 * HEAD_CHUNK + 17]
 
 
 def inputs(count: int, dtype: torch.dtype = torch.float64, vocabulary: int = VOCABULARY) -> tuple[torch.Tensor, ...]:
@@ -105,14 +106,14 @@ def test_a_state_that_is_not_a_number_has_a_loss_that_is_none() -> None:
 @pytest.mark.parametrize("is_trained", [False, True])
 def test_logits_never_exist_for_more_than_a_chunk(is_trained: bool) -> None:
     vocabulary = 2_000
-    hidden, weight, targets, _ = inputs(4 * CHUNK, torch.float32, vocabulary)
+    hidden, weight, targets, _ = inputs(4 * HEAD_CHUNK, torch.float32, vocabulary)
     with LargestTensor() as largest:
         if is_trained:
             losses = chunked_losses(hidden, lambda states: states @ weight.t(), targets)
         else:
             losses = fused_losses(hidden, weight, targets)
         losses.nll.sum().backward()
-    assert largest.elements <= CHUNK * vocabulary
+    assert largest.elements <= HEAD_CHUNK * vocabulary
 
 
 def test_without_gradients_nothing_is_kept() -> None:

@@ -17,7 +17,7 @@ FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Way:
+class LayerCost:
     """How a layer is computed."""
 
     of_input: float = 0
@@ -37,27 +37,27 @@ class Way:
     """Of an MLP matrix, unpacked for a product"""
 
 
-FAST = Way()
-GENERAL = Way(keeps_inputs=True, beside=(14, 4), beside_recomputed=(4, 6))
-INT8 = Way(
+FAST = LayerCost()
+GENERAL = LayerCost(keeps_inputs=True, beside=(14, 4), beside_recomputed=(4, 6))
+INT8 = LayerCost(
     of_input=4, rank_width=4, keeps_inputs=True, survives_checkpointing=True,
     beside=(14, 4), beside_recomputed=(2, 2), per_weight=0,
 )  # fmt: skip
-DROPOUT = Way(of_input=3, beside=(5, 5), beside_recomputed=(2, 5))
-DORA = Way(
+DROPOUT = LayerCost(of_input=3, beside=(5, 5), beside_recomputed=(2, 5))
+DORA = LayerCost(
     of_input=4, of_output=6, rank_width=4, beside=(-6, 12), beside_recomputed=(-4, 12), per_weight=22
 )  # fmt: skip
 BY_METHOD = {
-    "adalora": Way(of_input=4, rank_width=4, beside=(4, 6), beside_recomputed=(12, 6), per_weight=0),
-    "ia3": Way(of_output=4, beside=(6, 10), beside_recomputed=(10, 8), per_weight=0),
-    "vera": Way(of_output=4, rank_width=4, beside=(-2, 12), beside_recomputed=(2, 12), per_weight=0),
-    "oft": Way(of_input=4, beside=(2, 10), beside_recomputed=(2, 8), per_weight=0),
-    "prompt_tuning": Way(keeps_inputs=True, beside=(20, 6), beside_recomputed=(4, 6)),
+    "adalora": LayerCost(of_input=4, rank_width=4, beside=(4, 6), beside_recomputed=(12, 6), per_weight=0),
+    "ia3": LayerCost(of_output=4, beside=(6, 10), beside_recomputed=(10, 8), per_weight=0),
+    "vera": LayerCost(of_output=4, rank_width=4, beside=(-2, 12), beside_recomputed=(2, 12), per_weight=0),
+    "oft": LayerCost(of_input=4, beside=(2, 10), beside_recomputed=(2, 8), per_weight=0),
+    "prompt_tuning": LayerCost(keeps_inputs=True, beside=(20, 6), beside_recomputed=(4, 6)),
 }
 """PEFT's own layers: inputs or outputs in float32. Methods that have no layer of their own are as prompt tuning."""
 
 
-def way_of(spec: JobSpec, shape: ModelShape) -> Way:
+def layer_cost(spec: JobSpec, shape: ModelShape) -> LayerCost:
     """How the job's layers are computed, as far as it can be known without the model."""
     adapter = spec.adapter
     if not isinstance(adapter, Lora):
