@@ -20,7 +20,7 @@ from qlora_service.training.checkpoint.state import TrainingState, from_files, t
 from qlora_service.training.loop import Unattended
 from tests.tiny_model import CHATML, build_tiny_model
 from tests.tiny_training import Recorder, load, rows, run
-from workers.trainer.publish import write_adapter
+from workers.trainer.adapter_files import write_adapter
 
 ROWS = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}."} for n in range(4)]
 SPEC = {"base_model": "tiny", "dataset": {"rows": ROWS}, "training": {"max_seq_len_tokens": 64}}

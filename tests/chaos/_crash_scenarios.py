@@ -29,8 +29,8 @@ from qlora_service.store.tables import idempotency_keys
 from qlora_service.training.checkpoint.state import to_files
 from tests.chaos._crash_data import ATTEMPT, SPEC, DataDirectory, checkpoints_of, save_checkpoint, states_of
 from tests.chaos._syscalls import Answer, Fault
+from workers.trainer.adapter_files import publish_directory
 from workers.trainer.environment import package_versions
-from workers.trainer.publish import publish_directory
 
 WHOLE = re.compile(r"step-\d{8}\.a\d+")
 

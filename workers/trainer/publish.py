@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
-from qlora_service.artifacts.manifest import NAME as MANIFEST
-from qlora_service.artifacts.manifest import Manifest, describe_file
-from qlora_service.artifacts.model_card import model_card
-from qlora_service.artifacts.store import ArtifactStore, job_key
-from qlora_service.models.adapters import detach, save_adapter
-from qlora_service.models.catalog.catalog import BaseModel
+from qlora_service.artifacts.manifest import Manifest
+from qlora_service.models.adapters import detach
 from qlora_service.training.loop import Outcome
-from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TrainingExample
 from qlora_service.training.objectives import Evaluation
+from workers.trainer.adapter_files import publish_directory, write_adapter
 from workers.trainer.context import AttemptContext, AttemptInputs
 from workers.trainer.environment import package_versions
 from workers.trainer.load import Loaded
 from workers.trainer.prepare import PreparedRows
 from workers.trainer.train import Trained
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def publish(context: AttemptContext, rows: PreparedRows, loaded: Loaded, trained: Trained) -> Manifest:
@@ -74,64 +63,6 @@ def held_out_record(outcome: Outcome, rows: PreparedRows) -> dict[str, Any]:
             "source": "held-out rows" if rows.split.held_out else "training rows (none were held out)",
         }
     )
-
-
-def write_adapter(
-    model: PeftModel,
-    base: BaseModel,
-    held_out: Sequence[TrainingExample],
-    chat_template: str,
-    metrics_file: Path,
-    to: Path,
-) -> None:
-    """The adapter, the tokenizer's files, the metrics and the held-out rows, as files in the directory `to`."""
-    save_adapter(model, to, base.reference, base.revision)
-    for name in TOKENIZER_FILES:
-        if (base.path / name).is_file():
-            shutil.copyfile(base.path / name, to / name)
-    (to / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    shutil.copyfile(metrics_file, to / "metrics.jsonl")
-    with (to / "held_out.jsonl").open("w", encoding="utf-8") as file:
-        for example in held_out:
-            file.write(json.dumps(_held_out_row(example)) + "\n")
-
-
-def publish_directory(directory: Path, artifacts: ArtifactStore, draft: Manifest) -> Manifest:
-    """Stores the files of `directory` and a model card, and last, create-only, the manifest that names them.
-
-    `draft` is the manifest without files.
-    """
-    card = model_card(
-        draft.job_id,
-        draft.base_model,
-        draft.dataset,
-        draft.spec,
-        draft.plan["compute_dtype"],
-        draft.held_out,
-        draft.versions,
-    )
-    (directory / "README.md").write_text(card, encoding="utf-8")
-    files = sorted(directory.iterdir())
-    manifest = draft.model_copy(update={"files": tuple(describe_file(path) for path in files)})
-    for path in files:
-        artifacts.put_file(job_key(manifest.job_id, manifest.attempt, path.name), path)
-    content = manifest.model_dump_json(indent=2).encode() + b"\n"
-    artifacts.create(job_key(manifest.job_id, manifest.attempt, MANIFEST), content)
-    return manifest
-
-
-def _held_out_row(example: TrainingExample) -> dict[str, Any]:
-    """A row of held_out.jsonl: enough to measure its loss again."""
-    documents = [
-        {"input_ids": list(document.input_ids), "trained": [int(flag) for flag in document.trained]}
-        for document in example.documents
-    ]
-    record = {"line": example.line, **documents[0]}
-    if isinstance(example, PreferencePair):
-        record["rejected"] = documents[1]
-    if isinstance(example, LabelledRow):
-        record["desirable"] = example.desirable
-    return record
 
 
 def _draft(context: AttemptContext, rows: PreparedRows, loaded: Loaded, outcome: Outcome) -> Manifest:

@@ -19,6 +19,7 @@ from qlora_service.store.datasets import (
     mark_deleted,
     put_render_report,
 )
+from qlora_service.store.pages import PageRequest
 from qlora_service.store.tables import datasets
 from tests.control_plane import START, dataset_row, stored_rows
 
@@ -58,8 +59,8 @@ def test_unknown_dataset_is_not_found(database: Database) -> None:
 def test_pages_go_from_the_newest_to_the_oldest(database: Database) -> None:
     ids = sorted((insert(database, dataset_row(sha256=str(n) * 64)).id for n in range(3)), reverse=True)
     with database.read() as connection:
-        first = list_datasets(connection, project="local", before=None, limit=2)
-        rest = list_datasets(connection, project="local", before=first[-1].id, limit=2)
+        first = list_datasets(connection, PageRequest(2), project="local")
+        rest = list_datasets(connection, PageRequest(2, before=first[-1].id), project="local")
     assert [dataset.id for dataset in (*first, *rest)] == ids
 
 
@@ -98,7 +99,7 @@ def test_projects_do_not_share_datasets(database: Database) -> None:
     ours, theirs = insert(database, dataset_row()), insert(database, dataset_row(project="theirs"))
     assert ours.id != theirs.id
     with database.read() as connection:
-        assert list_datasets(connection, project="local", before=None, limit=9) == [ours]
+        assert list_datasets(connection, PageRequest(9), project="local") == [ours]
         with pytest.raises(NotFound):
             get_dataset(connection, theirs.id, project="local")
 
@@ -106,7 +107,7 @@ def test_projects_do_not_share_datasets(database: Database) -> None:
 def test_datasets_are_listed_from_the_oldest_when_asked(database: Database) -> None:
     ids = sorted(insert(database, dataset_row(sha256=f"{number:064}")).id for number in range(4))
     with database.read() as connection:
-        page = list_datasets(connection, project="local", oldest_first=True, after=ids[0], limit=2)
+        page = list_datasets(connection, PageRequest(2, oldest_first=True, after=ids[0]), project="local")
         assert [dataset.id for dataset in page] == ids[1:3]
 
 
@@ -116,7 +117,7 @@ def test_deleted_dataset_is_nowhere_until_its_bytes_come_again(database: Databas
     with database.write() as connection:
         put_render_report(connection, dataset.id, "k", {"rows": 3})
         mark_deleted(connection, dataset.id, START)
-        assert list_datasets(connection, project="local", limit=9) == []
+        assert list_datasets(connection, PageRequest(9), project="local") == []
         with pytest.raises(NotFound):
             get_dataset(connection, dataset.id, lock=True)
         assert get_render_report(connection, dataset.id, "k") is None

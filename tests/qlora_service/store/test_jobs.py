@@ -1,11 +1,15 @@
+from __future__ import annotations
+
 from functools import partial
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
 from qlora_service.domain.ids import new_id
-from qlora_service.domain.jobs import JobStatus
+from qlora_service.domain.jobs import Job, JobStatus
 from qlora_service.errors import NotFound
 from qlora_service.queue.claim import Progress
 from qlora_service.queue.queue import Queue
@@ -24,6 +28,7 @@ from qlora_service.store.jobs import (
     places_in_queue,
     unfinished_on,
 )
+from qlora_service.store.pages import PageRequest
 from qlora_service.store.tables import jobs
 from tests.control_plane import START, add_job, stored_rows
 
@@ -36,7 +41,17 @@ SPEC = {
 }
 
 
-listed = partial(list_jobs, project="local")
+def listed(
+    connection: Connection,
+    *,
+    limit: int,
+    before: str | None = None,
+    after: str | None = None,
+    oldest_first: bool = False,
+    **filters: Any,
+) -> list[Job]:
+    page = PageRequest(limit, before, after, oldest_first)
+    return list_jobs(connection, page, project="local", **filters)
 
 
 def test_new_job_comes_back_as_it_was_put(database: Database) -> None:
@@ -126,7 +141,7 @@ def test_another_projects_job_is_as_unknown_as_a_missing_one(database: Database)
             get_job(connection, theirs, project="local")
         with pytest.raises(NotFound) as missing:
             get_job(connection, "job_none", project="local")
-        assert [job.id for job in list_jobs(connection, project="theirs", limit=9)] == [theirs]
+        assert [job.id for job in list_jobs(connection, PageRequest(9), project="theirs")] == [theirs]
     assert str(foreign.value).replace(theirs, "job_none") == str(missing.value)
 
 

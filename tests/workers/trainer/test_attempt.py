@@ -30,7 +30,7 @@ from qlora_service.errors import Interrupted, InvalidModel, JobFailed, NotFound
 from qlora_service.models.adapters import load_adapter
 from qlora_service.models.base.load import LoadedBase, load_cached_base
 from qlora_service.models.base.quantized_cache import QuantizedCache
-from qlora_service.specs import JobSpec, parse_spec
+from qlora_service.specs import JobSpec, Training, parse_spec
 from qlora_service.training.checkpoint.checkpoints import Checkpoints
 from qlora_service.training.checkpoint.disk_reserve import DiskReserve
 from qlora_service.training.loop import EvaluationMetrics, Outcome, StepMetrics, Workload
@@ -381,12 +381,12 @@ def spy_on_training(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     real = workers.trainer.train.run_loop
 
-    def spy(network: Any, objective: Any, workload: Workload, *given: Any, **state: Any) -> Any:
-        held_out = {example.line for example in workload.held_out}
-        seen.update(state, network=network, held_out=held_out, evaluate_every=workload.evaluate_every)
+    def spy(network: Any, objective: Any, workload: Workload, training: Training, *given: Any, **state: Any) -> Any:
+        seen.update(vars(workload), network=network, training=training)
+        seen["held_out"] = {example.line for example in workload.held_out}
         seen["first_a"] = {n: p.detach().clone() for n, p in network.model.named_parameters() if "lora_A" in n}
         seen["trained"] = {example.line for step in range(50) for example in workload.examples_of_step(step)}
-        return real(network, objective, workload, *given, **state)
+        return real(network, objective, workload, training, *given, **state)
 
     monkeypatch.setattr(workers.trainer.train, "run_loop", spy)
     return seen

@@ -7,33 +7,33 @@ from pathlib import Path
 
 import pytest
 
-from qlora_service.training.checkpoint.disk_reserve import Ballast
+from qlora_service.training.checkpoint.disk_reserve import DiskReserve
 
 MIB = 2**20
 
 
 def test_ballast_takes_up_blocks_of_the_disk_and_gives_them_up_piece_by_piece(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "ballast"
-    ballast = Ballast(path)
-    assert ballast.held_bytes == 0
-    ballast.reserve(3 * MIB)
+    path = tmp_path / "new" / "reserve"
+    reserve = DiskReserve(path)
+    assert reserve.held_bytes == 0
+    reserve.reserve(3 * MIB)
     assert path.stat().st_blocks * 512 >= 3 * MIB
-    ballast.shrink(MIB)
+    reserve.shrink(MIB)
     assert path.stat().st_blocks * 512 <= 2 * MIB + 4096
-    assert Ballast(path).held_bytes == ballast.wanted_bytes == 2 * MIB
-    ballast.shrink(2 * MIB)
+    assert DiskReserve(path).held_bytes == reserve.wanted_bytes == 2 * MIB
+    reserve.shrink(2 * MIB)
     assert not path.exists()
-    ballast.shrink(MIB)
-    ballast.release()
+    reserve.shrink(MIB)
+    reserve.release()
 
 
 def test_reserving_again_replaces_what_was_held(tmp_path: Path) -> None:
-    ballast = Ballast(tmp_path / "ballast")
-    ballast.reserve(2 * MIB)
-    ballast.reserve(MIB)
-    assert ballast.held_bytes == MIB
-    ballast.reserve(0)
-    assert not (tmp_path / "ballast").exists()
+    reserve = DiskReserve(tmp_path / "reserve")
+    reserve.reserve(2 * MIB)
+    reserve.reserve(MIB)
+    assert reserve.held_bytes == MIB
+    reserve.reserve(0)
+    assert not (tmp_path / "reserve").exists()
 
 
 def test_more_than_the_disk_has_is_an_error_and_nothing_is_held_but_what_is_wanted_is_known(
@@ -41,13 +41,13 @@ def test_more_than_the_disk_has_is_an_error_and_nothing_is_held_but_what_is_want
 ) -> None:
     taken: list[int] = []
     monkeypatch.setattr(os, "posix_fallocate", lambda _file, _offset, size: taken.append(size))
-    ballast = Ballast(tmp_path / "ballast")
+    reserve = DiskReserve(tmp_path / "reserve")
     wanted = 2 * shutil.disk_usage(tmp_path).free
     with pytest.raises(OSError, match="No space left"):
-        ballast.reserve(wanted)
+        reserve.reserve(wanted)
     assert taken == []  # to fill the disk in order to find out would take the room from others
-    assert not (tmp_path / "ballast").exists()
-    assert ballast.wanted_bytes == wanted
+    assert not (tmp_path / "reserve").exists()
+    assert reserve.wanted_bytes == wanted
 
 
 def test_room_that_others_take_meanwhile_is_an_error_and_nothing_is_held(
@@ -58,5 +58,5 @@ def test_room_that_others_take_meanwhile_is_an_error_and_nothing_is_held(
 
     monkeypatch.setattr(os, "posix_fallocate", taken_by_others)
     with pytest.raises(OSError, match="No space left"):
-        Ballast(tmp_path / "ballast").reserve(MIB)
-    assert not (tmp_path / "ballast").exists()
+        DiskReserve(tmp_path / "reserve").reserve(MIB)
+    assert not (tmp_path / "reserve").exists()
