@@ -100,9 +100,7 @@ class Settings(BaseSettings):
     chat_idle_s: float = Field(
         300.0, gt=0.0, description="Seconds without a chat after which a base model loaded for chats is unloaded."
     )
-    chat_hold_s: float = Field(
-        60.0, gt=0.0, description="Seconds that chats may keep a slot while a job waits for it."
-    )
+    chat_hold_s: float = Field(60.0, gt=0.0, description="Seconds that chats may keep a slot while a job waits for it.")
     chat_preempts: bool = Field(
         False,
         description="Whether a chat preempts a running job at its next step. Otherwise chats are refused while jobs "
