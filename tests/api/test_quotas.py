@@ -50,7 +50,7 @@ def test_what_has_no_room_is_refused_before_it_is_stored(client: TestClient, set
     assert refused.status_code == 429, refused.text
     error = refused.json()["error"]
     assert error["code"] == "quota_exceeded"
-    assert f"may keep {2 * len(ROWS) - 1}: delete datasets" in error["message"]
+    assert f"its limit is {2 * len(ROWS) - 1}: delete datasets" in error["message"]
     # Waiting does not help.
     assert "Retry-After" not in refused.headers
     assert refused.headers.get("x-should-retry") == ("false" if refused.request.url.path.startswith("/v1/") else None)
