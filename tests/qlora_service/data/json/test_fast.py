@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qlora_service.data.json.fast import BLANKS, parse_lines, parse_row
+from qlora_service.data.json.fast import JSON_WHITESPACE, parse_lines, parse_row
 from qlora_service.data.json.strict import RowProblem, parse_json
 from tests.planted_errors import PLANTED
 
@@ -74,7 +74,7 @@ def test_what_is_read_is_what_strict_json_reads(text: bytes) -> None:
 @example([b'{"a": 1', b'"b": 2}'], b",\n")
 def test_lines_are_read_only_if_strict_json_reads_every_one(texts: list[bytes], between: bytes) -> None:
     text = between.join(texts)
-    lines = [line for line in text.split(b"\n") if line.strip(BLANKS)]
+    lines = [line for line in text.split(b"\n") if line.strip(JSON_WHITESPACE)]
     values = parse_lines(text)
     assert values is None or repr(values) == repr([strictly(line) for line in lines])
 
