@@ -4,7 +4,7 @@ A row that is read here is a row that `strict.parse_json` accepts, with the same
 RFC 8259: it refuses invalid UTF-8, invalid JSON, NaN, control characters, unpaired surrogates, numbers beyond a float,
 and integers of more digits than Python accepts. Three checks cover what msgspec accepts and `strict` refuses:
 
-- Duplicate keys: msgspec keeps the last value and drops the earlier one with its key, which stands in quotation marks.
+- Duplicate keys: msgspec keeps the last value and drops the earlier value with its key, which is in quotation marks.
   So the row has more quotation marks than its value encoded again. A kept string has the same number in both, whatever
   its other escapes, unless a mark is written as \\u0022. A row never has fewer: for many rows, comparing the sums is
   enough.

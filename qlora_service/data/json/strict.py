@@ -28,7 +28,7 @@ class RowProblem(Exception):
 
 
 def parse_json(text: str, pointer: str = "") -> Any:
-    """The value of a JSON text that stands at `pointer` of its row.
+    """The value of a JSON text located at `pointer` of its row.
 
     Raises:
         RowProblem: invalid JSON, NaN or Infinity, a duplicate key, a NUL character, an unpaired surrogate,

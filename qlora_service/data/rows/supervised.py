@@ -61,7 +61,7 @@ def read_text(row: dict[str, Any]) -> Text:
 def chat_with_answer(
     prompt: list[Turn], answer: list[Turn], pointer: str, tools: tuple[dict[str, Any], ...] | None
 ) -> Chat:
-    """The conversation of a prompt and its answer, which stands at `pointer`; no turn of the prompt is trained.
+    """The conversation of a prompt and the answer at `pointer`; no turn of the prompt is trained.
 
     Raises:
         RowProblem: no turn of the answer is trained either.

@@ -67,7 +67,7 @@ def test_turns_with_weight_zero_are_not_trained(tiny_model: Path) -> None:
     assert trained_text(tiny_model, row) == "second<|im_end|>"
 
 
-def test_every_trained_turn_is_trained(tiny_model: Path) -> None:
+def test_every_turn_marked_as_trained_is_trained(tiny_model: Path) -> None:
     turns = chat("one", "same").messages + chat("two", "same").messages
     row = render_one(tiny_model, Chat(turns, (False, True, False, True)))
     assert trained_text(tiny_model, row) == "same<|im_end|>same<|im_end|>"
