@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from api.v1.requests import Part, described_as
+from api.v1.requests import StrictModel, described_as
 from api.v1.schemas import TUNED_MODEL
 from qlora_service.chat.wire import AdapterRef, GenerationRequest, Sampling
 from qlora_service.data.json.strict import RowProblem
@@ -52,12 +52,12 @@ NEUTRAL = "Only the neutral value is accepted."
 IGNORED = "Accepted and ignored."
 
 
-class StreamOptions(Part):
+class StreamOptions(StrictModel):
     include_usage: StrictBool | None = Field(None, description="Send a last chunk with the token counts.")
     include_obfuscation: JsonValue = Field(None, description=IGNORED)
 
 
-class _CompletionRequest(Part):
+class _CompletionRequest(StrictModel):
     """The parameters that both completion endpoints share."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=400)] = Field(
@@ -113,7 +113,7 @@ class _CompletionRequest(Part):
         )
 
 
-class ResponseFormat(Part):
+class ResponseFormat(StrictModel):
     type: Literal["text"]
 
 

@@ -129,7 +129,7 @@ def _metadata_filter(request: Request) -> dict[str, str] | None:
             pairs[match[1]] = value
         elif name.startswith("metadata") and not (name == "metadata" and value == "null"):
             raise InvalidRequest(
-                f"{name[:100]!r} is not a valid filter: use metadata[key]=value, each key once, or with metadata=null",
+                f"{name[:100]!r} is not a valid filter: use metadata[key]=value, each key once, or metadata=null",
                 location="metadata",
             )
     if "metadata" in request.query_params:

@@ -59,11 +59,13 @@ Beta = Annotated[
 ]
 
 
-class Part(BaseModel):
+class StrictModel(BaseModel):
+    """Base of request models: immutable, without unknown fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Hyperparameters(Part):
+class Hyperparameters(StrictModel):
     n_epochs: Epochs = Field(
         "auto",
         description="`auto`: 3 epochs; with fewer than 34 rows, as many epochs as give 100 examples, at most 25; with "
@@ -81,22 +83,22 @@ class DpoHyperparameters(Hyperparameters):
     )
 
 
-class SupervisedMethod(Part):
+class SupervisedMethod(StrictModel):
     hyperparameters: Hyperparameters | None = None
 
 
-class DpoMethod(Part):
+class DpoMethod(StrictModel):
     hyperparameters: DpoHyperparameters | None = None
 
 
-class Method(Part):
+class Method(StrictModel):
     type: Literal["supervised", "dpo", "reinforcement"] = Field(description="`reinforcement` is not supported.")
     supervised: SupervisedMethod | None = None
     dpo: DpoMethod | None = None
     reinforcement: JsonValue = None
 
 
-class CreateFineTuningJob(Part):
+class CreateFineTuningJob(StrictModel):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
@@ -144,12 +146,12 @@ class CreateFineTuningJob(Part):
     qlora: dict[str, JsonValue] | None = Field(
         None,
         description=f"Any part of a JobSpec, in the format of POST /jobs, for example a recipe ({', '.join(RECIPES)}). "
-        "OpenAI's client sends it with `extra_body`. `force` queues a job that is not predicted to fit the device. A "
-        "setting that is given here and in another field is an error.",
+        "OpenAI's client sends it with `extra_body`. `force` queues the job even if it is not predicted to fit the "
+        "device. A setting that is given here and in another field is an error.",
     )
 
 
-class CreateUpload(Part):
+class CreateUpload(StrictModel):
     bytes: Annotated[StrictInt, Field(ge=1, le=2**63 - 1)] = Field(description="Size of the whole file.")
     filename: Annotated[str, StringConstraints(min_length=1, max_length=255)]
     mime_type: Annotated[str, StringConstraints(min_length=1, max_length=255)] = Field(examples=["application/jsonl"])
@@ -157,7 +159,7 @@ class CreateUpload(Part):
     expires_after: JsonValue = Field(None, description="Not supported: files are stored until they are deleted.")
 
 
-class CompleteUpload(Part):
+class CompleteUpload(StrictModel):
     part_ids: list[Annotated[str, StringConstraints(max_length=100)]] = Field(
         min_length=1, max_length=10_000, description="Ids of the parts, in the order of the file."
     )

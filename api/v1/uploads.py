@@ -61,8 +61,8 @@ def create_upload(
     name = display_name(body.filename)
     if name is None:
         raise InvalidRequest(f"{body.filename!r} cannot be used as a file name", location="filename")
-    once = idempotency.once(_begun, content=body.model_dump(mode="json", exclude_unset=True))
-    return _begun(
+    once = idempotency.once(_begun_response, content=body.model_dump(mode="json", exclude_unset=True))
+    return _begun_response(
         service.uploads.begin(filename=name, size=body.bytes, purpose=body.purpose, mime_type=body.mime_type, once=once)
     )
 
@@ -86,14 +86,14 @@ def complete_upload(
     upload_id: UploadId, body: CompleteUpload, service: ServiceOf, idempotency: IdempotencyOf
 ) -> schemas.Upload:
     """Join the parts in the given order, then check and store the file like any other."""
-    once = idempotency.once(_closed, content=body.model_dump(mode="json", exclude_unset=True))
-    return _closed(service.uploads.complete(upload_id, body.part_ids, body.md5, once=once))
+    once = idempotency.once(_upload_response, content=body.model_dump(mode="json", exclude_unset=True))
+    return _upload_response(service.uploads.complete(upload_id, body.part_ids, body.md5, once=once))
 
 
 @router.post("/{upload_id}/cancel", summary="Cancel an upload", responses=openai_errors(404, 409))
 def cancel_upload(upload_id: UploadId, service: ServiceOf, idempotency: IdempotencyOf) -> schemas.Upload:
     """Cancel the upload and delete its parts."""
-    return _closed(service.uploads.cancel(upload_id, once=idempotency.once(_closed)))
+    return _upload_response(service.uploads.cancel(upload_id, once=idempotency.once(_upload_response)))
 
 
 def _add_part(service: Service, idempotency: Idempotency, upload_id: str, form: Form) -> schemas.UploadPart:
@@ -106,19 +106,19 @@ def _add_part(service: Service, idempotency: Idempotency, upload_id: str, form: 
             location="data",
             max_bytes=MAX_PART_BYTES,
         )
-    once = idempotency.once(_part, content=idempotency.form_content(form, {}))
-    return _part(service.uploads.add_part(upload_id, data.path, once=once))
+    once = idempotency.once(_part_response, content=idempotency.form_content(form, {}))
+    return _part_response(service.uploads.add_part(upload_id, data.path, once=once))
 
 
-def _part(part: Part) -> schemas.UploadPart:
+def _part_response(part: Part) -> schemas.UploadPart:
     return schemas.UploadPart(id=part.id, created_at=seconds(part.created_at), upload_id=part.upload_id)
 
 
-def _begun(upload: Upload) -> schemas.Upload:
-    return _closed(ClosedUpload(upload))
+def _begun_response(upload: Upload) -> schemas.Upload:
+    return _upload_response(ClosedUpload(upload))
 
 
-def _closed(closed: ClosedUpload) -> schemas.Upload:
+def _upload_response(closed: ClosedUpload) -> schemas.Upload:
     upload = closed.upload
     return schemas.Upload(
         id=upload.id,

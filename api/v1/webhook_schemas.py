@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, StrictBool, StringConstraints
 
 from api.v1.rendering import seconds
-from api.v1.requests import Part
+from api.v1.requests import StrictModel
 from api.v1.schemas import Identified
 from qlora_service.domain.webhooks import EVENT_TYPES, Delivery, Endpoint
 from qlora_service.webhooks.targets import MAX_URL_CHARS
@@ -109,7 +109,7 @@ class WebhookEventTypes(BaseModel):
     data: list[str]
 
 
-class CreateWebhookEndpoint(Part):
+class CreateWebhookEndpoint(StrictModel):
     name: Text = Field(description="A display name of 1 to 64 characters.", examples=["done"])
     url: Text = Field(
         description="An https URL on the public internet. Redirects are not followed.",
@@ -120,13 +120,13 @@ class CreateWebhookEndpoint(Part):
     )
 
 
-class ChangeWebhookEndpoint(Part):
+class ChangeWebhookEndpoint(StrictModel):
     name: Text | None = Field(None, examples=["done"])
     url: Text | None = Field(None, examples=["https://example.com/elsewhere"])
     event_types: list[Text] | None = Field(None, examples=[["fine_tuning.job.failed"]])
 
 
-class RotateSecret(Part):
+class RotateSecret(StrictModel):
     keep_old_secret_active_for_24_hours: StrictBool = Field(
         False,
         description="Sign every message with both secrets for a day, so that the receiver can switch at any time of "
@@ -134,7 +134,7 @@ class RotateSecret(Part):
     )
 
 
-class SendTest(Part):
+class SendTest(StrictModel):
     event_type: Text = Field(description=f"One of {_EVENT_TYPE_NAMES}.", examples=["fine_tuning.job.succeeded"])
 
 

@@ -218,7 +218,7 @@ def test_refusal_names_a_queued_job_or_another_model() -> None:
 @pytest.mark.parametrize(
     "error", [ContextTooLong("long", location="prompt"), Unavailable("busy", retry_after_s=3), NotFound("gone")]
 )
-def test_error_is_rebuilt_after_the_wire(error: QLoRAError) -> None:
+def test_rebuilt_error_equals_the_original(error: QLoRAError) -> None:
     rebuilt = rebuild_error(error.as_dict())
     assert type(rebuilt) is type(error)
     assert rebuilt.as_dict() == error.as_dict()
