@@ -36,11 +36,10 @@ def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     for status, response in error_responses(*({*statuses} - {422})).items():
         native_error = response["content"]["application/json"]["example"]["error"]
         error, _, _ = on_openai_wire(native_error, int(status))
+        invalid = "The request is invalid; `findings` lists every fault with its location"
         documented[status] = {
             "model": OpenAIErrorResponse,
-            "description": response["description"]
-            if status != 400
-            else "The request is invalid; `findings` lists every fault with its place",
+            "description": invalid if status == 400 else response["description"],
             "content": {"application/json": {"schema": _SCHEMA, "example": {"error": error}}},
         }
     return documented

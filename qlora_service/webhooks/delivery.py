@@ -1,6 +1,6 @@
 """Delivery of webhook messages: due deliveries are sent, and retried for about a day and a half until they succeed.
 
-A delivery is stored in the transaction that ends the job (`store.webhooks.tell_end`), so that none is lost or made up.
+A delivery is stored in the transaction that ends the job (`store.webhooks.tell_end`), so that none is lost or invented.
 It is claimed before it is sent, and its outcome is recorded after. If the process dies in between, the claim expires,
 and another process sends the delivery again under the same `webhook-id`.
 """
