@@ -10,7 +10,6 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
-from qlora_service.chat.dispatch import ChatDispatcher
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -22,6 +21,7 @@ from api.v1.chat_answers import ChatCompletion, ChatWriter, Completion, TextWrit
 from api.v1.chat_requests import CreateChatCompletion, CreateCompletion
 from api.v1.routes import JsonRoute, openai_errors
 from qlora_service.actions.service import Service
+from qlora_service.chat.dispatch import ChatDispatcher
 from qlora_service.chat.wire import AdapterRef, Answer
 from qlora_service.domain.jobs import Job, JobStatus
 from qlora_service.errors import InvalidModel, NotFound, QLoRAError
