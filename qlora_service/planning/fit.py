@@ -127,7 +127,7 @@ def fastest_fit(question: Question, simulate: Simulate | None = None) -> Fit:
 
 
 def fitting_choices(question: Question) -> list[Choice]:
-    """Every setting that fits by the formula: first those that fit despite its error, each group fastest first."""
+    """Every setting that fits by the formula, fastest first; settings that fit despite its error precede the others."""
     choices: dict[tuple[int, bool], Choice] = {}
     for fit in sorted(_fits(question), key=lambda fit: not fit.is_sure):
         if fit.fits:
@@ -141,7 +141,7 @@ def surely_fits(question: Question) -> bool:
 
 
 def chosen(question: Question, holds: Callable[[int], bool]) -> Choice:
-    """The execution settings of the job: the fastest that fit, or those that need least memory.
+    """The execution settings of the job: the fastest that fit, or else the ones with the least memory.
 
     `holds(tokens)` measures whether the device holds the activations of that many tokens; with recomputation on "auto",
     a setting without it has to pass this measurement.

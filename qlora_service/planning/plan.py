@@ -22,7 +22,7 @@ STEP_CATEGORIES = (Category.ACTIVATIONS, Category.RECOMPUTATION, Category.LOGITS
 
 @dataclass(frozen=True)
 class Plan:
-    """The forecast of a job. Bytes are those that torch's allocator reserves, unless stated otherwise."""
+    """The forecast of a job. Bytes are bytes reserved by torch's allocator, unless stated otherwise."""
 
     verdict: Verdict
     reason: str
@@ -31,7 +31,7 @@ class Plan:
     free_now_bytes: int | None
     """Free bytes of the device at the moment; other processes may be using it"""
     settings: Choice
-    """The fastest settings that fit; if none fit, those that need least memory"""
+    """The fastest settings that fit; if none fit, the ones with the least memory"""
     longest_tokens: int
     memory: Memory
     factor: float
@@ -43,7 +43,7 @@ class Plan:
     """The error of the prediction cannot change the verdict"""
     alternatives: Sequence[Changes]
     largest: Limits | None
-    """Of a job that does not fit unchanged"""
+    """Limits of a job that does not fit unchanged"""
     storage: Storage
     bf16_lora_bytes: int
     """The same job on an unquantized base"""

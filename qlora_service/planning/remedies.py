@@ -98,7 +98,7 @@ def _greatest(limit: int, holds: Callable[[int], bool]) -> int | None:
 
 
 def _single_changes(question: Question) -> Iterator[Changes]:
-    """Changes that keep rows whole, those that affect the result least first."""
+    """Changes that keep rows whole, starting with the one that affects the result least."""
     training, quantization = question.spec.training, question.spec.quantization
     if training.gradient_checkpointing is False:
         yield {"training.gradient_checkpointing": "auto"}

@@ -23,7 +23,7 @@ PRIOR_ERROR: dict[str, float] = {"history": 0.3, "similar": 0.6, "probe": 0.4}
 MIN_JOBS_FOR_ERROR = 3
 """With this many jobs of a kind, each is estimated from the others, and the worst error is stated"""
 MIN_ERROR = 0.1
-"""Stated at least, because another process on the machine can slow a job down by as much at any time"""
+"""Lower bound of the stated error: another process on the machine can slow a job down by this share at any time"""
 EVALUATIONS = 10
 """Held-out evaluations per job, unless the spec sets an interval"""
 JUDGED_TRAINING_ROWS = 32
@@ -218,7 +218,7 @@ def estimate_from_probe(work: Work, probe: Mapping[str, Any], history: Sequence[
 
 
 def later_phases(work: Work, history: Sequence[Measurement]) -> dict[str, float]:
-    """Seconds of the phases after the training, for those that jobs on the same base and device have measured."""
+    """Seconds of each phase after the training that jobs on the same base and device have measured."""
     names = ("generating", "publishing", "certifying") if work.answers else ("publishing", "certifying")
     phases = _phases(work, [], history)
     return {name: phases[name] for name in names if name in phases}

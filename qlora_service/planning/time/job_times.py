@@ -76,7 +76,7 @@ def job_time(connection: Connection, question: TimeQuestion) -> dict[str, Any]:
         elif estimated is None and probe is not None and result is None:
             return _unknown(question.work, "its step waits to be timed until a slot is free")
     if estimated is None:
-        reason = f"no job on base model {question.spec.base_model} has finished on {question.device} yet"
+        reason = f"no job on {question.spec.base_model} has finished on {question.device} yet"
         return _unknown(question.work, f"{reason}: ask for a probe to have a step timed")
     return estimated.as_dict()
 
@@ -97,7 +97,7 @@ def measurements(connection: Connection, base_weights_sha256: str, device: str) 
 
 
 def readable(stored: Sequence[dict[str, Any]], device: str) -> list[Measurement]:
-    """The stored measurements that were made on the device and have this version's format."""
+    """The stored measurements from the device in this version's format."""
     on_device = [measured for measured in stored if same_device(str(measured.get("device")), device)]
     return [parsed for parsed in map(Measurement.from_dict, on_device) if parsed is not None]
 

@@ -45,7 +45,7 @@ def least_needed_bytes(question: Question) -> int:
 
 
 def with_free(question: Question, usable_bytes: int) -> Question:
-    """The question for a card with this much memory for the job."""
+    """The question for a card with these usable bytes."""
     return replace(question, device=Device("card", 80 * GIB, free_bytes=usable_bytes + OVERHEAD_BYTES))
 
 
