@@ -76,7 +76,7 @@ def job_time(connection: Connection, question: TimeQuestion) -> dict[str, Any]:
         elif estimated is None and probe is not None and result is None:
             return _unknown(question.work, "its step waits to be timed until a slot is free")
     if estimated is None:
-        reason = f"no job on {question.spec.base_model} has finished on {question.device} yet"
+        reason = f"no job on {question.spec.base_model} has ended on {question.device} yet"
         return _unknown(question.work, f"{reason}: ask for a probe to have a step timed")
     return estimated.as_dict()
 
