@@ -44,7 +44,7 @@ def least_needed_bytes(question: Question) -> int:
     )
 
 
-def with_free(question: Question, usable_bytes: int) -> Question:
+def with_usable_bytes(question: Question, usable_bytes: int) -> Question:
     """The question for a card with these usable bytes."""
     return replace(question, device=Device("card", 80 * GIB, free_bytes=usable_bytes + OVERHEAD_BYTES))
 
@@ -62,17 +62,17 @@ def test_less_memory_gives_slower_settings() -> None:
 
 def test_one_missing_byte_changes_the_verdict() -> None:
     needed = least_needed_bytes(make_question())
-    assert fastest_fit(with_free(make_question(), needed)).fits
-    refused = fastest_fit(with_free(make_question(), needed - 1))
+    assert fastest_fit(with_usable_bytes(make_question(), needed)).fits
+    refused = fastest_fit(with_usable_bytes(make_question(), needed - 1))
     assert not refused.fits
     assert (refused.choice, refused.needed_bytes) == (SMALLEST, needed)
 
 
 def test_needed_bytes_are_multiplied_with_the_factor() -> None:
     needed = least_needed_bytes(make_question())
-    tight = with_free(make_question(), needed)
+    tight = with_usable_bytes(make_question(), needed)
     assert not fastest_fit(replace(tight, factor=1.01)).fits
-    assert fastest_fit(replace(with_free(make_question(), int(needed * 1.01)), factor=1.01)).fits
+    assert fastest_fit(replace(with_usable_bytes(make_question(), int(needed * 1.01)), factor=1.01)).fits
 
 
 def test_optimizer_state_stays_on_the_device_if_it_fits() -> None:
@@ -81,10 +81,10 @@ def test_optimizer_state_stays_on_the_device_if_it_fits() -> None:
     memory = question.estimated_memory(1024, True)
     assert memory.host > GIB
     resident, paged = memory.reserved + memory.host, memory.reserved
-    assert fastest_fit(with_free(question, int(resident * 1.1))).choice.optimizer == "resident"
-    assert fastest_fit(with_free(question, int(paged * 1.1))).choice.optimizer == "paged"
+    assert fastest_fit(with_usable_bytes(question, int(resident * 1.1))).choice.optimizer == "resident"
+    assert fastest_fit(with_usable_bytes(question, int(paged * 1.1))).choice.optimizer == "paged"
     unpaged = make_question(adapter={"r": 256}, training=spec["training"] | {"optim": "adamw_torch"})
-    assert not fastest_fit(with_free(unpaged, int(paged * 1.1))).fits
+    assert not fastest_fit(with_usable_bytes(unpaged, int(paged * 1.1))).fits
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ class ScaledFormula:
 
 @pytest.mark.parametrize(("share", "fits"), [(0.96, True), (1.04, False)])
 def test_simulation_decides_within_the_formulas_error(share: float, fits: bool) -> None:
-    tight = with_free(make_question(), least_needed_bytes(make_question()))
+    tight = with_usable_bytes(make_question(), least_needed_bytes(make_question()))
     simulate = ScaledFormula(tight, share)
     fit = fastest_fit(tight, simulate)
     assert (fit.fits, fit.is_sure) == (fits, True)
@@ -154,7 +154,7 @@ def test_nothing_is_simulated_outside_the_formulas_error() -> None:
 
 
 def test_verdict_without_a_simulation_is_unsure() -> None:
-    tight = with_free(make_question(), least_needed_bytes(make_question()))
+    tight = with_usable_bytes(make_question(), least_needed_bytes(make_question()))
     fit = fastest_fit(tight, ScaledFormula(tight, None))
     assert (fit.fits, fit.source, fit.is_sure) == (True, "formula", False)
 
@@ -173,16 +173,16 @@ def test_other_architectures_are_simulated_unless_they_are_far_too_large() -> No
 def test_sure_fit_is_preferred_to_a_faster_unsure_one() -> None:
     question = make_question(training={"gradient_checkpointing": True})
     memory = question.estimated_memory(8192, True)
-    tight = with_free(question, memory.reserved + memory.host)
+    tight = with_usable_bytes(question, memory.reserved + memory.host)
     assert fastest_fit(tight).choice.micro_batch_tokens == 4096
     assert [choice.micro_batch_tokens for choice in fitting_choices(tight)] == [4096, 2048, 1024, 8192]
 
 
 def test_surely_fits_allows_for_the_formulas_error() -> None:
     needed = least_needed_bytes(make_question())
-    assert not surely_fits(with_free(make_question(), needed))
-    assert not surely_fits(with_free(make_question(), int(needed * 1.05)))
-    assert surely_fits(with_free(make_question(), int(needed * 1.06) + SEGMENTS_BYTES))
+    assert not surely_fits(with_usable_bytes(make_question(), needed))
+    assert not surely_fits(with_usable_bytes(make_question(), int(needed * 1.05)))
+    assert surely_fits(with_usable_bytes(make_question(), int(needed * 1.06) + SEGMENTS_BYTES))
 
 
 def test_small_model_just_above_the_limit_is_simulated() -> None:
@@ -194,7 +194,7 @@ def test_small_model_just_above_the_limit_is_simulated() -> None:
         return None
 
     small = make_question("SmolLM2-135M", longest_tokens=512, training={"batch_size": 1, "max_seq_len_tokens": 512})
-    fastest_fit(with_free(small, least_needed_bytes(small) - 60 * 2**20), simulate)
+    fastest_fit(with_usable_bytes(small, least_needed_bytes(small) - 60 * 2**20), simulate)
     assert simulated
 
 

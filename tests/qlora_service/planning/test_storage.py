@@ -21,7 +21,7 @@ from qlora_service.training.checkpoint.checkpoints import expected_bytes
 from qlora_service.training.network.isolation import isolate_documents
 from qlora_service.training.network.network import Network
 from qlora_service.training.sizes import DATABASE_BYTES, KEPT_CHECKPOINTS
-from tests.qlora_service.planning.test_fit import make_question, with_free
+from tests.qlora_service.planning.test_fit import make_question, with_usable_bytes
 
 
 def planned_storage(question: Question, **work: int) -> Storage:
@@ -54,7 +54,7 @@ def test_disk_covers_kept_checkpoints_a_new_one_and_the_artifact() -> None:
 def test_paged_state_counts_as_host_memory() -> None:
     question = make_question(adapter={"r": 256}, training={"gradient_checkpointing": True, "micro_batch_tokens": 1024})
     memory = question.estimated_memory(1024, True)
-    tight = with_free(question, int(memory.reserved * 1.06))
+    tight = with_usable_bytes(question, int(memory.reserved * 1.06))
     assert planned_storage(tight).host_bytes - planned_storage(question).host_bytes == memory.host
     assert planned_storage(question).host_bytes > CUDA_PROCESS_BYTES
 

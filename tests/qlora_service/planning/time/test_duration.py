@@ -73,14 +73,14 @@ def test_estimate_is_within_its_stated_error_of_a_job_ten_times_smaller_or_large
 
 def test_stated_error_grows_with_the_variance_of_jobs_of_the_kind() -> None:
     steady = history(*(work(known) for known in (200, 500, 1000, 2000)))
-    restless = [
+    varying = [
         replace(job, phases={**job.phases, "training": job.phases["training"] * factor})
         for job, factor in zip(steady, (1.0, 1.9, 0.8, 1.6), strict=True)
     ]
-    calm, unsure = estimate(work(), KIND, steady), estimate(work(), KIND, restless)
-    assert calm is not None
-    assert unsure is not None
-    assert calm.error < 0.2 < 0.4 < unsure.error
+    low, high = estimate(work(), KIND, steady), estimate(work(), KIND, varying)
+    assert low is not None
+    assert high is not None
+    assert low.error < 0.2 < 0.4 < high.error
 
 
 def test_jobs_of_another_kind_are_used_only_without_any_of_the_same_kind() -> None:
@@ -89,14 +89,14 @@ def test_jobs_of_another_kind_are_used_only_without_any_of_the_same_kind() -> No
         replace(job, phases={**job.phases, "training": 1.4 * job.phases["training"]})
         for job in history(work(500), work(1000), kind=other)
     ]
-    own = history(work(1000))
-    alone, both = estimate(work(), KIND, slower), estimate(work(), KIND, [*slower, *own])
-    assert alone is not None
+    same_kind = history(work(1000))
+    similar_only, both = estimate(work(), KIND, slower), estimate(work(), KIND, [*slower, *same_kind])
+    assert similar_only is not None
     assert both is not None
-    assert alone.basis == "similar"
+    assert similar_only.basis == "similar"
     assert (both.basis, both.jobs) == ("history", 1)
-    assert both.phases["training"] == pytest.approx(own[0].phases["training"])
-    assert alone.error > both.error
+    assert both.phases["training"] == pytest.approx(same_kind[0].phases["training"])
+    assert similar_only.error > both.error
     assert estimate(work(), KIND, []) is None
 
 
@@ -109,14 +109,14 @@ def test_most_similar_kind_has_the_most_fields_in_common() -> None:
 
 def test_probe_gives_the_rates_and_history_the_other_phases() -> None:
     probe = {"tokens_per_second": RATE, "evaluated_tokens_per_second": EVALUATED_RATE, "loading_s": LOADING_S}
-    alone = estimate_from_probe(work(), probe)
-    assert alone.phases["training"] == pytest.approx(work().tokens / RATE)
-    assert alone.phases.keys() == {"training", "evaluating", "loading", "certifying"}
-    beside = estimate_from_probe(work(), probe, history(work(500), kind=replace(KIND, method="ia3")))
-    assert beside.phases.keys() > alone.phases.keys()
-    assert beside.basis == alone.basis == "probe"
+    probe_only = estimate_from_probe(work(), probe)
+    assert probe_only.phases["training"] == pytest.approx(work().tokens / RATE)
+    assert probe_only.phases.keys() == {"training", "evaluating", "loading", "certifying"}
+    with_history = estimate_from_probe(work(), probe, history(work(500), kind=replace(KIND, method="ia3")))
+    assert with_history.phases.keys() > probe_only.phases.keys()
+    assert with_history.basis == probe_only.basis == "probe"
     actual = sum(durations(work()).values())
-    assert abs(beside.seconds / actual - 1) < beside.error
+    assert abs(with_history.seconds / actual - 1) < with_history.error
 
 
 def test_later_phases_are_those_after_the_training() -> None:
