@@ -191,7 +191,7 @@ def test_9_new_tokens_lost_or_the_whole_embedding_saved(tiny_model: Path, tmp_pa
         reloaded("lost")
 
 
-def test_14_quantized_anew_at_every_load(tiny_model: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_14_quantized_again_at_every_load(tiny_model: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """The mistake: every load quantizes again; quantizing quantized weights again gives another base."""
     quantized: list[torch.Tensor] = []
     quantize = bnb.functional.quantize_4bit
