@@ -42,7 +42,7 @@ PERTURBED: dict[str, Any] = {"dtype": torch.float64, "quantization": FLOAT64, "p
 
 def whole_step(net: Network, spec: Objective, examples: Sequence[TrainingExample]) -> Share:
     """The share of a step in one micro-batch."""
-    return make_objective(spec).of_step(net, examples, net.losses)(examples)
+    return make_objective(spec).prepare_step(net, examples, net.losses)(examples)
 
 
 def fixed_losses(nll: torch.Tensor, base: torch.Tensor) -> Callable[..., TokenLosses]:

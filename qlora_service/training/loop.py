@@ -164,12 +164,12 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
     """Trains the adapter in place.
 
     A step is one optimizer step over a set of examples. Its loss is the sum over its trained tokens (or pairs, or
-    labelled answers) divided by their number in the whole step, so neither the loss nor its gradients depend on how
-    the step is cut into micro-batches.
+    labelled answers) divided by their number in the whole step. How the step is cut into micro-batches therefore
+    changes neither the loss nor its gradients, beyond rounding and the random draws of dropout and noise.
 
-    Training resumes from `start`, a state that `control` has saved, and ends with the same bytes as without the
-    interruption, on the same machine. `network` has to hold the adapter as first attached; `row_losses` is overwritten
-    with the state's.
+    With `start`, a state that `control` has saved, training resumes after the state's last step and, on the same
+    machine, ends with the same bytes as an uninterrupted one. `network` has to hold the adapter as first attached;
+    `row_losses` is overwritten with the losses in the state.
 
     Raises:
         Interrupted: raised by `control` or `observer`; the state of the last completed step was saved.

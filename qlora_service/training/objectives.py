@@ -1,7 +1,7 @@
 """Training objectives: the loss of a step, divided once by the number of its tokens, pairs or examples.
 
-`of_step` receives the whole step and returns the function that computes a micro-batch's share of its loss. The shares
-sum to the step's loss, however it is cut into micro-batches.
+`prepare_step` receives the whole step and returns the function that computes a micro-batch's share of its loss. The
+shares sum to the step's loss, however it is cut into micro-batches.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Share:
     """(tokens,), (pairs,) or (examples,): True where the model predicts the token, the ranking or the label"""
 
 
-ShareOf = Callable[[Sequence[TrainingExample]], Share]
+ComputeShare = Callable[[Sequence[TrainingExample]], Share]
 """Maps the examples of a micro-batch to its share"""
 
 
@@ -63,7 +63,9 @@ class Evaluation:
 class TrainingObjective(Protocol):
     """Computes the loss of examples."""
 
-    def of_step(self, network: Network, examples: Sequence[TrainingExample], compute: ComputeLosses) -> ShareOf:
+    def prepare_step(
+        self, network: Network, examples: Sequence[TrainingExample], compute_losses: ComputeLosses
+    ) -> ComputeShare:
         """The function that computes the share of each micro-batch of the step `examples`."""
         ...
 
@@ -71,12 +73,14 @@ class TrainingObjective(Protocol):
 class SupervisedObjective:
     """The sum of the losses of the trained tokens, divided by their number."""
 
-    def of_step(self, network: Network, examples: Sequence[TrainingExample], compute: ComputeLosses) -> ShareOf:
+    def prepare_step(
+        self, network: Network, examples: Sequence[TrainingExample], compute_losses: ComputeLosses
+    ) -> ComputeShare:
         tokens = sum(document.trained_tokens for example in examples for document in example.documents)
 
         def share(micro_batch: Sequence[TrainingExample]) -> Share:
             documents = [document for example in micro_batch for document in example.documents]
-            losses = compute(documents)  # nll and hits: (trained tokens of the micro-batch,)
+            losses = compute_losses(documents)  # nll and hits: (trained tokens of the micro-batch,)
             means = [part.mean() for part in _split_by_document(losses.nll.detach(), documents)]
             return Share(losses.nll.sum() / tokens, torch.stack(means), losses.hits)
 
@@ -89,11 +93,13 @@ class DpoObjective:
 
     spec: Dpo
 
-    def of_step(self, network: Network, examples: Sequence[TrainingExample], compute: ComputeLosses) -> ShareOf:
+    def prepare_step(
+        self, network: Network, examples: Sequence[TrainingExample], compute_losses: ComputeLosses
+    ) -> ComputeShare:
         beta, smoothing = self.spec.beta, self.spec.label_smoothing
 
         def share(micro_batch: Sequence[TrainingExample]) -> Share:
-            ratio = _log_ratios(compute, _documents(micro_batch, PreferencePair))  # (2 * pairs,), chosen first
+            ratio = _log_ratios(compute_losses, _documents(micro_batch, PreferencePair))  # (2 * pairs,), chosen first
             margin = beta * (ratio[::2] - ratio[1::2])  # (pairs,)
             losses = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)  # (pairs,)
             return Share(losses.sum() / len(examples), losses.detach(), margin.detach() > 0)
@@ -111,10 +117,12 @@ class OrpoObjective:
 
     spec: Orpo
 
-    def of_step(self, network: Network, examples: Sequence[TrainingExample], compute: ComputeLosses) -> ShareOf:
+    def prepare_step(
+        self, network: Network, examples: Sequence[TrainingExample], compute_losses: ComputeLosses
+    ) -> ComputeShare:
         def share(micro_batch: Sequence[TrainingExample]) -> Share:
             documents = _documents(micro_batch, PreferencePair)
-            losses = compute(documents)
+            losses = compute_losses(documents)
             mean = torch.stack([-part.mean() for part in _split_by_document(losses.nll, documents)])  # (2 * pairs,)
             chosen, rejected = mean[::2], mean[1::2]  # (pairs,) each
             ratio = _log_odds(chosen) - _log_odds(rejected)  # (pairs,)
@@ -134,11 +142,13 @@ class KtoObjective:
 
     spec: Kto
 
-    def of_step(self, network: Network, examples: Sequence[TrainingExample], compute: ComputeLosses) -> ShareOf:
+    def prepare_step(
+        self, network: Network, examples: Sequence[TrainingExample], compute_losses: ComputeLosses
+    ) -> ComputeShare:
         baseline = self._baseline(network, _documents(examples, LabelledRow))
 
         def share(micro_batch: Sequence[TrainingExample]) -> Share:
-            ratio = _log_ratios(compute, _documents(micro_batch, LabelledRow))  # (examples,)
+            ratio = _log_ratios(compute_losses, _documents(micro_batch, LabelledRow))  # (examples,)
             labels = [isinstance(example, LabelledRow) and example.desirable for example in micro_batch]
             sign = ratio.new_tensor([1.0 if desirable else -1.0 for desirable in labels])
             weight = ratio.new_tensor([self._weight(desirable) for desirable in labels])
@@ -178,19 +188,19 @@ def evaluate(network: Network, objective: TrainingObjective, examples: Sequence[
         JobFailed: a single example does not fit into the device's memory; the message names it.
     """
     with network.evaluating():
-        share_of = objective.of_step(network, examples, network.evaluate)
-        shares = [_single_share(share_of, example, network.device) for example in examples]
+        compute_share = objective.prepare_step(network, examples, network.evaluate)
+        shares = [_single_share(compute_share, example, network.device) for example in examples]
     loss = math.fsum(float(share.total) for share in shares)
     hits = torch.cat([share.hits for share in shares])
     perplexity = math.exp(min(loss, 700.0)) if isinstance(objective, SupervisedObjective) else None
     return Evaluation(loss, float(hits.float().mean()), perplexity)
 
 
-def _single_share(share_of: ShareOf, example: TrainingExample, device: torch.device) -> Share:
+def _single_share(compute_share: ComputeShare, example: TrainingExample, device: torch.device) -> Share:
     """The share of one example; retried once after cached memory is released. Raises: JobFailed."""
     for _ in range(2):
         try:
-            return share_of([example])
+            return compute_share([example])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -215,13 +225,13 @@ def _split_by_document(values: torch.Tensor, documents: Sequence[TokenRow]) -> t
     return values.split([document.trained_tokens for document in documents])
 
 
-def _log_ratios(compute: ComputeLosses, documents: Sequence[TokenRow]) -> torch.Tensor:
+def _log_ratios(compute_losses: ComputeLosses, documents: Sequence[TokenRow]) -> torch.Tensor:
     """(documents,) log π - log π_ref of each one's trained tokens; π_ref is the base without the adapter.
 
     Subtracted token by token, because the two sums are large and nearly equal, and float32 would round the difference.
     """
-    reference = compute(documents, adapter=False).nll  # (trained tokens,); before the policy's activations exist
-    ratios = reference - compute(documents).nll  # (trained tokens,)
+    reference = compute_losses(documents, adapter=False).nll  # (trained tokens,); before the policy's activations exist
+    ratios = reference - compute_losses(documents).nll  # (trained tokens,)
     return torch.stack([part.sum() for part in _split_by_document(ratios, documents)])
 
 

@@ -67,7 +67,7 @@ class StepGradients:
             self._reduce_memory(step, examples, why)
 
     def _accumulate(self, step: int, examples: Sequence[TrainingExample]) -> StepLoss:
-        # Dropout masks depend on (seed, step) alone, so a resumed attempt draws the same ones.
+        # Every step is seeded by (seed, step), so a resumed attempt draws the same dropout masks and noise.
         torch.manual_seed(step_seed(self._seed, step))
         shares = []
         micro_batches = pack(example_tokens(examples), self.micro_batch_tokens)
@@ -119,9 +119,9 @@ def backward_passes(
 
     `micro_batches` holds indices into `examples`.
     """
-    share_of = objective.of_step(network, examples, network.losses)
+    compute_share = objective.prepare_step(network, examples, network.losses)
     for indices in micro_batches:
-        share = share_of([examples[index] for index in indices])
+        share = compute_share([examples[index] for index in indices])
         share.total.backward()
         detached = replace(share, total=share.total.detach())
         # Frees the graph: bitsandbytes' int8 products keep their inputs while it exists.

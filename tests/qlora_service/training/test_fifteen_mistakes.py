@@ -27,7 +27,7 @@ from qlora_service.training.loop import Unattended
 from qlora_service.training.network import llama_layers
 from qlora_service.training.network.micro_batch import MicroBatch, TokenRow, TrainingExample, collate
 from qlora_service.training.network.network import Network
-from qlora_service.training.objectives import ComputeLosses, Share, ShareOf, SupervisedObjective
+from qlora_service.training.objectives import ComputeLosses, ComputeShare, Share, SupervisedObjective
 from qlora_service.training.sizes import HEAD_CHUNK
 from qlora_service.training.step import StepGradients, StepLoss
 from tests.judges import SMALL, LargestTensor, pair
@@ -56,16 +56,16 @@ def test_1_loss_averaged_per_micro_batch(tiny_model: Path, monkeypatch: Patch) -
     assert is_independent_of_micro_batches()
 
     def averaging(
-        self: SupervisedObjective, network: Network, examples: Sequence[TrainingExample], compute: ComputeLosses
-    ) -> ShareOf:
+        self: SupervisedObjective, network: Network, examples: Sequence[TrainingExample], compute_losses: ComputeLosses
+    ) -> ComputeShare:
         def share(micro_batch: Sequence[TrainingExample]) -> Share:
             documents = [document for example in micro_batch for document in example.documents]
-            losses = compute(documents)
+            losses = compute_losses(documents)
             return Share(losses.nll.mean(), torch.zeros(len(micro_batch)), losses.hits)
 
         return share
 
-    monkeypatch.setattr(SupervisedObjective, "of_step", averaging)
+    monkeypatch.setattr(SupervisedObjective, "prepare_step", averaging)
     assert not is_independent_of_micro_batches()
 
 

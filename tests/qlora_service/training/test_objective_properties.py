@@ -98,7 +98,7 @@ def test_the_baseline_of_kto_has_neither_dropout_nor_gradient(tiny_model: Path, 
     model = load(tiny_model, adapter=Lora(r=4, lora_dropout=0.5), **PERTURBED).train(training)
     expected = log_ratios(plain_model(tiny_model, **PERTURBED), mismatched(LABELLED)).mean().item()
     zeros = torch.zeros(sum(one.answer.trained_tokens for one in LABELLED), dtype=torch.float64)
-    share = make_objective(KTO).of_step(network(model), LABELLED, fixed_losses(zeros, zeros))(LABELLED)
+    share = make_objective(KTO).prepare_step(network(model), LABELLED, fixed_losses(zeros, zeros))(LABELLED)
     assert not share.total.requires_grad
     baseline = torch.logit(share.example_losses[0] / KTO.desirable_weight).item() / KTO.beta
     assert baseline == pytest.approx(expected, rel=1e-9)
@@ -124,7 +124,7 @@ def test_losses_and_gradients_are_finite_at_extremes(tiny_model: Path, spec: Obj
         for other in EXTREMES:
             nll = torch.tensor([policy, other][:count], dtype=dtype, requires_grad=True)
             base = torch.tensor([other, policy][:count], dtype=dtype)
-            share = make_objective(spec).of_step(net, examples, fixed_losses(nll, base))(examples)
+            share = make_objective(spec).prepare_step(net, examples, fixed_losses(nll, base))(examples)
             share.total.backward()
             assert share.total.isfinite()
             assert nll.grad is not None
@@ -138,7 +138,7 @@ def test_a_log_ratio_survives_a_long_answer_in_float32(tiny_model: Path) -> None
     net = network(load(tiny_model))
     compute = fixed_losses((nll - 1e-6).float(), nll.float())
     examples = [LabelledRow(long, True)]
-    loss = make_objective(Kto(type="kto", beta=1.0)).of_step(net, examples, compute)(examples).total
+    loss = make_objective(Kto(type="kto", beta=1.0)).prepare_step(net, examples, compute)(examples).total
     gain = (nll.float() - (nll - 1e-6).float()).double().sum()
     assert loss.item() == pytest.approx(torch.sigmoid(-gain).item(), abs=1e-6)
 
@@ -229,9 +229,9 @@ def test_held_out_documents_are_computed_one_at_a_time(tiny_model: Path, case: s
     spec, examples = CASES[case]
     model = load(tiny_model, dtype=torch.bfloat16, adapter=Lora(r=4, lora_dropout=0.5), perturb_b=0.3).train()
     net, objective = network(model), make_objective(spec)
-    share_of = objective.of_step(net, examples, net.evaluate)
+    compute_share = objective.prepare_step(net, examples, net.evaluate)
     with torch.no_grad():
-        alone = math.fsum(share_of([example]).total.item() for example in examples)
+        alone = math.fsum(compute_share([example]).total.item() for example in examples)
     assert evaluate(net, objective, examples).loss == alone
 
 

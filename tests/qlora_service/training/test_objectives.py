@@ -67,10 +67,10 @@ def test_the_step_does_not_depend_on_its_micro_batches(tiny_model: Path, case: s
     for size, checkpointing in [(len(examples), False), (len(examples), True), (1, False), (3, True)]:
         net = network(load(tiny_model, **PERTURBED).train(), fast=fast, checkpointing=checkpointing)
         assert net.layers == ("llama" if fast else "general")
-        share_of = make_objective(spec).of_step(net, examples, net.losses)
+        compute_share = make_objective(spec).prepare_step(net, examples, net.losses)
         loss = 0.0
         for start in range(0, len(examples), size):
-            share = share_of(examples[start : start + size])
+            share = compute_share(examples[start : start + size])
             share.total.backward()
             loss += share.total.item()
         results.append((loss, gradients(net.model)))
