@@ -227,12 +227,13 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
                 saved_key = state_key()
 
         try:
-            # Every turn is one evaluation or one step. A resumed training repeats the turn it was interrupted in.
+            # Each turn is one evaluation or one step. A resumed training starts with the turn that was interrupted.
             while True:
                 control.check()
                 if control.checkpoint_is_due():
                     save()
                 step = history.step  # completed steps, and the index of the next one
+                # Checked at the start of a turn, so that a training resumed after the last skip fails too.
                 if history.skipped_in_a_row == MAX_CONSECUTIVE_SKIPS:
                     rate = learning_rate(step - 1, total_steps, training)
                     raise _not_finite(history, workload.examples_of_step(step - 1), rate, held_out)
@@ -247,7 +248,7 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
                 started = time.perf_counter()
                 examples = workload.examples_of_step(step)
                 with control.around_step(step, optimizer):
-                    # The gradients of the whole step, accumulated over its micro-batches.
+                    # Gradients of the whole step, accumulated over its micro-batches.
                     loss = gradients.compute(step, examples)
                     if step == 0:
                         _check_gradients_reach_adapter(model)
@@ -255,16 +256,17 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
                     rate = learning_rate(step, total_steps, training)
                     set_learning_rate(optimizer, rate)
                     is_finite = math.isfinite(loss.total) and math.isfinite(grad_norm)
-                    # No check from here until the observer is called, so a step is completed whole or not at all.
+                    # Nothing interrupts from here until `on_step`: a step is completed as a whole or not at all.
+                    # A step that is not finite changes neither weights nor optimizer.
                     if is_finite:
                         optimizer.step()
                     after_step(model, step + 1, skipped=not is_finite)
                     optimizer.zero_grad(set_to_none=True)
                 row_losses.record(step + 1, loss.lines, loss.example_losses)
                 history = history.after(loss.total, grad_norm, skipped=not is_finite)
-                rng_state = random_state(device)
+                rng_state = random_state(device)  # of the completed step: an interrupted one draws numbers too
 
-                synchronize(device)  # the GPU may still be computing; throughput needs the real duration
+                synchronize(device)  # so that the duration includes the GPU's queued work
                 tokens = sum(example_tokens(examples))
                 documents = [document for example in examples for document in example.documents]
                 observer.on_step(
