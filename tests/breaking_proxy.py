@@ -1,4 +1,4 @@
-"""A TCP proxy before a service that breaks connections, or answers in the service's place."""
+"""A TCP proxy in front of a service, which resets or stalls connections or answers 503 itself."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ CHUNK_BYTES = 8192
 
 
 class BreakingProxy:
-    """`cut_after` is how many bytes a connection brings to the client before it is reset.
-
-    `stalls` keeps such a connection open, silent, instead. The next `refusals` connections are answered with a 503, as
-    a load balancer does. `brought` counts what each connection brought.
-    """
+    """A proxy to a local port that breaks connections as its attributes say."""
 
     def __init__(self, port: int) -> None:
         self._upstream = ("127.0.0.1", port)
@@ -29,9 +25,13 @@ class BreakingProxy:
         self._ended = threading.Event()
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.cut_after: int | None = None
+        """Bytes to the client after which a connection is reset"""
         self.stalls = False
+        """Keep the connection open and silent after `cut_after` instead"""
         self.refusals = 0
+        """Number of next connections to answer with 503, as a load balancer does"""
         self.brought: list[int] = []
+        """Bytes to the client of each connection so far"""
 
     def __enter__(self) -> Self:
         self._start(self._accept)
@@ -41,7 +41,7 @@ class BreakingProxy:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        # Closing alone would not wake the thread that accepts.
+        # Closing alone would not wake the accepting thread.
         self._listener.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(10)
@@ -71,9 +71,9 @@ class BreakingProxy:
                 self._relay(client, server, number)
 
     def _relay(self, client: socket.socket, server: socket.socket, number: int) -> None:
-        """Returns when either end has closed, or the connection is to break."""
+        """Returns when either end has closed the connection, or after breaking it."""
         other = {client: server, server: client}
-        # One thread for both directions: a socket is only reset if nobody reads from it while it is closed.
+        # One thread for both directions: closing resets a connection only if no thread is reading from the socket.
         while not self._ended.is_set():
             for source in select.select([client, server], [], [], 0.1)[0]:
                 chunk = source.recv(CHUNK_BYTES)
@@ -92,6 +92,6 @@ class BreakingProxy:
     def _break(self, client: socket.socket) -> None:
         if self.stalls:
             self._ended.wait(30)
-        # Let what was sent arrive; then a reset, as from a router that lost its state.
+        # First let the sent bytes arrive; then a reset, as from a router that lost its state.
         time.sleep(0.02)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -1,4 +1,4 @@
-"""Fixtures every test may use, and an environment without surprises."""
+"""Fixtures of all tests, and the environment in which they run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Nor torch's compiler, as in trainers (`quick_start`).
+# No torch compiler, as in trainers (`process.startup.importing_torch`).
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-# Also of the services that tests start; those about keys say otherwise.
+# Applies to the services that tests start, too; tests of keys override it.
 os.environ["QLORA_KEYS"] = "off"
 
 import gc
@@ -27,25 +27,25 @@ from tests.workspace import Workspace
 __all__ = ["postgres", "postgres_url", "tiny_model"]
 
 
-LONGEST = (
+SLOWEST = (
     "tests/chaos/test_random_kills.py",
     "tests/chaos",
     "tests/integration",
     "tests/workers",
     "tests/qlora_service/training/test_resume.py",
 )
-"""Where tests take longest: they begin first, so that no worker is left alone with them."""
+"""Paths of the slowest tests, which run first, so that pytest's workers end at about the same time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> int:
-        return next((rank for rank, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
+        return next((rank for rank, path in enumerate(SLOWEST) if item.nodeid.startswith(path)), len(SLOWEST))
 
     items.sort(key=rank)
 
 
-# As trainers do when they import torch (`quick_start`): the libraries' two million objects stay, and to look through
-# them in each of the collections that jobs ask for would take longer than what is tested.
+# As in trainers when they import torch (`process.startup`): the libraries' two million objects stay alive, and
+# traversing them in every collection that a job runs would take longer than the tested code.
 gc.disable()
 
 
@@ -55,8 +55,8 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def log_as_before() -> Iterator[None]:
-    """What a test configures, such as an entry point run in this process, holds for that test alone."""
+def restore_logging() -> Iterator[None]:
+    """Undoes a test's logging configuration, such as that of an entry point run in this process."""
     yield
     structlog.reset_defaults()
 

@@ -1,4 +1,4 @@
-"""The control plane on real databases: a clock that tests move, SQLite or each database, a queue, jobs to claim."""
+"""Fixtures and helpers for tests of the control plane: a manual clock, real databases, a queue, queued jobs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ REPOSITORY = Path(__file__).parents[1]
 DISK_FULL = {"reason": HoldReason.DISK_FULL, "message": "no space left", "needs_bytes": 1000}
 ERROR = {"code": "job_failed", "message": "it died"}
 
-# Every write of a running attempt.
-VERBS: dict[str, Callable[[Queue, Claim], object]] = {
+CLAIM_WRITES: dict[str, Callable[[Queue, Claim], object]] = {
     "renew": lambda queue, claim: queue.renew(claim),
     "report": lambda queue, claim: queue.report(claim, Progress(step=7, metrics={"loss": 1}), ("metrics", {"step": 7})),
     "succeed": lambda queue, claim: queue.succeed(claim, {"attempt": claim.token}),
@@ -47,12 +46,14 @@ VERBS: dict[str, Callable[[Queue, Claim], object]] = {
     "pause": lambda queue, claim: queue.pause(claim, DISK_FULL),
     "died": lambda queue, claim: queue.died(claim, {"message": "it was killed"}),
 }
+"""Every write of a running attempt, by the name of the queue's method"""
 
-Request = Callable[[Connection, str, datetime], Job]
+JobRequest = Callable[[Connection, str, datetime], Job]
+"""A function of `queue.requests`"""
 
 
 class SteppedClock:
-    """Stands still until told to advance."""
+    """A wall clock and a lease clock that only `advance` moves."""
 
     def __init__(self) -> None:
         self.now = START
@@ -64,7 +65,7 @@ class SteppedClock:
         self.now += timedelta(seconds=seconds)
 
     def lease_clock(self, _connection: object) -> tuple[str, float]:
-        """The same time as leases are measured by."""
+        """Name and seconds of the clock that measures leases."""
         return "stepped", (self.now - START).total_seconds()
 
 
@@ -74,20 +75,10 @@ def clock() -> SteppedClock:
 
 
 def sqlite_database(directory: Path) -> Database:
-    """A migrated SQLite file in the directory, copied from one that was migrated: that takes far longer."""
+    """A migrated SQLite file in the directory: a copy, because a migration takes far longer."""
     path = directory / "state.db"
-    path.write_bytes(_migrated())
+    path.write_bytes(_migrated_file())
     return Database(f"sqlite:///{path}")
-
-
-@cache
-def _migrated() -> bytes:
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "state.db"
-        database = Database(f"sqlite:///{path}")
-        database.migrate()
-        database.close()
-        return path.read_bytes()
 
 
 @pytest.fixture
@@ -100,7 +91,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 @pytest.fixture(name="database", params=["sqlite", "postgresql"])
 def each_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    """A migrated SQLite file, then a PostgreSQL database: for the tests that import this in place of `database`."""
+    """Runs each test on a migrated SQLite file and on PostgreSQL; imported instead of `database`."""
     if request.param == "sqlite":
         database = sqlite_database(tmp_path)
     else:
@@ -114,23 +105,23 @@ def queue(database: Database, clock: SteppedClock) -> Queue:
     return Queue(database, lease_s=LEASE_S, clock=clock, leases=clock.lease_clock)
 
 
-def dataset_row(sha256: str = "0" * 64, shape: Any = "text", project: str = LOCAL_PROJECT) -> Dataset:
-    """A dataset of three rows that is not stored yet."""
+def new_dataset(sha256: str = "0" * 64, shape: Any = "text", project: str = LOCAL_PROJECT) -> Dataset:
+    """A dataset of three rows, not stored."""
     report = DatasetReport("jsonl", shape, bytes=42, rows=3, usable_rows=3, finding_count=0, findings=())
     return Dataset(new_id("ds"), project, sha256, "rows.jsonl", START, report)
 
 
 def add_job(database: Database, *, project: str = LOCAL_PROJECT, **spec: Any) -> str:
-    """The id of a new queued job over the project's one dataset of `dataset_row`."""
-    job_id, wanted = new_id("job"), JobSpec.model_validate({"base_model": "tiny", **spec})
+    """The id of a new queued job on the project's only `new_dataset`."""
+    job_id, job_spec = new_id("job"), JobSpec.model_validate({"base_model": "tiny", **spec})
     with database.write() as connection:
-        dataset = insert_dataset(connection, dataset_row(project=project))
-        insert_job(connection, job_id, project, wanted, dataset.id, "0" * 64, START)
+        dataset = insert_dataset(connection, new_dataset(project=project))
+        insert_job(connection, job_id, project, job_spec, dataset.id, "0" * 64, START)
     return job_id
 
 
 def stored_rows(database: Database) -> dict[str, list[tuple[Any, ...]]]:
-    """Everything in every table."""
+    """All rows of every table, by table name."""
     with database.read() as connection:
         return {
             table.name: [tuple(row) for row in connection.execute(sa.select(table).order_by(*table.primary_key))]
@@ -144,11 +135,11 @@ def job_events(database: Database, job_id: str) -> list[JobEvent]:
 
 
 def status_history(database: Database, job_id: str) -> list[str]:
-    """The statuses the job went through, by its events."""
+    """The job's statuses so far, from its events."""
     return [event.data["status"] for event in job_events(database, job_id) if event.type == "status"]
 
 
-# One process imports, the others are its forks: the start of six interpreters would be most of a test.
+# One process imports and forks the others: starting six interpreters would take most of a test's time.
 _FORKS = """
 import json, multiprocessing, sys
 fork = multiprocessing.get_context("fork")
@@ -161,17 +152,17 @@ with fork.Pool(start.parties) as pool:
 """
 
 
-def run_together(script: str, *arguments: str, processes: int) -> list[Any]:
-    """What the script's function `work(*arguments)` returns in each of several processes that start it together."""
+def run_in_processes(script: str, *arguments: str, processes: int) -> list[Any]:
+    """The results of the script's function `work(*arguments)`, called at the same time in several processes."""
     command = [sys.executable, "-c", script + _FORKS, str(processes), *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=False)
-    assert ended.returncode == 0, ended.stderr
-    results: list[Any] = json.loads(ended.stdout)
+    completed = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=False)
+    assert completed.returncode == 0, completed.stderr
+    results: list[Any] = json.loads(completed.stdout)
     return results
 
 
-def ask(database: Database, request: Request, job_id: str, now: datetime = START) -> Job:
-    """A user's request about a job, in a transaction of its own."""
+def send_request(database: Database, request: JobRequest, job_id: str, now: datetime = START) -> Job:
+    """The job after a user's request, which runs in its own transaction."""
     with database.write() as connection:
         return request(connection, job_id, now)
 
@@ -182,7 +173,7 @@ def claim_next(queue: Queue, worker: str = "host:1:0") -> Claim:
     return claimed[0]
 
 
-def job_of(database: Database, job_id: str) -> Job:
+def read_job(database: Database, job_id: str) -> Job:
     with database.read() as connection:
         return get_job(connection, job_id)
 
@@ -192,4 +183,14 @@ def assert_history_is_legal(database: Database, job_id: str) -> None:
     assert history[0] is JobStatus.QUEUED
     for before, after in itertools.pairwise(history):
         assert after in TRANSITIONS[before], history
-    assert history[-1] is job_of(database, job_id).status
+    assert history[-1] is read_job(database, job_id).status
+
+
+@cache
+def _migrated_file() -> bytes:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "state.db"
+        database = Database(f"sqlite:///{path}")
+        database.migrate()
+        database.close()
+        return path.read_bytes()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from tests.judges import SMALL
+from tests.network_reference import SMALL
 
 BOTH_PATHS = pytest.mark.parametrize("fast", [True, False], ids=["llama", "general"])
 MAMBA = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "use_mambapy": False}

@@ -15,7 +15,7 @@ from qlora_service.training.network.cross_entropy import TokenLosses
 from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
 from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import Share, _with_answer_of, make_objective
-from tests.judges import make_norms_exact, plain_losses
+from tests.network_reference import make_norms_exact, plain_losses
 from tests.tiny_training import FLOAT64, load, rows
 
 ROWS = rows(8, high=40)

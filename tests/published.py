@@ -1,4 +1,4 @@
-"""Adapters that were published without a training: real files in an artifact store, with their manifest."""
+"""Published adapters without a training: real files and a manifest in an artifact store; PEFT's answer as reference."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def publish_adapter(
     adapter: Adapter | None = None,
     noise: float = 0.3,
 ) -> Path:
-    """The adapter's files: of random weights large enough to change what the model says."""
+    """The directory with the published files; `noise` is large enough to change the model's answers."""
     model = attach(
         load_base(base.path, Quantization(), torch.float32, torch.device("cpu")), adapter or Lora(r=4), seed=seed
     )
@@ -42,18 +42,17 @@ def publish_adapter(
     save_adapter(model, directory, base.reference, base.revision)
     detach(model)
     (directory / "chat_template.jinja").write_text(CHATML)
-    described: dict[str, Any] = {"base_model": {"name": base.name, "weights_sha256": base.weights_sha256}}
     files = sorted(directory.iterdir())
     manifest = Manifest(
         job_id=job_id,
         attempt=ATTEMPT,
+        base_model={"name": base.name, "weights_sha256": base.weights_sha256},
         dataset={},
         spec={},
         plan={},
         versions={},
         held_out={},
         files=tuple(describe_file(path) for path in files),
-        **described,
     )
     for path in files:
         store.put_file(job_key(job_id, ATTEMPT, path.name), path)
@@ -62,7 +61,7 @@ def publish_adapter(
 
 
 def peft_answer(base: Path, adapter: Path | None, messages: list[dict[str, str]], max_new_tokens: int) -> str:
-    """The greedy answer of plain transformers and peft on an NF4 base, computed as the service computes."""
+    """The greedy answer of plain transformers and PEFT on an NF4 base, in the service's compute dtype."""
     dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     quantized = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype

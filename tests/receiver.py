@@ -1,4 +1,4 @@
-"""A webhook receiver: a real HTTP server that answers as a test says, and keeps what it was sent."""
+"""A webhook receiver: a real HTTP server with configurable answers, which records the requests."""
 
 from __future__ import annotations
 
@@ -12,31 +12,38 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass(frozen=True)
 class Received:
+    """A request."""
+
     path: str
     headers: dict[str, str]
-    """By their names in lower case."""
+    """By lower-case name"""
     body: bytes
 
 
 @dataclass
 class Receiver:
+    """The requests so far, and how to answer the next ones."""
+
     port: int
     answers: list[int] = field(default_factory=list)
-    """Statuses of the next answers; then 200."""
+    """Status codes of the next answers, then 200"""
     received: list[Received] = field(default_factory=list)
     hold: threading.Event = field(default_factory=threading.Event)
-    """Answers wait until it is set."""
+    """Answers wait until it is set"""
     location: str = ""
+    """Location header of the answers, if any"""
 
     def __post_init__(self) -> None:
         self.hold.set()
 
-    def url(self, path: str = "/told") -> str:
+    def url(self, path: str = "/hook") -> str:
         return f"http://127.0.0.1:{self.port}{path}"
 
 
 @contextmanager
 def receiving(tls: ssl.SSLContext | None = None) -> Iterator[Receiver]:
+    """A receiver on a free local port."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -54,7 +61,7 @@ def receiving(tls: ssl.SSLContext | None = None) -> Iterator[Receiver]:
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, *_: object) -> None:
-            pass  # a sender that gave up, or that did not accept the certificate
+            pass  # the sender timed out, or refused the certificate
 
     server = Server(("127.0.0.1", 0), Handler)
     if tls is not None:

@@ -1,4 +1,4 @@
-"""A real `python -m api` over a data directory, and jobs of that directory driven by hand."""
+"""A real API process over a data directory, and helpers to act as the worker of that directory."""
 
 from __future__ import annotations
 
@@ -30,13 +30,10 @@ ROWS = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}."} for n in rang
 
 
 class RunningApi:
-    """The process; a restart keeps the address. `log` is what it printed.
-
-    To meet a fault at a certain place, `prelude` is Python that the process runs before anything of the service, and
-    `within` is a command that turns into the one behind it.
-    """
+    """An API process; a restart keeps its address. `log` is the file with its output."""
 
     def __init__(self, data_dir: Path, prelude: str = "", within: Sequence[str] = ()) -> None:
+        """`prelude` is Python code to run before the service, for fault injection; `within` a command prefix."""
         self.data_dir = data_dir
         code = f"{prelude}\nfrom api.__main__ import main\nraise SystemExit(main())"
         self._command = [*within, sys.executable, "-c", code]
@@ -55,7 +52,7 @@ class RunningApi:
         self.stop()
 
     def start(self) -> None:
-        """Returns once it answers."""
+        """Starts the process and returns once it answers."""
         process = self.launch()
         with Client(self.url) as client:
             deadline = time.monotonic() + 30
@@ -65,7 +62,7 @@ class RunningApi:
                 time.sleep(0.05)
 
     def launch(self) -> subprocess.Popen[bytes]:
-        """The process, which does not answer yet."""
+        """Starts the process, which does not answer yet."""
         environment = {
             **os.environ,
             "QLORA_DATA_DIR": str(self.data_dir),
@@ -88,12 +85,12 @@ class RunningApi:
         return self._process.pid
 
     def ended(self) -> bool:
-        """Whether it has died by itself."""
+        """Whether the process has ended without `stop`."""
         return self._process is not None and self._process.poll() is not None
 
-    def stop(self, sent: signal.Signals = signal.SIGTERM) -> None:
+    def stop(self, signal_: signal.Signals = signal.SIGTERM) -> None:
         if self._process is not None:
-            self._process.send_signal(sent)
+            self._process.send_signal(signal_)
             self._process.wait(30)
             self._process = None
 
@@ -103,7 +100,7 @@ def open_queue(data_dir: Path) -> Queue:
 
 
 def succeed(data_dir: Path, queue: Queue, claim: Claim, files: dict[str, bytes]) -> None:
-    """Ends the claimed job as succeeded, with these files published."""
+    """Publishes the files for the claimed job and ends it as succeeded."""
     store = ArtifactStore((data_dir / "artifacts").as_uri())
     for name, content in files.items():
         store.create(job_key(claim.job_id, claim.token, name), content)
@@ -132,7 +129,7 @@ def write_rows(path: Path, rows: list[dict[str, str]] = ROWS) -> Path:
 
 @pytest.fixture(scope="session")
 def api(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
-    """With the one base model `tiny`."""
+    """An API with one base model, `tiny`."""
     data_dir = tmp_path_factory.mktemp("data")
     Catalog(data_dir / "models").import_model("tiny", tiny_model)
     with RunningApi(data_dir) as running:

@@ -18,7 +18,7 @@ from qlora_service.specs import JobSpec
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import insert_dataset
 from qlora_service.store.tables import events, jobs
-from tests.control_plane import dataset_row
+from tests.control_plane import new_dataset
 from tests.postgres import NOT_INSTALLED, installed_programs, running_postgres
 
 MAX_P99_MS = 10
@@ -50,7 +50,7 @@ def _claim_ms(queue: Queue) -> float:
 
 
 def _fill(connection: Connection, finished: int, queued: int) -> None:
-    dataset = insert_dataset(connection, dataset_row())
+    dataset = insert_dataset(connection, new_dataset())
     for rows in _in_parts(finished + queued):
         connection.execute(jobs.insert(), [_job(i, dataset.id, ended=i < finished) for i in rows])
         connection.execute(events.insert(), [event for i in rows for event in _events(i, ended=i < finished)])

@@ -8,7 +8,7 @@ from qlora_service.actions.keys import Access, open_access
 from qlora_service.domain.keys import LOCAL_PROJECT, Caller, Scope
 from qlora_service.errors import Conflict, InvalidRequest, NotFound, Unauthenticated
 from qlora_service.store.database import Database
-from tests.control_plane import START, SteppedClock, clock, each_database, run_together
+from tests.control_plane import START, SteppedClock, clock, each_database, run_in_processes
 
 __all__ = ["clock", "each_database"]
 
@@ -120,7 +120,7 @@ def work(url):
 
 
 def test_of_processes_that_start_at_once_one_makes_the_first_key(database: Database, access: Access) -> None:
-    made = run_together(_FIRST_KEY, database.url, processes=4)
+    made = run_in_processes(_FIRST_KEY, database.url, processes=4)
     (secret,) = [secret for secret in made if secret]
     assert access.authenticate(secret).project == LOCAL_PROJECT
     assert len(access.list_keys()) == 1

@@ -1,4 +1,4 @@
-"""The queue's state machine: any order of submits, claims, reports, requests, crashes and expiries."""
+"""Property test of the queue: random sequences of submits, claims, reports, requests, crashes and lease expiries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlora_service.queue.claim import Claim, Progress
 from qlora_service.queue.queue import Queue
 from qlora_service.queue.requests import request_cancel, request_pause, request_resume
 from qlora_service.store.jobs import events_after, get_job
-from tests.control_plane import LEASE_S, Request, SteppedClock, add_job, ask, job_of, sqlite_database
+from tests.control_plane import LEASE_S, JobRequest, SteppedClock, add_job, read_job, send_request, sqlite_database
 
 MAX_DEATHS = 3
 MAX_RUNNING = 2
@@ -42,7 +42,7 @@ def _report(queue: Queue, claim: Claim) -> None:
 
 
 class QueueStates(RuleBasedStateMachine):
-    """A model of who owns what, beside the real queue on a real file."""
+    """A model of claims and leases, compared with the real queue on a real file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,12 +57,17 @@ class QueueStates(RuleBasedStateMachine):
             max_running=MAX_RUNNING,
             max_deaths=MAX_DEATHS,
         )
-        self.owners: dict[str, int] = {}  # job → token of the claim that owns it
+        self.owners: dict[str, int] = {}
+        """Token of each running job's claim, by job id"""
         self.expiry: dict[str, float] = {}
+        """End of each running job's lease"""
         self.ended: dict[str, dict[str, Any]] = {}
+        """Fields of each ended job, when it was first seen"""
         self.ids: list[str] = []
-        self.lost: list[Claim] = []  # claims that own nothing any more
+        self.lost: list[Claim] = []
+        """Claims that are no longer valid"""
         self.checkpoint: dict[str, int] = {}
+        """Step of each job's last checkpoint"""
 
     def teardown(self) -> None:
         self.database.close()
@@ -71,13 +76,13 @@ class QueueStates(RuleBasedStateMachine):
     def _now(self) -> float:
         return self.clock.lease_clock(None)[1]
 
-    def _disown(self, job_id: str) -> None:
+    def _end_claim(self, job_id: str) -> None:
         self.lost.append(Claim(job_id, self.owners.pop(job_id)))
         del self.expiry[job_id]
 
-    def _running(self, pick: int) -> Claim:
-        owned = sorted(self.owners.items())
-        return Claim(*owned[pick % len(owned)])
+    def _valid_claim(self, pick: int) -> Claim:
+        claims = sorted(self.owners.items())
+        return Claim(*claims[pick % len(claims)])
 
     @precondition(lambda self: len(self.ids) < MAX_JOBS)
     @rule(priority=st.integers(0, 3))
@@ -101,59 +106,59 @@ class QueueStates(RuleBasedStateMachine):
         self.expiry[claim.job_id] = self._now() + LEASE_S
 
     @precondition(lambda self: self.lost)
-    @rule(pick=PICK, verb=st.sampled_from([*sorted(ENDS), "report", "renew"]))
-    def write_without_a_claim(self, pick: int, verb: str) -> None:
+    @rule(pick=PICK, method=st.sampled_from([*sorted(ENDS), "report", "renew"]))
+    def write_with_a_lost_claim(self, pick: int, method: str) -> None:
         claim = self.lost[-1 - pick % len(self.lost)]
-        write = {**ENDS, "report": _report, "renew": lambda queue, claim: queue.renew(claim)}[verb]
+        write = {**ENDS, "report": _report, "renew": lambda queue, claim: queue.renew(claim)}[method]
         with pytest.raises(ClaimLost):
             write(self.queue, claim)
 
     @precondition(lambda self: self.owners)
     @rule(pick=PICK, step=st.integers(1, 9), saves=st.booleans())
     def report(self, pick: int, step: int, saves: bool) -> None:
-        claim = self._running(pick)
+        claim = self._valid_claim(pick)
         saved = max(step, self.checkpoint[claim.job_id]) if saves else None
-        asked = self.queue.report(
+        stop_request = self.queue.report(
             claim, Progress(step=step, checkpoint_step=saved), ("metrics", {"step": step, "attempt": claim.token})
         )
-        assert asked == self._job(claim.job_id).stop_request
+        assert stop_request == self._job(claim.job_id).stop_request
         self.checkpoint[claim.job_id] = saved or self.checkpoint[claim.job_id]
         self.expiry[claim.job_id] = self._now() + LEASE_S
 
     @precondition(lambda self: self.owners)
-    @rule(pick=PICK, how=st.sampled_from(sorted(ENDS)))
-    def end(self, pick: int, how: str) -> None:
-        claim = self._running(pick)
+    @rule(pick=PICK, method=st.sampled_from(sorted(ENDS)))
+    def end(self, pick: int, method: str) -> None:
+        claim = self._valid_claim(pick)
         before = self._job(claim.job_id)
-        ENDS[how](self.queue, claim)
-        self._disown(claim.job_id)
+        ENDS[method](self.queue, claim)
+        self._end_claim(claim.job_id)
         job = self._job(claim.job_id)
-        if how in ("pause", "release", "died") and before.stop_request is StopRequest.CANCEL:
+        if method in ("pause", "release", "died") and before.stop_request is StopRequest.CANCEL:
             assert job.status is JobStatus.CANCELLED
-        elif how in ("release", "died") and before.stop_request is StopRequest.PAUSE:
+        elif method in ("release", "died") and before.stop_request is StopRequest.PAUSE:
             assert job.status is JobStatus.PAUSED
-        elif how == "died":
+        elif method == "died":
             too_often = len(before.deaths) + 1 >= MAX_DEATHS
             assert job.status is (JobStatus.FAILED if too_often else JobStatus.QUEUED)
         else:
             assert job.status.value == {
                 "succeed": "succeeded", "fail": "failed", "cancelled": "cancelled", "pause": "paused",
                 "release": "queued",
-            }[how]  # fmt: skip
+            }[method]  # fmt: skip
 
     @precondition(lambda self: self.ids)
-    @rule(pick=PICK, what=st.sampled_from([request_cancel, request_pause, request_resume]))
-    def request(self, pick: int, what: Request) -> None:
+    @rule(pick=PICK, action=st.sampled_from([request_cancel, request_pause, request_resume]))
+    def request(self, pick: int, action: JobRequest) -> None:
         job_id = self.ids[pick % len(self.ids)]
         before = self._job(job_id)
         try:
-            job = ask(self.database, what, job_id)
+            job = send_request(self.database, action, job_id)
         except Conflict:
             assert before.status.terminal or before.stop_request is StopRequest.CANCEL
             return
-        if what is request_cancel:
+        if action is request_cancel:
             assert job.status is JobStatus.CANCELLED or job.stop_request is StopRequest.CANCEL
-        elif what is request_pause:
+        elif action is request_pause:
             assert job.status is JobStatus.PAUSED or job.stop_request is StopRequest.PAUSE
         else:
             assert job.status in (JobStatus.QUEUED, JobStatus.RUNNING)
@@ -168,44 +173,46 @@ class QueueStates(RuleBasedStateMachine):
         expired = {job_id for job_id, until in self.expiry.items() if until < self._now()}
         assert set(self.queue.requeue_lost()) == expired
         for job_id in expired:
-            self._disown(job_id)
+            self._end_claim(job_id)
 
     @rule(worker=st.sampled_from(WORKERS))
-    def worker_is_gone(self, worker: str) -> None:
+    def worker_dies(self, worker: str) -> None:
         for job_id in self.queue.requeue_of(worker):
             assert job_id in self.owners
-            self._disown(job_id)
+            self._end_claim(job_id)
 
     @rule()
     def preempt(self) -> None:
         victim = self.queue.preempt(WORKERS)
         if victim is not None:
-            urgency = self._job(victim).spec.priority
+            priority = self._job(victim).spec.priority
             queued = [job for job in map(self._job, self.ids) if job.status is JobStatus.QUEUED]
-            assert max(job.spec.priority for job in queued) > urgency
+            assert max(job.spec.priority for job in queued) > priority
 
-    @rule(free=st.sampled_from([0, 10]))
-    def room(self, free: int) -> None:
-        for job_id in self.queue.resume_held(free):
-            assert free >= 10
+    @rule(free_bytes=st.sampled_from([0, 10]))
+    def resume_held(self, free_bytes: int) -> None:
+        for job_id in self.queue.resume_held(free_bytes):
+            assert free_bytes >= 10
             assert self._job(job_id).status is JobStatus.QUEUED
 
     @invariant()
-    def jobs_and_events_are_as_they_should_be(self) -> None:
+    def jobs_and_events_match_the_model(self) -> None:
         with self.database.read() as connection:
             jobs = [get_job(connection, job_id) for job_id in self.ids]
-            stories = [events_after(connection, job_id) for job_id in self.ids]
-        self._every_running_job_has_the_owner_that_claimed_it_last(jobs)
-        for job, story in zip(jobs, stories, strict=True):
-            self._what_has_ended_stays_as_it_was(job)
-            self._the_events_tell_a_legal_story(job, story)
+            events = [events_after(connection, job_id) for job_id in self.ids]
+        self._check_running_jobs(jobs)
+        for job, job_events in zip(jobs, events, strict=True):
+            self._check_end(job)
+            self._check_history(job, job_events)
 
-    def _every_running_job_has_the_owner_that_claimed_it_last(self, jobs: list[Job]) -> None:
+    def _check_running_jobs(self, jobs: list[Job]) -> None:
+        """Running jobs have the token of their latest claim."""
         running = {job.id: job.attempt for job in jobs if job.status is JobStatus.RUNNING}
         assert running == self.owners
         assert len(running) <= MAX_RUNNING
 
-    def _what_has_ended_stays_as_it_was(self, job: Job) -> None:
+    def _check_end(self, job: Job) -> None:
+        """An ended job does not change any more."""
         if job.status.terminal:
             assert vars(job) == self.ended.setdefault(job.id, dict(vars(job)))
             assert job.finished_at is not None
@@ -216,16 +223,17 @@ class QueueStates(RuleBasedStateMachine):
         assert (job.hold is not None) == (job.status is JobStatus.PAUSED)
         assert job.checkpoint_step == self.checkpoint[job.id]
 
-    def _the_events_tell_a_legal_story(self, job: Job, story: list[JobEvent]) -> None:
-        history = [JobStatus(event.data["status"]) for event in story if event.type == "status"]
+    def _check_history(self, job: Job, events: list[JobEvent]) -> None:
+        """The events' statuses follow the state machine, and attempts only grow."""
+        history = [JobStatus(event.data["status"]) for event in events if event.type == "status"]
         assert history[0] is JobStatus.QUEUED
         assert history[-1] is job.status
         assert all(after in TRANSITIONS[before] for before, after in itertools.pairwise(history))
-        attempts = [event.data["attempt"] for event in story if "attempt" in event.data]
+        attempts = [event.data["attempt"] for event in events if "attempt" in event.data]
         assert attempts == sorted(attempts)
 
     def _job(self, job_id: str) -> Any:
-        return job_of(self.database, job_id)
+        return read_job(self.database, job_id)
 
 
 TestQueueStates = QueueStates.TestCase

@@ -11,7 +11,7 @@ from qlora_service.queue.scheduling import LOOK_AHEAD, MAX_OVERTAKEN
 from qlora_service.specs import JobSpec, Lora, Quantization
 from qlora_service.store.database import Database
 from qlora_service.store.tables import jobs
-from tests.control_plane import LEASE_S, SteppedClock, add_job, claim_next, run_together
+from tests.control_plane import LEASE_S, SteppedClock, add_job, claim_next, run_in_processes
 
 WEIGHTS = "0" * 64
 OTHER: dict[str, Any] = {"quantization": {"type": "fp4"}}
@@ -64,10 +64,10 @@ def test_the_oldest_is_claimed_where_none_runs_on_the_loaded_base(queue: Queue, 
     assert set(overtaken(database).values()) == {0}
 
 
-def test_a_more_urgent_job_goes_first_whatever_its_base(queue: Queue, database: Database) -> None:
+def test_a_job_with_a_higher_priority_is_claimed_first_on_any_base(queue: Queue, database: Database) -> None:
     add_job(database)
-    urgent = add_job(database, priority=1, **OTHER)
-    assert claim_warm(queue) == urgent
+    higher = add_job(database, priority=1, **OTHER)
+    assert claim_warm(queue) == higher
 
 
 def test_no_job_is_overtaken_more_often_than_allowed(queue: Queue, database: Database) -> None:
@@ -77,12 +77,12 @@ def test_no_job_is_overtaken_more_often_than_allowed(queue: Queue, database: Dat
     assert claimed == [*warm[:MAX_OVERTAKEN], cold, warm[MAX_OVERTAKEN]]
 
 
-def test_a_job_that_waited_enough_holds_up_those_behind_it_only(queue: Queue, database: Database) -> None:
+def test_a_job_at_the_starvation_bound_delays_only_the_jobs_after_it(queue: Queue, database: Database) -> None:
     add_job(database, **OTHER)
     warm = add_job(database)
-    patient = add_job(database, **OTHER)
+    starved = add_job(database, **OTHER)
     with database.write() as connection:
-        connection.execute(sa.update(jobs).where(jobs.c.id == patient).values(overtaken=MAX_OVERTAKEN))
+        connection.execute(sa.update(jobs).where(jobs.c.id == starved).values(overtaken=MAX_OVERTAKEN))
     assert claim_warm(queue) == warm
 
 
@@ -90,9 +90,9 @@ def test_a_job_that_may_not_run_yet_is_not_overtaken(database: Database, clock: 
     queue = Queue(database, lease_s=LEASE_S, clock=clock, leases=clock.lease_clock, max_running=1)
     running = add_job(database, project="busy")
     assert claim_warm(queue) == running
-    held_up, free, warm = add_job(database, project="busy", **OTHER), add_job(database, **OTHER), add_job(database)
+    limited, free, warm = add_job(database, project="busy", **OTHER), add_job(database, **OTHER), add_job(database)
     assert claim_warm(queue) == warm
-    assert overtaken(database) == {running: 0, held_up: 0, free: 1, warm: 0}
+    assert overtaken(database) == {running: 0, limited: 0, free: 1, warm: 0}
 
 
 def test_a_job_that_needs_a_process_of_its_own_is_not_preferred(queue: Queue, database: Database) -> None:
@@ -101,13 +101,13 @@ def test_a_job_that_needs_a_process_of_its_own_is_not_preferred(queue: Queue, da
     assert claim_warm(queue) == first
 
 
-def test_a_base_is_looked_for_at_the_front_of_the_queue_only(queue: Queue, database: Database) -> None:
+def test_only_the_front_of_the_queue_is_searched_for_the_loaded_base(queue: Queue, database: Database) -> None:
     first, *_ = [add_job(database, **OTHER) for _ in range(LOOK_AHEAD)]
     add_job(database)
     assert claim_warm(queue) == first
 
 
-def test_a_job_that_cannot_be_read_is_overtaken_until_it_is_its_turn(queue: Queue, database: Database) -> None:
+def test_a_job_that_cannot_be_read_is_overtaken_until_it_is_the_oldest(queue: Queue, database: Database) -> None:
     unreadable, warm = add_job(database), add_job(database)
     with database.write() as connection:
         connection.execute(sa.update(jobs).where(jobs.c.id == unreadable).values(spec={"adapter": 7}))
@@ -116,7 +116,7 @@ def test_a_job_that_cannot_be_read_is_overtaken_until_it_is_its_turn(queue: Queu
     assert overtaken(database)[unreadable] == 1
 
 
-def test_a_job_that_comes_back_keeps_its_count(queue: Queue, database: Database) -> None:
+def test_a_released_job_keeps_its_count_of_overtakings(queue: Queue, database: Database) -> None:
     cold, warm = add_job(database, **OTHER), add_job(database)
     claim_warm(queue)
     claim = claim_next(queue)
@@ -124,10 +124,10 @@ def test_a_job_that_comes_back_keeps_its_count(queue: Queue, database: Database)
     assert overtaken(database) == {cold: 1, warm: 0}
 
 
-def test_workers_with_different_bases_starve_nobody_and_claim_each_job_once(database: Database) -> None:
+def test_workers_with_different_bases_starve_no_job_and_claim_each_once(database: Database) -> None:
     ids = [add_job(database, quantization={"type": ("nf4", "fp4", "int8")[n % 3]}) for n in range(60)]
-    claimed = run_together(CLAIM_ALL, database.url, processes=4)
-    assert sorted(job_id for each in claimed for job_id in each) == sorted(ids)
+    claimed = run_in_processes(CLAIM_ALL, database.url, processes=4)
+    assert sorted(job_id for share in claimed for job_id in share) == sorted(ids)
     assert 0 < max(overtaken(database).values()) <= MAX_OVERTAKEN
 
 
@@ -141,10 +141,10 @@ def test_workers_with_different_bases_starve_nobody_and_claim_each_job_once(data
         (JobSpec.model_validate({"base_model": "x", "adapter": {"method": "ia3"}}).adapter, False),
     ],
 )
-def test_methods_that_reach_for_the_bases_own_weights_run_by_themselves(adapter: Any, changes: bool) -> None:
+def test_adapters_that_change_base_weights_need_a_process_of_their_own(adapter: Any, changes: bool) -> None:
     assert may_change_base(adapter) is changes
 
 
-def test_a_needed_base_survives_the_way_to_the_supervisor() -> None:
+def test_a_needed_base_survives_serialization() -> None:
     base = NeededBase(WEIGHTS, Quantization(type="int8", compute_dtype="float32"))
     assert NeededBase.from_json(base.as_json()) == base

@@ -1,4 +1,4 @@
-"""No status is written that the state machine does not allow."""
+"""Writes of a job's status, against the state machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qlora_service.domain.jobs import TRANSITIONS, JobStatus
 from qlora_service.queue.transitions import USER_HOLD, end, enqueue, hold
 from qlora_service.store.database import Database
 from qlora_service.store.tables import jobs
-from tests.control_plane import START, add_job, each_database, job_of, stored_rows
+from tests.control_plane import START, add_job, each_database, read_job, stored_rows
 
 __all__ = ["each_database"]
 
@@ -28,7 +28,9 @@ PAIRS = [(source, target) for source in JobStatus for target in WRITES]
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda status: status.value)
-def test_status_is_written_where_the_table_allows_it(database: Database, source: JobStatus, target: JobStatus) -> None:
+def test_status_is_written_only_where_the_state_machine_allows_it(
+    database: Database, source: JobStatus, target: JobStatus
+) -> None:
     job_id = add_job(database)
     with database.write() as connection:
         connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(status=source))
@@ -37,7 +39,7 @@ def test_status_is_written_where_the_table_allows_it(database: Database, source:
     if target in TRANSITIONS[source]:
         with database.write() as connection:
             write(connection)
-        assert job_of(database, job_id).status is target
+        assert read_job(database, job_id).status is target
     else:
         with pytest.raises(AssertionError, match=f"{job_id} cannot become {target}"), database.write() as connection:
             write(connection)

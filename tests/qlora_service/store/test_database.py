@@ -24,7 +24,7 @@ from qlora_service.store.database import Database, is_full, is_outage, persist
 from qlora_service.store.jobs import get_job
 from qlora_service.store.migrations import HEAD
 from qlora_service.store.tables import datasets, events, jobs, metadata
-from tests.control_plane import START, add_job, run_together, stored_rows
+from tests.control_plane import START, add_job, run_in_processes, stored_rows
 from tests.postgres import PostgresServer
 
 MIGRATE = """
@@ -151,13 +151,13 @@ def test_processes_that_migrate_at_once_all_find_the_newest_schema(tmp_path: Pat
     for attempt in range(3):
         url = f"sqlite:///{tmp_path / str(attempt) / 'state.db'}"
         # Six rather than two: the more there are, the likelier they meet.
-        versions = run_together(MIGRATE, url, processes=6)
+        versions = run_in_processes(MIGRATE, url, processes=6)
         assert all(version == versions[0] and len(version) == 1 for version in versions)
 
 
 def test_processes_that_migrate_one_postgresql_at_once_all_find_the_newest_schema(postgres: PostgresServer) -> None:
     url = postgres.create("migrated_by_six")
-    versions = run_together(MIGRATE, url, processes=6)
+    versions = run_in_processes(MIGRATE, url, processes=6)
     assert all(version == versions[0] and len(version) == 1 for version in versions)
     postgres.drop("migrated_by_six")
 

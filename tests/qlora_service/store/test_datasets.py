@@ -21,7 +21,7 @@ from qlora_service.store.datasets import (
 )
 from qlora_service.store.pages import PageRequest
 from qlora_service.store.tables import datasets
-from tests.control_plane import START, dataset_row, stored_rows
+from tests.control_plane import START, new_dataset, stored_rows
 
 
 def insert(database: Database, dataset: Dataset) -> Dataset:
@@ -39,15 +39,15 @@ def test_dataset_comes_back_as_it_was_put(database: Database) -> None:
 
 
 def test_same_bytes_read_the_same_way_are_one_dataset(database: Database) -> None:
-    first = insert(database, dataset_row())
-    assert insert(database, dataset_row()) == first
+    first = insert(database, new_dataset())
+    assert insert(database, new_dataset()) == first
     assert len(stored_rows(database)["datasets"]) == 1
 
 
 def test_same_bytes_read_another_way_are_another_dataset(database: Database) -> None:
-    first = insert(database, dataset_row(shape="text"))
-    assert insert(database, dataset_row(shape="alpaca")).id != first.id
-    assert insert(database, dataset_row(sha256="1" * 64)).id != first.id
+    first = insert(database, new_dataset(shape="text"))
+    assert insert(database, new_dataset(shape="alpaca")).id != first.id
+    assert insert(database, new_dataset(sha256="1" * 64)).id != first.id
     assert len(stored_rows(database)["datasets"]) == 3
 
 
@@ -57,7 +57,7 @@ def test_unknown_dataset_is_not_found(database: Database) -> None:
 
 
 def test_pages_go_from_the_newest_to_the_oldest(database: Database) -> None:
-    ids = sorted((insert(database, dataset_row(sha256=str(n) * 64)).id for n in range(3)), reverse=True)
+    ids = sorted((insert(database, new_dataset(sha256=str(n) * 64)).id for n in range(3)), reverse=True)
     with database.read() as connection:
         first = list_datasets(connection, PageRequest(2), project="local")
         rest = list_datasets(connection, PageRequest(2, before=first[-1].id), project="local")
@@ -65,7 +65,7 @@ def test_pages_go_from_the_newest_to_the_oldest(database: Database) -> None:
 
 
 def test_newer_render_report_replaces_the_older(database: Database) -> None:
-    dataset = insert(database, dataset_row())
+    dataset = insert(database, new_dataset())
     with database.write() as connection:
         assert get_render_report(connection, dataset.id, "k") is None
         put_render_report(connection, dataset.id, "k", {"rows": 1})
@@ -77,7 +77,7 @@ def test_newer_render_report_replaces_the_older(database: Database) -> None:
 
 
 def test_render_reports_go_with_their_dataset(database: Database) -> None:
-    dataset = insert(database, dataset_row())
+    dataset = insert(database, new_dataset())
     with database.write() as connection:
         put_render_report(connection, dataset.id, "k", {"rows": 1})
         connection.execute(sa.delete(datasets))
@@ -87,8 +87,8 @@ def test_render_reports_go_with_their_dataset(database: Database) -> None:
 def test_what_is_kept_of_datasets_is_known_since_the_first_one(database: Database) -> None:
     with database.read() as connection:
         assert (first_stored_at(connection), all_needed_bytes(connection)) == (None, set())
-    first = insert(database, dataset_row(sha256="a" * 64))
-    insert(database, replace(dataset_row(sha256="b" * 64, project="other"), created_at=START + timedelta(days=1)))
+    first = insert(database, new_dataset(sha256="a" * 64))
+    insert(database, replace(new_dataset(sha256="b" * 64, project="other"), created_at=START + timedelta(days=1)))
     with database.write() as connection:
         mark_deleted(connection, first.id, START)
         assert first_stored_at(connection) == START
@@ -96,7 +96,7 @@ def test_what_is_kept_of_datasets_is_known_since_the_first_one(database: Databas
 
 
 def test_projects_do_not_share_datasets(database: Database) -> None:
-    ours, theirs = insert(database, dataset_row()), insert(database, dataset_row(project="theirs"))
+    ours, theirs = insert(database, new_dataset()), insert(database, new_dataset(project="theirs"))
     assert ours.id != theirs.id
     with database.read() as connection:
         assert list_datasets(connection, PageRequest(9), project="local") == [ours]
@@ -105,15 +105,15 @@ def test_projects_do_not_share_datasets(database: Database) -> None:
 
 
 def test_datasets_are_listed_from_the_oldest_when_asked(database: Database) -> None:
-    ids = sorted(insert(database, dataset_row(sha256=f"{number:064}")).id for number in range(4))
+    ids = sorted(insert(database, new_dataset(sha256=f"{number:064}")).id for number in range(4))
     with database.read() as connection:
         page = list_datasets(connection, PageRequest(2, oldest_first=True, after=ids[0]), project="local")
         assert [dataset.id for dataset in page] == ids[1:3]
 
 
 def test_deleted_dataset_is_nowhere_until_its_bytes_come_again(database: Database) -> None:
-    dataset = insert(database, dataset_row())
-    other = insert(database, dataset_row(project="other"))
+    dataset = insert(database, new_dataset())
+    other = insert(database, new_dataset(project="other"))
     with database.write() as connection:
         put_render_report(connection, dataset.id, "k", {"rows": 3})
         mark_deleted(connection, dataset.id, START)
@@ -125,6 +125,6 @@ def test_deleted_dataset_is_nowhere_until_its_bytes_come_again(database: Databas
         assert are_bytes_needed(connection, dataset.sha256)
         mark_deleted(connection, other.id, START)
         assert not are_bytes_needed(connection, dataset.sha256)
-    assert insert(database, dataset_row()) == dataset
+    assert insert(database, new_dataset()) == dataset
     with database.read() as connection:
         assert get_dataset(connection, dataset.id) == dataset

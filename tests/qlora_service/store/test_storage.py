@@ -10,11 +10,11 @@ from qlora_service.store.database import Database
 from qlora_service.store.datasets import insert_dataset
 from qlora_service.store.storage import check_room, stored_bytes
 from qlora_service.store.tables import datasets, jobs, uploads
-from tests.control_plane import START, add_job, dataset_row, each_database
+from tests.control_plane import START, add_job, each_database, new_dataset
 
 __all__ = ["each_database"]
 
-DATASET_BYTES = dataset_row().report.bytes
+DATASET_BYTES = new_dataset().report.bytes
 GIB = 2**30
 
 
@@ -43,9 +43,9 @@ def test_project_without_anything_stores_nothing(database: Database) -> None:
 
 def test_datasets_count_until_they_are_deleted(database: Database) -> None:
     with database.write() as connection:
-        mine = insert_dataset(connection, dataset_row("a" * 64, project="team-a"))
-        insert_dataset(connection, dataset_row("b" * 64, project="team-a"))
-        insert_dataset(connection, dataset_row("b" * 64, project="team-b"))
+        mine = insert_dataset(connection, new_dataset("a" * 64, project="team-a"))
+        insert_dataset(connection, new_dataset("b" * 64, project="team-a"))
+        insert_dataset(connection, new_dataset("b" * 64, project="team-b"))
     assert stored(database) == 2 * DATASET_BYTES
     set_columns(database, datasets, mine.id, deleted_at=START)
     assert stored(database) == DATASET_BYTES

@@ -30,7 +30,7 @@ from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import ComputeLosses, ComputeShare, Share, SupervisedObjective
 from qlora_service.training.sizes import HEAD_CHUNK
 from qlora_service.training.step import StepGradients, StepLoss
-from tests.judges import SMALL, LargestTensor, pair
+from tests.network_reference import SMALL, LargestTensor, pair
 from tests.tiny_training import CPU, FLOAT64, TRAINING, load, network, rows, run
 
 Patch = pytest.MonkeyPatch

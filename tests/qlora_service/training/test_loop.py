@@ -17,7 +17,7 @@ from qlora_service.training.checkpoint.state import TrainingState
 from qlora_service.training.evaluation.row_losses import RowLosses
 from qlora_service.training.loop import StepMetrics, Unattended
 from qlora_service.training.network.micro_batch import TokenRow
-from tests.judges import assert_close_gradients, make_norms_exact, plain_losses
+from tests.network_reference import assert_close_gradients, make_norms_exact, plain_losses
 from tests.tiny_training import (
     FLOAT64,
     NF4,

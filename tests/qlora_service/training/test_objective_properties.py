@@ -19,7 +19,7 @@ from qlora_service.models.adapters import trainable
 from qlora_service.specs import Adapter, Dpo, Kto, Lora, Objective, PromptTuning, Training
 from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
 from qlora_service.training.objectives import _with_answer_of, evaluate, make_objective
-from tests.judges import make_norms_exact, plain_losses
+from tests.network_reference import make_norms_exact, plain_losses
 from tests.objective_references import (
     CASES,
     DPO,

@@ -12,7 +12,7 @@ import torch
 from qlora_service.specs import Kto
 from qlora_service.training.network.micro_batch import TokenRow
 from qlora_service.training.objectives import make_objective
-from tests.judges import assert_close_gradients, plain_losses
+from tests.network_reference import assert_close_gradients, plain_losses
 from tests.objective_references import (
     CASES,
     DPO,

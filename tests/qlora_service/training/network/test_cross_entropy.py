@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from qlora_service.training.network.cross_entropy import TokenLosses, chunked_losses, fused_losses, logit_losses
 from qlora_service.training.sizes import HEAD_CHUNK
-from tests.judges import LargestTensor
+from tests.network_reference import LargestTensor
 
 VOCABULARY, HIDDEN = 300, 16
 COUNTS = [1, HEAD_CHUNK - 1, HEAD_CHUNK, HEAD_CHUNK + 1, 2 * HEAD_CHUNK + 17]

@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from qlora_service.models.adapters import detach
 from qlora_service.specs import Lora
 from qlora_service.training.network.fused_modules import frozen_norm, fuse, is_silu, unfuse
-from tests.judges import SMALL, adapted, build, make_norms_exact, plain_losses
 from tests.network_cases import config_of
+from tests.network_reference import SMALL, adapted, build, make_norms_exact, plain_losses
 from tests.tiny_training import gradients, rows
 
 DOCUMENTS = rows(3)

@@ -19,8 +19,8 @@ from qlora_service.training.network.isolation import (
     use_default_attention,
 )
 from qlora_service.training.network.micro_batch import PER_DOCUMENT, collate, forward
-from tests.judges import GAIN, SMALL, build
 from tests.network_cases import MAMBA, config_of
+from tests.network_reference import GAIN, SMALL, build
 from tests.tiny_training import CPU, rows
 
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}

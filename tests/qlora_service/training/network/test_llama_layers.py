@@ -7,8 +7,8 @@ import torch
 
 from qlora_service.specs import Lora
 from qlora_service.training.network.llama_layers import llama_decoder
-from tests.judges import adapted, assert_same_step, build, pair
 from tests.network_cases import config_of
+from tests.network_reference import adapted, assert_same_step, build, pair
 from tests.tiny_training import rows
 
 LLAMA3_ROPE = {

@@ -16,8 +16,8 @@ from qlora_service.specs import Lora, PromptTuning
 from qlora_service.training.network.isolation import isolate_documents
 from qlora_service.training.network.micro_batch import TokenRow
 from qlora_service.training.network.network import Network
-from tests.judges import adapted, assert_close_gradients, assert_same_step, build, make_norms_exact, pair
 from tests.network_cases import BOTH_PATHS, MAMBA, config_of
+from tests.network_reference import adapted, assert_close_gradients, assert_same_step, build, make_norms_exact, pair
 from tests.tiny_training import FLOAT64, NF4, gradients, load, network, rows
 
 DOCUMENTS = rows(6)

@@ -13,8 +13,8 @@ from qlora_service.specs import Lora
 from qlora_service.training.network.isolation import isolate_documents
 from qlora_service.training.network.micro_batch import TokenRow
 from qlora_service.training.network.network import Network
-from tests.judges import pair, plain_losses
 from tests.network_cases import BOTH_PATHS, config_of
+from tests.network_reference import pair, plain_losses
 from tests.tiny_training import CPU, NF4, gradients, load, network, rows
 
 DOCUMENTS = rows(6)

@@ -1,4 +1,4 @@
-"""What the engine is judged by: models from a config, a plain peft + transformers step, the largest tensor made."""
+"""References for the training network: random models from a config, and their step in plain PEFT and transformers."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ SMALL = {
     "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 GAIN = 4.0
-"""Makes random weights loud: at transformers' own scale attention is nearly uniform, and a wrong mask or rotation
-hardly shows."""
+"""Factor on random weights: at transformers' own scale attention is nearly uniform, which would hide a wrong mask or
+rotation"""
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32, gain: float = GAIN) -> PreTrainedModel:
-    """The architecture with random weights, frozen; the same config gives the same weights."""
+    """The architecture with frozen random weights; the same config gives the same weights."""
     torch.manual_seed(0)
     base: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
     for parameter in base.parameters():
         parameter.data = parameter.data * gain if parameter.ndim > 1 else parameter.data
         if parameter.ndim == 1:
-            parameter.data += 0.1 * torch.randn(parameter.shape)  # norms and biases that do something
+            parameter.data += 0.1 * torch.randn(parameter.shape)  # norms and biases with an effect
     base.tie_weights()
     base.config.use_cache = False
     return base.to(dtype).requires_grad_(False)
 
 
 def adapted(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
-    """The base with an adapter that does something, in training mode; in float64 where the base is."""
+    """The base with an adapter that changes its outputs, in training mode; in float64 if the base is."""
     model = attach(base, adapter, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name or "lora_embedding_A" in name:  # those that start at zero
+        if "lora_B" in name or "lora_embedding_A" in name:  # PEFT initializes these to zero
             parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     if base.dtype is torch.float64:
         model.double()
@@ -57,7 +57,7 @@ def adapted(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
 def pair(
     config: PretrainedConfig, adapter: Adapter | None = None, dtype: torch.dtype = torch.float32, fast: bool = True
 ) -> tuple[Network, PeftModel]:
-    """A network, and the same model as transformers and PEFT leave it."""
+    """A network, and the same model in plain transformers and PEFT."""
     base = build(config, dtype)
     plain = adapted(copy.deepcopy(base), adapter or Lora(r=4))
     network = Network(adapted(base, adapter or Lora(r=4)), isolate_documents(base), fast=fast)
@@ -67,7 +67,7 @@ def pair(
 
 
 def make_norms_exact(model: torch.nn.Module) -> None:
-    """Give RMSNorms the plain formula: transformers' own round to float32, also in a float64 model."""
+    """Patches RMSNorms with the plain formula: transformers' own round to float32, even in a float64 model."""
 
     def forward(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
@@ -78,7 +78,10 @@ def make_norms_exact(model: torch.nn.Module) -> None:
 
 
 def plain_losses(model: torch.nn.Module, documents: Sequence[TokenRow]) -> torch.Tensor:
-    """The float64 cross-entropy of every learned token: padded batch, full logits, shifted labels of -100."""
+    """The float64 cross-entropy of every trained token, from a padded batch, full logits and shifted labels.
+
+    Labels of untrained tokens are -100.
+    """
     width = max(len(document.input_ids) for document in documents)
     ids, labels, mask = (torch.zeros(len(documents), width, dtype=torch.long) for _ in range(3))
     labels.fill_(-100)
@@ -96,7 +99,7 @@ def plain_losses(model: torch.nn.Module, documents: Sequence[TokenRow]) -> torch
 def assert_same_step(
     network: Network, plain: PeftModel, documents: Sequence[TokenRow], loss_bound: float, gradient_bound: float
 ) -> None:
-    """Losses within `loss_bound` (relative), gradients within `gradient_bound` of each tensor's largest."""
+    """Losses within `loss_bound` (relative); gradients within `gradient_bound` of the tensor's largest element."""
     expected = plain_losses(plain, documents)
     expected.mean().backward()
     losses = network.losses(documents).nll
@@ -105,24 +108,25 @@ def assert_same_step(
     assert_close_gradients(gradients(network.model), gradients(plain), gradient_bound)
 
 
-def assert_close_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
-    """Each within `bound` of its tensor's largest."""
-    assert found.keys() == expected.keys()
+def assert_close_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
+    """Elements within `bound` of the tensor's largest element."""
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient.any(), name
-        difference = (found[name] - gradient).abs().max() / gradient.abs().max()
+        difference = (actual[name] - gradient).abs().max() / gradient.abs().max()
         assert difference <= bound, f"{name} is off by {difference:.1e}"
 
 
 class LargestTensor(TorchDispatchMode):
-    """Knows the most elements of any tensor made while it is entered."""
+    """Records the size of the largest tensor that any operation in its context returns."""
 
     def __init__(self) -> None:
         super().__init__()
         self.elements = 0
+        """Elements of the largest tensor"""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *made])
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
         return result
