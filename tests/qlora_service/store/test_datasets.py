@@ -29,7 +29,7 @@ def insert(database: Database, dataset: Dataset) -> Dataset:
         return insert_dataset(connection, dataset)
 
 
-def test_dataset_comes_back_as_it_was_put(database: Database) -> None:
+def test_dataset_is_returned_as_it_was_stored(database: Database) -> None:
     findings = (Finding("bad", "/messages/0", 2, 17), Finding("worse", line=3))
     report = DatasetReport("csv", "alpaca", bytes=99, rows=5, usable_rows=3, finding_count=2, findings=findings)
     dataset = Dataset("ds_1", "local", "a" * 64, None, START, report)
@@ -76,7 +76,7 @@ def test_newer_render_report_replaces_the_older(database: Database) -> None:
         assert get_render_report(connection, dataset.id, "other") == {"rows": 7}
 
 
-def test_render_reports_go_with_their_dataset(database: Database) -> None:
+def test_render_reports_are_deleted_with_their_dataset(database: Database) -> None:
     dataset = insert(database, new_dataset())
     with database.write() as connection:
         put_render_report(connection, dataset.id, "k", {"rows": 1})
@@ -84,7 +84,7 @@ def test_render_reports_go_with_their_dataset(database: Database) -> None:
     assert stored_rows(database)["render_reports"] == []
 
 
-def test_what_is_kept_of_datasets_is_known_since_the_first_one(database: Database) -> None:
+def test_needed_bytes_and_time_of_the_first_dataset(database: Database) -> None:
     with database.read() as connection:
         assert (first_stored_at(connection), all_needed_bytes(connection)) == (None, set())
     first = insert(database, new_dataset(sha256="a" * 64))
@@ -111,7 +111,7 @@ def test_datasets_are_listed_from_the_oldest_when_asked(database: Database) -> N
         assert [dataset.id for dataset in page] == ids[1:3]
 
 
-def test_deleted_dataset_is_nowhere_until_its_bytes_come_again(database: Database) -> None:
+def test_deleted_dataset_is_not_found_until_its_bytes_are_stored_again(database: Database) -> None:
     dataset = insert(database, new_dataset())
     other = insert(database, new_dataset(project="other"))
     with database.write() as connection:

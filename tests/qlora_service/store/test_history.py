@@ -19,7 +19,7 @@ BASE, OTHER_BASE = "0" * 64, "1" * 64
 CPU, GPU = {"device": "x86_64 CPU"}, {"device": "NVIDIA L4"}
 
 
-def ended(
+def end_job(
     database: Database,
     queue: Queue,
     clock: SteppedClock,
@@ -29,7 +29,7 @@ def ended(
     project: str = "local",
     succeeds: bool = True,
 ) -> None:
-    """A job that ended just now."""
+    """Adds a job and ends it, with this measurement."""
     job_id = add_job(database, project=project)
     with database.write() as connection:
         connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(base_weights_sha256=base))
@@ -43,29 +43,29 @@ def ended(
     clock.advance(1)
 
 
-def test_history_is_of_succeeded_jobs_of_every_project_newest_first(
+def test_history_has_the_succeeded_jobs_of_every_project_newest_first(
     database: Database, queue: Queue, clock: SteppedClock
 ) -> None:
-    ended(database, queue, clock, CPU | {"steps": 1})
-    ended(database, queue, clock, GPU | {"steps": 2}, project="other")
-    ended(database, queue, clock, CPU | {"steps": 3}, succeeds=False)
-    ended(database, queue, clock, None)
-    ended(database, queue, clock, CPU | {"steps": 4}, base=OTHER_BASE)
-    ended(database, queue, clock, CPU | {"steps": 5})
+    end_job(database, queue, clock, CPU | {"steps": 1})
+    end_job(database, queue, clock, GPU | {"steps": 2}, project="other")
+    end_job(database, queue, clock, CPU | {"steps": 3}, succeeds=False)
+    end_job(database, queue, clock, None)
+    end_job(database, queue, clock, CPU | {"steps": 4}, base=OTHER_BASE)
+    end_job(database, queue, clock, CPU | {"steps": 5})
     with database.read() as connection:
         assert [measured["steps"] for measured in measured_on(connection, BASE)] == [5, 2, 1]
         assert [measured["steps"] for measured in measured_on(connection, BASE, limit=1)] == [5]
         assert [measured["steps"] for measured in measured_anywhere(connection)] == [5, 4, 2, 1]
 
 
-def test_history_is_found_without_a_look_at_every_job(tmp_path: Path) -> None:
+def test_history_is_read_through_its_index(tmp_path: Path) -> None:
     database = sqlite_database(tmp_path)
-    asked: list[tuple[str, Any]] = []
+    statements: list[tuple[str, Any]] = []
     with closing(database), database.read() as connection:
-        sa.event.listen(connection, "before_cursor_execute", lambda *args: asked.append(args[2:4]))
+        sa.event.listen(connection, "before_cursor_execute", lambda *args: statements.append(args[2:4]))
         measured_on(connection, BASE)
         measured_anywhere(connection)
-        selects = [(query, parameters) for query, parameters in asked if query.startswith("SELECT")]
+        selects = [(query, parameters) for query, parameters in statements if query.startswith("SELECT")]
         assert len(selects) == 2
         for query, parameters in selects:
             (step,) = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {query}", parameters).all()

@@ -60,12 +60,12 @@ def test_another_request_under_a_known_key_is_a_conflict(database: Database) -> 
 
 def test_projects_do_not_share_keys(database: Database) -> None:
     act(database, once())
-    act(database, once(project="somebody", fingerprint="g"))
-    assert [row[:2] for row in stored_rows(database)["idempotency_keys"]] == [("local", "k"), ("somebody", "k")]
-    recall(database, once(project="nobody"))
+    act(database, once(project="other", fingerprint="g"))
+    assert [row[:2] for row in stored_rows(database)["idempotency_keys"]] == [("local", "k"), ("other", "k")]
+    recall(database, once(project="third"))
 
 
-def test_key_of_work_that_failed_is_free(database: Database) -> None:
+def test_key_of_a_failed_action_can_be_used_again(database: Database) -> None:
     def fail(_: int) -> dict[str, Any]:
         raise ZeroDivisionError
 
@@ -75,7 +75,7 @@ def test_key_of_work_that_failed_is_free(database: Database) -> None:
     act(database, once(fingerprint="g"))
 
 
-def test_one_of_many_at_once_does_the_work(database: Database) -> None:
+def test_one_of_many_concurrent_requests_does_the_work(database: Database) -> None:
     start, outcomes = threading.Barrier(8), list[Any]()
 
     def work(number: int) -> None:
@@ -95,7 +95,7 @@ def test_one_of_many_at_once_does_the_work(database: Database) -> None:
     assert len(set(outcomes)) == 1
 
 
-def test_old_keys_go_a_few_at_a_time(database: Database) -> None:
+def test_old_keys_are_deleted_a_few_at_a_time(database: Database) -> None:
     for number in range(DELETED_AT_ONCE + 1):
         act(database, once(f"old {number:03}"), after=timedelta(seconds=number))
     act(database, once("new"), after=KEPT_FOR)
@@ -104,16 +104,16 @@ def test_old_keys_go_a_few_at_a_time(database: Database) -> None:
     assert kept_keys(database) == ["new", "newer", f"old {DELETED_AT_ONCE:03}"]
 
 
-# --- clients that count their attempts instead of sending a key
+# --- clients that number their attempts instead of sending a key
 
 
 def attempt(retry: bool, after: timedelta = timedelta()) -> Once[int]:
-    """The same request as any other of these, sent for the first time or again."""
+    """The same request in every test, sent for the first time or as a retry."""
     return replace(once(), attempt=Attempt(START + after, is_retry=retry))
 
 
-def answered(database: Database, request: Once[int], result: int, after: timedelta = timedelta()) -> int:
-    """What the client is told."""
+def answer_of(database: Database, request: Once[int], result: int, after: timedelta = timedelta()) -> int:
+    """The result that the client receives: this one, or that of the first request."""
     try:
         act(database, request, result, after)
     except Replay as replay:
@@ -121,32 +121,32 @@ def answered(database: Database, request: Once[int], result: int, after: timedel
     return result
 
 
-def test_a_retry_is_answered_what_the_first_attempt_was(database: Database) -> None:
-    assert answered(database, attempt(retry=False), 1) == 1
+def test_a_retry_gets_the_answer_of_the_first_attempt(database: Database) -> None:
+    assert answer_of(database, attempt(retry=False), 1) == 1
     later = timedelta(seconds=2)
-    assert answered(database, attempt(True, later), 2, later) == 1
+    assert answer_of(database, attempt(True, later), 2, later) == 1
     with pytest.raises(Replay):
         recall(database, attempt(True, later))
 
 
-def test_first_attempts_are_requests_of_their_own(database: Database) -> None:
-    assert [answered(database, attempt(retry=False), result) for result in (1, 2)] == [1, 2]
-    assert answered(database, attempt(retry=True), 3) == 2
+def test_first_attempts_are_separate_requests(database: Database) -> None:
+    assert [answer_of(database, attempt(retry=False), result) for result in (1, 2)] == [1, 2]
+    assert answer_of(database, attempt(retry=True), 3) == 2
 
 
 def test_a_retry_whose_first_attempt_did_nothing_does_the_work(database: Database) -> None:
-    assert answered(database, attempt(retry=True), 1) == 1
-    assert answered(database, attempt(retry=True), 2) == 1
+    assert answer_of(database, attempt(retry=True), 1) == 1
+    assert answer_of(database, attempt(retry=True), 2) == 1
 
 
-def test_a_first_attempt_that_its_retry_has_overtaken_does_nothing(database: Database) -> None:
+def test_a_first_attempt_that_arrives_after_its_retry_does_nothing(database: Database) -> None:
     soon = timedelta(seconds=5)
-    assert answered(database, attempt(True, soon), 1, soon) == 1
-    assert answered(database, attempt(retry=False), 2, 2 * soon) == 1
-    assert answered(database, attempt(False, 3 * soon), 3, 3 * soon) == 3
+    assert answer_of(database, attempt(True, soon), 1, soon) == 1
+    assert answer_of(database, attempt(retry=False), 2, 2 * soon) == 1
+    assert answer_of(database, attempt(False, 3 * soon), 3, 3 * soon) == 3
 
 
-def test_an_answer_is_not_given_to_a_retry_of_long_after(database: Database) -> None:
-    assert answered(database, attempt(retry=False), 1) == 1
+def test_a_late_retry_is_a_new_request(database: Database) -> None:
+    assert answer_of(database, attempt(retry=False), 1) == 1
     late = RETRIED_FOR + timedelta(seconds=1)
-    assert answered(database, attempt(True, late), 2, late) == 2
+    assert answer_of(database, attempt(True, late), 2, late) == 2

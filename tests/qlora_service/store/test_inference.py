@@ -1,4 +1,4 @@
-"""Who waits for which base, on both databases."""
+"""Bases requested for chats, and the workers that have them loaded, on both databases."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ __all__ = ["clock", "each_database", "queue"]
 
 SMALL, LARGE = LoadedBase("small", "{}"), LoadedBase("large", "{}")
 
-
-Ask = Callable[[LoadedBase], None]
+RequestBase = Callable[[LoadedBase], None]
 
 
 @pytest.fixture
-def ask(database: Database, clock: SteppedClock) -> Ask:
-    def ask(base: LoadedBase) -> None:
+def request_base(database: Database, clock: SteppedClock) -> RequestBase:
+    def request(base: LoadedBase) -> None:
         with database.write() as connection:
             inference.ask_for(connection, base, clock.lease_clock)
 
-    return ask
+    return request
 
 
 def wanted(database: Database, clock: SteppedClock, worker: str = "w") -> LoadedBase | None:
@@ -47,20 +46,24 @@ def socket_of(database: Database, base: LoadedBase) -> str | None:
         return inference.socket_of(connection, base)
 
 
-def test_a_base_is_wanted_as_long_as_somebody_asks(database: Database, clock: SteppedClock, ask: Ask) -> None:
+def test_a_base_is_wanted_while_its_request_is_renewed(
+    database: Database, clock: SteppedClock, request_base: RequestBase
+) -> None:
     assert wanted(database, clock) is None
-    ask(SMALL)
+    request_base(SMALL)
     assert wanted(database, clock) == SMALL
     clock.advance(WANTED_S - 1)
-    ask(SMALL)
+    request_base(SMALL)
     clock.advance(WANTED_S - 1)
     assert wanted(database, clock) == SMALL
     clock.advance(2)
     assert wanted(database, clock) is None
 
 
-def test_one_worker_takes_a_base_and_the_others_see_that(database: Database, clock: SteppedClock, ask: Ask) -> None:
-    ask(SMALL)
+def test_a_base_taken_by_one_worker_is_not_wanted_by_others(
+    database: Database, clock: SteppedClock, request_base: RequestBase
+) -> None:
+    request_base(SMALL)
     assert take(database, SMALL, "first")
     assert not take(database, SMALL, "second")
     assert socket_of(database, SMALL) == "/first.sock"
@@ -69,21 +72,23 @@ def test_one_worker_takes_a_base_and_the_others_see_that(database: Database, clo
         assert inference.another_is_loaded(connection, LARGE)
         assert not inference.another_is_loaded(connection, SMALL)
         assert not inference.another_is_wanted(connection, clock.lease_clock)
-    ask(LARGE)
+    request_base(LARGE)
     with database.read() as connection:
         assert inference.another_is_wanted(connection, clock.lease_clock)
 
 
-@pytest.mark.parametrize("how", ["given up", "forgotten", "the worker is new"])
-def test_what_a_worker_has_no_more_is_wanted_again(database: Database, clock: SteppedClock, ask: Ask, how: str) -> None:
-    ask(SMALL)
+@pytest.mark.parametrize("event", ["given up", "forgotten", "worker restarted"])
+def test_a_base_that_its_worker_has_lost_is_wanted_again(
+    database: Database, clock: SteppedClock, request_base: RequestBase, event: str
+) -> None:
+    request_base(SMALL)
     take(database, SMALL, "first")
-    if how == "the worker is new":  # and finds what it had before it was killed
+    if event == "worker restarted":  # after a kill, with the row of its base still there
         assert wanted(database, clock, "first") == SMALL
         assert take(database, SMALL, "first")
         return
     with database.write() as connection:
-        if how == "given up":
+        if event == "given up":
             inference.give_up(connection, "first")
         else:
             inference.forget(connection, "/first.sock")
@@ -91,7 +96,7 @@ def test_what_a_worker_has_no_more_is_wanted_again(database: Database, clock: St
     assert wanted(database, clock, "second") == SMALL
 
 
-def test_a_job_waits_when_it_could_be_claimed(database: Database, queue: Queue) -> None:
+def test_a_job_waits_if_it_can_be_claimed(database: Database, queue: Queue) -> None:
     def waits(max_running: int | None) -> bool:
         with database.read() as connection:
             return inference.job_waits(connection, max_running)
@@ -103,11 +108,11 @@ def test_a_job_waits_when_it_could_be_claimed(database: Database, queue: Queue) 
     assert not waits(None)
     add_job(database)
     assert waits(None)
-    assert not waits(1)  # its project has as many running as it may
+    assert not waits(1)  # its project is at its limit of running jobs
     assert waits(2)
 
 
-def test_the_job_ahead_is_the_running_one_that_ends_first(database: Database, queue: Queue) -> None:
+def test_the_job_ahead_is_the_running_one_with_the_smallest_eta(database: Database, queue: Queue) -> None:
     def ahead() -> tuple[str, JobStatus, float | None] | None:
         with database.read() as connection:
             holder = inference.job_ahead(connection)
@@ -124,21 +129,21 @@ def test_the_job_ahead_is_the_running_one_that_ends_first(database: Database, qu
     assert ahead() == (first, JobStatus.RUNNING, 5.0)
 
 
-def test_a_job_is_asked_once_to_make_way_and_not_while_another_stops(
+def test_a_job_is_preempted_once_and_not_while_another_is_stopping(
     database: Database, queue: Queue, clock: SteppedClock
 ) -> None:
-    def ask(job_id: str, token: int = 1) -> bool:
+    def preempt(job_id: str, token: int = 1) -> bool:
         with database.write() as connection:
             return inference.ask_to_make_way(connection, job_id, token, clock())
 
     first, second = add_job(database), add_job(database)
-    assert not ask(first)  # it does not run
+    assert not preempt(first)  # not running
     for _ in range(2):
         queue.claim("w")
-    assert not ask(first, token=2)
-    assert ask(first)
-    assert not ask(first)
-    assert not ask(second)
+    assert not preempt(first, token=2)
+    assert preempt(first)
+    assert not preempt(first)
+    assert not preempt(second)
     with database.read() as connection:
         assert get_job(connection, first).stop_request is StopRequest.PREEMPT
         assert get_job(connection, second).stop_request is None

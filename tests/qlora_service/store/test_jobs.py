@@ -54,7 +54,7 @@ def listed(
     return list_jobs(connection, page, project="local", **filters)
 
 
-def test_new_job_comes_back_as_it_was_put(database: Database) -> None:
+def test_new_job_is_returned_as_it_was_stored(database: Database) -> None:
     job_id = add_job(database, **{key: value for key, value in SPEC.items() if key != "base_model"})
     with database.read() as connection:
         job = get_job(connection, job_id)
@@ -71,7 +71,7 @@ def test_unknown_job_is_not_found(database: Database) -> None:
     assert caught.value.location == "job_id"
 
 
-def test_job_of_no_dataset_is_refused_whole(database: Database) -> None:
+def test_job_on_an_unknown_dataset_is_not_stored(database: Database) -> None:
     with pytest.raises(IntegrityError), database.write() as connection:
         insert_job(connection, new_id("job"), "local", JobSpec(base_model="tiny"), "ds_none", "0" * 64, START)
     assert not any(stored_rows(database).values())
@@ -102,11 +102,11 @@ def test_jobs_are_listed_by_status_and_base_model(database: Database, queue: Que
 def test_count_ahead_is_the_number_of_claims_before_it(database: Database, queue: Queue) -> None:
     for priority in (0, 3, 0, -2, 3, 0):
         add_job(database, priority=priority)
-    queue.claim("host:1:0")  # a running job is ahead of none
+    queue.claim("host:1:0")  # running jobs do not count
     with database.read() as connection:
-        found = listed(connection, limit=9)
-        expected = {job.id: count_ahead(connection, job) for job in found if not job.attempt}
-        assert places_in_queue(connection, [job.id for job in found]) == expected
+        all_jobs = listed(connection, limit=9)
+        expected = {job.id: count_ahead(connection, job) for job in all_jobs if not job.attempt}
+        assert places_in_queue(connection, [job.id for job in all_jobs]) == expected
         first = next(iter(expected))
         assert places_in_queue(connection, [first]) == {first: expected[first]}
     order = []
@@ -115,7 +115,7 @@ def test_count_ahead_is_the_number_of_claims_before_it(database: Database, queue
     assert expected == {job_id: place for place, job_id in enumerate(order)}
 
 
-def test_events_are_read_on_from_where_a_reader_stopped(database: Database, queue: Queue) -> None:
+def test_events_are_read_after_a_sequence_number(database: Database, queue: Queue) -> None:
     add_job(database)
     add_job(database)
     claimed = queue.claim("host:1:0")
@@ -124,16 +124,16 @@ def test_events_are_read_on_from_where_a_reader_stopped(database: Database, queu
     for step in range(4):
         queue.report(claim, Progress(step=step), ("metrics", {"step": step}))
     with database.read() as connection:
-        everything = events_after(connection, claim.job_id)
+        all_events = events_after(connection, claim.job_id)
         first = events_after(connection, claim.job_id, limit=2)
         rest = events_after(connection, claim.job_id, first[-1].seq)
-        assert [*first, *rest] == everything
-        assert {event.job_id for event in everything} == {claim.job_id}
+        assert [*first, *rest] == all_events
+        assert {event.job_id for event in all_events} == {claim.job_id}
         steps = events_after(connection, claim.job_id, types=("metrics",))
     assert [event.data["step"] for event in steps] == [0, 1, 2, 3]
 
 
-def test_another_projects_job_is_as_unknown_as_a_missing_one(database: Database) -> None:
+def test_another_projects_job_gives_the_same_error_as_an_unknown_one(database: Database) -> None:
     ours, theirs = add_job(database), add_job(database, project="theirs")
     with database.read() as connection:
         assert get_job(connection, ours, project="local").project == "local"
@@ -148,42 +148,42 @@ def test_another_projects_job_is_as_unknown_as_a_missing_one(database: Database)
 @pytest.mark.parametrize(
     ("stored", "name", "metadata"),
     [
-        ({"name": "old", "metadata": {"who": "å"}, "adapter": {"method": "of later"}}, "old", {"who": "å"}),
+        ({"name": "old", "metadata": {"who": "å"}, "adapter": {"method": "future"}}, "old", {"who": "å"}),
         ({"base_model": "tiny", "training": {"max_steps": -1}}, None, {}),
         ({"name": 1, "metadata": [1]}, None, {}),
         ([1], None, {}),
     ],
 )
-def test_job_of_another_version_is_still_there_to_be_seen_and_ended(
+def test_job_with_an_unreadable_spec_can_still_be_read_and_ended(
     database: Database, queue: Queue, stored: object, name: str | None, metadata: dict[str, str]
 ) -> None:
-    odd, other = add_job(database, priority=7), add_job(database)
+    unreadable, other = add_job(database, priority=7), add_job(database)
     with database.write() as connection:
-        connection.execute(sa.update(jobs).where(jobs.c.id == odd).values(spec=stored))
+        connection.execute(sa.update(jobs).where(jobs.c.id == unreadable).values(spec=stored))
     with database.read() as connection:
-        job = get_job(connection, odd)
+        job = get_job(connection, unreadable)
         assert listed(connection, limit=9) == [get_job(connection, other), job]
-    assert odd in (job.unreadable or "")
+    assert unreadable in (job.unreadable or "")
     assert "post it again" in (job.unreadable or "")
     assert (job.spec.base_model, job.spec.name, job.spec.metadata, job.spec.priority) == ("tiny", name, metadata, 7)
     with database.write() as connection:
-        assert request_pause(connection, odd, START).status is JobStatus.PAUSED
-        assert request_resume(connection, odd, START).status is JobStatus.QUEUED
-        assert request_cancel(connection, odd, START).status is JobStatus.CANCELLED
+        assert request_pause(connection, unreadable, START).status is JobStatus.PAUSED
+        assert request_resume(connection, unreadable, START).status is JobStatus.QUEUED
+        assert request_cancel(connection, unreadable, START).status is JobStatus.CANCELLED
 
 
 @pytest.mark.parametrize("key", ["who", 'a"b', "x.y", "k[0]", "$", "ü\\", "a,b}", "'"])
 def test_jobs_are_listed_by_any_metadata(database: Database, key: str) -> None:
-    wanted = add_job(database, metadata={key: "å'\"", "n": "1"})
+    matching = add_job(database, metadata={key: "å'\"", "n": "1"})
     add_job(database, metadata={key: "other", "n": "1"})
     plain = add_job(database)
     with database.read() as connection:
-        found = partial(listed, connection, limit=9)
-        assert [job.id for job in found(metadata={key: "å'\""})] == [wanted]
-        assert [job.id for job in found(metadata={key: "å'\"", "n": "1"})] == [wanted]
-        assert found(metadata={key: "å'\"", "n": "2"}) == found(metadata={f"{key}x": "å'\""}) == []
-        assert [job.id for job in found(metadata={})] == [plain]
-        assert len(found()) == 3
+        select = partial(listed, connection, limit=9)
+        assert [job.id for job in select(metadata={key: "å'\""})] == [matching]
+        assert [job.id for job in select(metadata={key: "å'\"", "n": "1"})] == [matching]
+        assert select(metadata={key: "å'\"", "n": "2"}) == select(metadata={f"{key}x": "å'\""}) == []
+        assert [job.id for job in select(metadata={})] == [plain]
+        assert len(select()) == 3
 
 
 def test_jobs_are_listed_from_the_oldest_when_asked(database: Database) -> None:
@@ -193,15 +193,15 @@ def test_jobs_are_listed_from_the_oldest_when_asked(database: Database) -> None:
 
 
 def test_a_dataset_is_needed_until_every_job_on_it_has_ended(database: Database, queue: Queue) -> None:
-    trained = add_job(database)
-    judged = add_job(database, project="other", validation={"dataset_id": "ds_judged"})
+    training = add_job(database)
+    validating = add_job(database, project="other", validation={"dataset_id": "ds_validation"})
     with database.write() as connection:
-        dataset_id = get_job(connection, trained).dataset_id
-        assert unfinished_on(connection, dataset_id) == trained
-        assert unfinished_on(connection, "ds_judged") == judged
-        for job_id in (trained, judged):
+        dataset_id = get_job(connection, training).dataset_id
+        assert unfinished_on(connection, dataset_id) == training
+        assert unfinished_on(connection, "ds_validation") == validating
+        for job_id in (training, validating):
             request_cancel(connection, job_id, START)
-        assert unfinished_on(connection, dataset_id) is unfinished_on(connection, "ds_judged") is None
+        assert unfinished_on(connection, dataset_id) is unfinished_on(connection, "ds_validation") is None
 
 
 def test_events_are_paged_from_the_newest(database: Database, queue: Queue) -> None:

@@ -20,7 +20,7 @@ def test_leases_in_sqlite_are_on_the_monotonic_clock_of_this_boot(tmp_path: Path
     assert name == BOOT_ID.read_text().strip()
 
 
-def test_leases_in_postgresql_are_on_its_own_clock_which_goes_on_within_a_transaction(postgres_url: str) -> None:
+def test_leases_in_postgresql_are_on_its_clock_which_advances_within_a_transaction(postgres_url: str) -> None:
     database = Database(postgres_url)
     with database.write() as connection:
         names, times = set(), []

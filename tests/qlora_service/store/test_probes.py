@@ -14,17 +14,17 @@ CPU, CUDA = {"device": "cpu", "longest_tokens": 64}, {"device": "cuda", "longest
 FIGURES = {"tokens_per_second": 100.0}
 
 
-def ask(database: Database, key: str, request: dict[str, Any] = CPU, days: float = 0) -> None:
+def request_probe(database: Database, key: str, request: dict[str, Any] = CPU, days: float = 0) -> None:
     with database.write() as connection:
         probes.ask_for(connection, key, request, START + timedelta(days=days))
 
 
 def take(database: Database, worker: str, device: str = "cpu") -> str | None:
     with database.write() as connection:
-        wanted = probes.is_wanted(connection, worker, device)
-        found = probes.take_probe(connection, worker, device)
-    assert wanted == (found is not None)
-    return None if found is None else found.key
+        is_wanted = probes.is_wanted(connection, worker, device)
+        probe = probes.take_probe(connection, worker, device)
+    assert is_wanted == (probe is not None)
+    return None if probe is None else probe.key
 
 
 def finish(database: Database, key: str, result: dict[str, Any]) -> bool:
@@ -37,55 +37,53 @@ def find(database: Database, key: str) -> Probe | None:
         return probes.find_probe(connection, key)
 
 
-def test_asking_twice_is_asking_once(database: Database) -> None:
-    ask(database, "a")
-    ask(database, "a", CUDA, days=1)
+def test_second_request_with_the_same_key_changes_nothing(database: Database) -> None:
+    request_probe(database, "a")
+    request_probe(database, "a", CUDA, days=1)
     assert find(database, "a") == Probe("a", CPU, START, None)
     assert find(database, "b") is None
 
 
-def test_probes_are_taken_oldest_first_by_one_worker_each_on_its_kind_of_device(database: Database) -> None:
-    ask(database, "younger", days=1)
-    ask(database, "older")
-    ask(database, "card", CUDA)
+def test_probes_for_a_device_are_taken_oldest_first_each_by_one_worker(database: Database) -> None:
+    request_probe(database, "younger", days=1)
+    request_probe(database, "older")
+    request_probe(database, "gpu", CUDA)
     assert take(database, "one") == "older"
     assert take(database, "other") == "younger"
     assert take(database, "third") is None
-    assert take(database, "third", "cuda") == "card"
+    assert take(database, "third", "cuda") == "gpu"
 
 
-def test_what_a_dead_worker_left_is_taken_by_the_next_one_of_its_slot(database: Database) -> None:
-    ask(database, "older")
-    ask(database, "younger", days=1)
+def test_probe_of_a_dead_worker_is_taken_by_the_next_worker_of_its_slot(database: Database) -> None:
+    request_probe(database, "older")
+    request_probe(database, "younger", days=1)
     assert take(database, "one") == "older"
     assert take(database, "one") == "older"
 
 
-def test_what_was_given_back_is_anybodys(database: Database) -> None:
-    ask(database, "a")
+def test_released_probe_is_taken_by_any_worker(database: Database) -> None:
+    request_probe(database, "a")
     assert take(database, "one") == "a"
     with database.write() as connection:
         probes.give_back(connection, "one")
     assert take(database, "other") == "a"
 
 
-def test_result_ends_a_probe_and_is_the_first_one_told(database: Database) -> None:
-    ask(database, "a")
+def test_first_result_ends_a_probe(database: Database) -> None:
+    request_probe(database, "a")
     assert take(database, "one") == "a"
     assert finish(database, "a", FIGURES)
     assert not finish(database, "a", {"error": "too late"})
     assert not finish(database, "unknown", FIGURES)
-    found = find(database, "a")
-    assert found is not None
-    assert found.result == FIGURES
+    probe = find(database, "a")
+    assert probe is not None
+    assert probe.result == FIGURES
     assert take(database, "one") is None
 
 
-def test_old_probes_are_dropped_when_nobody_took_them_and_results_when_nobody_should_believe_them(
-    database: Database,
-) -> None:
+def test_untaken_probes_failures_and_results_are_deleted_after_their_lifetimes(database: Database) -> None:
     for key in ("waits", "taken", "failed", "timed"):
-        ask(database, key)
+        request_probe(database, key)
     with database.write() as connection:
         probes.finish_probe(connection, "failed", {"error": "it crashed"}, START)
         probes.finish_probe(connection, "timed", FIGURES, START)

@@ -13,7 +13,7 @@ __all__ = ["clock", "each_database", "queue"]
 
 
 def add(database: Database, seconds: float | None, priority: int = 0) -> str:
-    """A queued job that is expected to take so long."""
+    """A queued job with this forecast; None for no forecast."""
     job_id = add_job(database, priority=priority)
     forecast = {"time": None if seconds is None else {"seconds": seconds}}
     with database.write() as connection:
@@ -26,14 +26,14 @@ def ends(database: Database, *job_ids: str) -> dict[str, float]:
         return seconds_to_end(connection, job_ids)
 
 
-def test_jobs_end_one_after_the_other_the_urgent_first(database: Database) -> None:
-    first, second, urgent = add(database, 100), add(database, 10), add(database, 5, priority=9)
-    assert ends(database, first, second, urgent) == {urgent: 5, first: 105, second: 115}
+def test_jobs_end_one_after_the_other_by_priority(database: Database) -> None:
+    first, second, priority = add(database, 100), add(database, 10), add(database, 5, priority=9)
+    assert ends(database, first, second, priority) == {priority: 5, first: 105, second: 115}
     assert ends(database, second) == {second: 115}
     assert ends(database) == {}
 
 
-def test_running_jobs_come_first_each_on_a_slot_of_its_own(database: Database, queue: Queue) -> None:
+def test_queued_jobs_start_after_the_running_ones_on_their_slots(database: Database, queue: Queue) -> None:
     for eta in (30.0, 200.0):
         add(database, 1000)
         queue.report(claim_next(queue, f"worker {eta}"), Progress(eta_s=eta))
@@ -41,13 +41,13 @@ def test_running_jobs_come_first_each_on_a_slot_of_its_own(database: Database, q
     assert ends(database, first, second, third) == {first: 80, second: 140, third: 240}
 
 
-def test_what_has_not_begun_to_train_is_taken_to_need_its_whole_time(database: Database, queue: Queue) -> None:
+def test_running_job_without_an_eta_counts_with_its_forecast(database: Database, queue: Queue) -> None:
     add(database, 70)
     claim_next(queue)
     waiting = add(database, 10)
     assert ends(database, waiting) == {waiting: 80}
 
 
-def test_nothing_is_said_of_jobs_behind_one_that_nothing_is_known_of(database: Database) -> None:
-    before, unknown, behind = add(database, 5), add(database, None), add(database, 5)
-    assert ends(database, before, unknown, behind) == {before: 5}
+def test_jobs_after_one_without_a_forecast_have_no_expected_end(database: Database) -> None:
+    before, unknown, after = add(database, 5), add(database, None), add(database, 5)
+    assert ends(database, before, unknown, after) == {before: 5}

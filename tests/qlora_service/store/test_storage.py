@@ -43,15 +43,15 @@ def test_project_without_anything_stores_nothing(database: Database) -> None:
 
 def test_datasets_count_until_they_are_deleted(database: Database) -> None:
     with database.write() as connection:
-        mine = insert_dataset(connection, new_dataset("a" * 64, project="team-a"))
+        first = insert_dataset(connection, new_dataset("a" * 64, project="team-a"))
         insert_dataset(connection, new_dataset("b" * 64, project="team-a"))
         insert_dataset(connection, new_dataset("b" * 64, project="team-b"))
     assert stored(database) == 2 * DATASET_BYTES
-    set_columns(database, datasets, mine.id, deleted_at=START)
+    set_columns(database, datasets, first.id, deleted_at=START)
     assert stored(database) == DATASET_BYTES
 
 
-def test_uploads_under_way_count_as_what_they_will_be(database: Database) -> None:
+def test_pending_uploads_count_with_their_announced_bytes(database: Database) -> None:
     for status, size in {"pending": 5 * GIB, "completed": 7, "cancelled": 11, "expired": 13}.items():
         add_upload(database, status, size)
     assert stored(database) == 5 * GIB
@@ -60,7 +60,7 @@ def test_uploads_under_way_count_as_what_they_will_be(database: Database) -> Non
 def test_published_files_count_until_they_are_withdrawn(database: Database) -> None:
     succeeded, failed, queued = (add_job(database, project="team-a") for _ in range(3))
     add_job(database, project="team-b")
-    # More than 32 bits hold.
+    # 3 GiB do not fit in 32 bits.
     set_columns(database, jobs, succeeded, result={"attempt": 1, "published_bytes": 3 * GIB})
     set_columns(database, jobs, failed, error={"code": "job_failed", "details": {"kept_bytes": 1000}})
     assert stored(database) == DATASET_BYTES + 3 * GIB + 1000
@@ -69,7 +69,7 @@ def test_published_files_count_until_they_are_withdrawn(database: Database) -> N
     assert queued
 
 
-def test_limit_itself_is_room_and_a_byte_more_is_not(database: Database) -> None:
+def test_storage_may_reach_the_limit_but_not_exceed_it(database: Database) -> None:
     add_job(database, project="team-a")
     with database.read() as connection:
         check_room(connection, "team-a", None, more_bytes=2**60)

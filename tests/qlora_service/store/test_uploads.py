@@ -41,7 +41,7 @@ def add(database: Database, upload: Upload = UPLOAD, parts: int = 1) -> None:
             insert_part(connection, Part(f"part_{upload.id}_{number}", upload.id, 5, "0" * 64, START))
 
 
-def test_upload_comes_back_as_it_was_put(database: Database) -> None:
+def test_upload_is_returned_as_it_was_stored(database: Database) -> None:
     add(database)
     with database.read() as connection:
         assert get_upload(connection, "upload_1", project="local") == UPLOAD
@@ -54,7 +54,7 @@ def test_another_projects_upload_is_not_found(database: Database) -> None:
         get_upload(connection, "upload_1", project="other")
 
 
-def test_uploads_expire_in_every_project_and_only_when_their_time_is_over(database: Database) -> None:
+def test_uploads_of_every_project_expire_after_their_time(database: Database) -> None:
     add(database)
     add(database, replace(UPLOAD, id="upload_2", project="other"))
     add(database, replace(UPLOAD, id="upload_3", expires_at=START + 3 * HOUR))
@@ -65,7 +65,7 @@ def test_uploads_expire_in_every_project_and_only_when_their_time_is_over(databa
         assert get_upload(connection, "upload_3", project="local").status is UploadStatus.PENDING
 
 
-def test_a_closed_upload_is_named_until_its_parts_are_gone(database: Database) -> None:
+def test_a_closed_upload_is_listed_until_its_parts_are_deleted(database: Database) -> None:
     add(database)
     with database.write() as connection:
         close_upload(connection, "upload_1", UploadStatus.CANCELLED)

@@ -34,13 +34,13 @@ ALL = tuple(EVENT_TYPES.values())
 
 
 def add_endpoint(database: Database, types: Sequence[str] = ALL, project: str = "local") -> Endpoint:
-    endpoint = Endpoint(new_id("wh"), project, "told", "https://told.example/", list(types), "whsec_c2VjcmV0", START)
+    endpoint = Endpoint(new_id("wh"), project, "hook", "https://hook.example/", list(types), "whsec_c2VjcmV0", START)
     with database.write() as connection:
         insert_endpoint(connection, endpoint)
     return endpoint
 
 
-def told(database: Database, endpoint: Endpoint) -> list[Delivery]:
+def deliveries(database: Database, endpoint: Endpoint) -> list[Delivery]:
     with database.read() as connection:
         return list_deliveries(connection, endpoint.id, before=None, limit=100)
 
@@ -67,37 +67,37 @@ ENDS: dict[str, tuple[JobStatus, Callable[[Database, Queue, Claim], None]]] = {
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_every_end_of_a_job_is_told_once(database: Database, queue: Queue, end: str) -> None:
+def test_every_end_of_a_job_gives_one_delivery(database: Database, queue: Queue, end: str) -> None:
     endpoint, job_id = add_endpoint(database), add_job(database)
     claim = claim_next(queue)
-    assert told(database, endpoint) == []
-    status, bring_about = ENDS[end]
-    bring_about(database, queue, claim)
-    (delivery,) = told(database, endpoint)
+    assert deliveries(database, endpoint) == []
+    status, end_job = ENDS[end]
+    end_job(database, queue, claim)
+    (delivery,) = deliveries(database, endpoint)
     assert (delivery.type, delivery.body["data"]) == (EVENT_TYPES[status], {"id": job_id})
     assert (delivery.created_at, delivery.due_at, delivery.attempts) == (START, START, 0)
 
 
-def test_queued_job_that_is_cancelled_is_told(database: Database, queue: Queue) -> None:
+def test_cancelled_queued_job_gives_one_delivery(database: Database, queue: Queue) -> None:
     endpoint, job_id = add_endpoint(database), add_job(database)
     for _ in range(2):
         with database.write() as connection:
             request_cancel(connection, job_id, START)
-    assert [delivery.type for delivery in told(database, endpoint)] == ["fine_tuning.job.cancelled"]
+    assert [delivery.type for delivery in deliveries(database, endpoint)] == ["fine_tuning.job.cancelled"]
 
 
-def test_end_that_did_not_come_about_is_not_told(database: Database, queue: Queue) -> None:
+def test_end_that_is_rolled_back_gives_no_delivery(database: Database, queue: Queue) -> None:
     endpoint = add_endpoint(database)
     add_job(database)
     claim = claim_next(queue)
     with suppress(ZeroDivisionError), database.write() as connection:
         tell_end(connection, claim.job_id, JobStatus.FAILED, START)
         raise ZeroDivisionError
-    assert told(database, endpoint) == []
+    assert deliveries(database, endpoint) == []
 
 
-def test_only_those_are_told_who_want_to_know(database: Database) -> None:
-    wanting = [add_endpoint(database), add_endpoint(database, ["fine_tuning.job.failed"])]
+def test_only_enabled_endpoints_of_the_project_for_the_event_get_a_delivery(database: Database) -> None:
+    subscribed = [add_endpoint(database), add_endpoint(database, ["fine_tuning.job.failed"])]
     others = [
         add_endpoint(database, ["fine_tuning.job.succeeded"]),
         add_endpoint(database, project="other"),
@@ -108,13 +108,13 @@ def test_only_those_are_told_who_want_to_know(database: Database) -> None:
     job_id = add_job(database)
     with database.write() as connection:
         tell_end(connection, job_id, JobStatus.FAILED, START)
-    assert [len(told(database, endpoint)) for endpoint in wanting + others] == [1, 1, 0, 0, 0]
-    one, other = (told(database, endpoint)[0] for endpoint in wanting)
+    assert [len(deliveries(database, endpoint)) for endpoint in subscribed + others] == [1, 1, 0, 0, 0]
+    one, other = (deliveries(database, endpoint)[0] for endpoint in subscribed)
     assert one.event_id == other.event_id == one.body["id"]
     assert one.id != other.id
 
 
-def test_claimed_delivery_is_nobody_elses_until_its_time(database: Database) -> None:
+def test_claimed_delivery_cannot_be_claimed_again_before_it_is_due(database: Database) -> None:
     add_endpoint(database)
     job_id = add_job(database)
     with database.write() as connection:
@@ -131,7 +131,7 @@ def test_claimed_delivery_is_nobody_elses_until_its_time(database: Database) -> 
         assert (second.id, second.attempts) == (first.id, 2)
 
 
-def test_several_processes_claim_each_delivery_once(database: Database) -> None:
+def test_concurrent_threads_claim_each_delivery_once(database: Database) -> None:
     endpoint = add_endpoint(database)
     with database.write() as connection:
         for number in range(20):
@@ -153,10 +153,10 @@ def test_several_processes_claim_each_delivery_once(database: Database) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(claimed) == sorted(delivery.id for delivery in told(database, endpoint))
+    assert sorted(claimed) == sorted(delivery.id for delivery in deliveries(database, endpoint))
 
 
-def test_earlier_attempt_that_ends_late_changes_nothing(database: Database) -> None:
+def test_late_outcome_of_an_earlier_attempt_changes_nothing(database: Database) -> None:
     endpoint = add_endpoint(database)
     job_id = add_job(database)
     with database.write() as connection:
@@ -165,11 +165,11 @@ def test_earlier_attempt_that_ends_late_changes_nothing(database: Database) -> N
         ((second, _),) = claim_due(connection, START, START, 10)
         note_attempt(connection, second, last_status=200, delivered_at=START, due_at=None)
         note_attempt(connection, first, last_status=500, due_at=START)
-    (delivery,) = told(database, endpoint)
+    (delivery,) = deliveries(database, endpoint)
     assert (delivery.last_status, delivery.delivered_at, delivery.due_at) == (200, START, None)
 
 
-def test_job_ends_although_an_endpoint_is_just_being_deleted(postgres_url: str) -> None:
+def test_job_ends_while_an_endpoint_is_being_deleted(postgres_url: str) -> None:
     database = Database(postgres_url)
     kept, deleted = add_endpoint(database), add_endpoint(database)
     add_job(database)
@@ -180,8 +180,8 @@ def test_job_ends_although_an_endpoint_is_just_being_deleted(postgres_url: str) 
         end = threading.Thread(target=queue.succeed, args=(claim, {"attempt": 1}))
         end.start()
         end.join(0.5)
-        assert end.is_alive()  # it waits to see what becomes of the endpoint
+        assert end.is_alive()  # waits for the transaction that deletes the endpoint
     end.join()
-    assert len(told(database, kept)) == 1
-    assert told(database, deleted) == []
+    assert len(deliveries(database, kept)) == 1
+    assert deliveries(database, deleted) == []
     database.close()
