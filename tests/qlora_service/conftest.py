@@ -1,4 +1,4 @@
-"""The control plane's fixtures for the tests of the library, and property tests that do not depend on the day."""
+"""Fixtures of the control plane for the library's tests, and reproducible property tests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from tests.control_plane import clock, each_database, queue
 
 __all__ = ["clock", "each_database", "queue"]
 
-# A busy machine is no failure, and a run that found a fault must find it again.
+# No deadline, because the machine may be busy; no random seed, so that a failing run fails again.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")

@@ -11,7 +11,7 @@ from qlora_service.errors import Finding, InvalidDataset, JobFailed, QLoRAError
 CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, QLoRAError)]
 
 
-def test_every_class_is_drawn_in_the_tree_under_its_parent() -> None:
+def test_docstring_tree_has_every_class_under_its_parent() -> None:
     stack: list[str] = []
     drawn = {}
     for line in (errors.__doc__ or "").splitlines():
@@ -23,15 +23,15 @@ def test_every_class_is_drawn_in_the_tree_under_its_parent() -> None:
     assert drawn == {kind.__name__: kind.__mro__[1].__name__ for kind in CLASSES}
 
 
-def test_codes_are_distinct_but_for_kinds_of_a_quota() -> None:
-    kinds_of_quota = {errors.NoRoom, errors.StorageFull}
-    assert {kind.code for kind in kinds_of_quota} == {errors.QuotaExceeded.code}
-    others = [kind.code for kind in CLASSES if kind not in kinds_of_quota]
+def test_codes_are_distinct_except_those_of_quotas() -> None:
+    quota_errors = {errors.NoRoom, errors.StorageFull}
+    assert {kind.code for kind in quota_errors} == {errors.QuotaExceeded.code}
+    others = [kind.code for kind in CLASSES if kind not in quota_errors]
     assert len(set(others)) == len(others)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_error_survives_pickling_whole(kind: type[QLoRAError]) -> None:
+def test_error_survives_pickling(kind: type[QLoRAError]) -> None:
     error = kind("what happened", location="/a", findings=[Finding("bad", "/b", 3, 40)], needed_bytes=7)
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind
@@ -40,7 +40,7 @@ def test_error_survives_pickling_whole(kind: type[QLoRAError]) -> None:
     assert copy.findings == error.findings
 
 
-def test_wire_shape_is_json_and_leaves_out_places_that_are_unknown() -> None:
+def test_as_dict_is_json_without_unknown_positions() -> None:
     error = InvalidDataset("no good", location="/dataset", findings=[Finding("bad", line=2)], limit=3)
     assert json.loads(json.dumps(error.as_dict())) == {
         "code": "invalid_dataset",
@@ -51,7 +51,7 @@ def test_wire_shape_is_json_and_leaves_out_places_that_are_unknown() -> None:
     }
 
 
-def test_failure_reason_is_plain_text_on_the_wire() -> None:
+def test_failure_reason_is_a_string_in_json() -> None:
     error = JobFailed("it died", reason=FailureReason.TRAINER_DIED)
     assert json.loads(json.dumps(error.as_dict()))["details"] == {"reason": "trainer_died"}
 
@@ -65,5 +65,5 @@ def test_failure_reason_is_plain_text_on_the_wire() -> None:
         (Finding("bad", "/a/b", 4, 100), "line 4 at /a/b: bad"),
     ],
 )
-def test_finding_reads_as_place_and_reason(finding: Finding, text: str) -> None:
+def test_text_of_a_finding_is_its_position_and_reason(finding: Finding, text: str) -> None:
     assert str(finding) == text

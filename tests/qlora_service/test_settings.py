@@ -20,7 +20,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"QLORA_{name.upper()}", raising=False)
 
 
-def test_everything_lies_in_the_data_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_files_are_in_the_data_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "with space, 100% and ü"
     monkeypatch.setenv("QLORA_DATA_DIR", str(data))
     settings = Settings()
@@ -39,7 +39,7 @@ def test_relative_data_directory_becomes_absolute(tmp_path: Path, monkeypatch: p
     assert Settings().resolved_artifact_url == (tmp_path / "data/artifacts").as_uri()
 
 
-def test_explicit_urls_win(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explicit_urls_override_the_data_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_DATABASE_URL", "postgresql://db/q")
     monkeypatch.setenv("QLORA_ARTIFACT_URL", "s3://bucket/prefix")
     monkeypatch.setenv("QLORA_URL", "https://gpu.example/")
@@ -49,27 +49,27 @@ def test_explicit_urls_win(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.base_url == "https://gpu.example"
 
 
-def test_service_listens_on_this_machine_only_unless_told() -> None:
+def test_service_listens_on_loopback_by_default() -> None:
     assert Settings().base_url == "http://127.0.0.1:8080"
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("PORT", "70000"), ("SLOTS", "0"), ("LEASE_S", "1"), ("HEARTBEAT_S", "0"), ("PORT", "x")]
 )
-def test_impossible_value_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_invalid_value_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"QLORA_{name}", value)
     with pytest.raises(ValidationError, match=name.lower()):
         Settings()
 
 
-def test_allowed_hosts_are_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allowed_hosts_are_normalized_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings().allowed_host_names == frozenset()
     monkeypatch.setenv("QLORA_ALLOWED_HOSTS", "GPU.example, 10.0.0.7,::2 ,")
     assert Settings().allowed_host_names == {"gpu.example", "10.0.0.7", "::2"}
 
 
 @pytest.mark.parametrize("value", ["https://gpu.example", "gpu.example:8080", "gpu.example/x", "a b", "[::2]"])
-def test_allowed_host_with_more_than_a_name_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_allowed_host_that_is_no_bare_name_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("QLORA_ALLOWED_HOSTS", f"ok.example,{value}")
     with pytest.raises(ValidationError, match="is not a host name"):
         Settings()
@@ -78,7 +78,7 @@ def test_allowed_host_with_more_than_a_name_is_refused(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     "host", ["0.0.0.0", "::", "192.0.2.1", "gpu.example", "localhost.example", "", "127.0.0.1.example"]
 )
-def test_network_is_not_let_in_without_keys(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+def test_listening_on_the_network_requires_keys(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     monkeypatch.setenv("QLORA_HOST", host)
     assert Settings().keys == "required"
     monkeypatch.setenv("QLORA_KEYS", "off")
@@ -87,20 +87,20 @@ def test_network_is_not_let_in_without_keys(monkeypatch: pytest.MonkeyPatch, hos
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.10", "::1", "localhost", "LOCALHOST"])
-def test_this_machine_may_do_without_keys(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+def test_listening_on_loopback_does_not_require_keys(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     monkeypatch.setenv("QLORA_HOST", host)
     monkeypatch.setenv("QLORA_KEYS", "off")
     assert Settings().keys == "off"
 
 
-def test_what_is_given_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_override_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_PORT", "9000")
     monkeypatch.setenv("QLORA_HOST", "::1")
     settings = read_settings(port=9001, host=None)
     assert (settings.port, settings.host) == (9001, "::1")
 
 
-def test_settings_that_cannot_be_used_end_the_process_with_one_line(
+def test_invalid_settings_end_the_process_with_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("QLORA_PORT", "eighty")
@@ -113,7 +113,7 @@ def test_settings_that_cannot_be_used_end_the_process_with_one_line(
     assert "QLORA_SLOTS: " in line
 
 
-def test_settings_that_do_not_fit_together_are_named(
+def test_error_of_inconsistent_settings_names_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("QLORA_HEARTBEAT_S", "20")
@@ -123,7 +123,7 @@ def test_settings_that_do_not_fit_together_are_named(
 
 
 @pytest.mark.parametrize("program", ["api", "workers", "qlora_service.cli"])
-def test_every_program_says_so_in_one_line(program: str) -> None:
+def test_every_program_reports_invalid_settings_in_one_line(program: str) -> None:
     arguments = ["jobs"] if program == "qlora_service.cli" else []
     result = subprocess.run(
         [sys.executable, "-m", program, *arguments],
@@ -134,7 +134,7 @@ def test_every_program_says_so_in_one_line(program: str) -> None:
     assert "QLORA_LEASE_S: " in line
 
 
-def test_page_of_settings_is_what_the_declarations_say() -> None:
+def test_settings_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == settings_page(), "run `make docs`"
 
 

@@ -11,7 +11,7 @@ from qlora_service.domain.keys import PREFIX, Scope, digest, new_secret, with_in
 def test_keys_are_256_random_bits_that_need_no_quoting() -> None:
     secrets = {new_secret() for _ in range(100)}
     assert len(secrets) == 100
-    # 43 letters of 6 bits each hold 32 bytes.
+    # 32 bytes are 43 characters of 6 bits.
     assert all(re.fullmatch(rf"{PREFIX}[A-Za-z0-9_-]{{43}}", secret) for secret in secrets)
 
 
@@ -21,7 +21,7 @@ def test_key_is_stored_as_its_sha256() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "allowed"),
+    ("scopes", "expected"),
     [
         ([], set()),
         ([Scope.READ], {Scope.READ}),
@@ -30,5 +30,5 @@ def test_key_is_stored_as_its_sha256() -> None:
         ([Scope.READ, Scope.SUBMIT], {Scope.READ, Scope.SUBMIT}),
     ],
 )
-def test_scope_includes_those_below_it(given: list[Scope], allowed: set[Scope]) -> None:
-    assert with_included(given) == allowed
+def test_scope_includes_the_lower_scopes(scopes: list[Scope], expected: set[Scope]) -> None:
+    assert with_included(scopes) == expected

@@ -13,7 +13,7 @@ from tests.control_plane import add_job
     ("name", "part"),
     [(None, ""), ("orders", "orders"), ("My Orders: v2!", "my-orders-v2"), ("Übung", "bung"), (":::", "")],
 )
-def test_a_name_leads_back_to_its_job(database: Database, queue: Queue, name: str | None, part: str) -> None:
+def test_model_name_contains_its_job_id(database: Database, queue: Queue, name: str | None, part: str) -> None:
     job_id = add_job(database, name=name)
     with database.read() as connection:
         assert tuned_model_name(get_job(connection, job_id)) is None
@@ -21,12 +21,12 @@ def test_a_name_leads_back_to_its_job(database: Database, queue: Queue, name: st
     assert claimed is not None
     queue.succeed(claimed[0], {"attempt": 1})
     with database.read() as connection:
-        called = tuned_model_name(get_job(connection, job_id))
-    assert called == f"ft:tiny:local:{part}:{job_id[4:]}"
-    assert job_id_in(called) == job_id
+        model_name = tuned_model_name(get_job(connection, job_id))
+    assert model_name == f"ft:tiny:local:{part}:{job_id[4:]}"
+    assert job_id_in(model_name) == job_id
 
 
-def test_a_name_says_whose_it_is(database: Database, queue: Queue) -> None:
+def test_model_name_contains_its_project(database: Database, queue: Queue) -> None:
     job_id = add_job(database, project="team-b", name="orders")
     claimed = queue.claim("worker")
     assert claimed is not None
@@ -38,5 +38,5 @@ def test_a_name_says_whose_it_is(database: Database, queue: Queue) -> None:
 @pytest.mark.parametrize(
     "name", ["tiny", "", "ft:a:b:c:d", "ft:a:b:c:" + "0" * 23, "ft:a:b:" + "0" * 22, "job_" + "0" * 22]
 )
-def test_what_is_no_name_leads_nowhere(name: str) -> None:
+def test_invalid_model_name_has_no_job_id(name: str) -> None:
     assert job_id_in(name) is None
