@@ -1,4 +1,4 @@
-"""Deleting datasets; what else can be done with them is in test_service.py."""
+"""Deletion of datasets, and the bytes that several datasets share."""
 
 from __future__ import annotations
 
@@ -8,44 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from qlora_service.actions.service import Service, Stores
-from qlora_service.artifacts.store import ArtifactStore, dataset_key
+from qlora_service.actions.service import Service
+from qlora_service.artifacts.store import dataset_key
 from qlora_service.domain.datasets import Dataset
 from qlora_service.errors import Conflict, NotFound, StorageFull
-from qlora_service.models.catalog.catalog import Catalog
-from qlora_service.queue.queue import Queue
 from qlora_service.specs import JobSpec
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import insert_job
-from tests.control_plane import START, SteppedClock
-
-
-@pytest.fixture
-def open_service(database: Database, queue: Queue, clock: SteppedClock, tmp_path: Path) -> Callable[..., Service]:
-    """Every service over the same database and files."""
-
-    def open_with(**limits: int) -> Service:
-        stores = Stores(
-            database=database,
-            artifacts=ArtifactStore((tmp_path / "artifacts").as_uri()),
-            catalog=Catalog(tmp_path / "models"),
-            tmp_dir=tmp_path / "tmp",
-            clock=clock,
-            **limits,
-        )
-        return Service.of(stores)
-
-    return open_with
-
-
-@pytest.fixture
-def service(open_service: Callable[..., Service]) -> Service:
-    return open_service()
+from tests.control_plane import START
 
 
 @pytest.fixture
 def add(tmp_path: Path) -> Callable[[Service], Dataset]:
-    """Adds always the same file."""
+    """Uploads the same file with every call."""
 
     def add_file(service: Service) -> Dataset:
         path = tmp_path / f"{threading.get_ident()}.jsonl"
@@ -55,7 +30,7 @@ def add(tmp_path: Path) -> Callable[[Service], Dataset]:
     return add_file
 
 
-def test_bytes_go_with_the_last_dataset_that_has_them(
+def test_bytes_are_deleted_with_their_last_dataset(
     service: Service, add: Callable[[Service], Dataset], tmp_path: Path
 ) -> None:
     other = service.within("other")
@@ -67,15 +42,15 @@ def test_bytes_go_with_the_last_dataset_that_has_them(
     assert not stored.exists()
 
 
-def test_deleted_dataset_is_not_there_and_comes_back_with_its_bytes(
+def test_deleted_dataset_is_not_found_until_it_is_uploaded_again(
     service: Service, add: Callable[[Service], Dataset]
 ) -> None:
     dataset = add(service)
     assert service.datasets.delete(dataset.id) == dataset
     assert service.datasets.list_datasets() == []
-    for again in (service.datasets.get, service.datasets.delete):
+    for action in (service.datasets.get, service.datasets.delete):
         with pytest.raises(NotFound):
-            again(dataset.id)
+            action(dataset.id)
     assert add(service) == dataset
     assert b"".join(service.datasets.read(dataset)) == b'{"text": "hello"}\n'
 
@@ -87,36 +62,36 @@ def test_another_projects_dataset_cannot_be_deleted(service: Service, add: Calla
     assert service.datasets.list_datasets() == [dataset]
 
 
-@pytest.mark.parametrize("use", ["train", "judge"])
-def test_dataset_is_kept_while_a_job_needs_it(
+@pytest.mark.parametrize("use", ["training", "validation"])
+def test_dataset_cannot_be_deleted_while_a_job_needs_it(
     service: Service, add: Callable[[Service], Dataset], database: Database, tmp_path: Path, use: str
 ) -> None:
     dataset = add(service)
-    path = tmp_path / "more.jsonl"
-    path.write_bytes(b'{"text": "more"}\n')
-    more = service.datasets.upload(path, filename=None)
-    trained, judged = (dataset, more) if use == "train" else (more, dataset)
-    spec = JobSpec.model_validate({"base_model": "tiny", "validation": {"dataset_id": judged.id}})
+    path = tmp_path / "other.jsonl"
+    path.write_bytes(b'{"text": "other"}\n')
+    other = service.datasets.upload(path, filename=None)
+    training, validation = (dataset, other) if use == "training" else (other, dataset)
+    spec = JobSpec.model_validate({"base_model": "tiny", "validation": {"dataset_id": validation.id}})
     with database.write() as connection:
-        insert_job(connection, "job_1", "local", spec, trained.id, "0" * 64, START)
+        insert_job(connection, "job_1", "local", spec, training.id, "0" * 64, START)
     with pytest.raises(Conflict, match="needed by job job_1"):
         service.datasets.delete(dataset.id)
     service.jobs.cancel("job_1")
     service.datasets.delete(dataset.id)
 
 
-def test_bytes_that_another_project_has_stored_already_need_room_too(
-    open_service: Callable[..., Service], add: Callable[[Service], Dataset]
+def test_bytes_that_another_project_has_stored_count_for_each_project(
+    make_service: Callable[..., Service], add: Callable[[Service], Dataset]
 ) -> None:
-    add(open_service())
-    full = open_service(max_stored_bytes=1).within("other")
+    add(make_service())
+    full = make_service(max_stored_bytes=1).within("other")
     with pytest.raises(StorageFull):
         add(full)
     assert full.datasets.list_datasets() == []
 
 
-def test_bytes_survive_when_one_deletes_and_another_adds(service: Service, add: Callable[[Service], Dataset]) -> None:
-    """Whatever comes first: a dataset that is there has its bytes."""
+def test_bytes_survive_a_concurrent_deletion_and_upload(service: Service, add: Callable[[Service], Dataset]) -> None:
+    """A stored dataset has its bytes, in whichever order the two run."""
     other = service.within("other")
     for _ in range(4):
         dataset = add(service)

@@ -18,30 +18,30 @@ def access(database: Database, clock: SteppedClock) -> Access:
     return Access(database, clock)
 
 
-def test_key_opens_its_project_with_its_scopes(access: Access) -> None:
+def test_key_gives_access_to_its_project_with_its_scopes(access: Access) -> None:
     key, secret = access.create_key("team-a", "laptop", [Scope.SUBMIT])
     assert access.authenticate(secret) == Caller("team-a", frozenset({Scope.READ, Scope.SUBMIT}), key.id)
     assert (key.name, key.created_at, key.revoked_at) == ("laptop", START, None)
 
 
 @pytest.mark.parametrize("secret", ["", "qk_", "sk-1", "qk_" + 43 * "0", "qk_\udc80", "qk_" + 10_000 * "x"])
-def test_unknown_key_is_nobody(access: Access, secret: str) -> None:
+def test_unknown_key_is_refused(access: Access, secret: str) -> None:
     access.create_key("team-a", "laptop")
     with pytest.raises(Unauthenticated, match="not known: `qlora keys create`") as caught:
         access.authenticate(secret)
     assert not secret or secret not in caught.value.message
 
 
-def test_id_and_hash_of_a_key_are_no_key(access: Access, database: Database) -> None:
+def test_id_of_a_key_is_no_key(access: Access, database: Database) -> None:
     key, _ = access.create_key("team-a", "laptop")
     for guess in (key.id, f"qk_{key.id}"):
         with pytest.raises(Unauthenticated):
             access.authenticate(guess)
 
 
-def test_revoked_key_is_refused_and_keeps_its_time(access: Access, clock: SteppedClock) -> None:
+def test_revoked_key_is_refused_and_keeps_its_revocation_time(access: Access, clock: SteppedClock) -> None:
     key, secret = access.create_key("team-a", "laptop")
-    _, other = access.create_key("team-a", "desk")
+    _, other = access.create_key("team-a", "server")
     clock.advance(60)
     revoked = access.revoke_key(key.id)
     assert revoked.revoked_at == clock.now
@@ -52,17 +52,17 @@ def test_revoked_key_is_refused_and_keeps_its_time(access: Access, clock: Steppe
     assert access.revoke_key(key.id) == revoked
 
 
-def test_keys_of_another_project_are_not_there(access: Access) -> None:
-    mine, _ = access.create_key("team-a", "mine")
-    theirs, secret = access.create_key("team-b", "theirs")
-    assert access.list_keys("team-a") == [mine]
-    assert {key.id for key in access.list_keys()} == {mine.id, theirs.id}
-    with pytest.raises(NotFound, match=theirs.id):
-        access.revoke_key(theirs.id, "team-a")
+def test_keys_of_another_project_are_not_found(access: Access) -> None:
+    own, _ = access.create_key("team-a", "own")
+    foreign, secret = access.create_key("team-b", "foreign")
+    assert access.list_keys("team-a") == [own]
+    assert {key.id for key in access.list_keys()} == {own.id, foreign.id}
+    with pytest.raises(NotFound, match=foreign.id):
+        access.revoke_key(foreign.id, "team-a")
     assert access.authenticate(secret).project == "team-b"
 
 
-def test_last_admin_key_of_a_project_is_kept_on_request(access: Access) -> None:
+def test_last_admin_key_of_a_project_is_not_revoked_with_keep_admin(access: Access) -> None:
     access.create_key("team-b", "admin", [Scope.ADMIN])
     access.create_key("team-a", "reader", [Scope.READ])
     first, _ = access.create_key("team-a", "first", [Scope.ADMIN])
@@ -88,7 +88,7 @@ def test_last_admin_key_of_a_project_is_kept_on_request(access: Access) -> None:
         ("team-a", "name", [], "scopes"),
     ],
 )
-def test_what_cannot_be_a_key_is_refused(
+def test_invalid_project_name_or_scopes_are_refused(
     access: Access, project: str, name: str, scopes: list[Scope], location: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -97,13 +97,13 @@ def test_what_cannot_be_a_key_is_refused(
     assert access.list_keys() == []
 
 
-def test_first_key_is_made_only_where_there_never_was_one(access: Access) -> None:
-    made = access.create_first_key()
-    assert made is not None
-    key, secret = made
+def test_first_key_is_created_only_if_no_key_ever_existed(access: Access) -> None:
+    created = access.create_first_key()
+    assert created is not None
+    key, secret = created
     assert access.authenticate(secret) == Caller(LOCAL_PROJECT, frozenset(Scope), key.id)
     assert access.create_first_key() is None
-    # Who revoked all keys makes a new one on the machine; a restart opens nothing.
+    # After all keys are revoked, a restart gives no access: a new key is created on the machine.
     access.revoke_key(key.id)
     assert access.create_first_key() is None
 
@@ -113,28 +113,28 @@ from qlora_service.actions.keys import Access
 from qlora_service.store.database import Database
 def work(url):
     access = Access(Database(url))
-    made = access.create_first_key()
+    created = access.create_first_key()
     access.close()
-    return made and made[1]
+    return created and created[1]
 """
 
 
-def test_of_processes_that_start_at_once_one_makes_the_first_key(database: Database, access: Access) -> None:
-    made = run_in_processes(_FIRST_KEY, database.url, processes=4)
-    (secret,) = [secret for secret in made if secret]
+def test_one_of_several_starting_processes_creates_the_first_key(database: Database, access: Access) -> None:
+    secrets = run_in_processes(_FIRST_KEY, database.url, processes=4)
+    (secret,) = [secret for secret in secrets if secret]
     assert access.authenticate(secret).project == LOCAL_PROJECT
     assert len(access.list_keys()) == 1
 
 
-def test_no_file_holds_a_key(tmp_path: Path) -> None:
+def test_no_file_contains_a_secret(tmp_path: Path) -> None:
     access = open_access(f"sqlite:///{tmp_path / 'state.db'}")
     key, secret = access.create_key("team-a", "laptop")
     access.authenticate(secret)
-    # Also while the database is open: what was written last is in its WAL.
+    # Also while the database is open: the latest writes are in its WAL.
     files = [path.read_bytes() for path in tmp_path.iterdir()]
     access.close()
     files += [path.read_bytes() for path in tmp_path.iterdir()]
     assert len(files) >= 3
     assert any(key.id.encode() in content for content in files)
-    for shown in (secret, secret.removeprefix("qk_")):
-        assert not any(shown.encode() in content for content in files)
+    for text in (secret, secret.removeprefix("qk_")):
+        assert not any(text.encode() in content for content in files)

@@ -1,4 +1,4 @@
-"""Plans of models in the catalog and of rows that are stored; and what a plan does to a job that is posted."""
+"""Plans of jobs on catalog models and stored rows, and the plan of a submitted job."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from tests.control_plane import sqlite_database
 from tests.planning_models import MODELS
 from tests.running_api import ROWS, write_rows
 
-Open = Callable[[str], Service]
-FITS_NOTHING = "1GB"
-"""CUDA's context takes all of it"""
+MakeService = Callable[[str], Service]
+TOO_SMALL = "1GB"
+"""A card whose memory is used up by CUDA's context"""
 
 
 @pytest.fixture(scope="module")
 def simulations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What was simulated for one of these tests is there for the others: it takes seconds."""
+    """Cache of simulations for all tests of this file: each takes seconds."""
     return tmp_path_factory.mktemp("plans")
 
 
 @pytest.fixture
-def on(tmp_path: Path, tiny_model: Path, simulations: Path) -> Iterator[Open]:
-    """The service, its jobs being planned for that device."""
+def service_on(tmp_path: Path, tiny_model: Path, simulations: Path) -> Iterator[MakeService]:
+    """Makes a service that plans jobs for the given device."""
     database = sqlite_database(tmp_path)
     catalog = Catalog(tmp_path / "models")
     catalog.import_model("tiny", tiny_model)
 
-    def open_for(device: str) -> Service:
+    def make(device: str) -> Service:
         return Service.of(
             Stores(
                 database=database,
@@ -49,7 +49,7 @@ def on(tmp_path: Path, tiny_model: Path, simulations: Path) -> Iterator[Open]:
             )
         )
 
-    yield open_for
+    yield make
     database.close()
 
 
@@ -59,39 +59,39 @@ def spec(**groups: Any) -> JobSpec:
     )
 
 
-def test_the_stored_rows_say_how_long_the_longest_is(on: Open, tmp_path: Path) -> None:
-    service = on("24GB")
+def test_plan_uses_the_longest_of_the_stored_rows(service_on: MakeService, tmp_path: Path) -> None:
+    service = service_on("24GB")
     dataset = service.datasets.upload(write_rows(tmp_path / "rows.jsonl"), filename="rows.jsonl")
     longest = service.datasets.lengths(dataset.id, "tiny", RenderRules(128)).longest_tokens
     known, unknown = service.plans.plan(spec(dataset={"id": dataset.id})), service.plans.plan(spec(dataset={}))
     assert (known.longest_tokens, unknown.longest_tokens) == (longest, 128)
     assert known.memory.allocated < unknown.memory.allocated
-    assert known.storage.checkpoint_bytes > unknown.storage.checkpoint_bytes  # its rows and steps are known
+    assert known.storage.checkpoint_bytes > unknown.storage.checkpoint_bytes  # the number of rows and steps is known
 
 
-def test_a_length_that_nobody_asked_for_is_what_a_job_would_have(on: Open) -> None:
-    plan = on("24GB").plans.plan(spec(dataset={}, training={}))
-    assert plan.longest_tokens == 512  # all that the tiny model handles
+def test_default_length_of_a_plan_is_that_of_a_job(service_on: MakeService) -> None:
+    plan = service_on("24GB").plans.plan(spec(dataset={}, training={}))
+    assert plan.longest_tokens == 512  # the tiny model's maximum
 
 
-def test_a_plan_for_another_card_than_the_jobs_run_on(on: Open) -> None:
-    service = on(FITS_NOTHING)
+def test_plan_for_another_card_than_that_of_the_workers(service_on: MakeService) -> None:
+    service = service_on(TOO_SMALL)
     named = service.plans.plan(spec(dataset={}), device="RTX 3090")
     assert (named.verdict, named.device.name, named.found_by) == ("fits", "RTX 3090", "name")
     own = service.plans.plan(spec(dataset={}))
     assert (own.verdict, own.found_by) == ("does_not_fit", "setting")
-    part = service.plans.plan(spec(dataset={}), device="RTX 3090", free_bytes=GIB)
-    assert (part.verdict, part.usable_bytes) == ("does_not_fit", 0)
+    occupied = service.plans.plan(spec(dataset={}), device="RTX 3090", free_bytes=GIB)
+    assert (occupied.verdict, occupied.usable_bytes) == ("does_not_fit", 0)
 
 
-def test_a_config_is_enough(on: Open) -> None:
-    plan = on("24GB").plans.plan(JobSpec(base_model="config.json"), config=MODELS["Llama-2-70B"])
+def test_a_config_without_a_model_can_be_planned(service_on: MakeService) -> None:
+    plan = service_on("24GB").plans.plan(JobSpec(base_model="config.json"), config=MODELS["Llama-2-70B"])
     assert plan.verdict == "does_not_fit"
     assert plan.memory.trained_parameters > 10**8
 
 
 @pytest.mark.parametrize(
-    ("asked", "error", "place"),
+    ("job", "error", "location"),
     [
         (spec(base_model="absent", dataset={}), InvalidModel, None),
         (spec(dataset={"id": "ds_none"}), NotFound, "/dataset/id"),
@@ -100,27 +100,29 @@ def test_a_config_is_enough(on: Open) -> None:
         (spec(dataset={}, adapter={"target_modules": ["nope"]}), InvalidSpec, "/adapter/target_modules"),
     ],
 )
-def test_what_a_job_is_refused_for_its_plan_is_too(on: Open, asked: JobSpec, error: type, place: str | None) -> None:
+def test_plan_is_refused_for_the_same_errors_as_a_job(
+    service_on: MakeService, job: JobSpec, error: type, location: str | None
+) -> None:
     with pytest.raises(error) as caught:
-        on("24GB").plans.plan(asked)
-    assert caught.value.location == place
+        service_on("24GB").plans.plan(job)
+    assert caught.value.location == location
 
 
-def test_rows_that_are_too_long_are_refused_before_they_are_planned(on: Open, tmp_path: Path) -> None:
-    service = on("24GB")
+def test_plan_with_rows_that_are_too_long_is_refused(service_on: MakeService, tmp_path: Path) -> None:
+    service = service_on("24GB")
     dataset = service.datasets.upload(write_rows(tmp_path / "rows.jsonl"), filename="rows.jsonl")
     with pytest.raises(InvalidDataset, match="longer than max_seq_len_tokens = 8"):
         service.plans.plan(spec(dataset={"id": dataset.id}, training={"max_seq_len_tokens": 8}))
 
 
-def test_rows_of_a_config_have_no_length(on: Open) -> None:
-    asked = JobSpec.model_validate({"base_model": "config.json", "dataset": {"id": "ds_1"}})
+def test_rows_cannot_be_measured_with_a_config_only(service_on: MakeService) -> None:
+    job = JobSpec.model_validate({"base_model": "config.json", "dataset": {"id": "ds_1"}})
     with pytest.raises(InvalidSpec, match="tokenizer"):
-        on("24GB").plans.plan(asked, config=MODELS["Llama-2-7B"])
+        service_on("24GB").plans.plan(job, config=MODELS["Llama-2-7B"])
 
 
-def test_what_was_predicted_is_kept_with_the_job(on: Open) -> None:
-    service = on("RTX 3090")
+def test_forecast_is_stored_with_the_job(service_on: MakeService) -> None:
+    service = service_on("RTX 3090")
     submission = service.jobs.submit(spec())
     forecast = service.jobs.get(submission.job.id).forecast
     assert forecast is not None
@@ -130,8 +132,8 @@ def test_what_was_predicted_is_kept_with_the_job(on: Open) -> None:
     assert submission.warnings == ()
 
 
-def test_a_job_that_does_not_fit_is_refused_and_nothing_is_stored(on: Open) -> None:
-    service = on(FITS_NOTHING)
+def test_a_job_that_does_not_fit_is_refused_and_nothing_is_stored(service_on: MakeService) -> None:
+    service = service_on(TOO_SMALL)
     reason = r"needs at least .*, a card of 1 GB has 0 MiB available.*force: true"
     with pytest.raises(InvalidSpec, match=reason) as caught:
         service.jobs.submit(spec())
@@ -147,13 +149,13 @@ def test_a_job_that_does_not_fit_is_refused_and_nothing_is_stored(on: Open) -> N
     assert service.jobs.list_jobs() == service.datasets.list_datasets() == []
 
 
-def test_force_queues_it_with_a_warning(on: Open) -> None:
-    submission = on(FITS_NOTHING).jobs.submit(spec(), force=True)
+def test_job_that_does_not_fit_is_queued_with_force_and_a_warning(service_on: MakeService) -> None:
+    submission = service_on(TOO_SMALL).jobs.submit(spec(), force=True)
     (warning,) = submission.warnings
     assert warning.startswith("it is not expected to fit: the job needs")
     assert submission.job.forecast is not None
     assert submission.job.forecast["verdict"] == "does_not_fit"
 
 
-def test_where_the_device_is_unknown_nobody_is_refused(on: Open) -> None:
-    assert on(UNKNOWN).jobs.submit(spec()).job.forecast is None
+def test_no_job_is_refused_on_an_unknown_device(service_on: MakeService) -> None:
+    assert service_on(UNKNOWN).jobs.submit(spec()).job.forecast is None

@@ -8,14 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_service.actions.service import Service, Stores
+from qlora_service.actions.service import Service
 from qlora_service.actions.uploads import Uploads
-from qlora_service.artifacts.store import ArtifactStore
 from qlora_service.domain.uploads import UploadStatus
 from qlora_service.errors import Conflict, InvalidDataset, InvalidRequest, NotFound, TooLarge
-from qlora_service.models.catalog.catalog import Catalog
-from qlora_service.queue.queue import Queue
-from qlora_service.store.database import Database
 from tests.control_plane import SteppedClock
 
 CONTENT = b"".join(json.dumps({"text": f"row {number}"}).encode() + b"\n" for number in range(6))
@@ -23,21 +19,8 @@ HALVES = [CONTENT[:50], CONTENT[50:]]
 
 
 @pytest.fixture
-def service(database: Database, queue: Queue, clock: SteppedClock, tmp_path: Path) -> Service:
-    return Service.of(
-        Stores(
-            database=database,
-            artifacts=ArtifactStore((tmp_path / "artifacts").as_uri()),
-            catalog=Catalog(tmp_path / "models"),
-            tmp_dir=tmp_path / "tmp",
-            clock=clock,
-        )
-    )
-
-
-@pytest.fixture
-def parts_left(tmp_path: Path) -> Callable[[], int]:
-    """How many parts lie in the artifact store."""
+def stored_parts(tmp_path: Path) -> Callable[[], int]:
+    """Counts the parts in the artifact store."""
     return lambda: len([path for path in (tmp_path / "artifacts" / "uploads").rglob("*") if path.is_file()])
 
 
@@ -53,36 +36,36 @@ def send(uploads: Uploads, upload_id: str, tmp_path: Path, *contents: bytes) -> 
     return ids
 
 
-def test_parts_become_a_dataset_in_the_order_named(
-    service: Service, tmp_path: Path, parts_left: Callable[[], int]
+def test_parts_become_a_dataset_in_the_given_order(
+    service: Service, tmp_path: Path, stored_parts: Callable[[], int]
 ) -> None:
     uploads = service.uploads
     upload_id = begin(uploads)
     second, first = send(uploads, upload_id, tmp_path, *reversed(HALVES))
     md5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
-    closed = uploads.complete(upload_id, [first, second], md5.upper())
-    assert closed.dataset is not None
-    assert (closed.upload.status, closed.upload.dataset_id) == (UploadStatus.COMPLETED, closed.dataset.id)
-    assert b"".join(service.datasets.read(closed.dataset)) == CONTENT
-    assert (closed.dataset.filename, closed.dataset.report.usable_rows) == ("rows.jsonl", 6)
-    assert parts_left() == 0
+    completed = uploads.complete(upload_id, [first, second], md5.upper())
+    assert completed.dataset is not None
+    assert (completed.upload.status, completed.upload.dataset_id) == (UploadStatus.COMPLETED, completed.dataset.id)
+    assert b"".join(service.datasets.read(completed.dataset)) == CONTENT
+    assert (completed.dataset.filename, completed.dataset.report.usable_rows) == ("rows.jsonl", 6)
+    assert stored_parts() == 0
 
 
-def test_a_damaged_whole_is_refused_and_can_be_mended(
-    service: Service, tmp_path: Path, parts_left: Callable[[], int]
+def test_wrong_parts_or_checksum_are_refused_and_the_upload_stays_open(
+    service: Service, tmp_path: Path, stored_parts: Callable[[], int]
 ) -> None:
     uploads = service.uploads
     upload_id = begin(uploads)
     ids = send(uploads, upload_id, tmp_path, *HALVES)
-    for named, md5, why in [
+    for part_ids, md5, reason in [
         (ids, "0" * 32, "the parts have the MD5"),
         (ids[:1], None, "have 50 bytes"),
         ([*ids, "part_x"], None, "no part 'part_x'"),
         ([*ids, ids[0]], None, "a part twice"),
     ]:
-        with pytest.raises(InvalidRequest, match=why):
-            uploads.complete(upload_id, named, md5)
-    assert (service.datasets.list_datasets(), parts_left()) == ([], 2)
+        with pytest.raises(InvalidRequest, match=reason):
+            uploads.complete(upload_id, part_ids, md5)
+    assert (service.datasets.list_datasets(), stored_parts()) == ([], 2)
     assert uploads.complete(upload_id, ids).dataset is not None
 
 
@@ -95,54 +78,54 @@ def test_a_file_without_usable_rows_leaves_the_upload_open(service: Service, tmp
     assert service.uploads.cancel(upload_id).upload.status is UploadStatus.CANCELLED
 
 
-def test_more_bytes_than_announced_are_refused_and_not_kept(
-    service: Service, tmp_path: Path, parts_left: Callable[[], int]
+def test_more_bytes_than_announced_are_refused_and_not_stored(
+    service: Service, tmp_path: Path, stored_parts: Callable[[], int]
 ) -> None:
     upload_id = begin(service.uploads, 60)
     send(service.uploads, upload_id, tmp_path, HALVES[0])
     with pytest.raises(TooLarge, match="announced with 60 bytes"):
         send(service.uploads, upload_id, tmp_path, HALVES[1])
-    assert parts_left() == 1
+    assert stored_parts() == 1
 
 
-def test_a_closed_upload_takes_nothing_more(service: Service, tmp_path: Path, parts_left: Callable[[], int]) -> None:
+def test_a_closed_upload_cannot_be_changed(service: Service, tmp_path: Path, stored_parts: Callable[[], int]) -> None:
     uploads = service.uploads
     upload_id = begin(uploads)
     ids = send(uploads, upload_id, tmp_path, *HALVES)
     assert uploads.cancel(upload_id) == uploads.cancel(upload_id)
-    assert parts_left() == 0
+    assert stored_parts() == 0
     with pytest.raises(Conflict, match="is cancelled"):
         send(uploads, upload_id, tmp_path, b"x")
     with pytest.raises(Conflict, match="is cancelled"):
         uploads.complete(upload_id, ids)
-    done = begin(uploads)
-    uploads.complete(done, send(uploads, done, tmp_path, CONTENT))
+    completed = begin(uploads)
+    uploads.complete(completed, send(uploads, completed, tmp_path, CONTENT))
     with pytest.raises(Conflict, match="is completed"):
-        uploads.cancel(done)
+        uploads.cancel(completed)
 
 
-def test_another_projects_upload_is_not_there(service: Service, tmp_path: Path) -> None:
+def test_another_projects_upload_is_not_found(service: Service, tmp_path: Path) -> None:
     upload_id = begin(service.uploads)
     other = service.within("other").uploads
-    for act in (
+    for action in (
         lambda: send(other, upload_id, tmp_path, b"x"),
         lambda: other.complete(upload_id, ["part_1"]),
         lambda: other.cancel(upload_id),
     ):
         with pytest.raises(NotFound):
-            act()
+            action()
 
 
-def test_what_is_not_completed_within_an_hour_is_removed(
-    service: Service, clock: SteppedClock, tmp_path: Path, parts_left: Callable[[], int]
+def test_parts_of_an_upload_are_deleted_after_an_hour(
+    service: Service, clock: SteppedClock, tmp_path: Path, stored_parts: Callable[[], int]
 ) -> None:
     upload_id = begin(service.uploads)
     send(service.uploads, upload_id, tmp_path, *HALVES)
     clock.advance(timedelta(minutes=59).total_seconds())
     service.uploads.reap()
-    assert parts_left() == 2
+    assert stored_parts() == 2
     clock.advance(120)
     with pytest.raises(Conflict, match="is expired"):
         send(service.uploads, upload_id, tmp_path, b"x")
-    begin(service.within("other").uploads)  # a new upload, of whomever, makes room
-    assert parts_left() == 0
+    begin(service.within("other").uploads)  # a new upload of any project deletes expired ones
+    assert stored_parts() == 0
