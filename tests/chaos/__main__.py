@@ -1,7 +1,7 @@
-"""`python -m tests.chaos`: every figure of what jobs survive, in full size; exits with 1 when one misses.
+"""`python -m tests.chaos`: figures of fault tolerance in full size; exits with 1 if one misses its target.
 
 --short        the sizes of `make test`
---only NAME    one of the runs, or several
+--only NAME    one or several of the runs
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from tests.tiny_model import build_tiny_model
 from tests.workspace import ROOT, Workspace
 
 SAMPLE = "0.03"
-"""The share of the crash points that the short form tries"""
+"""Share of the crash points that the short form tries"""
 RESPAWN_S, EXIT_S = 3, 8
+"""Longest allowed times to the next trainer, and to the end of a stopped worker"""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, and what it has to be: exactly `must` where `better` is "equal", else at most; None is told only."""
+    """A measured figure and its target."""
 
     name: str
     value: float
     unit: str
     must: float | None = None
+    """The exact target if `better` is "equal", else the upper bound; None for a figure without a target"""
     better: str = "lower"
 
     @property
@@ -51,7 +53,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Place:
-    """An empty directory on a disk, and the tiny model."""
+    """An empty directory on disk, and the tiny model."""
 
     directory: Path
     model: Path
@@ -61,85 +63,85 @@ class Place:
 
 
 def kills(place: Place, short: bool) -> Iterator[Figure]:
-    wanted = 100 if short else 2_000
-    found = random_kills.run(place.workspace(), wanted)
-    _show(found.wrong)
-    made = ", ".join(f"{count} of {victim}" for victim, count in found.kills.items())
-    yield Figure(f"random SIGKILLs ({made})", sum(found.kills.values()), "kills", wanted, "equal")
-    yield Figure("jobs posted meanwhile", found.jobs, "jobs")
-    yield Figure("jobs lost", len(found.lost), "jobs", 0)
-    yield Figure("jobs stuck", len(found.stuck), "jobs", 0)
-    yield Figure("jobs published twice", len(found.published_twice), "jobs", 0)
-    yield Figure("other differences from an undisturbed run", len(found.wrong), "findings", 0)
-    yield Figure("trainer's death to the next trainer, longest", round(max(found.respawn_s), 2), "s", RESPAWN_S)
-    yield Figure("its imports, median", round(found.import_s, 2), "s")
-    yield Figure("its base load, median", round(found.base_load_s, 2), "s")
+    target = 100 if short else 2_000
+    result = random_kills.run(place.workspace(), target)
+    _print_faults(result.wrong)
+    by_victim = ", ".join(f"{count} of {victim}" for victim, count in result.kills.items())
+    yield Figure(f"random SIGKILLs ({by_victim})", sum(result.kills.values()), "kills", target, "equal")
+    yield Figure("jobs posted during the kills", result.jobs, "jobs")
+    yield Figure("jobs lost", len(result.lost), "jobs", 0)
+    yield Figure("jobs stuck", len(result.stuck), "jobs", 0)
+    yield Figure("jobs published twice", len(result.published_twice), "jobs", 0)
+    yield Figure("other differences from an undisturbed run", len(result.wrong), "findings", 0)
+    yield Figure("trainer's death to the next trainer, longest", round(max(result.respawn_s), 2), "s", RESPAWN_S)
+    yield Figure("trainer's imports, median", round(result.import_s, 2), "s")
+    yield Figure("trainer's base load, median", round(result.base_load_s, 2), "s")
 
 
 def resume(place: Place, short: bool) -> Iterator[Figure]:
     steps = 6 if short else 40
-    found = resume_every_step.run(place.workspace(), steps)
-    _show(found.wrong)
-    yield Figure("jobs killed after a step and resumed", found.resumed, "jobs", 2 * steps, "equal")
-    for optim, count in found.adapters.items():
+    result = resume_every_step.run(place.workspace(), steps)
+    _print_faults(result.wrong)
+    yield Figure("jobs killed after a step and resumed", result.resumed, "jobs", 2 * steps, "equal")
+    for optim, count in result.adapters.items():
         yield Figure(f"different adapters, {optim}, killed after each of {steps} steps", count, "adapters", 1, "equal")
-    yield Figure("other differences from an undisturbed job", len(found.wrong), "findings", 0)
+    yield Figure("other differences from an undisturbed job", len(result.wrong), "findings", 0)
 
 
 def stops(place: Place, short: bool) -> Iterator[Figure]:
-    found = sigterm.run(place.workspace(), 3 if short else 60)
-    _show(found.wrong)
-    yield Figure("trainers stopped by SIGTERM", found.trainers, "trainers")
-    yield Figure("completed steps lost", found.lost_steps, "steps", 0)
-    yield Figure("SIGTERM to the worker's end, longest", max(found.exit_s), "s", EXIT_S)
-    yield Figure("jobs that did not wait for the next worker unharmed", len(found.wrong), "jobs", 0)
+    result = sigterm.run(place.workspace(), 3 if short else 60)
+    _print_faults(result.wrong)
+    yield Figure("trainers stopped by SIGTERM", result.trainers, "trainers")
+    yield Figure("completed steps lost", result.lost_steps, "steps", 0)
+    yield Figure("SIGTERM to the worker's end, longest", max(result.exit_s), "s", EXIT_S)
+    yield Figure("workers and jobs that did not stop cleanly", len(result.wrong), "jobs", 0)
 
 
 def undead(place: Place, short: bool) -> Iterator[Figure]:
-    found = zombies.run(place.workspace(), 20 if short else 500)
-    _show(found.writes_accepted)
-    yield Figure("zombies: SIGSTOP past the lease, SIGCONT", found.zombies, "zombies")
-    yield Figure("zombies that believed to have their lease", found.unaware, "zombies")
-    yield Figure("zombies' writes accepted", len(found.writes_accepted), "writes", 0)
-    yield Figure("longest life after SIGCONT", found.gone_s, "s", zombies.GONE_WITHIN_S)
+    result = zombies.run(place.workspace(), 20 if short else 500)
+    _print_faults(result.writes_accepted)
+    yield Figure("zombies: SIGSTOP until the lease expires, SIGCONT", result.zombies, "zombies")
+    yield Figure("zombies whose lease holds by their own clock", result.unaware, "zombies")
+    yield Figure("accepted writes of zombies", len(result.writes_accepted), "writes", 0)
+    yield Figure("longest lifetime after SIGCONT", result.gone_s, "s", zombies.GONE_WITHIN_S)
 
 
 def damages(place: Place, short: bool) -> Iterator[Figure]:
-    found = damage_many(place.model, place.directory, 200 if short else 10_000)
-    _show(found.loaded + found.not_replaced)
-    yield Figure("checkpoints damaged", found.damages, "checkpoints")
-    yield Figure("damaged checkpoints loaded", len(found.loaded), "checkpoints", 0)
-    yield Figure("damaged ones for which the one before was not loaded", len(found.not_replaced), "checkpoints", 0)
+    result = damage_many(place.model, place.directory, 200 if short else 10_000)
+    _print_faults(result.loaded + result.not_replaced)
+    yield Figure("checkpoints damaged", result.damages, "checkpoints")
+    yield Figure("damaged checkpoints loaded", len(result.loaded), "checkpoints", 0)
+    yield Figure("damaged checkpoints not replaced by the one before", len(result.not_replaced), "checkpoints", 0)
 
 
 def keys(place: Place, short: bool) -> Iterator[Figure]:
     Catalog(place.directory / "models").import_model("tiny", place.model)
-    wanted = 50 if short else 1_000
-    found = storm(place.directory, keys=wanted)
-    _show(found.wrong_keys + found.unequal_keys)
-    yield Figure("API killed while keys were posted", found.kills, "kills")
-    yield Figure(f"jobs made of {wanted} keys, each posted by 20 clients", found.jobs, "jobs", wanted, "equal")
-    yield Figure("keys without one job", len(found.wrong_keys), "keys", 0)
-    yield Figure("keys with unequal answers", len(found.unequal_keys), "keys", 0)
+    count = 50 if short else 1_000
+    result = storm(place.directory, keys=count)
+    _print_faults(result.wrong_keys + result.unequal_keys)
+    yield Figure("kills of the API while keys were posted", result.kills, "kills")
+    yield Figure(f"jobs created with {count} keys, each posted by 20 clients", result.jobs, "jobs", count, "equal")
+    yield Figure("keys with no job or several", len(result.wrong_keys), "keys", 0)
+    yield Figure("keys with different answers", len(result.unequal_keys), "keys", 0)
 
 
 def wire(place: Place, short: bool) -> Iterator[Figure]:
     examples = 50 if short else 2_000
-    found = attack_all(place.directory, place.model, examples)
-    _show(found.faults)
-    yield Figure(f"operations of the API, each asked up to {examples} times", found.operations, "operations")
-    yield Figure("operations that answered 5xx, or what the document does not foresee", len(found.faults), "faults", 0)
+    result = attack_all(place.directory, place.model, examples)
+    _print_faults(result.faults)
+    yield Figure(f"operations of the API, each with up to {examples} requests", result.operations, "operations")
+    yield Figure("operations with a 5xx or undocumented answer", len(result.faults), "faults", 0)
 
 
 def crashes(place: Place, short: bool) -> Iterator[Figure]:
-    yield from _module("tests.chaos.crash_points", *([SAMPLE] if short else []))
+    yield from _run_module("tests.chaos.crash_points", *([SAMPLE] if short else []))
 
 
 def claims(place: Place, short: bool) -> Iterator[Figure]:
     if short:
         print("skipped: claims; `make chaos` measures them")
     else:
-        yield from _module("tests.chaos.claim_latency")
+        yield from _run_module("tests.chaos.claim_latency")
 
 
 RUNS: dict[str, Callable[[Place, bool], Iterator[Figure]]] = {
@@ -147,31 +149,42 @@ RUNS: dict[str, Callable[[Place, bool], Iterator[Figure]]] = {
 }
 
 
-def _module(name: str, *arguments: str) -> Iterator[Figure]:
-    """The figures that a module prints which runs in a process of its own."""
-    ended = subprocess.run(
+def main() -> int:
+    """1 if a figure misses its target."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos")
+    parser.add_argument("--short", action="store_true", help="the sizes of make test")
+    parser.add_argument("--only", nargs="+", choices=sorted(RUNS), default=list(RUNS), metavar="NAME")
+    arguments = parser.parse_args()
+    figures = [figure for name in arguments.only for figure in _measure(name, arguments.short)]
+    print("\n".join(["", *map(_row, figures)]))
+    return int(not all(figure.holds for figure in figures))
+
+
+def _run_module(name: str, *arguments: str) -> Iterator[Figure]:
+    """The figures that a module prints in a process of its own."""
+    completed = subprocess.run(
         [sys.executable, "-m", name, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    figures = [json.loads(line) for line in ended.stdout.splitlines()]
+    figures = [json.loads(line) for line in completed.stdout.splitlines()]
     for figure in figures:
         if "skipped" in figure:
             print(f"skipped: {name}: {figure['skipped']}")
         else:
             yield Figure(figure.pop("figure"), **figure)
-    if ended.returncode != 0:
-        print(ended.stderr, file=sys.stderr)
-        yield Figure(f"exit code of {name}", ended.returncode, "", 0)
+    if completed.returncode != 0:
+        print(completed.stderr, file=sys.stderr)
+        yield Figure(f"exit code of {name}", completed.returncode, "", 0)
 
 
-def _show(faults: list[str]) -> None:
+def _print_faults(faults: list[str]) -> None:
     for fault in faults:
         print(fault, file=sys.stderr)
 
 
 def _measure(name: str, short: bool) -> list[Figure]:
-    """The figures of one run, which are printed as they come."""
+    """The figures of one run, each also printed at once."""
     figures = []
-    # Not /tmp, which may lie in memory: what survives is what reached a disk.
+    # Not /tmp, which may be in memory: the figures are for a disk.
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix=f"chaos-{name}-") as directory:
         model = build_tiny_model(Path(directory) / "tiny-llama")
         for figure in RUNS[name](Place(Path(directory), model), short):
@@ -184,17 +197,6 @@ def _row(figure: Figure) -> str:
     sign: dict[str, Any] = {"equal": "=", "lower": "≤"}
     must = "" if figure.must is None else f"{sign[figure.better]} {figure.must:g}"
     return f"{'' if figure.holds else 'MISSED':7}{figure.value:>9g} {figure.unit:12}{must:>9}  {figure.name}"
-
-
-def main() -> int:
-    """1 when a figure misses."""
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos")
-    parser.add_argument("--short", action="store_true", help="the sizes of make test")
-    parser.add_argument("--only", nargs="+", choices=sorted(RUNS), default=list(RUNS), metavar="NAME")
-    wanted = parser.parse_args()
-    figures = [figure for name in wanted.only for figure in _measure(name, wanted.short)]
-    print("\n".join(["", *map(_row, figures)]))
-    return int(not all(figure.holds for figure in figures))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Data directories for crash points to start from, and the product's objects over one."""
+"""Data directories in which crash scenarios start, and the product's objects over one."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ ROWS = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}."} for n in rang
 SPEC = {"base_model": "tiny", "dataset": {"rows": ROWS}, "training": {"max_seq_len_tokens": 64}}
 LEASE_S = 600.0
 ATTEMPT = 1
-"""The token of the attempt that is disturbed."""
+"""Token of the disturbed attempt"""
 
 
 class DataDirectory:
-    """The product's objects over one data directory; closed at the end of a `with`."""
+    """The product's objects over one data directory; closes the database at the end of a `with`."""
 
     def __init__(self, path: Path, prepared: Path) -> None:
+        """`prepared` is the directory that `prepare` has filled."""
         self.path, self.prepared = path, prepared
         self.database = Database(f"sqlite:///{path / 'state.db'}")
         self.artifacts = ArtifactStore((path / "artifacts").as_uri())
@@ -55,29 +56,29 @@ class DataDirectory:
 
     @property
     def job(self) -> Job:
-        """The only one."""
+        """The only job."""
         (job,) = self.service.jobs.list_jobs()
         return job
 
     def statuses(self, job: Job) -> list[str]:
-        """Those that the job went through, by its events."""
+        """The job's statuses so far, from its events."""
         events = self.service.jobs.events(job.id)
         return [event.data["status"] for event in events if event.type == "status"]
 
     def damage(self) -> list[str]:
-        """What SQLite finds wrong with its file."""
+        """Faults that SQLite reports in the database file."""
         with closing(sqlite3.connect(self.path / "state.db")) as connection:
-            found = [row[0] for row in connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
-            return found + [f"a dangling key: {row}" for row in connection.execute("PRAGMA foreign_key_check")]
+            faults = [row[0] for row in connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
+            return faults + [f"a dangling key: {row}" for row in connection.execute("PRAGMA foreign_key_check")]
 
-    def misfits(self, job: Job) -> list[str]:
-        """Where the job's row and its events disagree."""
+    def inconsistencies(self, job: Job) -> list[str]:
+        """Differences between the status in the job's row and that of its last event."""
         last = self.statuses(job)[-1]
-        return [] if last == job.status else [f"the job is {job.status}, its last event says {last}"]
+        return [] if last == job.status else [f"the job is {job.status}, its last event has status {last}"]
 
 
 def prepare(to: Path) -> None:
-    """Makes what all scenarios need: a catalog, data directories, states and an adapter of a real training."""
+    """Creates the directories of all scenarios: a catalog, data directories, states and adapter of a real training."""
     source = build_tiny_model(to / "source")
     Catalog(to / "models").import_model("tiny", source)
     for name in ("empty", "queued", "running"):
@@ -96,8 +97,25 @@ def prepare(to: Path) -> None:
             save_checkpoint(data, ATTEMPT, step)
 
 
+def states_of(data: DataDirectory) -> dict[int, dict[str, bytes]]:
+    """The training's states as checkpoint files, by step."""
+    states: dict[int, dict[str, bytes]] = pickle.loads((data.prepared / "states.pickle").read_bytes())
+    return states
+
+
+def checkpoints_of(data: DataDirectory, token: int) -> Checkpoints:
+    return Checkpoints(data.path / "checkpoints" / "job", token)
+
+
+def save_checkpoint(data: DataDirectory, token: int, step: int, metrics: str = "once") -> None:
+    """Saves the state of `step` and returns when it is on disk. Raises: OSError."""
+    checkpoints = checkpoints_of(data, token)
+    checkpoints.save(from_files(states_of(data)[step]), metrics.encode(), {"threads": 1})
+    checkpoints.flush()
+
+
 def _train(source: Path, to: Path) -> None:
-    """Four steps: their states as `states.pickle`, what they came to as the files of `adapter`."""
+    """Trains four steps; writes their states to `states.pickle` and the adapter's files to `adapter`."""
     states: dict[int, dict[str, bytes]] = {}
 
     class KeepAll(Unattended):
@@ -113,20 +131,3 @@ def _train(source: Path, to: Path) -> None:
     (to / "metrics.jsonl").write_bytes(recorder.lines())
     (to / "adapter").mkdir()
     write_adapter(model, Catalog(to / "models").get("tiny"), rows(2), CHATML, to / "metrics.jsonl", to / "adapter")
-
-
-def states_of(data: DataDirectory) -> dict[int, dict[str, bytes]]:
-    """The training's states by step, as the files of a checkpoint."""
-    states: dict[int, dict[str, bytes]] = pickle.loads((data.prepared / "states.pickle").read_bytes())
-    return states
-
-
-def checkpoints_of(data: DataDirectory, token: int) -> Checkpoints:
-    return Checkpoints(data.path / "checkpoints" / "job", token)
-
-
-def save_checkpoint(data: DataDirectory, token: int, step: int, metrics: str = "once") -> None:
-    """Returns when the state of `step` is on the disk. Raises: OSError."""
-    checkpoints = checkpoints_of(data, token)
-    checkpoints.save(from_files(states_of(data)[step]), metrics.encode(), {"threads": 1})
-    checkpoints.flush()

@@ -1,7 +1,7 @@
-"""What is disturbed at every system call, and what must hold afterwards, whatever happened.
+"""Scenarios of crash points: the disturbed calls of the product, and the checks that must hold afterwards.
 
-A scenario starts from a copy of a data directory of `_crash_data.prepare`. Its `act` is the product's own function;
-`check` looks at what is left with new objects, as the next process would, goes on from there, and says what is wrong.
+A scenario starts in a copy of a data directory from `_crash_data.prepare`. Its `act` calls the product; its `check`
+opens the directory with new objects, as the next process would, continues the work, and returns the faults.
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ from tests.chaos._syscalls import Answer, Fault
 from workers.trainer.adapter_files import publish_directory
 from workers.trainer.environment import package_versions
 
-WHOLE = re.compile(r"step-\d{8}\.a\d+")
+CHECKPOINT = re.compile(r"step-\d{8}\.a\d+")
+"""Name of a complete checkpoint"""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """`start` is the name of the data directory that it begins with."""
+    """A call of the product, and a check of the data directory after a fault in it."""
 
     name: str
     start: str
+    """Name of the data directory"""
     act: Callable[[DataDirectory, Answer], None]
     check: Callable[[DataDirectory, Any], list[str]]
-    """Takes what `act` answered, None if nothing; what is wrong"""
+    """From the answer of `act`, None without one, to the faults in the directory"""
     faults: tuple[Fault, ...] = tuple(Fault)
 
 
@@ -56,7 +58,7 @@ def submit(data: DataDirectory, answer: Answer) -> None:
 
 
 def submit_twice(data: DataDirectory, answer: Answer) -> None:
-    """By the same process: what failed must not stay in its way."""
+    """Submits again in the same process after a failure, which the first submission must not prevent."""
     try:
         job_id = data.service.jobs.submit(parse_spec(SPEC), once=_once()).job.id
     except Exception:
@@ -66,18 +68,18 @@ def submit_twice(data: DataDirectory, answer: Answer) -> None:
 
 
 def check_submitted(data: DataDirectory, answer: Any) -> list[str]:
-    wrong = data.damage()
+    faults = data.damage()
     jobs = data.service.jobs.list_jobs()
     if len(jobs) > 1 or (answer and [job.id for job in jobs] != [answer]):
-        wrong.append(f"the answer was {answer}, the jobs are {[job.id for job in jobs]}")
-    if len(jobs) != _kept_answers(data):
-        wrong.append(f"{len(jobs)} jobs, but {_kept_answers(data)} kept answers")
+        faults.append(f"the answer was {answer}, the jobs are {[job.id for job in jobs]}")
+    if len(jobs) != _stored_answers(data):
+        faults.append(f"{len(jobs)} jobs, but {_stored_answers(data)} stored answers")
     if jobs:
-        wrong += _broken_submission(data, jobs[0])
-    again = _send_again(data)
-    if [job.id for job in data.service.jobs.list_jobs()] != [again] or (jobs and again != jobs[0].id):
-        wrong.append(f"the same key made {again} beside {[job.id for job in jobs]}")
-    return wrong + _broken_submission(data, data.job)
+        faults += _submission_faults(data, jobs[0])
+    repeated = _send_again(data)
+    if [job.id for job in data.service.jobs.list_jobs()] != [repeated] or (jobs and repeated != jobs[0].id):
+        faults.append(f"the same key made {repeated} beside {[job.id for job in jobs]}")
+    return faults + _submission_faults(data, data.job)
 
 
 def _once() -> Once[Submission]:
@@ -91,24 +93,26 @@ def _send_again(data: DataDirectory) -> str:
         return str(replay.answer["job"])
 
 
-def _kept_answers(data: DataDirectory) -> int:
+def _stored_answers(data: DataDirectory) -> int:
+    """Number of stored answers to requests with an idempotency key."""
     with data.database.read() as connection:
         return len(connection.execute(sa.select(idempotency_keys)).all())
 
 
-def _broken_submission(data: DataDirectory, job: Job) -> list[str]:
-    wrong = data.misfits(job)
+def _submission_faults(data: DataDirectory, job: Job) -> list[str]:
+    faults = data.inconsistencies(job)
     if job.status is not JobStatus.QUEUED:
-        wrong.append(f"the new job is {job.status}")
+        faults.append(f"the new job is {job.status}")
     dataset = data.service.datasets.get(job.dataset_id)
-    return wrong + _other_bytes(data, dataset_key(dataset.sha256), dataset.sha256)
+    return faults + _object_faults(data, dataset_key(dataset.sha256), dataset.sha256)
 
 
-def _other_bytes(data: DataDirectory, key: str, sha256: str) -> list[str]:
+def _object_faults(data: DataDirectory, key: str, sha256: str) -> list[str]:
+    """The fault of an object that is missing or has another SHA-256."""
     try:
         content = b"".join(data.artifacts.read(key))
     except NotFound:
-        return [f"{key} is not there"]
+        return [f"{key} is missing"]
     return [] if hashlib.sha256(content).hexdigest() == sha256 else [f"{key} has other bytes"]
 
 
@@ -116,28 +120,30 @@ def _other_bytes(data: DataDirectory, key: str, sha256: str) -> list[str]:
 
 
 def _checkpoint(name: str, start: str, before: int | None, step: int, metrics: str) -> Scenario:
-    """Saving the state of `step`, where the newest checkpoint has `before`."""
+    """Saves the state of `step`; the newest checkpoint before has step `before`."""
 
     def act(data: DataDirectory, answer: Answer) -> None:
         save_checkpoint(data, ATTEMPT, step, metrics)
         answer(step)
 
     def check(data: DataDirectory, answer: Any) -> list[str]:
-        found = checkpoints_of(data, ATTEMPT + 1).latest()
-        has = None if found is None else (found[0].step, found[1].decode())
+        latest = checkpoints_of(data, ATTEMPT + 1).latest()
+        step_and_metrics = None if latest is None else (latest[0].step, latest[1].decode())
         allowed = [(step, metrics)] if answer else [(step, metrics), before and (before, "once")]
-        wrong = [] if has in allowed else [f"the newest checkpoint is {has}, and could be {allowed}"]
-        if found is not None and to_files(found[0]) != states_of(data)[found[0].step]:
-            wrong.append(f"the state of step {found[0].step} came back as another")
+        faults = []
+        if step_and_metrics not in allowed:
+            faults.append(f"the newest checkpoint is {step_and_metrics}, and could be {allowed}")
+        if latest is not None and to_files(latest[0]) != states_of(data)[latest[0].step]:
+            faults.append(f"the loaded state of step {latest[0].step} differs from the saved one")
         save_checkpoint(data, ATTEMPT + 1, 4)
         last = checkpoints_of(data, ATTEMPT + 2).latest()
         if last is None or last[0].step != 4:
-            wrong.append("the next checkpoint cannot be loaded")
+            faults.append("the next checkpoint cannot be loaded")
         names = {path.name for path in (data.path / "checkpoints" / "job").iterdir()}
-        before_it = names - {f"step-{4:08d}.a{ATTEMPT + 1}"}
-        if len(before_it) != (found is not None) or not all(WHOLE.fullmatch(name) for name in before_it):
-            wrong.append(f"after the next checkpoint there are {sorted(names)}")
-        return wrong
+        older = names - {f"step-{4:08d}.a{ATTEMPT + 1}"}
+        if len(older) != (latest is not None) or not all(CHECKPOINT.fullmatch(name) for name in older):
+            faults.append(f"after the next checkpoint there are {sorted(names)}")
+        return faults
 
     return Scenario(name, start, act, check)
 
@@ -152,25 +158,27 @@ def publish_and_succeed(data: DataDirectory, answer: Answer) -> None:
 
 
 def check_published(data: DataDirectory, answer: Any) -> list[str]:
-    job, wrong = data.job, data.damage()
-    wrong += data.misfits(job)
+    job, faults = data.job, data.damage()
+    faults += data.inconsistencies(job)
     if answer and job.status is not JobStatus.SUCCEEDED:
-        wrong.append(f"it was told that the job has succeeded, but it is {job.status}")
-    wrong += _broken_publication(data, job, ATTEMPT)
+        faults.append(f"the answer was that the job has succeeded, but it is {job.status}")
+    faults += _publication_faults(data, job, ATTEMPT)
     attempt = ATTEMPT
     if job.status is JobStatus.RUNNING:
         attempt += 1
         data.queue.died(Claim(job.id, ATTEMPT), {"message": "killed"})
         data.queue.claim("another worker")
         _publish(data, attempt)
-    wrong += data.misfits(data.job)
+    faults += data.inconsistencies(data.job)
     published = data.service.artifacts.list_files(job.id)
     for artifact in published:
-        wrong += _other_bytes(data, artifact.key, artifact.file.sha256)
+        faults += _object_faults(data, artifact.key, artifact.file.sha256)
     data.artifacts.remove_attempts(job.id, keep=attempt)
-    left = {str(path.relative_to(data.path / "artifacts")) for path in data.path.glob("artifacts/jobs/**/*")}
+    remaining = {str(path.relative_to(data.path / "artifacts")) for path in data.path.glob("artifacts/jobs/**/*")}
     expected = {artifact.key for artifact in published} | {f"jobs/{job.id}", f"jobs/{job.id}/{attempt}"}
-    return wrong if left == expected else [*wrong, f"left or missing at the end: {sorted(left ^ expected)}"]
+    if remaining != expected:
+        faults.append(f"left over or missing at the end: {sorted(remaining ^ expected)}")
+    return faults
 
 
 def _publish(data: DataDirectory, token: int) -> None:
@@ -192,24 +200,24 @@ def _publish(data: DataDirectory, token: int) -> None:
     data.queue.succeed(Claim(job.id, token), {"attempt": token})
 
 
-def _broken_publication(data: DataDirectory, job: Job, attempt: int) -> list[str]:
-    """What a manifest that is there names, and is not so."""
+def _publication_faults(data: DataDirectory, job: Job, attempt: int) -> list[str]:
+    """Files of the manifest, if there is one, that are missing or differ; a succeeded job without a manifest."""
     try:
         content = b"".join(data.artifacts.read(job_key(job.id, attempt, MANIFEST)))
     except NotFound:
         return ["there is no manifest"] if job.status is JobStatus.SUCCEEDED else []
     manifest = Manifest.model_validate_json(content)
-    wrong = []
+    faults = []
     for file in manifest.files:
-        wrong += _other_bytes(data, job_key(job.id, attempt, file.name), file.sha256)
-    return wrong
+        faults += _object_faults(data, job_key(job.id, attempt, file.name), file.sha256)
+    return faults
 
 
 # --- finish
 
 
 def _transition(name: str, start: str, after: JobStatus, act: Callable[[Queue, Claim], object]) -> Scenario:
-    """A job's way from `start`, a status and the name of a data directory, to `after`."""
+    """A job's transition from `start`, which is a status and the name of a data directory, to `after`."""
 
     def move(data: DataDirectory, answer: Answer) -> None:
         act(data.queue, Claim(data.job.id, ATTEMPT))
@@ -218,23 +226,23 @@ def _transition(name: str, start: str, after: JobStatus, act: Callable[[Queue, C
 
     def check(data: DataDirectory, answer: Any) -> list[str]:
         job = data.job
-        wrong, past = data.damage() + data.misfits(job), _PAST[start]
-        if data.statuses(job) not in ([[*past, after]] if answer else [past, [*past, after]]):
-            wrong.append(f"the job went through {data.statuses(job)}")
+        faults, history = data.damage() + data.inconsistencies(job), _HISTORIES[start]
+        if data.statuses(job) not in ([[*history, after]] if answer else [history, [*history, after]]):
+            faults.append(f"the job's statuses are {data.statuses(job)}")
         try:
             repeated = act(data.queue, Claim(job.id, ATTEMPT)) is not None or start != "queued"
         except ClaimLost:
             repeated = False
         if repeated is not (job.status == start):
-            wrong.append(f"from {job.status}, {name} {'was done again' if repeated else 'is not possible any more'}")
-        if data.statuses(job) != [*past, after]:
-            wrong.append(f"in the end the job went through {data.statuses(job)}")
-        return wrong + data.misfits(data.job)
+            faults.append(f"from {job.status}, {name} {'was done again' if repeated else 'is not possible any more'}")
+        if data.statuses(job) != [*history, after]:
+            faults.append(f"the job's statuses in the end are {data.statuses(job)}")
+        return faults + data.inconsistencies(data.job)
 
     return Scenario(name, start, move, check)
 
 
-_PAST: dict[str, list[str]] = {"queued": ["queued"], "running": ["queued", "running"]}
+_HISTORIES: dict[str, list[str]] = {"queued": ["queued"], "running": ["queued", "running"]}
 
 
 def report(data: DataDirectory, answer: Answer) -> None:
@@ -245,11 +253,11 @@ def report(data: DataDirectory, answer: Answer) -> None:
 
 
 def check_reported(data: DataDirectory, answer: Any) -> list[str]:
-    job, wrong = data.job, data.damage()
-    told = [record["step"] for record in data.service.jobs.metrics(job.id)]
-    if (job.step, job.checkpoint_step, told) not in [(3, 3, [3]), *([] if answer else [(0, 0, [])])]:
-        wrong.append(f"step {job.step}, checkpoint of step {job.checkpoint_step}, metrics of steps {told}")
-    return wrong + data.misfits(job)
+    job, faults = data.job, data.damage()
+    steps = [record["step"] for record in data.service.jobs.metrics(job.id)]
+    if (job.step, job.checkpoint_step, steps) not in [(3, 3, [3]), *([] if answer else [(0, 0, [])])]:
+        faults.append(f"step {job.step}, checkpoint of step {job.checkpoint_step}, metrics of steps {steps}")
+    return faults + data.inconsistencies(job)
 
 
 SCENARIOS = (

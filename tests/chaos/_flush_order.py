@@ -1,4 +1,4 @@
-"""Whether what was answered would survive a power cut, by the order of the calls."""
+"""Durability of an answer across a power cut, from the order of writes, flushes and renames."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import PurePath
 from tests.chaos._syscalls import ANSWERED, Call
 
 SCRATCH = ("tmp/", "state.db-shm")
-"""What need not survive a power cut."""
-ASIDE = ("removed-", "bad-")
+"""Paths that need not survive a power cut"""
+DISCARDED = ("removed-", "bad-")
+"""Name prefixes of checkpoints that are about to be removed"""
 
 
 def unflushed_at_answer(calls: Sequence[Call]) -> list[str]:
-    """What a power cut right after the answer could take away; checkpoints that had their name too early, or lost it
-    before that of the one in their place was on the disk.
+    """Writes that a power cut right after the answer could undo, and renames of checkpoints that came too early.
 
-    A file has to be flushed after its last write, and a directory after a name in it was changed.
+    A file must be flushed after its last write, a directory after the last change of a name in it. A checkpoint gets
+    its name after its files are flushed, and loses it after the name of its replacement is.
     """
     dirty_files: set[str] = set()
     dirty_directories: set[str] = set()
@@ -31,16 +32,16 @@ def unflushed_at_answer(calls: Sequence[Call]) -> list[str]:
         elif call.name.startswith(("rename", "link", "mkdir")):
             source = call.paths[0]
             if PurePath(path).name.startswith("step-"):
-                torn = sorted(dirty for dirty in dirty_files | dirty_directories if _is_in(dirty, source))
-                early += [f"{dirty} was not flushed before {call}" for dirty in torn]
+                unflushed = sorted(dirty for dirty in dirty_files | dirty_directories if _is_in(dirty, source))
+                early += [f"{dirty} was not flushed before {call}" for dirty in unflushed]
             if call.name.startswith("rename"):
-                # A checkpoint that is about to be removed need not have its new name for good.
-                if PurePath(path).name.startswith(ASIDE):
+                # The new name of a checkpoint that is about to be removed need not be durable.
+                if PurePath(path).name.startswith(DISCARDED):
                     if str(PurePath(path).parent) in dirty_directories:
                         early.append(f"{PurePath(path).parent} was not flushed before {call}")
                     continue
-                dirty_files = {_moved(file, source, path) for file in dirty_files}
-                dirty_directories = {_moved(directory, source, path) for directory in dirty_directories}
+                dirty_files = {_renamed(file, source, path) for file in dirty_files}
+                dirty_directories = {_renamed(directory, source, path) for directory in dirty_directories}
             dirty_directories |= {str(PurePath(path).parent)} | ({path} if call.name.startswith("mkdir") else set())
         else:
             dirty_files = {file for file in dirty_files if not _is_in(file, path)}
@@ -53,5 +54,6 @@ def _is_in(path: str, directory: str) -> bool:
     return PurePath(path).is_relative_to(directory)
 
 
-def _moved(path: str, source: str, to: str) -> str:
-    return str(PurePath(to) / PurePath(path).relative_to(source)) if _is_in(path, source) else path
+def _renamed(path: str, source: str, target: str) -> str:
+    """The path after `source` was renamed to `target`."""
+    return str(PurePath(target) / PurePath(path).relative_to(source)) if _is_in(path, source) else path

@@ -1,4 +1,4 @@
-"""How long a claim takes in a queue with a long past, on both databases: `python -m tests.chaos.claim_latency`."""
+"""Latency of claims in a queue with a long history, on both databases: `python -m tests.chaos.claim_latency`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tests.postgres import NOT_INSTALLED, installed_programs, running_postgres
 MAX_P99_MS = 10
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 METRICS = {"loss": 1.7342, "learning_rate": 0.0002, "grad_norm": 0.2871, "tokens_per_s": 812.4}
-ROWS_AT_A_TIME = 2_000
+BATCH_ROWS = 2_000
 
 
 def measure(url: str, finished: int = 100_000, queued: int = 1_000, claims: int = 1_000) -> float:
-    """The 99th percentile of `Queue.claim` in ms, one claim after the other, over a database that is new."""
+    """The 99th percentile of sequential calls of `Queue.claim` in ms, on a new database at `url`."""
     database = Database(url)
     try:
         database.migrate()
@@ -51,19 +51,19 @@ def _claim_ms(queue: Queue) -> float:
 
 def _fill(connection: Connection, finished: int, queued: int) -> None:
     dataset = insert_dataset(connection, new_dataset())
-    for rows in _in_parts(finished + queued):
+    for rows in _batches(finished + queued):
         connection.execute(jobs.insert(), [_job(i, dataset.id, ended=i < finished) for i in rows])
         connection.execute(events.insert(), [event for i in rows for event in _events(i, ended=i < finished)])
 
 
-def _in_parts(count: int) -> Iterator[range]:
-    for start in range(0, count, ROWS_AT_A_TIME):
-        yield range(start, min(start + ROWS_AT_A_TIME, count))
+def _batches(count: int) -> Iterator[range]:
+    for start in range(0, count, BATCH_ROWS):
+        yield range(start, min(start + BATCH_ROWS, count))
 
 
 def _job(i: int, dataset_id: str, *, ended: bool) -> dict[str, Any]:
-    """A row as the service leaves it; every job has the same columns, so that many are inserted at a time."""
-    priority = int(i % 7 == 0)  # most jobs leave it as it is
+    """A row as the service writes it; every job has the same columns, so that many are inserted at once."""
+    priority = int(i % 7 == 0)  # most jobs have the default
     spec = JobSpec.model_validate({"base_model": "tiny", "priority": priority}).model_dump(mode="json")
     at = START + timedelta(seconds=i)
     outcomes = (JobStatus.SUCCEEDED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
@@ -105,11 +105,11 @@ def _print(name: str, p99_ms: float) -> None:
 
 
 def main() -> None:
-    # Not /tmp, which may lie in memory: the figure is about a disk.
+    # Not /tmp, which may be in memory: the figure is for a disk.
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
         _print("SQLite", measure(f"sqlite:///{Path(directory) / 'state.db'}"))
     if installed_programs() is not None:
-        # With fsync, unlike the tests' server.
+        # With fsync, unlike the server of the tests.
         with running_postgres([], parent=Path("/var/tmp")) as server:
             _print("PostgreSQL", measure(server.create("claims")))
     else:

@@ -1,4 +1,7 @@
-"""Real checkpoints of a training, truncated, flipped, with files removed or exchanged: none of them may be loaded."""
+"""Damaged checkpoints of a real training: none may be loaded, and the checkpoint before must be loaded instead.
+
+Damages truncate a file, flip its bits, remove it or exchange it.
+"""
 
 from __future__ import annotations
 
@@ -18,43 +21,44 @@ LAST, BEFORE = "step-00000012.a1", "step-00000011.a1"
 
 
 @dataclass(frozen=True)
-class Damages:
-    """What came of them."""
+class DamageResult:
+    """Outcome of damaged checkpoints."""
 
     damages: int
     loaded: list[str]
-    """Damaged checkpoints that were loaded: how they were damaged"""
+    """Damages with which the checkpoint was loaded"""
     not_replaced: list[str]
-    """Damages after which the whole checkpoint before was not loaded"""
+    """Damages after which the checkpoint before was not loaded either"""
     kinds: dict[str, int]
+    """Number of damages by kind"""
     seconds: float
 
 
-def damage_many(tiny_model: Path, directory: Path, times: int, *, seed: int = 0) -> Damages:
-    """Trains twelve steps, and damages the last of the two checkpoints that are kept so many times."""
-    started, chance = time.monotonic(), random.Random(seed)
+def damage_many(tiny_model: Path, directory: Path, times: int, *, seed: int = 0) -> DamageResult:
+    """Trains twelve steps, and damages a copy of the last checkpoint `times` times; the one before stays intact."""
+    started, generator = time.monotonic(), random.Random(seed)
     pristine, damaged = directory / "pristine", directory / "damaged"
-    train(tiny_model, pristine)
+    _train(tiny_model, pristine)
     assert names(pristine) == [BEFORE, LAST]
-    whole = _contents(pristine / LAST)
+    intact = _contents(pristine / LAST)
     loaded, not_replaced, kinds = list[str](), list[str](), Counter[str]()
     while kinds.total() < times:
         shutil.copytree(pristine, damaged)
-        damage, file = chance.choice(DAMAGE), chance.choice(sorted((damaged / LAST).iterdir()))
-        damage(file, chance)
-        # A file that both checkpoints have alike is not damaged by the other's.
-        if not (damaged / LAST).exists() or _contents(damaged / LAST) != whole:
-            what = f"{damage.__name__} {file.name}"
+        damage, file = generator.choice(DAMAGE), generator.choice(sorted((damaged / LAST).iterdir()))
+        damage(file, generator)
+        # Exchanging a file that is equal in both checkpoints is no damage.
+        if not (damaged / LAST).exists() or _contents(damaged / LAST) != intact:
+            description = f"{damage.__name__} {file.name}"
             kinds[damage.__name__] += 1
-            found = Checkpoints(damaged, 9).latest()
-            if found is None or found[0].step != 11:
-                (not_replaced if found is None else loaded).append(what)
+            latest = Checkpoints(damaged, 9).latest()
+            if latest is None or latest[0].step != 11:
+                (not_replaced if latest is None else loaded).append(description)
         shutil.rmtree(damaged)
-    return Damages(times, loaded, not_replaced, dict(kinds), round(time.monotonic() - started, 1))
+    return DamageResult(times, loaded, not_replaced, dict(kinds), round(time.monotonic() - started, 1))
 
 
-def train(tiny_model: Path, directory: Path) -> None:
-    """Twelve steps on NF4 with a checkpoint after each; the last two stay."""
+def _train(tiny_model: Path, directory: Path) -> None:
+    """Twelve steps on NF4 with a checkpoint after each; the last two are kept."""
     recorder = Recorder()
     keeper = Keeper(Checkpoints(directory, 1), recorder)
     keeper.is_due = True

@@ -1,7 +1,7 @@
-"""A job killed after every one of its steps, each time resumed by another process: the same adapter every time.
+"""Jobs killed after each of their steps and resumed by another process: all must publish the same adapter.
 
 `python -m tests.chaos.resume_every_step DATA_DIR '{"job_…": 3, …}'` runs the queued jobs of a data directory, and kills
-the first attempt at each after the step that is named for it. It imports torch once and forks a process per attempt.
+the first attempt of each after the given step. It imports torch once and forks a process per attempt.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from qlora_service.queue.claim import Claim
 from qlora_service.queue.queue import Queue
 from qlora_service.settings import Settings
 from qlora_service.store.database import Database
-from tests.chaos._verdict import judge
+from tests.chaos._verdict import check_jobs
 from tests.workspace import ROOT, Workspace, job_spec
 
 OPTIMIZERS = ("paged_adamw_32bit", "paged_adamw_8bit")
-AT_ONCE = 2
-# 64 x 64 elements: bitsandbytes keeps smaller states in 32 bits.
+CONCURRENT_ATTEMPTS = 2
+# Rank 64 gives weights of 64 x 64 elements: bitsandbytes keeps the states of smaller ones in 32 bits.
 ADAPTER = {"r": 64, "lora_dropout": 0.1}
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """What came of it. Nothing went wrong when `wrong` is empty."""
+    """Outcome of the kills: correct if `wrong` is empty."""
 
     resumed: int
     """Jobs that were killed once and succeeded in their second attempt"""
     wrong: list[str]
     adapters: dict[str, int]
-    """How many different adapters each optimizer gave, the undisturbed one's among them"""
+    """Number of different adapters per optimizer, including that of the undisturbed job"""
     seconds: float
 
 
 def run(workspace: Workspace, steps: int, optimizers: Sequence[str] = OPTIMIZERS) -> Resumed:
-    """Jobs of so many steps with each optimizer: one undisturbed, and one killed after each of the steps."""
+    """Runs jobs of `steps` steps with each optimizer: one undisturbed, and one killed after each step."""
     started = time.monotonic()
     jobs: dict[str, list[str]] = {}
     for optim in optimizers:
@@ -66,7 +66,7 @@ def run(workspace: Workspace, steps: int, optimizers: Sequence[str] = OPTIMIZERS
     assert server.returncode == 0, log.read_text()
     wrong, resumed, adapters = list[str](), 0, dict[str, int]()
     for optim, (undisturbed, *killed) in jobs.items():
-        verdict = judge(workspace, undisturbed, killed, steps)
+        verdict = check_jobs(workspace, undisturbed, killed, steps)
         wrong += [f"{optim}, {fault}" for fault in verdict.lost + verdict.published_twice + verdict.wrong]
         ended = [workspace.service.jobs.get(job_id) for job_id in (undisturbed, *killed)]
         succeeded = [job for job in ended if job.status is JobStatus.SUCCEEDED]
@@ -76,7 +76,7 @@ def run(workspace: Workspace, steps: int, optimizers: Sequence[str] = OPTIMIZERS
 
 
 def serve(data_dir: Path, kills: dict[str, int]) -> None:
-    """Runs queued jobs until there are none; the supervisor's part, for forked trainers."""
+    """Runs queued jobs until none is left, as a supervisor of forked trainers."""
     import workers.trainer.attempt
     import workers.trainer.trainer  # noqa: F401 - with torch, once for all attempts
 
@@ -84,10 +84,10 @@ def serve(data_dir: Path, kills: dict[str, int]) -> None:
     lifeline, held_end = socket.socketpair()
     running: dict[int, Claim] = {}
     while True:
-        # No connection may be open in two processes: SQLite's locks would be mixed up.
+        # Closed before the fork: SQLite's locks break if two processes have the same connection open.
         database = Database(settings.resolved_database_url)
         queue = Queue(database, lease_s=settings.lease_s)
-        claimed = queue.claim("forks") if len(running) < AT_ONCE else None
+        claimed = queue.claim("forks") if len(running) < CONCURRENT_ATTEMPTS else None
         database.close()
         if claimed is not None:
             claim, _ = claimed
@@ -107,7 +107,7 @@ def serve(data_dir: Path, kills: dict[str, int]) -> None:
 
 
 def _attempt(claim: Claim, kill_after: int, settings: Settings, lifeline: socket.socket) -> None:
-    """The forked process: a trainer that kills itself when a step is reported; 0 is never. Does not return."""
+    """The forked process: a trainer that kills itself after step `kill_after`; 0 for never. Does not return."""
     from qlora_service.training.loop import StepMetrics
     from workers.supervisor_channel import SupervisorLine
     from workers.trainer import trainer

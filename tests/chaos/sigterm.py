@@ -1,7 +1,7 @@
-"""A worker is stopped at random moments of its jobs: no completed step may be lost, and it is gone within 8 seconds.
+"""Workers stopped by SIGTERM at random moments: no completed step may be lost, and the worker ends within 8 seconds.
 
-One of its two jobs has steps and evaluations of seconds, so that most moments are in the middle of one; the other is
-short, so that some moments are in its publishing. Both go on in the next worker.
+The worker runs two jobs: one with steps and evaluations that take seconds, so that most stops are in the middle of one,
+and a short one, so that some stops are while it publishes. Both resume in the next worker.
 """
 
 from __future__ import annotations
@@ -18,33 +18,34 @@ from tests.workspace import Workspace, job_spec, trainers_of
 
 ROWS = [{"instruction": f"Count to {n}", "output": " ".join(map(str, range(n % 40, n % 40 + 20)))} for n in range(600)]
 IMPORT_S = 4.0
-"""About what a trainer needs before it begins with its job"""
+"""Approximate time that a trainer takes to import its libraries"""
 
 
 @dataclass(frozen=True)
 class Stops:
-    """What came of it."""
+    """Outcome of the stops."""
 
     trainers: int
-    """Trainers that were stopped"""
+    """Number of stopped trainers"""
     lost_steps: int
     """Steps that were reported and are in no checkpoint"""
     exit_s: list[float]
     """From SIGTERM to the worker's end"""
     wrong: list[str]
+    """Workers and jobs that did not end as expected"""
     phases: dict[str, int]
-    """What trainers did when the signal came"""
+    """Number of stops by the job's phase"""
     seconds: float
 
 
 def run(workspace: Workspace, times: int, *, seed: int = 0) -> Stops:
-    """Starts and stops a worker so often."""
-    started, chance = time.monotonic(), random.Random(seed)
+    """Starts and stops a worker `times` times."""
+    started, generator = time.monotonic(), random.Random(seed)
     slow, short = workspace.submit_spec(_slow_spec()), workspace.submit(max_steps=4)
     lost, trainers, exit_s, wrong, phases = 0, 0, list[float](), list[str](), Counter[str]()
     for number in range(times):
         with workspace.worker(QLORA_SLOTS="2", QLORA_LEASE_S="30") as worker:
-            _wait_for_moment(workspace, worker.pid, (slow, short), number, chance)
+            _wait_for_moment(workspace, worker.pid, (slow, short), number, generator)
             running = {claim.job_id for claim in trainers_of(worker.pid).values()}
             phases.update(workspace.service.jobs.get(job_id).phase or "ended" for job_id in running)
             trainers += len(running)
@@ -67,7 +68,7 @@ def run(workspace: Workspace, times: int, *, seed: int = 0) -> Stops:
 
 
 def _slow_spec() -> dict[str, Any]:
-    """Steps of 300 rows, each followed by an evaluation of 300."""
+    """A job with steps of 300 rows, each followed by an evaluation on 300 rows."""
     spec = job_spec(max_steps=10_000, batch_size=300, micro_batch_tokens=128)
     return spec | {
         "dataset": {"rows": ROWS},
@@ -77,33 +78,35 @@ def _slow_spec() -> dict[str, Any]:
 
 
 def _wait_for_moment(
-    workspace: Workspace, worker: int, job_ids: tuple[str, str], number: int, chance: random.Random
+    workspace: Workspace, worker: int, job_ids: tuple[str, str], number: int, generator: random.Random
 ) -> None:
-    """Returns at a random moment: in turn of the long steps and evaluations, of publishing, and of the start."""
+    """Returns at a random moment of, in turn, the slow steps and evaluations, publishing, and the trainers' start."""
     slow, short = job_ids
     deadline = time.monotonic() + 120
 
-    def wait_for(job_id: str, reached: set[str]) -> None:
-        while not _has_reached(workspace.service.jobs.get(job_id), reached):
+    def wait_for(job_id: str, phases: set[str]) -> None:
+        while not _has_reached(workspace.service.jobs.get(job_id), phases):
             assert time.monotonic() < deadline, workspace.service.jobs.get(job_id)
             time.sleep(0.01)
 
     if number % 3 == 0:
         wait_for(slow, {"training"})
-        time.sleep(chance.uniform(0, 4))
+        time.sleep(generator.uniform(0, 4))
     elif number % 3 == 1:
         wait_for(short, {"publishing", "certifying"})
-        time.sleep(chance.uniform(0, 0.2))
+        time.sleep(generator.uniform(0, 0.2))
     else:
         while len(trainers_of(worker)) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        time.sleep(chance.uniform(0, IMPORT_S))
+        time.sleep(generator.uniform(0, IMPORT_S))
 
 
 def _has_reached(job: Job, phases: set[str]) -> bool:
+    """Whether the job is in one of the phases, or has ended."""
     return job.status.terminal or job.phase in phases
 
 
 def _last_step(workspace: Workspace, job_id: str) -> int:
+    """The last step in the job's metrics; 0 before the first."""
     return max((record["step"] for record in workspace.service.jobs.metrics(job_id) if "loss" in record), default=0)

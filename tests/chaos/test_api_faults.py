@@ -1,4 +1,4 @@
-"""The API killed, its database locked and its disk full: real processes, real locks, a real disk without room."""
+"""The API when it is killed, its database is locked, or its disk is full: real processes, locks and disks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tests.running_api import ROWS, RunningApi, open_queue
 SPEC = {"base_model": "tiny", "dataset": {"rows": ROWS}, "training": {"max_seq_len_tokens": 64}}
 KEY = {"Idempotency-Key": "one"}
 
-IMPATIENT = "from qlora_service.store import database; database.BUSY_TIMEOUT_MS = 400"
+SHORT_LOCK_TIMEOUT = "from qlora_service.store import database; database.BUSY_TIMEOUT_MS = 400"
 
-# Dies once, when the work of the first request is on disk and before its answer leaves.
+# Kills the API once, after the first request's commit and before its answer.
 DIES_ONCE = """
 import os, pathlib, signal, threading
 from contextlib import contextmanager
@@ -66,7 +66,7 @@ def jobs(api: RunningApi) -> list[str]:
     return [job["id"] for job in httpx2.get(f"{api.url}/jobs").json()["data"]]
 
 
-def test_sdk_makes_one_job_when_the_answer_to_its_first_try_is_lost(data_dir: Path) -> None:
+def test_sdk_creates_one_job_when_the_first_answer_is_lost(data_dir: Path) -> None:
     with RunningApi(data_dir, DIES_ONCE) as api, Client(api.url) as client:
         submitted: list[str] = []
         submitting = threading.Thread(target=lambda: submitted.append(client.submit(SPEC).id))
@@ -80,7 +80,7 @@ def test_sdk_makes_one_job_when_the_answer_to_its_first_try_is_lost(data_dir: Pa
         assert jobs(api) == submitted
 
 
-def test_stream_shows_every_event_once_however_often_the_api_is_killed(data_dir: Path) -> None:
+def test_stream_has_every_event_once_across_kills_of_the_api(data_dir: Path) -> None:
     queue, events = open_queue(data_dir), list[Event]()
     with RunningApi(data_dir) as api, Client(api.url, patience_s=120) as client:
         job_id = client.submit(SPEC).id
@@ -89,12 +89,12 @@ def test_stream_shows_every_event_once_however_often_the_api_is_killed(data_dir:
         claim = claimed[0]
         reader = threading.Thread(target=lambda: events.extend(client.watch(job_id)))
         reader.start()
-        over = threading.Event()
+        ended = threading.Event()
 
         def train() -> None:
             for step in range(1, 10_000):
                 queue.report(claim, Progress(step=step), ("metrics", {"attempt": claim.token, "step": step}))
-                if over.wait(0.01):
+                if ended.wait(0.01):
                     break
             queue.fail(claim, {"code": "job_failed", "message": "no"})
 
@@ -104,44 +104,44 @@ def test_stream_shows_every_event_once_however_often_the_api_is_killed(data_dir:
             time.sleep(0.6)
             api.stop(signal.SIGKILL)
             api.start()
-        over.set()
+        ended.set()
         training.join()
         reader.join(120)
-        stored = client_events(api.url, job_id)
+        stored = stored_events(api.url, job_id)
     assert [event.seq for event in events] == stored
     steps = [event.data["step"] for event in events if event.type == "metrics"]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) > 50
 
 
-def client_events(url: str, job_id: str) -> list[int]:
-    """The numbers of all events, read in one go."""
+def stored_events(url: str, job_id: str) -> list[int]:
+    """The sequence numbers of all events, read without interruption."""
     with Client(url) as client:
         return [event.seq for event in client.events(job_id)]
 
 
-def test_database_locked_for_long_is_a_503_and_no_job(data_dir: Path) -> None:
-    with RunningApi(data_dir, IMPATIENT) as api:
+def test_locked_database_gives_503_and_no_job(data_dir: Path) -> None:
+    with RunningApi(data_dir, SHORT_LOCK_TIMEOUT) as api:
         with lock(data_dir):
             refused = httpx2.post(f"{api.url}/jobs", json=SPEC, headers=KEY, timeout=20)
             assert refused.status_code == 503
             assert int(refused.headers["Retry-After"]) > 0
             assert "locked" in refused.json()["error"]["message"]
-            # Who only reads does not wait for who writes.
+            # Readers do not wait for the writer.
             assert jobs(api) == []
             assert httpx2.get(f"{api.url}/readyz").status_code == 200
-        again = httpx2.post(f"{api.url}/jobs", json=SPEC, headers=KEY, timeout=20)
-        assert (again.status_code, "Idempotent-Replayed" in again.headers) == (201, False)
-        assert jobs(api) == [again.json()["id"]]
+        accepted = httpx2.post(f"{api.url}/jobs", json=SPEC, headers=KEY, timeout=20)
+        assert (accepted.status_code, "Idempotent-Replayed" in accepted.headers) == (201, False)
+        assert jobs(api) == [accepted.json()["id"]]
 
 
-def test_many_requests_at_a_locked_database_are_all_told_to_try_again(data_dir: Path) -> None:
+def test_concurrent_requests_to_a_locked_database_all_get_503(data_dir: Path) -> None:
     statuses: list[int] = []
 
     def post(url: str) -> None:
         statuses.append(httpx2.post(f"{url}/jobs", json=SPEC, timeout=60).status_code)
 
-    with RunningApi(data_dir, IMPATIENT) as api:
+    with RunningApi(data_dir, SHORT_LOCK_TIMEOUT) as api:
         with lock(data_dir):
             threads = [threading.Thread(target=post, args=(api.url,)) for _ in range(20)]
             for thread in threads:
@@ -152,8 +152,8 @@ def test_many_requests_at_a_locked_database_are_all_told_to_try_again(data_dir: 
         assert jobs(api) == []
 
 
-def test_sdk_outlasts_a_locked_database(data_dir: Path) -> None:
-    with RunningApi(data_dir, IMPATIENT) as api, Client(api.url) as client:
+def test_sdk_retries_until_the_database_is_unlocked(data_dir: Path) -> None:
+    with RunningApi(data_dir, SHORT_LOCK_TIMEOUT) as api, Client(api.url) as client:
         submitted: list[str] = []
         submitting = threading.Thread(target=lambda: submitted.append(client.submit(SPEC).id))
         with lock(data_dir):
@@ -167,7 +167,7 @@ def test_sdk_outlasts_a_locked_database(data_dir: Path) -> None:
         assert len(submitted) == 1
 
 
-def test_database_locked_for_a_moment_is_waited_for(data_dir: Path) -> None:
+def test_request_waits_for_a_short_database_lock(data_dir: Path) -> None:
     with RunningApi(data_dir) as api:
         answers: list[int] = []
         posting = threading.Thread(
@@ -183,7 +183,7 @@ def test_database_locked_for_a_moment_is_waited_for(data_dir: Path) -> None:
 
 @pytest.fixture
 def on_small_disk(tmp_path: Path) -> Iterator[RunningApi]:
-    """An API whose data directory is a disk of 3 MiB of its own."""
+    """An API whose data directory is a file system of 3 MiB."""
     environment = {"QLORA_DATA_DIR": str(tmp_path), "PATH": "/usr/bin:/bin:/usr/sbin:/sbin"}
     allowed = subprocess.run([*SMALL_DISK, "true"], env=environment, capture_output=True, check=False)
     if allowed.returncode != 0:
@@ -197,7 +197,7 @@ def on_small_disk(tmp_path: Path) -> Iterator[RunningApi]:
     lambda url, rows: httpx2.post(f"{url}/datasets", content=rows, headers=KEY),
     lambda url, rows: httpx2.post(f"{url}/datasets", files={"file": ("a.jsonl", rows)}, headers=KEY),
 ], ids=["raw", "form"])  # fmt: skip
-def test_full_disk_refuses_an_upload_and_keeps_nothing_of_it(
+def test_full_disk_refuses_an_upload_and_leaves_no_file(
     on_small_disk: RunningApi, send: Callable[[str, bytes], httpx2.Response], size: int
 ) -> None:
     line = json.dumps({"prompt": "x" * 1000, "completion": "y"}).encode() + b"\n"
@@ -205,10 +205,10 @@ def test_full_disk_refuses_an_upload_and_keeps_nothing_of_it(
     assert refused.status_code == 503
     assert refused.headers["Retry-After"]
     assert "no space left" in refused.json()["error"]["message"]
-    seen = Path(f"/proc/{on_small_disk.pid()}/root{on_small_disk.data_dir}")
-    left = [path for name in ("artifacts", "tmp") for path in (seen / name).rglob("*") if path.is_file()]
+    data_dir = Path(f"/proc/{on_small_disk.pid()}/root{on_small_disk.data_dir}")  # in the mount namespace of the API
+    left = [path for name in ("artifacts", "tmp") for path in (data_dir / name).rglob("*") if path.is_file()]
     assert left == []
     assert httpx2.get(f"{on_small_disk.url}/datasets").json()["data"] == []
-    # There is room again, and the key is free.
+    # The disk has room again, and the idempotency key is unused.
     stored = send(on_small_disk.url, line * 20)
     assert (stored.status_code, stored.json()["rows"]) == (201, 20)

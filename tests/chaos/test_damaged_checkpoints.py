@@ -6,6 +6,6 @@ from tests.chaos.damaged_checkpoints import damage_many
 
 
 def test_no_damaged_checkpoint_is_loaded(tiny_model: Path, tmp_path: Path) -> None:
-    found = damage_many(tiny_model, tmp_path, 200)
-    assert (found.loaded, found.not_replaced) == ([], [])
-    assert len(found.kinds) >= 6
+    result = damage_many(tiny_model, tmp_path, 200)
+    assert (result.loaded, result.not_replaced) == ([], [])
+    assert len(result.kinds) >= 6

@@ -6,9 +6,7 @@ from qlora_service.models.catalog.catalog import Catalog
 from tests.chaos.idempotency import storm
 
 
-def test_a_key_makes_one_job_however_many_clients_post_it_and_however_often_the_api_dies(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_key_makes_one_job_for_many_clients_and_an_api_that_is_killed(tiny_model: Path, tmp_path: Path) -> None:
     Catalog(tmp_path / "models").import_model("tiny", tiny_model)
     outcome = storm(tmp_path, keys=50)
     assert (outcome.wrong_keys, outcome.unequal_keys, outcome.jobs) == ([], [], 50)

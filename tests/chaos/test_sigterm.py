@@ -4,7 +4,7 @@ from tests.chaos import sigterm
 from tests.workspace import Workspace
 
 
-def test_a_stopped_worker_loses_no_completed_step_and_is_soon_gone(workspace: Workspace) -> None:
+def test_a_stopped_worker_loses_no_completed_step_and_exits_soon(workspace: Workspace) -> None:
     stops = sigterm.run(workspace, 3)
     assert stops.wrong == []
     assert stops.lost_steps == 0

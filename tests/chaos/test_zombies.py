@@ -4,9 +4,9 @@ from tests.chaos import zombies
 from tests.workspace import Workspace
 
 
-def test_twenty_zombies_write_nothing_and_are_soon_gone(workspace: Workspace) -> None:
-    found = zombies.run(workspace, 20)
-    assert found.writes_accepted == []
-    assert found.gone_s <= zombies.GONE_WITHIN_S
-    assert found.zombies >= 20
-    assert found.unaware >= 5
+def test_no_write_of_twenty_zombies_is_accepted_and_they_exit_soon(workspace: Workspace) -> None:
+    result = zombies.run(workspace, 20)
+    assert result.writes_accepted == []
+    assert result.gone_s <= zombies.GONE_WITHIN_S
+    assert result.zombies >= 20
+    assert result.unaware >= 5

@@ -1,7 +1,7 @@
-"""Requests made of our own OpenAPI document, valid ones and ones that break it, at a real API process.
+"""Fuzzing of a real API process with valid and invalid requests, generated from its OpenAPI document.
 
-Every operation of the document is tried, whoever added it. Where the document has an example of an id, the requests
-have, often enough, the ids of objects that are there.
+Every operation of the document is tested. Where the document has an example of an id, many requests have the id of a
+stored object.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from qlora_service.store.database import Database
 from tests.running_api import RunningApi, open_queue, succeed
 
 MODEL = "SmolLM2-135M-Instruct"
-"""What the document's examples call a base model; here it is the tiny one"""
+"""Name of the tiny model: that of the document's examples"""
 ANSWER_S, STREAM_S, LATE_STREAM_S = 20, 0.1, 2
-"""The longest an answer may take; how long a stream is read; and how long one whose head was late"""
+"""Longest time for an answer; for reading a stream; and for reading a stream whose headers came late"""
 ID = re.compile(r"([a-z]+[_-])[0-9a-f]{22}|ft:.*")
 """The document's examples of ids and of tuned models"""
 PRELUDE = """
 import os, socket
 os.environ |= {"QLORA_KEYS": "required", "QLORA_WEBHOOK_PRIVATE": "true"}
 
-# Webhooks get hosts that are made up, but may be somebody's: all of them are this machine, where nothing listens.
+# Generated hosts of webhooks may exist: all of them resolve to this machine, where no port is open.
 def getaddrinfo(host, port, *_, **__):
     return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("127.0.0.1", port))]
 
 socket.getaddrinfo = getaddrinfo
 """
-# A document cannot say that a model is unknown, that two settings exclude each other, that a job has ended.
+# A valid request may still be refused: for an unknown model, two settings that exclude each other, or an ended job.
 ACCEPTED = ["2xx", "3xx", "400", "401", "403", "404", "409", "413", "415", "416", "422", "429"]
 CONFIG = {
     "checks": {"positive_data_acceptance": {"expected-statuses": ACCEPTED}},
-    # Every request has a good key, but for those with which the check `ignored_auth` looks for a door. Parameters and
-    # headers that nobody declared are no violation.
+    # Every request has a valid key, except those of the check `ignored_auth`. Undeclared parameters and headers are no
+    # violation.
     "generation": {"with-security-parameters": False, "allow-extra-parameters": False},
-    # No worker runs here, so nobody can answer: 503 is right, and documented.
+    # No worker runs, so chats are answered with 503, which is documented.
     "operations": [
         {
             "include-path-regex": "completions$",
@@ -69,22 +69,23 @@ CONFIG = {
 
 @dataclass(frozen=True)
 class Stand:
-    """A running API with stored objects, and its document with their ids."""
+    """A running API with stored objects, and its document with their ids as examples."""
 
     url: str
     headers: dict[str, str]
-    """With the key that every request needs"""
+    """Headers of every request, with its key"""
     schema: schemathesis.BaseSchema
 
 
 @contextmanager
 def stand(directory: Path, model: Path) -> Iterator[Stand]:
+    """Starts the API on `directory` with `model` as its base model."""
     Catalog(directory / "models").import_model(MODEL, model)
     key = _first_key(directory)
     headers = {"Authorization": f"Bearer {key}"}
     with RunningApi(directory, PRELUDE) as api:
         with httpx2.Client(base_url=api.url, headers=headers, timeout=ANSWER_S, trust_env=False) as http:
-            ids = _stock(directory, http)
+            ids = _store_objects(directory, http)
             document = _with_ids(http.get("/openapi.json").json(), ids)
         schema = schemathesis.openapi.from_dict(document, config=schemathesis.Config.from_dict(CONFIG))
         yield Stand(api.url, headers, schema)
@@ -92,21 +93,23 @@ def stand(directory: Path, model: Path) -> Iterator[Stand]:
 
 @cache
 def operations() -> list[str]:
-    """Every operation of the document, as method and path; what takes away comes last."""
+    """Every operation of the document as method and path, DELETE last."""
     paths = create_app(Settings()).openapi()["paths"]
-    found = [(method, path) for path, methods in paths.items() for method in methods]
-    return [f"{method.upper()} {path}" for method, path in sorted(found, key=lambda one: one[0] == "delete")]
+    pairs = [(method, path) for path, methods in paths.items() for method in methods]
+    return [f"{method.upper()} {path}" for method, path in sorted(pairs, key=lambda pair: pair[0] == "delete")]
 
 
 @dataclass(frozen=True)
-class Answers:
+class FuzzResult:
+    """Outcome of the requests to all operations."""
+
     operations: int
     faults: list[str]
-    """Of each operation the first answer that was a 5xx, or none that the document foresees."""
+    """First 5xx or undocumented answer of each operation, if any"""
 
 
-def attack_all(directory: Path, model: Path, examples: int) -> Answers:
-    """Other requests every time it is called."""
+def attack_all(directory: Path, model: Path, examples: int) -> FuzzResult:
+    """Sends up to `examples` requests to every operation; each call generates other requests."""
     faults = []
     with stand(directory, model) as target:
         for operation in operations():
@@ -114,19 +117,18 @@ def attack_all(directory: Path, model: Path, examples: int) -> Answers:
                 attack(target, operation, examples, same_every_time=False)
             except (Exception, FailureGroup):
                 faults.append(f"{operation}: {traceback.format_exc()}")
-    return Answers(len(operations()), faults)
+    return FuzzResult(len(operations()), faults)
 
 
 def attack(target: Stand, operation: str, examples: int, *, same_every_time: bool) -> None:
-    """Sends up to so many requests to an operation, half of them against its schema.
+    """Sends up to `examples` requests to an operation, half of which violate its schema.
 
     Raises:
-        Exception, FailureGroup: an answer was a 5xx, or one that the document does not foresee; the text tells how to
-            send the request again.
+        Exception, FailureGroup: an answer was a 5xx or undocumented; the text has a command that repeats the request.
     """
     method, path = operation.split(" ", 1)
-    described = target.schema[path][method]
-    success = next(answer for status, answer in described.definition.raw["responses"].items() if status < "300")
+    documented = target.schema[path][method]
+    success = next(answer for status, answer in documented.definition.raw["responses"].items() if status < "300")
     streams = success.get("content", {}).keys() == {"text/event-stream"}
 
     with requests.Session() as session:
@@ -140,8 +142,8 @@ def attack(target: Stand, operation: str, examples: int, *, same_every_time: boo
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )
-        @given(st.one_of(described.as_strategy(mode) for mode in GenerationMode))
-        def ask(case: schemathesis.Case) -> None:
+        @given(st.one_of(documented.as_strategy(mode) for mode in GenerationMode))
+        def send(case: schemathesis.Case) -> None:
             try:
                 case.call_and_validate(target.url, session, target.headers, timeout=STREAM_S if streams else ANSWER_S)
             except requests.exceptions.ReadTimeout:
@@ -149,20 +151,20 @@ def attack(target: Stand, operation: str, examples: int, *, same_every_time: boo
                     raise
                 case.call_and_validate(target.url, session, target.headers, timeout=LATE_STREAM_S)
 
-        ask()
+        send()
 
 
 def _first_key(directory: Path) -> str:
     database = Database(f"sqlite:///{directory / 'state.db'}")
     database.migrate()
     with closing(Access(database)) as access:
-        made = access.create_first_key()
-    assert made is not None
-    return made[1]
+        created = access.create_first_key()
+    assert created is not None
+    return created[1]
 
 
-def _stock(directory: Path, http: httpx2.Client) -> dict[str, list[str]]:
-    """Stores something of every kind, a job of every status among it; the ids, by what they begin with."""
+def _store_objects(directory: Path, http: httpx2.Client) -> dict[str, list[str]]:
+    """Stores objects of every kind and jobs of every status; their ids by prefix."""
 
     def post(path: str, **content: Any) -> str:
         return str(http.post(path, **content).raise_for_status().json()["id"])
@@ -199,15 +201,16 @@ def _stock(directory: Path, http: httpx2.Client) -> dict[str, list[str]]:
 
 
 def _with_ids(document: Any, ids: Mapping[str, list[str]]) -> Any:
-    """The document with stored ids in place of its examples of them."""
+    """The document with stored ids instead of its examples."""
     if isinstance(document, dict):
         return {key: _with_ids(value, ids) for key, value in document.items()}
     if isinstance(document, list):
-        stored = _stored(document[0], ids) if document else []
+        stored = _stored_ids(document[0], ids) if document else []
         return stored or [_with_ids(value, ids) for value in document]
-    return next(iter(_stored(document, ids)), document)
+    return next(iter(_stored_ids(document, ids)), document)
 
 
-def _stored(example: Any, ids: Mapping[str, list[str]]) -> list[str]:
+def _stored_ids(example: Any, ids: Mapping[str, list[str]]) -> list[str]:
+    """Stored ids of the example's kind; none if the example is not an id."""
     match = ID.fullmatch(example) if isinstance(example, str) else None
     return ids.get(match[1] or "ft:", []) if match else []

@@ -1,8 +1,8 @@
-"""Supervisor and trainers stand still past the lease, another worker takes their jobs, they go on: nothing they write
-may be accepted, and they have to be gone soon.
+"""Zombies: a supervisor and trainers that are stopped past their lease and continue after another worker has claimed
+their jobs. No write of a zombie may be accepted, and all must exit soon.
 
-Two workers with locks of their own, so that nobody ends a zombie but itself, hand the jobs to and fro: whoever has them
-is stopped at a random moment, and goes on when the other has claimed them all.
+Two workers take the jobs from each other in turn: the one that has them is stopped at a random moment, and continued
+when the other has claimed them all. Each has its own lock directory, so that neither ends the other's trainers.
 """
 
 from __future__ import annotations
@@ -27,39 +27,40 @@ JOBS = 5
 LEASE_S = 3.0
 UNAWARE_LEASE_S = 60.0
 LIFE_S = (0.0, 1.5)
-"""How long trainers live before they are stopped, most of the time: they have a claim before they import torch"""
+"""Lifetime of trainers before they are stopped: in most rounds they have a claim, and have not imported torch yet"""
 GONE_WITHIN_S = 10.0
+"""Longest allowed lifetime of a zombie after SIGCONT"""
 
 
 @dataclass(frozen=True)
 class Zombies:
-    """What came of it."""
+    """Outcome of the zombies."""
 
     zombies: int
-    """Trainers that stood still past their lease; as many again did not know that it was over"""
+    """Trainers that were stopped until their lease expired"""
     unaware: int
-    """Trainers that stood still only while their lease was taken from them, and believed that they had it"""
+    """Stopped trainers whose lease was expired in the database, while by their own clock it still holds"""
     writes_accepted: list[str]
     phases: dict[str, int]
-    """Where they were stopped"""
+    """Number of stops by the job's phase"""
     gone_s: float
-    """The longest that a zombie lived on"""
+    """Longest lifetime after SIGCONT"""
     seconds: float
 
 
 def run(workspace: Workspace, times: int, *, seed: int = 0) -> Zombies:
-    """Makes at least so many zombies, and about a quarter as many that are unaware."""
-    started, chance = time.monotonic(), random.Random(seed)
+    """Makes at least `times` zombies with an expired lease, and about a quarter as many unaware ones."""
+    started, generator = time.monotonic(), random.Random(seed)
     jobs = [workspace.submit(max_steps=100_000) for _ in range(JOBS)]
-    rounds = _Rounds(workspace, jobs, chance)
+    rounds = _Rounds(workspace, jobs, generator)
     with rounds.workers(LEASE_S):
         while rounds.zombies < times:
-            # Once in a while they get as far as training.
-            rounds.turn(train=rounds.zombies % 20 >= 20 - JOBS)
+            # One round in four waits for the training phase.
+            rounds.run(train=rounds.zombies % 20 >= 20 - JOBS)
     zombies = rounds.zombies
     with rounds.workers(UNAWARE_LEASE_S):
         while rounds.zombies < times + times // 4:
-            rounds.turn(take_lease=True)
+            rounds.run(expire_lease=True)
     for job_id in jobs:
         workspace.service.jobs.cancel(job_id)
     return Zombies(
@@ -73,18 +74,18 @@ def run(workspace: Workspace, times: int, *, seed: int = 0) -> Zombies:
 
 
 def accepted_writes(workspace: Workspace, job_id: str) -> list[str]:
-    """Events of a job that an older attempt than the current one wrote, or its supervisor."""
-    found, current = list[str](), 0
+    """Events of a job that an attempt before the current one, or its supervisor, has written."""
+    writes, current = list[str](), 0
     for event in workspace.service.jobs.events(job_id):
         if event.data.get("status") == JobStatus.RUNNING:
             current = event.data["attempt"]
         elif _writer(job_id, event, current) != current:
-            found.append(f"{job_id}, event {event.seq} while attempt {current} ran: {event.data}")
-    return found
+            writes.append(f"{job_id}, event {event.seq} while attempt {current} ran: {event.data}")
+    return writes
 
 
 def _writer(job_id: str, event: JobEvent, current: int) -> int:
-    """The attempt that an event is of: by its number, or by the log file that a supervisor names."""
+    """The attempt that wrote an event, from its number, or from the attempt's log file that a supervisor names."""
     if "attempt" in event.data:
         return int(event.data["attempt"])
     _, log, rest = str(event.data.get("reason", "")).partition(f"{job_id}-")
@@ -92,25 +93,27 @@ def _writer(job_id: str, event: JobEvent, current: int) -> int:
 
 
 class _Rounds:
-    def __init__(self, workspace: Workspace, jobs: list[str], chance: random.Random) -> None:
-        self._workspace, self._jobs, self._chance = workspace, jobs, chance
+    """Rounds in which the jobs change from one worker to the other."""
+
+    def __init__(self, workspace: Workspace, jobs: list[str], generator: random.Random) -> None:
+        self._workspace, self._jobs, self._generator = workspace, jobs, generator
         self._owner: subprocess.Popen[bytes]
-        self._heir: subprocess.Popen[bytes]
+        self._standby: subprocess.Popen[bytes]
         self.zombies = 0
         self.gone_s = 0.0
         self.phases: Counter[str] = Counter()
 
     @contextmanager
     def workers(self, lease_s: float) -> Iterator[None]:
-        """Two workers: the one that has the jobs, and one with as many slots that is about to inherit them."""
+        """Two workers: the owner of the jobs, and a standby with as many slots."""
         with ExitStack() as stack:
             self._owner = stack.enter_context(self._worker("owner", lease_s))
             self._until(lambda: len(trainers_of(self._owner.pid)) == JOBS)
-            self._heir = stack.enter_context(self._worker("heir", lease_s))
+            self._standby = stack.enter_context(self._worker("standby", lease_s))
             try:
                 yield
             finally:
-                self._awaken([self._owner.pid, self._heir.pid])
+                self._continue([self._owner.pid, self._standby.pid])
 
     def _worker(self, name: str, lease_s: float) -> AbstractContextManager[subprocess.Popen[bytes]]:
         locks = self._workspace.settings.data_dir / f"locks-{name}-{lease_s:g}"
@@ -118,26 +121,26 @@ class _Rounds:
             QLORA_SLOTS=str(JOBS), QLORA_LOCK_DIR=str(locks), QLORA_LEASE_S=str(lease_s), QLORA_MAX_DEATHS="10000"
         )
 
-    def turn(self, *, train: bool = False, take_lease: bool = False) -> None:
-        """The owner and its trainers become zombies, the heir becomes the owner."""
+    def run(self, *, train: bool = False, expire_lease: bool = False) -> None:
+        """Makes zombies of the owner and its trainers; the standby becomes the owner."""
         service = self._workspace.service
         if train:
             self._until(lambda: all(service.jobs.get(job_id).phase == "training" for job_id in self._jobs))
-        time.sleep(self._chance.uniform(*LIFE_S))
+        time.sleep(self._generator.uniform(*LIFE_S))
         zombies = self._stop_owner()
         self.zombies += len(zombies)
         self.phases.update(service.jobs.get(claim.job_id).phase or "between" for claim in zombies.values())
-        if take_lease:
+        if expire_lease:
             self._write("UPDATE jobs SET lease_until = 0 WHERE status = 'running'", wait_s=10)
-        self._until(lambda: self._inherited(zombies))
-        self._awaken([*zombies, self._owner.pid])
-        self._bury(zombies)
-        self._owner, self._heir = self._heir, self._owner
+        self._until(lambda: self._standby_has_claimed(zombies))
+        self._continue([*zombies, self._owner.pid])
+        self._wait_for_exit(zombies)
+        self._owner, self._standby = self._standby, self._owner
 
     def _stop_owner(self) -> dict[int, Claim]:
-        """The owner's trainers, which stand still as it does.
+        """Stops the owner and its trainers; the trainers' claims by pid.
 
-        Never while one of them holds SQLite's write lock: it would keep it, and everybody would wait for it.
+        Not while one of them holds SQLite's write lock, for which all other processes would wait.
         """
         while True:
             os.kill(self._owner.pid, signal.SIGSTOP)
@@ -145,40 +148,43 @@ class _Rounds:
             for pid in zombies:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGSTOP)
-            # The signal is on its way: a thread may take the lock yet.
+            # Until the signal has reached every thread, one may still take the lock.
             stopped = [self._owner.pid, *zombies]
-            self._until(lambda pids=stopped: all(map(_stands_still, pids)))
+            self._until(lambda pids=stopped: all(map(_is_stopped, pids)))
             with suppress(sqlite3.OperationalError):
                 self._write("BEGIN IMMEDIATE", wait_s=0.3)
                 return zombies
-            self._awaken([*zombies, self._owner.pid])
+            self._continue([*zombies, self._owner.pid])
             time.sleep(0.05)
 
-    def _awaken(self, pids: list[int]) -> None:
-        self._chance.shuffle(pids)
+    def _continue(self, pids: list[int]) -> None:
+        """Sends SIGCONT in random order."""
+        self._generator.shuffle(pids)
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
-    def _inherited(self, zombies: dict[int, Claim]) -> bool:
-        """Whether a newer attempt at each of the zombies' jobs runs, under the heir."""
-        claims = trainers_of(self._heir.pid).values()
+    def _standby_has_claimed(self, zombies: dict[int, Claim]) -> bool:
+        """Whether the standby runs a newer attempt of each zombie's job."""
+        claims = trainers_of(self._standby.pid).values()
         tokens = {claim.job_id: claim.token for claim in claims}
         return all(tokens.get(zombie.job_id, 0) > zombie.token for zombie in zombies.values())
 
     def _write(self, statement: str, wait_s: float) -> None:
+        """Executes a statement, and waits at most `wait_s` for SQLite's write lock."""
         with (
             closing(sqlite3.connect(self._workspace.settings.data_dir / "state.db", timeout=wait_s)) as database,
             database,
         ):
             database.execute(statement)
 
-    def _bury(self, zombies: dict[int, Claim]) -> None:
-        awakened_at = time.monotonic()
+    def _wait_for_exit(self, zombies: dict[int, Claim]) -> None:
+        """Measures the time until all zombies have exited; returns after GONE_WITHIN_S at the latest."""
+        continued_at = time.monotonic()
         while set(trainers_of(self._owner.pid)) & set(zombies):
-            lived_s = time.monotonic() - awakened_at
-            self.gone_s = max(self.gone_s, lived_s)
-            if lived_s > GONE_WITHIN_S:
+            elapsed_s = time.monotonic() - continued_at
+            self.gone_s = max(self.gone_s, elapsed_s)
+            if elapsed_s > GONE_WITHIN_S:
                 return
             time.sleep(0.05)
 
@@ -189,7 +195,7 @@ class _Rounds:
             time.sleep(0.05)
 
 
-def _stands_still(pid: int) -> bool:
+def _is_stopped(pid: int) -> bool:
     """Whether every thread of a process is stopped, or the process is gone."""
     try:
         states = [
