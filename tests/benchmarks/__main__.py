@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks NAME`: figures as JSON lines, each a ratio of two things measured in one run."""
+"""`python -m tests.benchmarks NAME`: figures as JSON lines; a ratio compares two values measured in the same run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ NAMES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not p
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or NAMES
-    if unknown := [name for name in wanted if name not in NAMES]:
-        sys.exit(f"no benchmark {', '.join(unknown)}; there are: {', '.join(NAMES)}")
-    for name in wanted:
+    selected = sys.argv[1:] or NAMES
+    if unknown := [name for name in selected if name not in NAMES]:
+        sys.exit(f"no benchmark {', '.join(unknown)}: choose from {', '.join(NAMES)}")
+    for name in selected:
         for figure in importlib.import_module(f"tests.benchmarks.{name}").figures():
             print(json.dumps(figure), flush=True)
 

@@ -1,7 +1,7 @@
-"""HTTP load whose own cost is small beside the server's: kept connections, requests made beforehand, no client library.
+"""Open-loop HTTP load that costs little beside the server: kept connections, prepared requests, no client library.
 
-Arrivals are at a constant rate, whatever the answers do, and a latency counts from when its request was due: a server
-that stands still for a second delays all requests of that second (an open loop).
+Requests arrive at a constant rate, however slow the answers are. A latency counts from the time at which its request
+was due, so a pause of the server delays all requests of the pause.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ MAX_ANSWER_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Server:
-    """Where the API listens, and the headers of every request."""
+    """The API's port, and the headers of every request."""
 
     port: int
     headers: Mapping[str, str]
 
     def request(self, method: str, target: str, body: bytes = b"") -> bytes:
-        """As it goes over the wire."""
+        """The bytes of an HTTP request."""
         lines = [f"{method} {target} HTTP/1.1", "Host: localhost"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         if method == "POST":
@@ -39,15 +39,15 @@ class Connection:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
-    async def ask(self, request: bytes) -> tuple[int, bytes]:
-        """Status and body of the answer."""
+    async def send(self, request: bytes) -> tuple[int, bytes]:
+        """Status code and body of the answer."""
         self.writer.write(request)
         head = await self.reader.readuntil(b"\r\n\r\n")
         _, _, length = head.lower().partition(b"content-length:")
         return int(head[9:12]), await self.reader.readexactly(int(length.split(b"\r\n", 1)[0]))
 
     async def events(self, request: bytes) -> AsyncIterator[bytes]:
-        """The events and comments of a stream of server-sent events."""
+        """The events and comments of a server-sent event stream."""
         self.writer.write(request)
         head = await self.reader.readuntil(b"\r\n\r\n")
         assert head[9:12] == b"200", head
@@ -56,20 +56,20 @@ class Connection:
 
 
 async def open_loop(server: Server, requests: Sequence[bytes], per_second: float, status: int) -> list[float]:
-    """Seconds from when each request was due until its answer was there.
+    """Seconds from the time at which each request was due to its answer.
 
     Raises:
-        AssertionError: an answer had another status.
+        AssertionError: an answer had another status code.
     """
-    # In turn: the server closes a connection that was not used for long.
+    # Used in turn: the server closes idle connections.
     idle = deque([await server.connect() for _ in range(4)])
     latencies: list[float] = []
 
-    async def ask(request: bytes, due: float) -> None:
+    async def send(request: bytes, due: float) -> None:
         connection = idle.popleft() if idle else await server.connect()
-        answered, body = await connection.ask(request)
+        answer_status, body = await connection.send(request)
         latencies.append(time.perf_counter() - due)
-        assert answered == status, (answered, body[:500])
+        assert answer_status == status, (answer_status, body[:500])
         idle.append(connection)
 
     begin = time.perf_counter() + 0.1
@@ -77,13 +77,13 @@ async def open_loop(server: Server, requests: Sequence[bytes], per_second: float
         for number, request in enumerate(requests):
             due = begin + number / per_second
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            tasks.create_task(ask(request, due))
+            tasks.create_task(send(request, due))
     for connection in idle:
         connection.writer.close()
     return latencies
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of the values does not exceed."""
+    """The smallest value that is at least as large as this share of the values."""
     ordered = sorted(values)
     return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]

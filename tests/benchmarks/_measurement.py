@@ -1,4 +1,4 @@
-"""What a run measures: seconds from step to step, the matrix rate around each, peak memory."""
+"""Measurements of a training run: seconds per step, matrix rate before and after each step, peak memory."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Shape = tuple[int, int]
 """(outputs, inputs) of a linear layer"""
 REPEATS = 5
 FLOPS_PER_PARAMETER_AND_TOKEN = 4
-"""Forward and input gradient; the frozen weights have no gradient of their own."""
+"""Forward and input gradient; frozen weights have no weight gradient"""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one process measured, step by step; the first step is the warm-up and counts for nothing but its loss."""
+    """Measurements of one process by step; of the first step, the warm-up, only the loss counts."""
 
     tokens: list[int]
-    """useful tokens: of the examples, without padding"""
+    """Useful tokens: those of the examples, without padding"""
     trained_tokens: list[int]
     seconds: list[float]
     losses: list[float]
@@ -33,7 +33,7 @@ class Run:
     head_parameters: int
     peak_rss_bytes: int
     engine_seconds: list[float] | None = None
-    """Seconds in forward, backward and optimizer; None where it was not looked at."""
+    """Seconds in forward, backward and optimizer; None if not measured"""
 
     @property
     def tokens_per_second(self) -> float:
@@ -42,9 +42,10 @@ class Run:
 
     @property
     def roofline_share(self) -> float:
-        """Median over the measured steps of the useful FLOP/s over the matrix rate around the step.
+        """Useful FLOP/s over the matrix rate around the step: median of the measured steps.
 
-        Useful: the layers for every token, the head for trained tokens; LoRA and attention are not counted.
+        Useful are the layers' products for every token and the head's for trained tokens; LoRA and attention are not
+        counted.
         """
         shares = []
         for step in range(1, len(self.seconds)):
@@ -55,14 +56,14 @@ class Run:
 
     @property
     def outside_share(self) -> float:
-        """Median over the measured steps of the time outside forward, backward and optimizer."""
+        """Share of the time outside forward, backward and optimizer: median of the measured steps."""
         assert self.engine_seconds is not None
         pairs = zip(self.seconds[1:], self.engine_seconds[1:], strict=True)
         return statistics.median(1 - inside / whole for whole, inside in pairs)
 
 
 class StepClock:
-    """Seconds from step to step; the matrix rate is measured between them, while the clock stands."""
+    """Seconds per step; the matrix rate is measured between steps and does not count."""
 
     def __init__(self, shapes: Mapping[Shape, int], tokens: int) -> None:
         self._shapes, self._tokens = shapes, tokens
@@ -71,18 +72,18 @@ class StepClock:
         self._started = 0.0
 
     def start(self) -> None:
-        """The first step begins."""
+        """Begins the first step."""
         self.matrix_rates.append(matrix_rate(self._shapes, self._tokens))
         self._started = time.perf_counter()
 
     def lap(self) -> None:
-        """A step ends; the next one begins when this returns."""
+        """Ends a step; the next one begins when this returns."""
         self.seconds.append(time.perf_counter() - self._started)
         self.start()
 
 
 def layer_shapes(model: torch.nn.Module) -> dict[Shape, int]:
-    """How many 4-bit linear layers there are of each shape."""
+    """Number of 4-bit linear layers of each shape."""
     counts: dict[Shape, int] = {}
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -96,26 +97,27 @@ def parameters(shapes: Mapping[Shape, int]) -> int:
 
 
 def matrix_rate(shapes: Mapping[Shape, int], tokens: int) -> float:
-    """FLOP/s of bf16 products of these shapes, forward (x Wᵀ) and input gradient (g W), weighted by their time."""
+    """FLOP/s of bf16 products of these shapes, forward (x Wᵀ) and input gradient (grad_y W), weighted by their time."""
     flops, seconds = 0, 0.0
     for (outputs, inputs), count in shapes.items():
         weight = torch.randn(outputs, inputs, dtype=torch.bfloat16)
         hidden = torch.randn(tokens, inputs, dtype=torch.bfloat16)
-        gradient = torch.randn(tokens, outputs, dtype=torch.bfloat16)
-        seconds += count * (_product_seconds(hidden, weight.t()) + _product_seconds(gradient, weight))
+        grad_output = torch.randn(tokens, outputs, dtype=torch.bfloat16)
+        seconds += count * (_product_seconds(hidden, weight.t()) + _product_seconds(grad_output, weight))
         flops += count * 2 * (2 * tokens * outputs * inputs)
     return flops / seconds
 
 
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process (Linux counts in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _product_seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Median seconds of a matrix product, after a warm-up."""
     times = []
     for _ in range(1 + REPEATS):
         started = time.perf_counter()
         torch.mm(left, right)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
-
-
-def peak_rss_bytes() -> int:
-    """Most memory this process held at once (Linux counts in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

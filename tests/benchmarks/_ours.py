@@ -1,4 +1,4 @@
-"""Our side, in a process of its own: `python -m tests.benchmarks._ours LAYERS WORKLOAD` prints one `Run` as JSON."""
+"""This service's side, in its own process: `python -m tests.benchmarks._ours LAYERS WORKLOAD` prints `Run` as JSON."""
 
 from __future__ import annotations
 
@@ -31,52 +31,52 @@ Layers = Literal["fast", "general"]
 
 
 class StepRecorder:
-    """An observer that stops the time of every step, and how much of it is forward, backward and optimizer."""
+    """An observer that measures the time of every step, and its part in forward, backward and optimizer."""
 
     def __init__(self, clock: StepClock) -> None:
         self.clock = clock
         self.steps: list[StepMetrics] = []
         self.engine_seconds: list[float] = []
-        self._inside = self._since = 0.0
+        self._step_engine_s = self._switched_at = 0.0
         self._in_engine = False
 
     def on_step(self, metrics: StepMetrics) -> None:
         self.clock.lap()
         self.steps.append(metrics)
-        self.engine_seconds.append(self._inside)
-        self._inside = 0.0
+        self.engine_seconds.append(self._step_engine_s)
+        self._step_engine_s = 0.0
 
     def on_evaluation(self, metrics: EvaluationMetrics) -> None:
         if metrics.step == 0:
             self.clock.start()
-            self._inside = 0.0
+            self._step_engine_s = 0.0
 
     def count(self, owner: Any, name: str, *, as_engine: bool) -> None:
-        """From now on time in `owner.name` is forward, backward or optimizer, or it is not, whoever calls it."""
-        work: Callable[..., Any] = getattr(owner, name)
+        """Patches `owner.name` so that its time counts as forward, backward and optimizer, or does not."""
+        function: Callable[..., Any] = getattr(owner, name)
 
-        @functools.wraps(work)
+        @functools.wraps(function)
         def timed(*arguments: Any, **named: Any) -> Any:
             before = self._switch(as_engine)
             try:
-                return work(*arguments, **named)
+                return function(*arguments, **named)
             finally:
                 self._switch(before)
 
         setattr(owner, name, timed)
 
     def _switch(self, in_engine: bool) -> bool:
-        """Where the time went until now."""
+        """Counts the time since the last switch, and returns what it was counted as."""
         now = time.perf_counter()
         if self._in_engine:
-            self._inside += now - self._since
-        self._since = now
+            self._step_engine_s += now - self._switched_at
+        self._switched_at = now
         before, self._in_engine = self._in_engine, in_engine
         return before
 
 
 def measure(layers: Layers, work: Workload) -> Run:
-    """Train as an attempt at a job does, and what it took."""
+    """The measurements of a training like that of a job."""
     model, recorder = _train_ours(layers, work)
     return Run(
         tokens=[step.tokens for step in recorder.steps],
@@ -92,13 +92,13 @@ def measure(layers: Layers, work: Workload) -> Run:
 
 
 def _train_ours(layers: Layers, work: Workload) -> tuple[PeftModel, StepRecorder]:
-    """The trained model and the record; the only place that knows how the product trains."""
+    """The trained model and the measurements; the only function that depends on the product's training code."""
     base = load_base(Path(work.model_dir), Quantization(), torch.bfloat16, torch.device("cpu"))
     isolation = isolate_documents(base)
     model = attach(base, ADAPTER, SEED, total_steps=work.total_steps)
     net = network.Network(model, isolation, fast=layers == "fast")
     if (net.layers == "general") is not (layers == "general"):
-        raise RuntimeError(f"asked for {layers} layers, the network chose {net.layers}: see Network._choose_paths")
+        raise RuntimeError(f"requested {layers} layers, the network chose {net.layers}: see Network._choose_paths")
     rows = work.rows()
     recorder = StepRecorder(StepClock(layer_shapes(base), TRAINING.resolved_micro_batch_tokens))
     recorder.count(network.Network, "losses", as_engine=True)

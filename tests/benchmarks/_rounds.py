@@ -1,4 +1,4 @@
-"""Runs in turn, each in a fresh process, the order reversed every round."""
+"""Rounds of runs, each run in a new process, with the order reversed in every second round."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ THREADS = 2
 ROUNDS = int(os.environ.get("QLORA_BENCH_ROUNDS", "3"))
 
 Contestant = tuple[str, str]
-"""The side's module (`_ours` or `_trl`), and which of its settings."""
+"""Module (`_ours` or `_trl`) and setting of a measured side"""
 
 
 def run_rounds(contestants: Sequence[Contestant], work: Workload) -> list[dict[Contestant, Run]]:
-    """For every round what each contestant measured; every run also goes to stderr as a line of JSON."""
+    """The measurements of every round by contestant; every run is also printed to stderr as a JSON line."""
     rounds = []
     for index in range(ROUNDS):
         order = contestants if index % 2 == 0 else contestants[::-1]
@@ -39,13 +39,13 @@ def _run(contestant: Contestant, work: Workload, round_: int) -> Run:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    # Through the lifeline: no run outlives the benchmark.
+    # Started through `process.child`, which ends the run when the benchmark dies.
     command = [sys.executable, "-m", "qlora_service.process.child", str(os.getpid())]
     command += ["-m", f"tests.benchmarks.{module}", setting, json.dumps(asdict(work))]
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if child.returncode != 0:
         tail = "\n".join(child.stderr.strip().splitlines()[-15:])
         sys.exit(f"the run of {module}, {setting}, ended with code {child.returncode}:\n{tail}")
-    measured: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])  # TRL prints its log before
+    measured: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])  # TRL prints its log first
     print(json.dumps({"round": round_, "side": module, "setting": setting, **measured}), file=sys.stderr, flush=True)
     return Run(**measured)

@@ -1,4 +1,4 @@
-"""TRL's side, in a process of its own: `python -m tests.benchmarks._trl SETTING WORKLOAD` prints one `Run` as JSON."""
+"""TRL's side, in its own process: `python -m tests.benchmarks._trl SETTING WORKLOAD` prints `Run` as JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKED_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Setting:
-    """How TRL cuts a step of 16 examples, some 3,200 tokens: 4 × 4 padded rows, or 2 × 2 packs of up to 1,024."""
+    """TRL's batches for a step of 16 examples, about 3,200 tokens: 4 × 4 padded rows, or 2 × 2 packs of up to 1,024."""
 
     packing: bool
     checkpointing: bool
@@ -50,7 +50,7 @@ SETTINGS = {
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Stops the time of every step, from its first batch's collation on, and counts what the model is given."""
+    """Measures the time of every step, including the collation of its batches, and counts the model's input tokens."""
 
     def __init__(self, clock: StepClock) -> None:
         self._clock = clock
@@ -68,14 +68,14 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self._batches.clear()
 
     def count(self, _: torch.nn.Module, __: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        """A forward hook. A batch without a mask is packed: it has no padding."""
+        """Forward hook. A batch without a mask is packed and has no padding."""
         mask = inputs.get("attention_mask")
         tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
         self._batches.append((tokens, int((inputs["labels"][:, 1:] != IGNORED).sum())))
 
 
 def measure(name: str, work: Workload) -> Run:
-    """Train with `SFTTrainer` as its users do, and what it took."""
+    """The measurements of a training with `SFTTrainer`, used as in its documentation."""
     setting = SETTINGS[name]
     model = AutoModelForCausalLM.from_pretrained(
         work.model_dir,
@@ -88,7 +88,7 @@ def measure(name: str, work: Workload) -> Run:
         ),
     )
     shapes = layer_shapes(model)
-    # The matrix rate is taken at our side's size on both sides, so that the machine's drift shows.
+    # Both sides measure the matrix rate at this service's micro-batch size, which shows the drift of the machine.
     clock = StepClock(shapes, TRAINING.resolved_micro_batch_tokens)
     callback = StepCallback(clock)
     with tempfile.TemporaryDirectory() as output:
@@ -138,7 +138,7 @@ def _config(setting: Setting, output: str) -> SFTConfig:
         weight_decay=TRAINING.weight_decay,
         max_grad_norm=TRAINING.max_grad_norm,
         train_sampling_strategy="sequential",
-        # The rows come tokenized, cut and, by TRL's own function, packed.
+        # The rows are already tokenized, truncated and, with TRL's own function, packed.
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=False,
         logging_steps=1,
@@ -149,14 +149,14 @@ def _config(setting: Setting, output: str) -> SFTConfig:
 
 
 def _dataset(steps: Sequence[Sequence[TokenRow]], setting: Setting) -> datasets.Dataset:
-    """The rows in order. Packed, the warm-up's and the measured ones apart, so that the warm-up is whole steps."""
+    """The rows in order. With packing, the warm-up is packed separately, so that it is a whole step."""
     warm_up, *measured = ([_columns(row) for row in rows] for rows in steps)
     later = [columns for rows in measured for columns in rows]
     if not setting.packing:
         return datasets.Dataset.from_list(warm_up + later)
     packs = _packed(warm_up)
-    whole = setting.per_device * setting.accumulation
-    return datasets.Dataset.from_list([packs[index % len(packs)] for index in range(whole)] + _packed(later))
+    step_packs = setting.per_device * setting.accumulation
+    return datasets.Dataset.from_list([packs[index % len(packs)] for index in range(step_packs)] + _packed(later))
 
 
 def _columns(row: TokenRow) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The work that both sides do: the same model, token ids, masks, order of rows and hyperparameters.
+"""Workload of both sides: the same model, token ids, masks, order of rows and hyperparameters.
 
 SmolLM2-135M-Instruct in NF4 with double quantization, bf16 compute, LoRA r=16 on all linear layers, 16 examples per
-optimizer step, rows of alpaca_en_demo cut at 512 tokens. Rows are rendered once, before anything is measured: no side
-pays for their preparation. The first step of a run warms up, the others are measured.
+optimizer step, rows of alpaca_en_demo truncated to 512 tokens. Rows are rendered once before the measurement, so that
+their preparation counts for neither side. The first step of a run is the warm-up, the others are measured.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TRAINING = Training(
 
 @dataclass(frozen=True)
 class Workload:
-    """Where the model and the rendered rows are, and how many steps follow the warm-up."""
+    """Paths of the model and of the rendered rows, and the number of steps after the warm-up."""
 
     model_dir: str
     rows_file: str
@@ -55,30 +55,30 @@ class Workload:
 
     @property
     def total_steps(self) -> int:
-        """The warm-up and the measured ones."""
+        """Number of steps with the warm-up."""
         return 1 + self.measured_steps
 
     def rows(self) -> RenderedRows:
-        """All rows, read from the file when asked for, as in a job."""
+        """All rows, read from the file on access, as in a job."""
         return RenderedRows(Path(self.rows_file))
 
     def rows_of_step(self, rows: RenderedRows, step: int) -> list[TokenRow]:
-        """The rows of step `step` (from 0), in the order of a job with this seed."""
+        """The rows of step `step`, from 0, in the order of a job with this seed."""
         positions = step_rows(step, len(rows), TRAINING.batch_size, 1.0, self.total_steps, SEED)
         examples = (rows[position] for position in positions)
         return [example for example in examples if isinstance(example, TokenRow)]
 
 
 def prepare(scratch: Path) -> Workload:
-    """The workload, its rows rendered to a file in `scratch`; ends the program where the dataset is missing."""
+    """The workload, with its rows rendered to a file in `scratch`; ends the program if the dataset is missing."""
     if not DATASET.is_file():
         sys.exit(f"the engine benchmark needs {DATASET.name} in {DATASET.parent}: put it there")
-    model = ensure_smollm2(ROOT / ".cache" / "tests" / "models", ROOT / ".cache" / "demo", _say)
+    model = ensure_smollm2(ROOT / ".cache" / "tests" / "models", ROOT / ".cache" / "demo", _print_progress)
     rows_file = scratch / "rows.arrow"
     with Renderer(model.path, RenderRules.of(TRAINING), datetime.now(UTC)) as renderer:
         store_rendered(renderer.render(read_examples(DATASET, "json", "alpaca")), rows_file)
     return Workload(str(model.path), str(rows_file))
 
 
-def _say(text: str) -> None:
+def _print_progress(text: str) -> None:
     print(text, file=sys.stderr)

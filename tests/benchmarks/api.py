@@ -1,6 +1,6 @@
-"""The API under load, with 100,000 jobs stored: latencies at constant rates, streams, slow clients, memory.
+"""The API under load with 100,000 stored jobs: latencies at constant rates, streams, slow clients, memory.
 
-Server and load share the machine, over 127.0.0.1. Every request has a key. `python -m tests.benchmarks api`
+Server and clients run on the same machine, over 127.0.0.1. Every request has a key. `python -m tests.benchmarks api`
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from tests.running_api import ROWS, RunningApi
 from tests.tiny_model import build_tiny_model
 
 JOBS, QUEUED, RUNNING = 100_000, 1_000, 500
-"""All jobs, and how many of them wait and run; the others have succeeded"""
+"""Number of all, queued and running jobs; the others have succeeded"""
 STEPS = 4
-"""That every stored job did, queued ones too"""
+"""Steps of every stored job, including queued ones"""
 BATCH = 5_000
 MEASURED: dict[str, Any] = {
     "device": "x86_64 CPU",
@@ -46,65 +46,67 @@ MEASURED: dict[str, Any] = {
     "tokens": 8_000,
     "tokens_per_second": 160.0,
 }
-"""By every job that has succeeded; jobs that are posted are forecast from the newest"""
+"""Measurements of every succeeded job; the newest ones are used for the forecasts of posted jobs"""
 SECONDS = 10
-"""Of load, per figure"""
+"""Duration of the load per figure"""
 READS_PER_S, LISTS_PER_S, POSTS_PER_S, WRITES_PER_S = 200, 20, 20, 100
 SLOW_CLIENTS = 500
 SLOW_POST = b"POST /jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n"
 SLOW = [(b"", b""), (b"", b"GET /jobs HTTP/1.1\r\nHost: localhost\r\nX-Slow: yes\r\n"), (SLOW_POST, b" " * 999)]
-"""What slow clients send at once, and then a byte a second"""
+"""Bytes that slow clients send at once, and bytes that they send at one per second"""
 
 
 @dataclass(frozen=True)
-class Stand:
+class LoadedApi:
+    """A running API with stored jobs."""
+
     api: RunningApi
     server: Server
     database: Database
     dataset_id: str
     ids: list[str]
-    """Of the stored jobs, oldest first"""
+    """Ids of the stored jobs, oldest first"""
 
     @property
     def running(self) -> list[str]:
         return self.ids[-QUEUED - RUNNING : -QUEUED]
 
     def memory_mb(self) -> float:
-        """The most that the API's process had in memory so far."""
+        """Peak memory of the API process so far."""
         status = Path(f"/proc/{self.api.pid()}/status").read_text(encoding="ascii")
         return int(status.partition("VmHWM:")[2].split()[0]) / 1000
 
 
 def figures() -> Iterator[dict[str, Any]]:
-    # Not /tmp, which may lie in memory: every job is flushed to disk.
+    # Not /tmp, which may be in memory: every job is flushed to disk.
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="bench-api-") as directory:
         data_dir = Path(directory)
         Catalog(data_dir / "models").import_model("tiny", build_tiny_model(data_dir / "source"))
         database = Database(f"sqlite:///{data_dir / 'state.db'}")
         database.migrate()
         with closing(database):
-            made = Access(database).create_first_key()
-            assert made is not None
+            created = Access(database).create_first_key()
+            assert created is not None
             prelude = "import os; os.environ |= {'QLORA_KEYS': 'required', 'QLORA_LOG_LEVEL': 'INFO'}"
             with RunningApi(data_dir, prelude) as api:
-                server = Server(api.port, {"Authorization": f"Bearer {made[1]}"})
+                server = Server(api.port, {"Authorization": f"Bearer {created[1]}"})
                 dataset_id = asyncio.run(_post(server, "/datasets", _rows()))["id"]
                 first = asyncio.run(_post(server, "/jobs", _spec(dataset_id)))
                 ids = _store_jobs(database, dataset_id, first["id"])
-                # A full collection of this process, which has torch in it, would count as the server's latency.
+                # A full garbage collection in this process, which has torch loaded, would count as server latency.
                 gc.collect()
                 gc.freeze()
-                yield from _measure(Stand(api, server, database, dataset_id, ids))
+                yield from _measure(LoadedApi(api, server, database, dataset_id, ids))
 
 
-def _measure(stand: Stand) -> Iterator[dict[str, Any]]:
-    server, chance = stand.server, random.Random(0)
-    reads = [server.request("GET", f"/jobs/{chance.choice(stand.ids)}") for _ in range(READS_PER_S * SECONDS)]
-    # Every other page is the newest, whose jobs wait: each one's place in the queue is counted.
-    pages = [f"?after={chance.choice(stand.ids)}" if n % 2 else "" for n in range(LISTS_PER_S * SECONDS)]
+def _measure(target: LoadedApi) -> Iterator[dict[str, Any]]:
+    server, generator = target.server, random.Random(0)
+    reads = [server.request("GET", f"/jobs/{generator.choice(target.ids)}") for _ in range(READS_PER_S * SECONDS)]
+    # Every second page is the newest, with queued jobs, whose queue positions are counted.
+    pages = [f"?after={generator.choice(target.ids)}" if n % 2 else "" for n in range(LISTS_PER_S * SECONDS)]
     lists = [server.request("GET", f"/jobs{page}") for page in pages]
-    posts = [server.request("POST", "/jobs", _spec(stand.dataset_id)) for _ in range(POSTS_PER_S * SECONDS)]
-    yield _told("jobs stored", len(stand.ids), "jobs")
+    posts = [server.request("POST", "/jobs", _spec(target.dataset_id)) for _ in range(POSTS_PER_S * SECONDS)]
+    yield _figure("jobs stored", len(target.ids), "jobs")
     for name, requests, rate, status, must in (
         ("GET /jobs/{id}", reads, READS_PER_S, 200, 10),
         ("GET /jobs, a page of 20", lists, LISTS_PER_S, 200, 25),
@@ -112,26 +114,26 @@ def _measure(stand: Stand) -> Iterator[dict[str, Any]]:
     ):
         latencies = asyncio.run(open_loop(server, requests, rate, status))
         yield from _latencies(f"{name}, {rate}/s", latencies, must)
-    delays, others = asyncio.run(_watch(stand))
-    watched = f"{RUNNING} watchers, event written to event received"
-    yield _figure(f"{watched}, longest", 1000 * max(delays), "ms", 250)
-    yield _told(f"{watched}, median", 1000 * percentile(delays, 0.5), "ms")
-    yield from _latencies(f"GET /jobs/{{id}} meanwhile, {READS_PER_S // 4}/s", others, None)
-    closed, others = asyncio.run(_slow_clients(stand))
-    yield _figure(f"{SLOW_CLIENTS} slow clients, the last one closed after", max(closed), "s", 15)
-    yield from _latencies(f"GET /jobs/{{id}} meanwhile, {READS_PER_S // 4}/s", others, 100)
-    yield _figure("most memory of the API's process", stand.memory_mb(), "MB", 300)
+    delays, reads_s = asyncio.run(_watch(target))
+    name = f"{RUNNING} watchers, event written to event received"
+    yield _figure(f"{name}, longest", 1000 * max(delays), "ms", 250)
+    yield _figure(f"{name}, median", 1000 * percentile(delays, 0.5), "ms")
+    yield from _latencies(f"GET /jobs/{{id}} with watchers, {READS_PER_S // 4}/s", reads_s, None)
+    closed_s, reads_s = asyncio.run(_slow_clients(target))
+    yield _figure(f"{SLOW_CLIENTS} slow clients, the last one closed after", max(closed_s), "s", 15)
+    yield from _latencies(f"GET /jobs/{{id}} with slow clients, {READS_PER_S // 4}/s", reads_s, 100)
+    yield _figure("peak memory of the API process", target.memory_mb(), "MB", 300)
 
 
-async def _watch(stand: Stand) -> tuple[list[float], list[float]]:
-    """Seconds from each event's commit until the watcher of its job had it; latencies of other requests meanwhile."""
+async def _watch(target: LoadedApi) -> tuple[list[float], list[float]]:
+    """Seconds from each event's commit until the watcher of its job has it; latencies of concurrent reads."""
     written: dict[str, float] = {}
     delays: dict[str, float] = {}
     ready = asyncio.Semaphore(0)
 
     async def watch(job_id: str) -> None:
-        connection = await stand.server.connect()
-        async for event in connection.events(stand.server.request("GET", f"/jobs/{job_id}/events")):
+        connection = await target.server.connect()
+        async for event in connection.events(target.server.request("GET", f"/jobs/{job_id}/events")):
             received, step = time.perf_counter(), _step(event)
             if step == STEPS:
                 ready.release()
@@ -141,40 +143,41 @@ async def _watch(stand: Stand) -> tuple[list[float], list[float]]:
         connection.writer.close()
 
     def write() -> None:
-        for number, job_id in enumerate(random.Random(1).sample(stand.running, RUNNING)):
+        for number, job_id in enumerate(random.Random(1).sample(target.running, RUNNING)):
             time.sleep(max(0.0, begin + number / WRITES_PER_S - time.perf_counter()))
-            with stand.database.write() as connection:
+            with target.database.write() as connection:
                 append_event(connection, job_id, datetime.now(UTC), "metrics", {"step": STEPS + 1})
             written[job_id] = time.perf_counter()
 
     async with asyncio.TaskGroup() as tasks:
-        for job_id in stand.running:
+        for job_id in target.running:
             tasks.create_task(watch(job_id))
-        for _ in stand.running:
+        for _ in target.running:
             await ready.acquire()
         begin = time.perf_counter()
         writing = asyncio.create_task(asyncio.to_thread(write))
-        others = await _others(stand, RUNNING / WRITES_PER_S)
+        reads_s = await _read(target, RUNNING / WRITES_PER_S)
         await writing
-    # The reader may be told before the writer, which waits for its turn, has read the clock.
-    return [max(0.0, delays[job_id] - written[job_id]) for job_id in stand.running], others
+    # The watcher may have the event before the writer thread has read the clock.
+    return [max(0.0, delays[job_id] - written[job_id]) for job_id in target.running], reads_s
 
 
 def _step(event: bytes) -> int:
-    """The step that the event tells of; 0 for a comment."""
+    """The step of the event; 0 for a comment."""
     data = event.partition(b"data: ")[2].partition(b"\n")[0]
     return int(json.loads(data)["step"]) if data else 0
 
 
-async def _slow_clients(stand: Stand) -> tuple[list[float], list[float]]:
-    """Seconds until each slow client was closed; latencies of other requests meanwhile."""
+async def _slow_clients(target: LoadedApi) -> tuple[list[float], list[float]]:
+    """Seconds until the API closes each slow client's connection; latencies of concurrent reads."""
     async with asyncio.TaskGroup() as tasks:
-        slow = [tasks.create_task(_slow_client(stand.api.port, *SLOW[number % 3])) for number in range(SLOW_CLIENTS)]
-        others = await _others(stand, SECONDS + 2)
-    return [task.result() for task in slow], others
+        slow = [tasks.create_task(_slow_client(target.api.port, *SLOW[number % 3])) for number in range(SLOW_CLIENTS)]
+        reads_s = await _read(target, SECONDS + 2)
+    return [task.result() for task in slow], reads_s
 
 
 async def _slow_client(port: int, first: bytes, rest: bytes) -> float:
+    """Seconds until the API closes the connection."""
     started = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(first)
@@ -189,6 +192,7 @@ async def _slow_client(port: int, first: bytes, rest: bytes) -> float:
 
 
 async def _closed(reader: asyncio.StreamReader, within_s: float) -> bool:
+    """Whether the API closes the connection within this time."""
     try:
         await asyncio.wait_for(reader.read(), within_s)
     except TimeoutError:
@@ -198,16 +202,16 @@ async def _closed(reader: asyncio.StreamReader, within_s: float) -> bool:
     return True
 
 
-async def _others(stand: Stand, seconds: float) -> list[float]:
-    """Latencies of reads during so many seconds, at a quarter of the rate."""
+async def _read(target: LoadedApi, seconds: float) -> list[float]:
+    """Latencies of reads at a quarter of READS_PER_S."""
     rate = READS_PER_S // 4
-    request = stand.server.request("GET", f"/jobs/{stand.ids[0]}")
-    return await open_loop(stand.server, [request] * int(rate * seconds), rate, 200)
+    request = target.server.request("GET", f"/jobs/{target.ids[0]}")
+    return await open_loop(target.server, [request] * int(rate * seconds), rate, 200)
 
 
 async def _post(server: Server, target: str, body: bytes) -> dict[str, Any]:
     connection = await server.connect()
-    status, answer = await connection.ask(server.request("POST", target, body))
+    status, answer = await connection.send(server.request("POST", target, body))
     connection.writer.close()
     assert status == 201, answer
     stored: dict[str, Any] = json.loads(answer)
@@ -215,7 +219,7 @@ async def _post(server: Server, target: str, body: bytes) -> dict[str, Any]:
 
 
 def _store_jobs(database: Database, dataset_id: str, template: str) -> list[str]:
-    """Ids of JOBS jobs like `template`, each with an event per step."""
+    """Stores JOBS copies of the job `template`, each with an event per step, and returns their ids."""
     with database.read() as connection:
         row = dict(connection.execute(sa.select(jobs).where(jobs.c.id == template)).one()._mapping)
     now, ids = datetime.now(UTC), []
@@ -255,12 +259,8 @@ def _spec(dataset_id: str) -> bytes:
 
 def _latencies(name: str, seconds: list[float], must_ms: float | None) -> Iterator[dict[str, Any]]:
     yield _figure(f"{name}, p99", 1000 * percentile(seconds, 0.99), "ms", must_ms)
-    yield _told(f"{name}, median", 1000 * percentile(seconds, 0.5), "ms")
+    yield _figure(f"{name}, median", 1000 * percentile(seconds, 0.5), "ms")
 
 
-def _told(name: str, value: float, unit: str) -> dict[str, Any]:
-    return _figure(name, value, unit, None)
-
-
-def _figure(name: str, value: float, unit: str, must: float | None) -> dict[str, Any]:
+def _figure(name: str, value: float, unit: str, must: float | None = None) -> dict[str, Any]:
     return {"figure": name, "value": round(value, 2), "unit": unit, "must": must, "better": "lower"}

@@ -1,7 +1,7 @@
-"""What checkpoints cost a training: everything, as if the thread that writes them had no core of its own.
+"""Cost of checkpoints: snapshot, serialization, SHA-256, write and flush, as a share of the training time.
 
-The state is as large as that of SmolLM2-135M with LoRA of rank 16 on all linear layers, in 32-bit AdamW with the best
-adapter kept beside: snapshot, serialization, SHA-256, writing, flushing.
+All of their time counts, as if the thread that writes them had no core of its own. The state has the size of
+SmolLM2-135M with LoRA of rank 16 on all linear layers, 32-bit AdamW, and the best adapter so far.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from qlora_service.training.evaluation.held_out import HeldOutState
 from qlora_service.training.evaluation.row_losses import RowLosses
 
 PARAMETERS, TENSORS = 4_884_480, 420
-"""Of rank 16 on 30 layers with seven linear modules, two matrices each"""
+"""LoRA of rank 16 on 30 layers with seven linear modules, two matrices each"""
 ROUNDS = 7
 
 
 def figures() -> Iterator[dict[str, Any]]:
     every_s = Settings().checkpoint_s
-    # Not /tmp, which may lie in memory.
+    # Not /tmp, which may be in memory.
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
         seconds, size = _measure(Path(directory))
     name = f"cost of checkpoints, one every {every_s:g} s, {PARAMETERS / 1e6:.1f} M parameters"
     yield {"figure": name, "value": round(100 * seconds / every_s, 2), "unit": "%", "must": 2, "better": "lower"}
-    yield _told("one checkpoint, start to flushed", round(seconds, 3), "s")
-    yield _told("one checkpoint on disk", round(size / 1e6, 1), "MB")
+    yield _figure("one checkpoint, start to flushed", round(seconds, 3), "s")
+    yield _figure("one checkpoint on disk", round(size / 1e6, 1), "MB")
 
 
 def _measure(directory: Path) -> tuple[float, int]:
-    """Median seconds of a checkpoint, and its bytes."""
+    """Median seconds per checkpoint, and its bytes."""
     checkpoints = Checkpoints(directory, token=1)
     live, seconds = _state(), []
     for step in range(1, ROUNDS + 1):
@@ -51,7 +51,7 @@ def _measure(directory: Path) -> tuple[float, int]:
             optimizer={
                 name: {key: value.clone() for key, value in moments.items()} for name, moments in live.optimizer.items()
             },
-            # Every one is better than the one before: the worst case, nothing can be linked.
+            # The worst case: every checkpoint has a new best adapter, so none can be linked from the one before.
             held_out=HeldOutState(best_weights={name: value + step for name, value in live.parameters.items()}),
         )
         checkpoints.save(state, b"{}\n" * step, {"threads": torch.get_num_threads()})
@@ -62,7 +62,7 @@ def _measure(directory: Path) -> tuple[float, int]:
 
 
 def _state() -> TrainingState:
-    """Random values in the right places."""
+    """A state of random values in the real layout."""
     parameters = {f"layer.{index}.weight": torch.randn(PARAMETERS // TENSORS) for index in range(TENSORS)}
     moments = {
         name: {"state1": torch.randn_like(value), "state2": torch.rand_like(value), "step": torch.tensor(1)}
@@ -81,5 +81,5 @@ def _state() -> TrainingState:
     )
 
 
-def _told(name: str, value: float, unit: str) -> dict[str, Any]:
+def _figure(name: str, value: float, unit: str) -> dict[str, Any]:
     return {"figure": name, "value": value, "unit": unit, "must": None, "better": "lower"}

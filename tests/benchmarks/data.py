@@ -1,8 +1,9 @@
-"""Rows prepared for training, ours against TRL's own preparation; and how full our micro-batches are.
+"""Preparation of rows for training, this service against TRL; and the packing efficiency of micro-batches.
 
-The same rows, tokenizer and limits. TRL gets the rows in its conversational prompt-completion form and makes packs of
-them; we take ours from the parsed row through the Arrow file to the micro-batches of every step. No caches. Reading
-tokenizer.json counts on neither side; starting the process that runs the chat template counts on ours.
+Both sides have the same rows, tokenizer and limits, and no caches. TRL gets the rows in its conversational
+prompt-completion format and packs them; this service takes them from the parsed row through the Arrow file to the
+micro-batches of every step. Reading tokenizer.json counts for neither side; starting the process that runs the chat
+template counts for this service.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ROOT = Path(__file__).parent.parent.parent
 ALPACA = ROOT.parent / "shared" / "data" / "alpaca_en_demo.json"
 SMOLLM2 = ROOT / ".cache" / "tests" / "models" / "SmolLM2-135M-Instruct"
 ROWS = 4_000
-"""Most rows of a round; a smaller data set is taken several times over."""
+"""Upper bound of the rows in a round; a smaller dataset is repeated"""
 ROUNDS = 3
 MAX_TOKENS = 2048
 BATCH_SIZE = 16
@@ -48,11 +49,11 @@ Work = Callable[[], Any]
 
 
 def figures() -> Iterator[dict[str, Any]]:
-    # Tokenize on all cores, whatever the environment says; TRL's rows come one by one, where it changes nothing.
+    # Tokenize on all cores; makes no difference for TRL, which tokenizes row by row.
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     datasets.disable_caching()
     datasets.disable_progress_bars()
-    # As in a trainer, for both sides: what was imported is not looked through for garbage, 0.3 s each time.
+    # As in a trainer, for both sides: a garbage collection does not traverse the imports, which takes 0.3 s.
     gc.collect()
     gc.freeze()
     with tempfile.TemporaryDirectory() as name:
@@ -68,11 +69,11 @@ def figures() -> Iterator[dict[str, Any]]:
         yield _figure("rows/s prepared over TRL", packed / ours, "x", must=3)
         yield _figure("rows/s prepared over TRL with its defaults, not packed", default / ours, "x")
         yield _figure("rows/s prepared", len(values) / ours, "rows/s")
-        yield from _fullness(_prepare(_renderer(tokenizer), values, scratch))
+        yield from _packing_efficiency(_prepare(_renderer(tokenizer), values, scratch))
 
 
 def _values() -> list[dict[str, Any]]:
-    """Rows in Alpaca's shape, as their file has them."""
+    """Parsed rows in Alpaca's shape."""
     if ALPACA.is_file():
         values: list[dict[str, Any]] = json.loads(ALPACA.read_bytes())
         return values * (ROWS // len(values))
@@ -80,20 +81,20 @@ def _values() -> list[dict[str, Any]]:
 
 
 def _in_turn(*sides: Iterator[Work]) -> list[float]:
-    """Median seconds of each side's work, after a warm-up, the order turned round every time."""
+    """Median seconds of each side's work after a warm-up; the order is reversed in every second round."""
     times: list[list[float]] = [[] for _ in sides]
     for round_ in range(ROUNDS + 1):
-        for side, record in list(zip(sides, times, strict=True))[:: 1 if round_ % 2 else -1]:
+        for side, side_times in list(zip(sides, times, strict=True))[:: 1 if round_ % 2 else -1]:
             work = next(side)
             started = time.perf_counter()
             work()
             if round_:
-                record.append(time.perf_counter() - started)
-    return [statistics.median(record) for record in times]
+                side_times.append(time.perf_counter() - started)
+    return [statistics.median(side_times) for side_times in times]
 
 
 def _ours(model: Path, values: Sequence[dict[str, Any]], scratch: Path) -> Iterator[Work]:
-    """A round's work, again and again, each with a renderer of its own."""
+    """The work of every round, each with a new renderer."""
 
     def work(renderer: Renderer) -> None:
         for _ in _prepare(renderer, values, scratch):
@@ -118,27 +119,27 @@ def _prepare(renderer: Renderer, values: Sequence[dict[str, Any]], scratch: Path
 
 def _micro_batches(rows: RenderedRows, step: int) -> list[list[TokenRow]]:
     examples = [rows[position] for position in step_rows(step, len(rows), BATCH_SIZE, 1.0, None, SEED)]
-    members = [row for example in examples for row in example.documents]
-    bins = pack([len(row.input_ids) for row in members], MAX_TOKENS)
-    return [[members[place] for place in places] for places in bins]
+    rows_of_step = [row for example in examples for row in example.documents]
+    bins = pack([len(row.input_ids) for row in rows_of_step], MAX_TOKENS)
+    return [[rows_of_step[position] for position in positions] for positions in bins]
 
 
 def _trl(
     model: Path, tokenizer: Path, values: Sequence[dict[str, Any]], scratch: Path, **settings: Any
 ) -> Iterator[Work]:
-    """TRL's preparation alone: the trainer around it is made beforehand, of a tiny model and two of the rows."""
+    """TRL's preparation only: its trainer is created before, with a tiny model and two of the rows."""
     rows = datasets.Dataset.from_list([_conversation(value) for value in values])
     config = SFTConfig(output_dir=str(scratch / "trl"), use_cpu=True, bf16=False, report_to="none", **settings)
-    reader = AutoTokenizer.from_pretrained(tokenizer)
+    processing_class = AutoTokenizer.from_pretrained(tokenizer)
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(model),
         config,
         train_dataset=rows.select(range(2)),
-        processing_class=reader,
+        processing_class=processing_class,
     )
 
     def work() -> None:
-        assert len(trainer._prepare_dataset(rows, reader, config, config.packing, None, "train")) > 0
+        assert len(trainer._prepare_dataset(rows, processing_class, config, config.packing, None, "train")) > 0
 
     return repeat(work)
 
@@ -151,11 +152,11 @@ def _conversation(value: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fullness(steps: Iterable[list[list[TokenRow]]]) -> Iterator[dict[str, Any]]:
-    """How many of the computed token positions, and of the budget, hold tokens of examples."""
-    micro_batches = [members for step in steps for members in step]
-    tokens = sum(len(row.input_ids) for members in micro_batches for row in members)
-    slots = sum(collate(members, torch.device("cpu")).input_ids.numel() for members in micro_batches)
+def _packing_efficiency(steps: Iterable[list[list[TokenRow]]]) -> Iterator[dict[str, Any]]:
+    """Example tokens as a share of the computed token positions, and of the micro-batch budget."""
+    micro_batches = [rows for step in steps for rows in step]
+    tokens = sum(len(row.input_ids) for rows in micro_batches for row in rows)
+    slots = sum(collate(rows, torch.device("cpu")).input_ids.numel() for rows in micro_batches)
     yield _figure("packing efficiency, tokens over computed slots, batch 16", tokens / slots, "", must=0.95)
     yield _figure("budget fill, tokens over micro-batches of 2048", tokens / (len(micro_batches) * MAX_TOKENS), "")
 

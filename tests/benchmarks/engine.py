@@ -1,18 +1,18 @@
-"""Training: ours against TRL's `SFTTrainer`, on the same rows, in turn. `python -m tests.benchmarks engine`.
+"""Training throughput and memory, this service against TRL's `SFTTrainer`: `python -m tests.benchmarks engine`.
 
-Six runs a round, each in a fresh process: our fast and general layers, and TRL with padded rows (4 × 4) or packs
-(2 × 2 of up to 1,024 tokens), each with and without gradient checkpointing. Padded with checkpointing is TRL's default.
-Every run trains on the same 64 examples after a warm-up of 16; `_workload` has the rest. There are QLORA_BENCH_ROUNDS
-rounds (3), the order reversed in every second one; a figure is their median, a ratio the median of the rounds' ratios.
-Run it alone on the machine: a neighbour on one of the cores costs a step a factor of 3 to 10.
+Six runs per round, each in a new process: this service's fast and general layers, and TRL with padded rows (4 × 4) or
+packs (2 × 2 of up to 1,024 tokens), each with and without gradient checkpointing. Padded rows with checkpointing are
+TRL's default. Every run trains on the same 64 examples after a warm-up of 16; see `_workload`. There are
+QLORA_BENCH_ROUNDS rounds (3), the order reversed in every second one; a figure is their median, a ratio the median of
+the rounds' ratios. Run it alone on the machine: load on one of the cores slows a step by a factor of 3 to 10.
 
-- useful tokens/s: tokens of the examples, padding not counted, over the seconds from step to step;
+- useful tokens/s: tokens of the examples, without padding, over the seconds per step;
 - share of the roofline: see `roofline`;
 - peak RSS: of the whole process; the ratio is over TRL's padded rows without checkpointing;
-- time outside forward/backward/optimizer: what our loop itself costs (rows, packing, collation, checks, metrics).
+- time outside forward/backward/optimizer: cost of the loop itself (rows, packing, collation, checks, metrics).
 
-It is the same work, or the benchmark ends with an error: both sides count the same useful and trained tokens, and their
-first step's losses, of the same 16 rows, agree within 2 %.
+The benchmark ends with an error unless both sides did the same work: the same number of useful and trained tokens, and
+losses of the first step, on the same 16 rows, that agree within 2 %.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def figures() -> Iterator[dict[str, Any]]:
 
 
 def figure(name: str, value: float, unit: str, must: float | None, better: str = "higher") -> dict[str, Any]:
-    """One figure in the form of every benchmark here."""
+    """A figure in the format of all benchmarks."""
     return {"figure": name, "value": float(f"{value:.4g}"), "unit": unit, "must": must, "better": better}
 
 
@@ -79,15 +79,15 @@ def check_same_work(measured: Round) -> None:
     """Ends the program unless all runs of a round did the same work."""
     ours = measured[FAST]
     for (module, setting), run in measured.items():
-        for kind, mine, theirs in (
+        for kind, expected, actual in (
             ("useful", sum(ours.tokens[1:]), sum(run.tokens[1:])),
             ("trained", sum(ours.trained_tokens[1:]), sum(run.trained_tokens[1:])),
         ):
-            if mine != theirs:
-                sys.exit(f"not the same work: {kind} tokens are {mine} for ours, {theirs} for {module}, {setting}")
+            if expected != actual:
+                sys.exit(f"not the same work: {kind} tokens are {expected} for ours, {actual} for {module}, {setting}")
     for contestant in (GENERAL, TRL_DEFAULT, TRL_PADDED):
         first, other = ours.losses[0], measured[contestant].losses[0]
-        if not abs(first - other) <= LOSS_TOLERANCE * other:  # also when one is not a number
+        if not abs(first - other) <= LOSS_TOLERANCE * other:  # also if one is NaN
             sys.exit(
                 f"not the same work: the first step's loss is {first:.4f} for ours, {other:.4f} for "
                 f"{', '.join(contestant)}"

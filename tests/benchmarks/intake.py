@@ -1,15 +1,15 @@
-"""Dataset intake: 2 GB in 10 million lines, with planted errors, each run in a fresh process.
+"""Dataset intake: 2 GB in 10 million lines with planted errors, each run in a new process.
 
-Three runs: `check_rows` alone on conversations; `Service.add_dataset` (check, SHA-256, copy into the artifact store,
-flush) on the same file; `check_rows` on prompts with completions, a tenth as many. The file has just been written, so
-most of it is read from memory; the copy is written to the disk.
+Three runs: only `check_rows` on conversations; `Datasets.upload` (check, SHA-256, copy into the artifact store, flush)
+on the same file; only `check_rows` on a tenth as many prompts with completions. The file has just been written, so
+most of it is read from memory; the copy is written to disk.
 
-- rate: by the clock, so run it alone on the machine; and by CPU time, which is that of one core;
-- peak RSS: of the whole process, its imports counted;
-- an error is found when line, byte offset, reason and JSON pointer are right; `add_dataset` tells the first hundred
-  findings and counts them all.
+- rate: by wall clock, so run it alone on the machine; and by CPU time, which is that of one core;
+- peak RSS: of the whole process with its imports;
+- a planted error is found if line, byte offset, reason and JSON pointer are right; `upload` reports the first hundred
+  findings and counts all.
 
-QLORA_BENCH_ROWS is the number of lines; their mean length stays.
+QLORA_BENCH_ROWS sets the number of lines; their mean length stays the same.
 """
 
 from __future__ import annotations
@@ -36,31 +36,32 @@ from tests.planted_errors import MALFORMED, PLANTED, Planted, chat_line
 
 ROOT = Path(__file__).parent.parent.parent
 ROWS = int(os.environ.get("QLORA_BENCH_ROWS", "10000000"))
-OF_EACH_KIND = 30
-"""Planted errors of each kind; the one that is too long comes once."""
+ERRORS_PER_KIND = 30
+"""Planted errors of each kind; the too long line is planted once"""
 MB_PER_S, RSS_MB = 40, 256
-VARIETY = 20_000
-"""Different rows; they come again and again."""
+DISTINCT_ROWS = 20_000
+"""Number of different rows, which are repeated"""
 SENTENCE = 'the order of which Frau Müller said "soon" is\n42 days late; please ship № 4711 to Kraków now 🙂'
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file, the shape of its rows, and where its errors are: (line, byte offset) and what was planted there."""
+    """A file with planted errors."""
 
     path: Path
     shape: Shape
     rows: int
     errors: list[tuple[int, int, Planted]]
+    """Line, byte offset and planted error"""
 
 
 def figures() -> Iterator[dict[str, Any]]:
-    # Not /tmp, which may lie in memory.
+    # Not /tmp, which may be in memory.
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         scratch = Path(name)
         conversations = _write(scratch / "messages.jsonl", "messages", _conversation, ROWS, PLANTED)
         yield from _figures("check", conversations, _run("check", conversations))
-        yield from _figures("add_dataset", conversations, _run("add", conversations))
+        yield from _figures("upload", conversations, _run("upload", conversations))
         conversations.path.unlink()
         pairs = _write(scratch / "pairs.jsonl", "prompt_completion", _pair, ROWS // 10, MALFORMED)
         yield from _figures("check of prompts and completions", pairs, _run("check", pairs))
@@ -69,48 +70,48 @@ def figures() -> Iterator[dict[str, Any]]:
 def _write(
     path: Path, shape: Shape, row: Callable[[random.Random], bytes], rows: int, planted: Sequence[Planted]
 ) -> Upload:
-    """A file of `rows` lines, errors and blank lines among them."""
-    chance = random.Random(5)
-    good = [row(chance) + b"\n" for _ in range(VARIETY)]
-    chosen = [error for error in planted for _ in range(1 if len(error.line) > 2**20 else OF_EACH_KIND)]
-    chance.shuffle(chosen)
-    places = sorted(chance.sample(range(100, rows), len(chosen)))
+    """A file of `rows` lines, including errors and blank lines."""
+    generator = random.Random(5)
+    valid = [row(generator) + b"\n" for _ in range(DISTINCT_ROWS)]
+    chosen = [error for error in planted for _ in range(1 if len(error.line) > 2**20 else ERRORS_PER_KIND)]
+    generator.shuffle(chosen)
+    error_lines = sorted(generator.sample(range(100, rows), len(chosen)))
     errors, line = [], 1
     with path.open("wb", buffering=2**20) as file:
-        for place, error in zip(places, chosen, strict=True):
-            file.writelines(_lines(good, place - line))
-            errors.append((place, file.tell(), error))
+        for error_line, error in zip(error_lines, chosen, strict=True):
+            file.writelines(_lines(valid, error_line - line))
+            errors.append((error_line, file.tell(), error))
             file.writelines([error.line, b"\n"])
-            line = place + 1
-        file.writelines(_lines(good, rows + 1 - line))
+            line = error_line + 1
+        file.writelines(_lines(valid, rows + 1 - line))
         file.flush()
         os.fsync(file.fileno())
     return Upload(path, shape, rows, errors)
 
 
-def _lines(good: list[bytes], count: int) -> Iterator[bytes]:
-    """Good rows, but for a blank line in a thousand."""
-    return (b" \r\n" if index % 1000 == 999 else good[index % VARIETY] for index in range(count))
+def _lines(valid: list[bytes], count: int) -> Iterator[bytes]:
+    """Valid rows, with one blank line in a thousand."""
+    return (b" \r\n" if index % 1000 == 999 else valid[index % DISTINCT_ROWS] for index in range(count))
 
 
-def _conversation(chance: random.Random) -> bytes:
-    line = chat_line(_text(chance, 9), _text(chance, 12))
-    # Half of the files in the world are written in ASCII.
-    return line if chance.random() < 0.5 else json.dumps(json.loads(line)).encode()
+def _conversation(generator: random.Random) -> bytes:
+    line = chat_line(_text(generator, 9), _text(generator, 12))
+    # Half of the rows have ASCII escapes, as many tools write them.
+    return line if generator.random() < 0.5 else json.dumps(json.loads(line)).encode()
 
 
-def _pair(chance: random.Random) -> bytes:
-    row = {"prompt": _text(chance, 14), "completion": _text(chance, 14)}
-    return json.dumps(row, ensure_ascii=chance.random() < 0.5).encode()
+def _pair(generator: random.Random) -> bytes:
+    row = {"prompt": _text(generator, 14), "completion": _text(generator, 14)}
+    return json.dumps(row, ensure_ascii=generator.random() < 0.5).encode()
 
 
-def _text(chance: random.Random, words: int) -> str:
-    return " ".join(chance.choices(SENTENCE.split(" "), k=chance.randint(words // 2, words * 3 // 2)))
+def _text(generator: random.Random, words: int) -> str:
+    return " ".join(generator.choices(SENTENCE.split(" "), k=generator.randint(words // 2, words * 3 // 2)))
 
 
 def _run(action: str, upload: Upload) -> dict[str, Any]:
-    """What `main` measured in a process of its own."""
-    # Through the lifeline: no run outlives the benchmark.
+    """The measurements of `main` in a new process."""
+    # Started through `process.child`, which ends the run when the benchmark dies.
     command = [sys.executable, "-m", "qlora_service.process.child", str(os.getpid()), "-m", "tests.benchmarks.intake"]
     child = subprocess.run(
         [*command, action, str(upload.path), upload.shape], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
@@ -121,14 +122,14 @@ def _run(action: str, upload: Upload) -> dict[str, Any]:
 
 def _figures(name: str, upload: Upload, measured: dict[str, Any]) -> Iterator[dict[str, Any]]:
     megabytes = upload.path.stat().st_size / 1e6
-    told = f"{name}, {megabytes / 1e3:.2f} GB in {upload.rows / 1e6:g} M lines"
-    named = upload.errors if name != "add_dataset" else upload.errors[:MAX_FINDINGS]
+    title = f"{name}, {megabytes / 1e3:.2f} GB in {upload.rows / 1e6:g} M lines"
+    reported = upload.errors if name != "upload" else upload.errors[:MAX_FINDINGS]
     by_line = {finding["line"]: finding for finding in measured["findings"]}
-    found = sum(_is_found(by_line.get(line), offset, error) for line, offset, error in named)
-    yield _figure(f"{told}: rate", megabytes / measured["seconds"], "MB/s", MB_PER_S)
-    yield _figure(f"{told}: rate by CPU time of all threads", megabytes / measured["cpu_seconds"], "MB/s", MB_PER_S)
-    yield _figure(f"{told}: peak RSS", measured["peak_rss_bytes"] / 1e6, "MB", RSS_MB, better="lower")
-    yield _figure(f"{name}: planted errors found, of {len(named)}", found, "", len(named))
+    found = sum(_is_found(by_line.get(line), offset, error) for line, offset, error in reported)
+    yield _figure(f"{title}: rate", megabytes / measured["seconds"], "MB/s", MB_PER_S)
+    yield _figure(f"{title}: rate by CPU time of all threads", megabytes / measured["cpu_seconds"], "MB/s", MB_PER_S)
+    yield _figure(f"{title}: peak RSS", measured["peak_rss_bytes"] / 1e6, "MB", RSS_MB, better="lower")
+    yield _figure(f"{name}: planted errors found, of {len(reported)}", found, "", len(reported))
     not_planted = measured["finding_count"] - len(upload.errors)
     yield _figure(f"{name}: findings counted beyond the {len(upload.errors)} planted", not_planted, "", 0, "lower")
 
@@ -136,8 +137,8 @@ def _figures(name: str, upload: Upload, measured: dict[str, Any]) -> Iterator[di
 def _is_found(finding: dict[str, Any] | None, offset: int, error: Planted) -> bool:
     if finding is None:
         return False
-    at = (finding["byte_offset"], finding["pointer"])
-    return at == (offset, error.pointer) and error.reason in finding["reason"]
+    position = (finding["byte_offset"], finding["pointer"])
+    return position == (offset, error.pointer) and error.reason in finding["reason"]
 
 
 def _figure(name: str, value: float, unit: str, must: float | None = None, better: str = "higher") -> dict[str, Any]:
@@ -145,9 +146,9 @@ def _figure(name: str, value: float, unit: str, must: float | None = None, bette
 
 
 def main(action: str, path: Path, shape: Shape) -> None:
-    """Do the action, and print what it took and found as JSON."""
+    """Runs the action, and prints its time, memory and findings as JSON."""
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
-        work = partial(_check, path, shape) if action == "check" else _intake(path, Path(name))
+        work = partial(_check, path, shape) if action == "check" else _upload_to_service(path, Path(name))
         started, cpu_started = time.perf_counter(), time.process_time()
         finding_count, findings = work()
         measured = {
@@ -160,17 +161,17 @@ def main(action: str, path: Path, shape: Shape) -> None:
     print(json.dumps(measured))
 
 
-Found = tuple[int, Sequence[Finding]]
-"""How many findings there are, and those that are told."""
+Findings = tuple[int, Sequence[Finding]]
+"""The number of findings, and the reported ones"""
 
 
-def _check(path: Path, shape: Shape) -> Found:
-    findings = [verdict for verdict in check_rows(path, "jsonl", shape) if isinstance(verdict, Finding)]
+def _check(path: Path, shape: Shape) -> Findings:
+    findings = [result for result in check_rows(path, "jsonl", shape) if isinstance(result, Finding)]
     return len(findings), findings
 
 
-def _intake(path: Path, data: Path) -> Callable[[], Found]:
-    """What adds the file to a service over an empty directory."""
+def _upload_to_service(path: Path, data: Path) -> Callable[[], Findings]:
+    """A function that uploads the file to a service over an empty directory."""
     service = open_service(
         database_url=f"sqlite:///{data / 'state.db'}",
         artifact_url=(data / "artifacts").as_uri(),
@@ -179,7 +180,7 @@ def _intake(path: Path, data: Path) -> Callable[[], Found]:
         lease_s=60,
     )
 
-    def work() -> Found:
+    def work() -> Findings:
         report = service.datasets.upload(path, filename=path.name).report
         return report.finding_count, report.findings
 
@@ -187,7 +188,7 @@ def _intake(path: Path, data: Path) -> Callable[[], Found]:
 
 
 def _peak_rss_bytes() -> int:
-    """Most memory this program held at once. `getrusage` would count what its parent held before the exec."""
+    """Peak resident memory of this program; `getrusage` would include that of its parent before the exec."""
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert peak is not None
     return int(peak.group(1)) * 1024

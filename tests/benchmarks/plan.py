@@ -1,4 +1,4 @@
-"""How near the memory plan comes: to GPUs that others measured, and the formula to the simulator; how long it takes."""
+"""Accuracy of the memory plan against published GPU figures, and of the formula against the simulator; its time."""
 
 from __future__ import annotations
 
@@ -24,49 +24,49 @@ SMOLLM2_JOBS = [
     TrackedJob("one long row, int8", {"quantization": {"type": "int8"}, "training": {"batch_size": 1}}, 64, 512),
 ]
 ROUNDS = 3
-INSTANT_ROUNDS = 200
+FORMULA_ROUNDS = 200
 
 
 def figures() -> Iterator[dict[str, Any]]:
     for row in ROWS:
-        off = 100 * (emulated_bytes(row) / row.bytes - 1)
-        yield _told(f"emulated, {row.name}: off by", round(off, 2), "%", 2)
+        error = 100 * (emulated_bytes(row) / row.bytes - 1)
+        yield _figure(f"emulated, {row.name}: off by", round(error, 2), "%", 2)
     yield from _tracked()
     yield from _formula()
     yield from _time()
 
 
 def _tracked() -> Iterator[dict[str, Any]]:
-    """Jobs really done on a CPU: the tiny model, and SmolLM2."""
+    """Errors of the simulation against real steps on a CPU, of the tiny model and of SmolLM2."""
     worst = 0.0
     with tempfile.TemporaryDirectory() as directory:
         tiny = build_tiny_model(Path(directory) / "tiny")
         smollm2 = ensure_smollm2(CACHE / "tests" / "models", CACHE / "demo").path
         for name, model, jobs in (("tiny", tiny, JOBS), ("SmolLM2-135M", smollm2, SMOLLM2_JOBS)):
             for job in jobs:
-                off = 100 * job.off_by(model)
-                worst = max(worst, abs(off))
-                yield _told(f"simulated, {name}, {job.name}: off by", round(off, 3), "%", 1)
-    yield _told("simulated, worst", round(worst, 3), "%", 1)
+                error = 100 * job.off_by(model)
+                worst = max(worst, abs(error))
+                yield _figure(f"simulated, {name}, {job.name}: off by", round(error, 3), "%", 1)
+    yield _figure("simulated, worst", round(worst, 3), "%", 1)
 
 
 def _formula() -> Iterator[dict[str, Any]]:
-    """Every case, and the worst."""
+    """Errors of the formula against the simulation: every case, and the worst."""
     worst = 0.0
     for case in cases():
         simulated, estimated = case.simulated(), case.estimated()
-        off = 100 * (estimated.allocated / simulated.allocated - 1)
-        reserved = 100 * (estimated.reserved / simulated.reserved - 1)
-        worst = max(worst, abs(off))
-        yield _told(f"formula, {case}: off by", round(off, 2), "%", 5) | {
+        error = 100 * (estimated.allocated / simulated.allocated - 1)
+        reserved_error = 100 * (estimated.reserved / simulated.reserved - 1)
+        worst = max(worst, abs(error))
+        yield _figure(f"formula, {case}: off by", round(error, 2), "%", 5) | {
             "simulated_bytes": simulated.allocated,
-            "reserved_off": round(reserved, 1),
+            "reserved_off": round(reserved_error, 1),
         }
-    yield _told("formula, worst", round(worst, 2), "%", 5)
+    yield _figure("formula, worst", round(worst, 2), "%", 5)
 
 
 def _time() -> Iterator[dict[str, Any]]:
-    """One core: the simulation with its process, start to end; the formula alone."""
+    """Time on one core of the simulation with the start of its process, and of the formula."""
     case = Case("Llama-2-7B")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     seconds = []
@@ -74,12 +74,12 @@ def _time() -> Iterator[dict[str, Any]]:
         started = time.perf_counter()
         case.simulated_by_child()
         seconds.append(time.perf_counter() - started)
-    yield _told("7B plan, simulated", round(min(seconds), 2), "s", 8)
+    yield _figure("7B plan, simulated", round(min(seconds), 2), "s", 8)
     started = time.perf_counter()
-    for _ in range(INSTANT_ROUNDS):
+    for _ in range(FORMULA_ROUNDS):
         case.estimated()
-    yield _told("7B plan, formula", round(1000 * (time.perf_counter() - started) / INSTANT_ROUNDS, 3), "ms", 10)
+    yield _figure("7B plan, formula", round(1000 * (time.perf_counter() - started) / FORMULA_ROUNDS, 3), "ms", 10)
 
 
-def _told(name: str, value: float, unit: str, must: float) -> dict[str, Any]:
+def _figure(name: str, value: float, unit: str, must: float) -> dict[str, Any]:
     return {"figure": name, "value": value, "unit": unit, "must": must, "better": "lower"}

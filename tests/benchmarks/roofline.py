@@ -1,9 +1,9 @@
-"""How near training comes to the machine's matrix rate. `python -m tests.benchmarks roofline`; our fast layers alone.
+"""Training throughput as a share of the machine's matrix rate, fast layers only: `python -m tests.benchmarks roofline`.
 
-Useful FLOP/s of a step over the rate of bf16 matrix products of the layers' shapes, with as many tokens as fill a
-micro-batch, measured right before and after that step in the same process: the host's rate drifts. Useful are 4 FLOP
-per parameter and token (forward and input gradient) of the layers for all tokens and of the head for trained tokens;
-LoRA and attention are not counted. The median of QLORA_BENCH_ROUNDS (3) fresh processes.
+Useful FLOP/s of a step over the rate of bf16 matrix products of the layers' shapes with a full micro-batch of tokens,
+which is measured just before and after that step in the same process, because the host's rate drifts. Useful are 4 FLOP
+per parameter and token (forward and input gradient): of the layers for all tokens, of the head for trained tokens. LoRA
+and attention are not counted. The figure is the median of QLORA_BENCH_ROUNDS (3) new processes.
 """
 
 from __future__ import annotations
