@@ -67,6 +67,22 @@ def figures() -> Iterator[dict[str, Any]]:
         yield from _figures("check of prompts and completions", pairs, _run("check", pairs))
 
 
+def main(action: str, path: Path, shape: Shape) -> None:
+    """Runs the action, and prints its time, memory and findings as JSON."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        work = partial(_check, path, shape) if action == "check" else _upload_to_service(path, Path(name))
+        started, cpu_started = time.perf_counter(), time.process_time()
+        finding_count, findings = work()
+        measured = {
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu_started,
+            "peak_rss_bytes": _peak_rss_bytes(),
+            "finding_count": finding_count,
+            "findings": [finding.as_dict() for finding in findings],
+        }
+    print(json.dumps(measured))
+
+
 def _write(
     path: Path, shape: Shape, row: Callable[[random.Random], bytes], rows: int, planted: Sequence[Planted]
 ) -> Upload:
@@ -143,22 +159,6 @@ def _is_found(finding: dict[str, Any] | None, offset: int, error: Planted) -> bo
 
 def _figure(name: str, value: float, unit: str, must: float | None = None, better: str = "higher") -> dict[str, Any]:
     return {"figure": name, "value": round(value, 1), "unit": unit, "must": must, "better": better}
-
-
-def main(action: str, path: Path, shape: Shape) -> None:
-    """Runs the action, and prints its time, memory and findings as JSON."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as name:
-        work = partial(_check, path, shape) if action == "check" else _upload_to_service(path, Path(name))
-        started, cpu_started = time.perf_counter(), time.process_time()
-        finding_count, findings = work()
-        measured = {
-            "seconds": time.perf_counter() - started,
-            "cpu_seconds": time.process_time() - cpu_started,
-            "peak_rss_bytes": _peak_rss_bytes(),
-            "finding_count": finding_count,
-            "findings": [finding.as_dict() for finding in findings],
-        }
-    print(json.dumps(measured))
 
 
 Findings = tuple[int, Sequence[Finding]]

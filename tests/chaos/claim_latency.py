@@ -41,6 +41,18 @@ def measure(url: str, finished: int = 100_000, queued: int = 1_000, claims: int 
         database.close()
 
 
+def main() -> None:
+    # Not /tmp, which may be in memory: the figure is for a disk.
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        _print("SQLite", measure(f"sqlite:///{Path(directory) / 'state.db'}"))
+    if installed_programs() is not None:
+        # With fsync, unlike the server of the tests.
+        with running_postgres([], parent=Path("/var/tmp")) as server:
+            _print("PostgreSQL", measure(server.create("claims")))
+    else:
+        print(json.dumps({"skipped": NOT_INSTALLED}))
+
+
 def _claim_ms(queue: Queue) -> float:
     started = time.perf_counter()
     claimed = queue.claim("host:1:0")
@@ -102,18 +114,6 @@ def _id(i: int) -> str:
 def _print(name: str, p99_ms: float) -> None:
     line = {"figure": f"claim p99, {name}, 100,000 finished and 1,000 queued", "value": round(p99_ms, 2), "unit": "ms"}
     print(json.dumps({**line, "must": MAX_P99_MS, "better": "lower"}), flush=True)
-
-
-def main() -> None:
-    # Not /tmp, which may be in memory: the figure is for a disk.
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
-        _print("SQLite", measure(f"sqlite:///{Path(directory) / 'state.db'}"))
-    if installed_programs() is not None:
-        # With fsync, unlike the server of the tests.
-        with running_postgres([], parent=Path("/var/tmp")) as server:
-            _print("PostgreSQL", measure(server.create("claims")))
-    else:
-        print(json.dumps({"skipped": NOT_INSTALLED}))
 
 
 if __name__ == "__main__":

@@ -260,13 +260,13 @@ def test_job_with_the_lowest_priority_is_preempted(queue: Queue, database: Datab
     assert queue.preempt(["a", "b"]) is None
     add_job(database, priority=1)
     assert queue.preempt(["a", "b"]) is None
-    urgent = add_job(database, priority=9)
+    higher = add_job(database, priority=9)
     assert queue.preempt(["c"]) is None
     assert queue.preempt(["a", "b"]) == second.job_id
     assert queue.preempt(["a", "b"]) is None  # one at a time
     assert (queue.renew(first), queue.renew(second)) == (None, StopRequest.PREEMPT)
     queue.release(second, "preempted")
-    assert claim_next(queue, "b").job_id == urgent
+    assert claim_next(queue, "b").job_id == higher
     job = read_job(database, second.job_id)
     assert (job.status, job.stop_request) == (JobStatus.QUEUED, None)
 
@@ -276,10 +276,10 @@ def test_job_of_a_project_at_its_limit_preempts_a_job_of_that_project(database: 
     add_job(database, project="other", priority=-1)
     own = add_job(database)
     claims = {claim.job_id: claim for claim in (claim_next(queue, "a"), claim_next(queue, "b"))}
-    urgent = add_job(database, priority=10)
+    higher = add_job(database, priority=10)
     assert queue.preempt(["a", "b"], slot_is_free=True) == own
     queue.release(claims[own], "preempted")
-    assert claim_next(queue, "a").job_id == urgent
+    assert claim_next(queue, "a").job_id == higher
 
 
 def test_job_of_a_project_at_its_limit_preempts_no_other_project(database: Database, clock: SteppedClock) -> None:

@@ -96,15 +96,15 @@ def test_needed_bytes_and_time_of_the_first_dataset(database: Database) -> None:
 
 
 def test_projects_do_not_share_datasets(database: Database) -> None:
-    ours, theirs = insert(database, new_dataset()), insert(database, new_dataset(project="theirs"))
-    assert ours.id != theirs.id
+    own, foreign = insert(database, new_dataset()), insert(database, new_dataset(project="other"))
+    assert own.id != foreign.id
     with database.read() as connection:
-        assert list_datasets(connection, PageRequest(9), project="local") == [ours]
+        assert list_datasets(connection, PageRequest(9), project="local") == [own]
         with pytest.raises(NotFound):
-            get_dataset(connection, theirs.id, project="local")
+            get_dataset(connection, foreign.id, project="local")
 
 
-def test_datasets_are_listed_from_the_oldest_when_asked(database: Database) -> None:
+def test_datasets_are_listed_from_the_oldest_on_request(database: Database) -> None:
     ids = sorted(insert(database, new_dataset(sha256=f"{number:064}")).id for number in range(4))
     with database.read() as connection:
         page = list_datasets(connection, PageRequest(2, oldest_first=True, after=ids[0]), project="local")

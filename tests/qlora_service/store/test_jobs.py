@@ -134,15 +134,15 @@ def test_events_are_read_after_a_sequence_number(database: Database, queue: Queu
 
 
 def test_another_projects_job_gives_the_same_error_as_an_unknown_one(database: Database) -> None:
-    ours, theirs = add_job(database), add_job(database, project="theirs")
+    own, foreign = add_job(database), add_job(database, project="other")
     with database.read() as connection:
-        assert get_job(connection, ours, project="local").project == "local"
-        with pytest.raises(NotFound) as foreign:
-            get_job(connection, theirs, project="local")
-        with pytest.raises(NotFound) as missing:
+        assert get_job(connection, own, project="local").project == "local"
+        with pytest.raises(NotFound) as foreign_error:
+            get_job(connection, foreign, project="local")
+        with pytest.raises(NotFound) as missing_error:
             get_job(connection, "job_none", project="local")
-        assert [job.id for job in list_jobs(connection, PageRequest(9), project="theirs")] == [theirs]
-    assert str(foreign.value).replace(theirs, "job_none") == str(missing.value)
+        assert [job.id for job in list_jobs(connection, PageRequest(9), project="other")] == [foreign]
+    assert str(foreign_error.value).replace(foreign, "job_none") == str(missing_error.value)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_jobs_are_listed_by_any_metadata(database: Database, key: str) -> None:
         assert len(select()) == 3
 
 
-def test_jobs_are_listed_from_the_oldest_when_asked(database: Database) -> None:
+def test_jobs_are_listed_from_the_oldest_on_request(database: Database) -> None:
     ids = sorted(add_job(database) for _ in range(4))
     with database.read() as connection:
         assert [job.id for job in listed(connection, oldest_first=True, after=ids[0], limit=2)] == ids[1:3]
