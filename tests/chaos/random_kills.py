@@ -146,7 +146,7 @@ class _Killer:
         self._all_killed = threading.Event()
         self._planned: dict[Claim, _PlannedKill | None] = {}
         self._killed_at: dict[str, float] = {}
-        """When the trainer of each job was killed, for jobs whose next trainer was not seen yet"""
+        """Time at which the trainer of a job was killed, until its next trainer is seen"""
         self._api_kill_at: float | None = None
         self._worker_kill_at: float | None = None
         self._kill_next_attempt = False

@@ -1,7 +1,7 @@
 from qlora_service.domain.jobs import TRANSITIONS, JobStatus
 
 
-def test_every_status_has_transitions() -> None:
+def test_every_status_is_in_the_transition_table() -> None:
     assert set(TRANSITIONS) == set(JobStatus)
 
 

@@ -38,13 +38,13 @@ def test_dataset_is_returned_as_it_was_stored(database: Database) -> None:
         assert get_dataset(connection, "ds_1") == dataset
 
 
-def test_same_bytes_read_the_same_way_are_one_dataset(database: Database) -> None:
+def test_same_bytes_in_the_same_format_are_one_dataset(database: Database) -> None:
     first = insert(database, new_dataset())
     assert insert(database, new_dataset()) == first
     assert len(stored_rows(database)["datasets"]) == 1
 
 
-def test_same_bytes_read_another_way_are_another_dataset(database: Database) -> None:
+def test_same_bytes_in_another_format_are_another_dataset(database: Database) -> None:
     first = insert(database, new_dataset(shape="text"))
     assert insert(database, new_dataset(shape="alpaca")).id != first.id
     assert insert(database, new_dataset(sha256="1" * 64)).id != first.id
