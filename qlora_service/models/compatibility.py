@@ -1,6 +1,6 @@
 """Compatibility of a job's spec with its base model, checked without torch.
 
-Covers combinations that cannot work and those that PEFT would silently ignore, found by running each one (PEFT 0.21,
+Covers combinations that cannot work or that PEFT would silently ignore, found by running each one (PEFT 0.21,
 transformers 5.23, bitsandbytes 0.50). Contradictions on any base are refused by the spec (`specs.combinations`).
 """
 

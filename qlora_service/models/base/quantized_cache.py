@@ -163,7 +163,7 @@ class QuantizedCache:
         """Whether the entry is gone; an entry that a process is loading stays.
 
         A process that has the entry's files mapped into memory keeps them until it unmaps them. The lock file stays:
-        all processes that want this entry must use the same lock file, those that already wait for it included.
+        all processes that open this entry must use the same lock file, including those that already wait for it.
         """
         descriptor = _open_lock(self.directory, path.name)
         try:

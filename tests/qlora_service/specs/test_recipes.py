@@ -1,4 +1,4 @@
-"""Values that recipes fill in, and those that they leave out."""
+"""Values that recipes fill in, and values that they leave out."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_int8_logs_nothing_per_call(tiny_model: Path, caplog: pytest.LogCaptureF
     base = load_base(tiny_model, INT8, torch.bfloat16, CPU)
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear8bitLt):
-            module.state.__class__ = bnb.MatmulLtState  # the state that CUDA uses
+            module.state.__class__ = bnb.MatmulLtState  # the product as on CUDA
     base_fingerprint(base)
     assert not caplog.records
 
