@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from qlora_service.models.base.base_state import BaseState
 from qlora_service.models.base.load import load_cached_base
 from qlora_service.models.base.quantize import base_fingerprint
-from qlora_service.models.base.quantized_cache import Ingredients, QuantizedCache
+from qlora_service.models.base.quantized_cache import BaseIdentity, QuantizedCache
 from qlora_service.models.catalog.catalog import BaseModel
 from qlora_service.specs import Quantization
 from qlora_service.training.device import release_memory
@@ -32,10 +32,10 @@ class BaseRequest:
     cache: QuantizedCache | None
 
     @property
-    def ingredients(self) -> Ingredients:
+    def identity(self) -> BaseIdentity:
         """All that the loaded base depends on."""
         dtype = str(self.compute_dtype).removeprefix("torch.")
-        return Ingredients.of(self.base, self.quantization, dtype, self.device.type)
+        return BaseIdentity.of(self.base, self.quantization, dtype, self.device.type)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class WarmBase:
     """A loaded base and what was found out about it; jobs come and go on it."""
 
     model: PreTrainedModel
-    made_of: Ingredients
+    identity: BaseIdentity
     source: str
     """cached, quantized or unquantized: where its weights came from"""
     isolation: Isolation
@@ -71,7 +71,7 @@ class WarmBase:
         fingerprint = base_fingerprint(loaded.model)
         # After the first forward passes: bitsandbytes moves int8 constants in the first one.
         state = BaseState(loaded.model)
-        return cls(loaded.model, wanted.ingredients, loaded.source, isolation, fingerprint, state)
+        return cls(loaded.model, wanted.identity, loaded.source, isolation, fingerprint, state)
 
     def restore(self) -> bool:
         """Whether the base, freed of everything that was attached to it, is bit for bit the one that was loaded."""
@@ -91,7 +91,7 @@ class BaseHolder:
         Raises:
             InvalidModel: transformers cannot load it.
         """
-        if self._held is not None and self._held.made_of == wanted.ingredients:
+        if self._held is not None and self._held.identity == wanted.identity:
             return self._held, "warm"
         self.drop(wanted.device)
         self._held = WarmBase.load(wanted)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_service.models.base.quantized_cache import Ingredients, QuantizedCache
+from qlora_service.models.base.quantized_cache import BaseIdentity, QuantizedCache
 from tests.workspace import Workspace
 
 
@@ -47,8 +47,8 @@ def test_the_cache_of_quantized_models_is_listed_and_cleared(run: Any, tmp_path:
         return run("models", "cache", *arguments, "--data-dir", tmp_path)
 
     assert "nothing is cached" in cache("list").stderr
-    made_of = Ingredients("w", "c", "nf4", True, "bfloat16", "cpu", {})
-    with QuantizedCache(tmp_path / "cache" / "quantized", 2**30).open(made_of) as entry:
+    identity = BaseIdentity("w", "c", "nf4", True, "bfloat16", "cpu", {})
+    with QuantizedCache(tmp_path / "cache" / "quantized", 2**30).open(identity) as entry:
         entry.lock_for_writing()
         entry.store("org/tiny", 0, lambda to: (to / "config.json").write_text("{}"))
     (listed,) = json.loads(cache("list", "--json").stdout)
