@@ -1,7 +1,7 @@
 """Isolation of two projects on one service: no operation of the OpenAPI document reveals objects of another project.
 
-A route with a new kind of id fails here until OWNED says how to create such an object for another project; a body that
-references a new kind of object fails until REFERENCES says how to send it.
+A route with a new kind of id fails here until OWNED says how to create the object in a project; a body that references
+a new kind of object fails until REFERENCES says how to send it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ OWNED: dict[str, Callable[[Tenant], str]] = {
     "upload_id": lambda owner: owner.upload,
     "webhook_endpoint_id": lambda owner: owner.webhook_endpoint,
 }
-"""For each path parameter that is an id: the id of such an object of a project."""
+"""For each path parameter that is an id: a function from a project to the id of one of its objects."""
 
 OWNERLESS = {"name": "adapter_config.json"}
 """Path parameters that name a part of the object whose id is in the same path."""
@@ -172,7 +172,7 @@ REFERENCES: dict[str, tuple[Callable[[Tenant], str], Callable[[Tenant, str], Req
         lambda _, id_: {"url": "/v1/completions", "json": {"model": id_, "prompt": "Hi"}},
     ),
 }  # fmt: skip
-"""By schema and field of a body: the id of an object of its owner, and the request of a sender that references it."""
+"""By schema and field of a body: the id of an object of its owner, and a request of a sender that references the id."""
 
 SHARED = {"JobRequest.base_model", "PlanRequest.base_model"}
 """Fields that look like references, but name objects that belong to no project."""
