@@ -58,7 +58,7 @@ class Error(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The body of every error response."""
+    """The body of every error response outside /v1."""
 
     error: Error
 
