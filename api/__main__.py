@@ -10,7 +10,7 @@ import sys
 import structlog
 
 from qlora_service.process.logging import configure_logging
-from qlora_service.process.startup import keeping_everything
+from qlora_service.process.startup import freezing_objects
 from qlora_service.settings import read_settings
 
 log = structlog.get_logger("api")
@@ -26,7 +26,7 @@ def main() -> int:
         return _fail(f"cannot write in {settings.resolved_data_dir}: {error.strerror}. Set QLORA_DATA_DIR")
     # Modules, routes and schemas live as long as the process: a full garbage collection that traverses them would
     # pause every request.
-    with keeping_everything():
+    with freezing_objects():
         from api.http.server import Server
         from api.main import create_app
 

@@ -1,25 +1,25 @@
-"""Every error the service raises on purpose.
+"""Errors that the service raises on purpose.
 
     QLoRAError
-    ├── InvalidRequest        what was sent cannot work as it is
+    ├── InvalidRequest        the request cannot work as it is
     │   ├── InvalidSpec       the job's configuration
     │   ├── InvalidDataset    the uploaded rows
     │   └── InvalidModel      the base model's files
-    ├── Unauthenticated       nobody is known by this key
+    ├── Unauthenticated       unknown or revoked key
     ├── NotFound              no such job, dataset, model or artifact
-    ├── Conflict              it exists, but its state forbids the action
-    ├── TooLarge              over a configured limit
-    ├── QuotaExceeded         the project has as much of it as is allowed at a time
-    │   ├── NoRoom            of what stays: waiting does not help, deleting does
-    │   │   └── StorageFull   of stored bytes
-    │   └── RateLimited       of requests: `details["retry_after_s"]` says when to go on
-    ├── Unavailable           try again later
-    ├── ClaimLost             a newer claim owns the job; stop and write nothing
-    ├── JobCancelled          the trainer was asked to stop, and never to go on
-    ├── Interrupted           the training stops here, to go on later from what was completed
-    └── JobFailed             a job ended without an adapter
+    ├── Conflict              the object exists, but its state forbids the action
+    ├── TooLarge              above a configured limit
+    ├── QuotaExceeded         the project is at one of its limits
+    │   ├── NoRoom            a limit on stored objects: deleting helps, waiting does not
+    │   │   └── StorageFull   the limit on stored bytes
+    │   └── RateLimited       the limit on requests; retry after `details["retry_after_s"]`
+    ├── Unavailable           retry later
+    ├── ClaimLost             a newer claim owns the job: stop, write nothing
+    ├── JobCancelled          the attempt stops for good
+    ├── Interrupted           the attempt stops; a later one resumes from its last completed step
+    └── JobFailed             the job ended without an adapter
 
-The domain knows no HTTP: `api.errors` holds the one table from these to status codes.
+The domain knows no HTTP: `api.errors` has the table from errors to status codes.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing wrong with one place of the input.
+    """A problem at one place of the input.
 
     `line` counts from 1: the line of a JSONL, CSV or text file, the row of a JSON array or Parquet file.
-    `byte_offset` is where that line or row begins; None where the container has no such thing (Parquet).
+    `byte_offset` is the start of that line or row; None for Parquet.
     `pointer` is a JSON pointer (RFC 6901) into the row, or into the request's body.
     """
 
@@ -54,7 +54,7 @@ class Finding:
 
 
 class QLoRAError(Exception):
-    """Base of the tree: a stable `code`, a message that says what to do, and where the trouble is."""
+    """Base of the tree: a stable `code`, a message that says what to do, and the location of the problem."""
 
     code: ClassVar[str] = "internal_error"
 
@@ -71,7 +71,7 @@ class QLoRAError(Exception):
         return (_rebuild, (type(self), self.message, self.location, self.findings, self.details))
 
     def as_dict(self) -> dict[str, Any]:
-        """The one wire shape of an error: code, message, location, findings, details."""
+        """The error as JSON: code, message, location, findings, details."""
         return {
             "code": self.code,
             "message": self.message,
@@ -79,16 +79,6 @@ class QLoRAError(Exception):
             "findings": [finding.as_dict() for finding in self.findings],
             "details": self.details,
         }
-
-
-def _rebuild(
-    kind: type[QLoRAError],
-    message: str,
-    location: str | None,
-    findings: tuple[Finding, ...],
-    details: dict[str, Any],
-) -> QLoRAError:
-    return kind(message, location=location, findings=findings, **details)
 
 
 class InvalidRequest(QLoRAError):
@@ -128,7 +118,7 @@ class QuotaExceeded(QLoRAError):
 
 
 class NoRoom(QuotaExceeded):
-    """Keeps its base's code: for programs it is one more quota."""
+    """Has the code of its base class: to programs it is another quota."""
 
 
 class StorageFull(NoRoom):
@@ -152,12 +142,22 @@ class JobCancelled(QLoRAError):
 
 
 class Interrupted(QLoRAError):
-    """`details["hold"]`, one of the names in `jobs.HoldReason`, says what it waits for; without one it is queued."""
+    """With `details["hold"]`, a `domain.jobs.HoldReason`, the job is paused; without it, queued again."""
 
     code = "interrupted"
 
 
 class JobFailed(QLoRAError):
-    """A job ended without an adapter; `details["reason"]` is one of the names in `jobs.FailureReason`."""
+    """`details["reason"]` is a `domain.jobs.FailureReason`."""
 
     code = "job_failed"
+
+
+def _rebuild(
+    kind: type[QLoRAError],
+    message: str,
+    location: str | None,
+    findings: tuple[Finding, ...],
+    details: dict[str, Any],
+) -> QLoRAError:
+    return kind(message, location=location, findings=findings, **details)

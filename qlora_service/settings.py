@@ -1,6 +1,7 @@
-"""Settings of the service: the only reader of the environment.
+"""Settings of the service, read from environment variables.
 
-Built once, at an entry point (`api`, `workers`, `cli`); everything below gets plain values.
+Read once, at an entry point (`api`, `workers`, `cli`); all other code receives plain values. `docs/settings.md` is
+generated from this file (`make docs`).
 """
 
 from __future__ import annotations
@@ -24,112 +25,108 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(
         Path("data"),
-        description="Everything the service owns: state.db, artifacts/, models/, cache/, checkpoints/, "
-        "inference/, logs/, locks/, tmp/. Local disk only.",
+        description="Directory of everything that the service stores: state.db, artifacts/, models/, cache/, "
+        "checkpoints/, inference/, logs/, locks/, tmp/. It must be on a local disk.",
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the data directory.")
     artifact_url: str | None = Field(None, description="obstore URL; default: artifacts/ in the data directory.")
-    host: str = Field("127.0.0.1", description="Address the API listens on.")
-    port: int = Field(8080, ge=0, le=65535, description="Port the API listens on.")
+    host: str = Field("127.0.0.1", description="Address that the API listens on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port that the API listens on.")
     allowed_hosts: str = Field(
         "",
-        description="Host names under which the API is asked, beside this machine's loopback and `host`: without port, "
-        "separated by commas; * for any, which lets every web page in.",
+        description="Host names that requests may name besides `localhost`, loopback addresses and `host`: without "
+        "port, separated by commas. `*` accepts any, and with it requests from any web page.",
     )
-    url: str | None = Field(None, description="Service address the command line talks to.")
-    api_key: SecretStr | None = Field(None, description="Key the command line sends.")
+    url: str | None = Field(None, description="Address of the service, for the command line.")
+    api_key: SecretStr | None = Field(None, description="Key that the command line sends.")
     keys: Literal["required", "off"] = Field(
         "required",
-        description="Whether every request needs a key; off: whoever reaches the API may do everything, which is why "
-        "`host` must then be this machine's loopback.",
+        description="Whether every request needs a key. `off` lets everyone who reaches the API do everything, so "
+        "`host` must then be a loopback address.",
     )
     webhook_private: bool = Field(
         False,
-        description="Whether webhooks may go to http URLs and to addresses that are not on the internet: only where "
-        "everybody with a key may ask every machine that this one reaches.",
+        description="Allow webhooks to http URLs and to addresses that are not public. Every holder of a key can then "
+        "send requests to every machine that this one reaches.",
     )
     max_upload_bytes: int = Field(20 * GIB, gt=0, description="Largest request body.")
     receipt_s: float = Field(
-        10.0,
-        ge=0.1,
-        description="A request's head, and the beginning of its body, must arrive within this many seconds.",
+        10.0, ge=0.1, description="Seconds within which a request's head and the start of its body must arrive."
     )
     cache_bytes: int = Field(
         50 * GIB,
         ge=0,
-        description="Most bytes of quantized base models kept for the next job; the least recently used go first. "
-        "0: every job quantizes its own.",
+        description="Bytes of quantized base models that are cached; the least recently used are deleted first. 0: no "
+        "cache.",
     )
-    max_queued_jobs: int | None = Field(None, ge=1, description="Most queued jobs of one project; default: no limit.")
+    max_queued_jobs: int | None = Field(None, ge=1, description="Queued jobs per project; default: no limit.")
     max_stored_bytes: int | None = Field(
-        None, ge=1, description="Most bytes of one project's datasets, uploads and adapters; default: no limit."
+        None, ge=1, description="Bytes of datasets, uploads and adapters per project; default: no limit."
     )
     max_requests_per_minute: int | None = Field(
-        None, ge=1, description="Most requests of one key in a minute, which may come all at once; default: no limit."
+        None, ge=1, description="Requests per key and minute, bursts included; default: no limit."
     )
     plan_device: str = Field(
         "auto",
-        description="What jobs are planned for. auto: the smallest GPU that this process sees, else its CPU if torch "
-        "is installed here; a card's name or size, such as RTX 3090 or 24GB, where the workers are elsewhere; unknown: "
-        "no job is refused for its memory.",
+        description="Device that jobs are planned for. `auto`: the smallest GPU visible to this process, else its CPU "
+        "if torch is installed. A card's name or size, such as `RTX 3090` or `24GB`, if the workers run elsewhere. "
+        "`unknown`: no job is refused for its memory.",
     )
-    slots: int | None = Field(None, ge=1, description="Most trainers at a time; default: one per GPU, one on a CPU.")
-    lease_s: float = Field(30.0, gt=1.0, description="A claim not renewed for this long is lost.")
-    heartbeat_s: float = Field(2.0, gt=0.0, description="How often a trainer renews its claim.")
+    slots: int | None = Field(None, ge=1, description="Trainers at a time; default: one per GPU, or one on a CPU.")
+    lease_s: float = Field(30.0, gt=1.0, description="Seconds without renewal after which a claim is lost.")
+    heartbeat_s: float = Field(2.0, gt=0.0, description="Seconds between renewals of a trainer's claim.")
     cancel_grace_s: float = Field(
-        30.0, gt=0.0, description="A trainer that ignores a cancel or a pause this long is killed."
+        30.0, gt=0.0, description="Seconds after which a trainer that ignores a cancel or a pause is killed."
     )
     checkpoint_s: float = Field(
-        60.0, ge=0.0, description="How often a running job is made durable: the most work that a power cut costs."
+        60.0, ge=0.0, description="Seconds between checkpoints of a running job: the most work that a power cut costs."
     )
     hang_s: float = Field(
         300.0,
         gt=0.0,
-        description="A trainer without a sign of progress for this long, and for 20 times what one took so far, is "
-        "ended with its stacks in its log.",
+        description="Seconds without progress after which a trainer is killed, if they are also 20 times the longest "
+        "interval so far. Its stacks are in its log.",
     )
     warm_s: float = Field(
         300.0,
         ge=0.0,
-        description="How long a base model stays loaded after a job, for the next one on it; 0: every job loads its "
-        "own, in a new process.",
+        description="Seconds that a base model stays loaded after a job, for the next job on it. 0: a new process for "
+        "every job.",
     )
-    max_running_jobs: int | None = Field(None, ge=1, description="Most jobs of one project that run at a time.")
+    max_running_jobs: int | None = Field(None, ge=1, description="Running jobs per project; default: no limit.")
     max_deaths: int = Field(
-        3, ge=1, description="A job whose trainers died so often without getting further is failed."
+        3, ge=1, description="Trainers of one job that may die in a row without a new checkpoint before it fails."
     )
     chat_idle_s: float = Field(
-        300.0, gt=0.0, description="A base model that nobody has chatted with for this long is unloaded."
+        300.0, gt=0.0, description="Seconds without a chat after which a base model loaded for chats is unloaded."
     )
-    chat_hold_s: float = Field(
-        60.0, gt=0.0, description="How long chats may keep a slot that a job waits for; then the job has it."
-    )
+    chat_hold_s: float = Field(60.0, gt=0.0, description="Seconds that chats may keep a slot while a job waits for it.")
     chat_preempts: bool = Field(
         False,
-        description="Whether a chat makes a running job give its slot up at its next step, to go on afterwards; "
-        "without it, chats are refused while jobs have every slot.",
+        description="Whether a chat preempts a running job at its next step. Otherwise chats are refused while jobs "
+        "occupy every slot.",
     )
     lock_dir: Path | None = Field(
         None,
-        description="Where slots are locked; default: locks/ in the data directory. Several services that share a "
-        "GPU have to name the same one.",
+        description="Directory of the slots' lock files; default: locks/ in the data directory. Services that share a "
+        "GPU must share it.",
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
 
     @field_validator("allowed_hosts")
     @classmethod
     def _host_names(cls, value: str) -> str:
         wrong = [name for name in _names(value) if name.count(":") == 1 or set(name) & set("/[]@ ")]
         if wrong:
-            raise ValueError(f"{wrong[0]!r} is no host name: leave out scheme, port and path, as in gpu.example")
+            raise ValueError(f"{wrong[0]!r} is not a host name: leave out scheme, port and path, as in gpu.example")
         return value
 
     @model_validator(mode="after")
     def _renew_in_time(self) -> Settings:
         if self.heartbeat_s > self.lease_s / 3:
             raise ValueError(
-                f"QLORA_HEARTBEAT_S is {self.heartbeat_s:g}: a claim of QLORA_LEASE_S = {self.lease_s:g} s has to be "
-                "renewed at least three times before it ends"
+                f"QLORA_HEARTBEAT_S is {self.heartbeat_s:g}: a claim of QLORA_LEASE_S = {self.lease_s:g} s must be "
+                "renewed at least three times before it expires"
             )
         return self
 
@@ -137,8 +134,8 @@ class Settings(BaseSettings):
     def _not_open_to_the_network(self) -> Settings:
         if self.keys == "off" and not is_loopback(self.host):
             raise ValueError(
-                f"QLORA_KEYS=off with QLORA_HOST={self.host} would let the whole network in: leave QLORA_KEYS out, so "
-                "that every request needs a key, or listen on 127.0.0.1"
+                f"QLORA_KEYS=off with QLORA_HOST={self.host} would give the whole network access: leave QLORA_KEYS "
+                "out, so that every request needs a key, or listen on 127.0.0.1"
             )
         return self
 
@@ -152,12 +149,12 @@ class Settings(BaseSettings):
 
     @property
     def cache_dir(self) -> Path:
-        """Quantized base models: all of it may be deleted at any time."""
+        """Quantized base models; may be deleted at any time."""
         return self.resolved_data_dir / "cache" / "quantized"
 
     @property
     def plan_cache_dir(self) -> Path:
-        """Simulations of jobs' memory: all of it may be deleted at any time."""
+        """Results of memory simulations; may be deleted at any time."""
         return self.resolved_data_dir / "cache" / "plans"
 
     @property
@@ -166,7 +163,7 @@ class Settings(BaseSettings):
 
     @property
     def inference_dir(self) -> Path:
-        """Sockets of the processes that answer chats."""
+        """Unix sockets of the processes that answer chats."""
         return self.resolved_data_dir / "inference"
 
     @property
@@ -175,7 +172,7 @@ class Settings(BaseSettings):
 
     @property
     def tmp_dir(self) -> Path:
-        """Scratch on the data disk: uploads and rendered rows may be larger than a tmpfs /tmp."""
+        """Scratch space on the data disk: uploads and rendered rows may exceed a tmpfs /tmp."""
         return self.resolved_data_dir / "tmp"
 
     @property
@@ -188,7 +185,7 @@ class Settings(BaseSettings):
 
     @property
     def allowed_host_names(self) -> frozenset[str]:
-        """`allowed_hosts` one by one, lower-case."""
+        """`allowed_hosts` as a set of lower-case names."""
         return frozenset(_names(self.allowed_hosts))
 
     @property
@@ -197,16 +194,16 @@ class Settings(BaseSettings):
 
 
 def read_settings(**given: Any) -> Settings:
-    """The settings: what is `given` and not None, then the environment.
+    """The settings: values in `given` that are not None, then the environment.
 
-    What cannot be used ends the process with one line on stderr and exit code 2.
+    Invalid settings end the process with one line on stderr and exit code 2.
     """
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         faults = []
         for fault in error.errors():
-            # A fault of several settings together names them itself.
+            # A fault that concerns several settings names them in its message.
             name = "".join(f"QLORA_{str(part).upper()}: " for part in fault["loc"][:1])
             faults.append(name + fault["msg"].removeprefix("Value error, "))
         print(f"error: these settings cannot be used: {'; '.join(faults)}", file=sys.stderr)

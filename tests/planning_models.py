@@ -1,4 +1,4 @@
-"""Shapes of models from 135M to 70B, as their config.json has them, and jobs to plan on them."""
+"""The config.json of models from 135M to 70B parameters, and jobs to plan on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlora_service.specs import JobSpec
 def config(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **other: Any
 ) -> dict[str, Any]:
-    """A config.json of Llama's kind."""
+    """A config.json of a Llama-like model."""
     return {
         "model_type": "llama",
         "hidden_size": hidden,
@@ -50,7 +50,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A job on a model, as a CUDA device would run it."""
+    """A job on a model and a CUDA device."""
 
     model: str
     micro_batch_tokens: int = 2048
@@ -62,11 +62,11 @@ class Case:
         return JobSpec.model_validate({"base_model": self.model} | dict(self.spec))
 
     def __str__(self) -> str:
-        how = "recomputed" if self.checkpointing else "kept"
-        return f"{self.model} {self.longest_tokens}/{self.micro_batch_tokens} {how} {dict(self.spec)}"
+        activations = "recomputed" if self.checkpointing else "kept"
+        return f"{self.model} {self.longest_tokens}/{self.micro_batch_tokens} {activations} {dict(self.spec)}"
 
     def simulated(self) -> Memory:
-        """By the simulator, in this process."""
+        """The memory by the simulator, in this process."""
         sizes = {"micro_batch_tokens": self.micro_batch_tokens, "longest_tokens": self.longest_tokens}
         return simulated_memory(
             MODELS[self.model],
@@ -78,11 +78,11 @@ class Case:
         )
 
     def simulated_by_child(self) -> Memory:
-        """As the service does it."""
+        """The memory by the simulator in a child process, as in the service."""
         return Simulator(timeout_s=300).simulate(MODELS[self.model], self.job(), **self._sizes())
 
     def estimated(self) -> Memory:
-        """By the formula."""
+        """The memory by the formula."""
         return memory(ModelShape.from_config(MODELS[self.model]), self.job(), **self._sizes())
 
     def _sizes(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Case:
         }
 
 
-ALONE = {"batch_size": 1}
+ONE_ROW = {"batch_size": 1}
 SPECS: list[dict[str, Any]] = [
     {},
     {"adapter": {"r": 64, "lora_dropout": 0.1}},
@@ -104,7 +104,7 @@ SPECS: list[dict[str, Any]] = [
     {"quantization": {"type": "none"}},
     {"adapter": {"r": 64}, "training": {"optim": "adamw_torch"}},
     {"adapter": {"r": 64}, "training": {"optim": "paged_adamw_8bit"}},
-    {"adapter": {"r": 64}, "training": {"optim": "paged_lion_32bit"} | ALONE},
+    {"adapter": {"r": 64}, "training": {"optim": "paged_lion_32bit"} | ONE_ROW},
     {"objective": {"type": "dpo"}},
     {"adapter": {"method": "lora", "use_dora": True}},
     {"adapter": {"method": "adalora"}},
@@ -116,13 +116,13 @@ SPECS: list[dict[str, Any]] = [
 
 
 def cases() -> Iterator[Case]:
-    """Every spec on a small and on a middling model, both ways; then every model, at several lengths."""
+    """Every spec on small and medium models, with and without recomputation; then every model, at several lengths."""
     for number, spec in enumerate(SPECS):
         for model in ("SmolLM2-135M", "Llama-2-7B"):
             yield Case(model, checkpointing=number % 2 == 0, spec=tuple(spec.items()))
         yield Case("Qwen2.5-0.5B", checkpointing=number % 2 == 1, spec=tuple(spec.items()))
-    alone = (("training", ALONE),)
+    one_row = (("training", ONE_ROW),)
     for model in MODELS:
-        yield Case(model, 512, 512, spec=alone)
-        yield Case(model, 4096, 4096, spec=alone)
+        yield Case(model, 512, 512, spec=one_row)
+        yield Case(model, 4096, 4096, spec=one_row)
         yield Case(model, checkpointing=False)

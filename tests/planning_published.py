@@ -1,7 +1,7 @@
-"""Peak memory that others measured, and their code paths on tensors without values.
+"""Published measurements of peak memory, and an emulation of their code on meta tensors.
 
-What they ran is not this service's step: PEFT's preparation for k-bit training, autocast, logits of every token in
-float32, older bitsandbytes. Each is emulated here, on the product's tracker, to hold the tracker against a GPU.
+The published steps differ from those of this service: PEFT's preparation for k-bit training, autocast, float32 logits
+of every token, older bitsandbytes. Each is emulated under the service's tracker, to compare the tracker with a GPU.
 
 Sources: foundation-model-stack/fms-acceleration, scripts/benchmarks/refs (one A100 80 GB; LoRA r=16 on q, k, v and o,
 dropout 0.1, NF4 with double quantization, reentrant checkpointing, FlashAttention 2, transformers 4.48.1, bitsandbytes
@@ -24,14 +24,10 @@ from peft import LoraConfig, get_peft_model
 
 from qlora_service.models.adapters import trainable
 from qlora_service.planning.memory import Category
+from qlora_service.planning.simulation.allocator import CUBLAS_WORKSPACE_BYTES
 from qlora_service.planning.simulation.simulated_base import META, simulated_base
-from qlora_service.planning.simulation.simulated_device import (
-    CUBLAS_WORKSPACE_BYTES,
-    replaced,
-    simulated_device,
-    workspaces,
-)
-from qlora_service.planning.simulation.tracked_step import own_model
+from qlora_service.planning.simulation.simulated_device import replaced, simulated_device, workspaces
+from qlora_service.planning.simulation.tracked_step import register_model
 from qlora_service.planning.simulation.tracker import Tracker
 from qlora_service.specs import Quantization
 
@@ -47,7 +43,7 @@ ANSWER_1B = {
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """A measured peak and how it came about."""
+    """A measured peak and the settings of its run."""
 
     name: str
     config: dict[str, Any]
@@ -56,13 +52,13 @@ class PublishedRow:
     bytes: float
     nf4: bool = True
     kbit_preparation: bool = False
-    """PEFT's, as TRL leaves it: norms in float32, embeddings, head and LoRA back in bfloat16; products by autocast"""
+    """PEFT's preparation as in TRL: norms in float32; embeddings, head and LoRA in bfloat16; products under autocast"""
     notebook: bool = False
-    """Answer.ai's"""
+    """The run is from Answer.ai's notebook"""
 
 
-def _fms(kind: str, batch: int, gib: float, **how: bool) -> PublishedRow:
-    return PublishedRow(f"Mistral-7B {kind}, batch {batch}", MISTRAL_7B, batch, 4096, gib * 2**30, **how)
+def _fms(kind: str, batch: int, gib: float, **settings: bool) -> PublishedRow:
+    return PublishedRow(f"Mistral-7B {kind}, batch {batch}", MISTRAL_7B, batch, 4096, gib * 2**30, **settings)
 
 
 ROWS = [
@@ -80,12 +76,12 @@ ROWS = [
 
 
 def emulated_bytes(row: PublishedRow) -> int:
-    """The peak of a step the way the row's authors made it."""
+    """The peak of a step of the row's run."""
     return emulate(row).peak
 
 
 def emulate(row: PublishedRow) -> Tracker:
-    """The tracker after that step."""
+    """The tracker after a step of the row's run."""
     quantization = Quantization(type="nf4" if row.nf4 else "none", double_quant=not row.notebook)
     adapter = LoraConfig(
         r=8 if row.notebook else 16,
@@ -107,17 +103,17 @@ def emulate(row: PublishedRow) -> Tracker:
             _cast(model, ("lora_A", "lora_B"), torch.bfloat16)
         model.train()
         if row.notebook:
-            keeping = staticmethod(partial(_keeping_input, MatMul4Bit.forward))
-            stack.enter_context(replaced(MatMul4Bit, "forward", keeping))
+            forward = staticmethod(partial(_forward_keeping_input, MatMul4Bit.forward))
+            stack.enter_context(replaced(MatMul4Bit, "forward", forward))
         tracker = Tracker(rounding=512, workspaces=workspaces(cuda=True))
-        own_model(tracker, model)
+        register_model(tracker, model)
         resident = [torch.empty(CUBLAS_WORKSPACE_BYTES, dtype=torch.uint8, device=META)]
         if row.notebook:
             resident += _rotation_caches(row)
         else:
             resident += [torch.zeros_like(p) for p in trainable(model) for _ in range(2)]  # AdamW's moments
         for tensor in resident:
-            tracker.own(tensor, Category.OPTIMIZER)
+            tracker.register(tensor, Category.OPTIMIZER)
         ids = torch.empty(row.batch, row.tokens, dtype=torch.long, device=META)
         with tracker:
             if row.notebook:
@@ -130,7 +126,7 @@ def emulate(row: PublishedRow) -> Tracker:
 
 
 def _loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """transformers 4.48: every logit in float32, shifted by a copy, while the model's forward pass still runs."""
+    """transformers 4.48: all logits in float32, shifted by a copy, while the model's forward pass is still active."""
     hidden = model.get_decoder()(input_ids=ids).last_hidden_state
     logits = model.get_output_embeddings()(hidden)
     wide = logits.float()
@@ -147,7 +143,7 @@ def _cast(model: torch.nn.Module, names: tuple[str, ...], dtype: torch.dtype) ->
 
 @contextmanager
 def _autocast() -> Iterator[None]:
-    """What autocast does to this model's products; tensors without values know none."""
+    """The effect of autocast on this model's products; autocast does not act on meta tensors."""
     with ExitStack() as stack:
         for name in ("linear", "scaled_dot_product_attention"):
             stack.enter_context(replaced(F, name, partial(_in_low_precision, getattr(F, name))))
@@ -155,10 +151,10 @@ def _autocast() -> Iterator[None]:
 
 
 def _in_low_precision(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*map(_low, args), **{name: _low(value) for name, value in kwargs.items()})
+    return function(*map(_lowered, args), **{name: _lowered(value) for name, value in kwargs.items()})
 
 
-def _low(value: Any) -> Any:
+def _lowered(value: Any) -> Any:
     is_wide = isinstance(value, torch.Tensor) and value.dtype is torch.float32
     return value.to(torch.bfloat16) if is_wide else value
 
@@ -170,7 +166,7 @@ def _rotation_caches(row: PublishedRow) -> list[torch.Tensor]:
     return [torch.empty(positions, head_dim, device=META) for _ in range(2 * row.config["num_hidden_layers"])]
 
 
-def _keeping_input(original: Callable[..., Any], ctx: Any, x: torch.Tensor, *rest: Any) -> Any:
-    """bitsandbytes before 0.43 kept each product's input as an attribute, which no checkpointing frees."""
+def _forward_keeping_input(original: Callable[..., Any], ctx: Any, x: torch.Tensor, *rest: Any) -> Any:
+    """bitsandbytes before 0.43 kept each product's input as an attribute, which checkpointing does not free."""
     ctx.kept = x if any(ctx.needs_input_grad[:2]) else None
     return original(ctx, x, *rest)

@@ -1,4 +1,4 @@
-"""The training's own steps on real tensors under the tracker, to hold the simulation against."""
+"""The training's own steps on real tensors under the tracker, as the reference for the simulation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qlora_service.planning.largest_step import LargestStep, largest_step
 from qlora_service.planning.memory import Category, Memory
 from qlora_service.planning.simulation.simulated_device import workspaces
 from qlora_service.planning.simulation.simulated_step import simulated_memory
-from qlora_service.planning.simulation.tracked_step import examples_of, own_model
+from qlora_service.planning.simulation.tracked_step import examples_of, register_model
 from qlora_service.planning.simulation.tracker import Tracker
 from qlora_service.specs import JobSpec
 from qlora_service.training.network.isolation import isolate_documents
@@ -27,12 +27,12 @@ from qlora_service.training.step import StepGradients
 
 CPU = torch.device("cpu")
 STEPS = 2
-"""The second has the optimizer's state from its beginning"""
+"""The second one has the optimizer state from its start"""
 
 
 @dataclass(frozen=True)
 class TrackedJob:
-    """A job small enough to be done here."""
+    """A job small enough to run in a test."""
 
     name: str
     spec: dict[str, Any]
@@ -48,7 +48,7 @@ class TrackedJob:
         return largest_step(self.job(), micro_batch_tokens=self.micro_batch_tokens, longest_tokens=self.longest_tokens)
 
     def simulated(self, model_dir: Path) -> Memory:
-        """Of the model's config.json alone."""
+        """The memory simulated from the model's config.json."""
         make_triangles()
         return simulated_memory(
             json.loads((model_dir / "config.json").read_text()),
@@ -60,8 +60,8 @@ class TrackedJob:
         )
 
     def off_by(self, model_dir: Path) -> float:
-        """Simulated bytes over those of real tensors, less one."""
-        return self.simulated(model_dir).allocated / really_tracked(self, model_dir).peak - 1
+        """Relative error of the simulated bytes."""
+        return self.simulated(model_dir).allocated / track_real_steps(self, model_dir).peak - 1
 
 
 JOBS = [
@@ -94,14 +94,14 @@ JOBS = [
 
 
 def make_triangles() -> None:
-    """The masks that attention's backward pass keeps as long as the process lives: of the process, not of a job."""
+    """Creates the masks that attention's backward pass caches for the process, so that no job is charged for them."""
     for tokens in range(1, BLOCK + 1):
         for dtype in (torch.float32, torch.bfloat16):
             _triangle(tokens, dtype)
 
 
-def really_tracked(case: TrackedJob, model_dir: Path) -> Tracker:
-    """The tracker after real steps and evaluations with a model's real weights."""
+def track_real_steps(case: TrackedJob, model_dir: Path) -> Tracker:
+    """The tracker after steps and evaluations with the model's real weights."""
     make_triangles()
     spec, step = case.job(), case.step()
     dtype = getattr(torch, case.compute_dtype)
@@ -115,14 +115,14 @@ def really_tracked(case: TrackedJob, model_dir: Path) -> Tracker:
     )
     network.model.train()
     tracker = Tracker(vocabulary=base.config.vocab_size, workspaces=workspaces(cuda=False))
-    own_model(tracker, network.model)
+    register_model(tracker, network.model)
     objective, examples = make_objective(spec.objective), examples_of(step, spec.objective)
     training = spec.training.model_copy(update={"micro_batch_tokens": max(step.tokens, case.micro_batch_tokens)})
     gradients = StepGradients(network, objective, training, lambda _: None)
-    of_step = examples if step.is_whole_step else 2 * examples
+    step_examples = examples if step.is_whole_step else 2 * examples
     with tracker, optimizing(network.model, training, CPU) as optimizer:
         for number in range(STEPS):
-            gradients.compute(number, of_step)
+            gradients.compute(number, step_examples)
             with tracker.during(Category.OPTIMIZER):
                 torch.nn.utils.clip_grad_norm_(trainable(network.model), training.max_grad_norm)
                 optimizer.step()

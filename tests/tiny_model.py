@@ -1,4 +1,4 @@
-"""A Llama of two layers with a ChatML tokenizer, built on the spot: real files, no network."""
+"""A Llama of two layers with a ChatML tokenizer, built by the tests: real files, no network."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Une petite maison près de la rivière. Ein kleines Haus am Fluss. Una casa pequ
 
 
 def train_tokenizer() -> Tokenizer:
-    """A byte-level BPE: all 256 bytes are in the alphabet, so any UTF-8 text survives encode and decode."""
+    """A byte-level BPE with all 256 bytes in its alphabet, so that any UTF-8 text survives encoding and decoding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE,
-        # Merges that occur once are kept too, so that the small corpus fills the vocabulary.
+        # Merges that occur once are kept, so that the small corpus fills the vocabulary.
         min_frequency=1,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -46,9 +46,9 @@ def train_tokenizer() -> Tokenizer:
 
 
 def build_tiny_model(path: Path, seed: int = 0, chat_template: str | None = CHATML) -> Path:
-    """`path`, now an ordinary Hugging Face directory: about 0.1 M random weights in bf16, own tokenizer.
+    """`path` as a Hugging Face model directory: about 0.1 M random bf16 weights, and a tokenizer.
 
-    The same seed gives the same bytes. `chat_template=None` makes a base without one.
+    The same seed gives the same bytes. With `chat_template=None` the tokenizer has no template.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -87,5 +87,5 @@ def build_tiny_model(path: Path, seed: int = 0, chat_template: str | None = CHAT
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory shared by the whole run: read it, copy it, never change it."""
+    """Directory of the tiny model, shared by the whole run: never change it."""
     return build_tiny_model(tmp_path_factory.mktemp("base") / "tiny-llama")

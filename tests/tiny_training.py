@@ -1,7 +1,8 @@
-"""What the training tests share: the tiny model loaded for real, and rows of random tokens."""
+"""Helpers of the training tests: the tiny model with real weights, rows of random tokens, and short trainings."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from peft import PeftModel
 
 from qlora_service.errors import Interrupted
-from qlora_service.models.adapters import attach
+from qlora_service.models.adapters import attach, trainable
 from qlora_service.models.base.quantize import load_base
 from qlora_service.specs import Adapter, Lora, Objective, Quantization, Supervised, Training
 from qlora_service.training.checkpoint.checkpoints import Checkpoints
@@ -29,19 +30,21 @@ from qlora_service.training.objectives import make_objective
 CPU = torch.device("cpu")
 FLOAT64 = Quantization(type="none", compute_dtype="float32")
 NF4 = Quantization()
+TRAINING = Training(batch_size=8, learning_rate=1e-2, warmup_ratio=0.0, optim="adamw_torch")
 UNREPEATABLE = {"tokens_per_second", "peak_memory_bytes"}
+"""Metrics that differ between two runs of the same job"""
 
 
 def rows(count: int, seed: int = 0, low: int = 8, high: int = 60) -> list[TokenRow]:
-    """Rows of different lengths; a first part of each is untrained, as a question is."""
-    chance = random.Random(seed)
-    made = []
+    """Rows of `low` to `high` tokens; the first tokens of each are not trained, as those of a question."""
+    generator = random.Random(seed)
+    result = []
     for line in range(1, count + 1):
-        length = chance.randint(low, high)
-        question = chance.randint(1, length - 2)
-        ids = [chance.randrange(3, 500) for _ in range(length)]
-        made.append(TokenRow(line, ids, [index >= question for index in range(length)]))
-    return made
+        length = generator.randint(low, high)
+        question = generator.randint(1, length - 2)
+        ids = [generator.randrange(3, 500) for _ in range(length)]
+        result.append(TokenRow(line, ids, [index >= question for index in range(length)]))
+    return result
 
 
 def load(
@@ -52,9 +55,9 @@ def load(
     perturb_b: float = 0.0,
     total_steps: int = 1000,
 ) -> PeftModel:
-    """The tiny model with an adapter; `perturb_b` moves B off zero, where A would have no gradient.
+    """The tiny model with an adapter; `perturb_b` moves B off zero, where A has no gradient.
 
-    `total_steps` shapes AdaLoRA's schedule.
+    `total_steps` determines AdaLoRA's schedule.
     """
     base = load_base(model_dir, quantization, torch.float32 if dtype is torch.float64 else dtype, CPU)
     isolate_documents(base)
@@ -69,26 +72,41 @@ def load(
     return model
 
 
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the trainable parameters by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def frozen_hash(model: PeftModel) -> str:
+    """SHA-256 of every tensor that is not trained: weights, codes, scales of quantized weights, buffers."""
+    trained = {parameter.data_ptr() for parameter in trainable(model)}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.data_ptr() not in trained:
+            digest.update(name.encode() + tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def network(model: PeftModel, isolation: Isolation = "per_document", **options: Any) -> Network:
-    """How `load`'s model is trained; the options are `Network`'s."""
+    """The network of a model from `load`; the options are those of `Network`."""
     return Network(model, isolation, **options)
 
 
 class Recorder:
-    """An observer that keeps what it is told."""
+    """An observer that keeps the metrics."""
 
     def __init__(self) -> None:
         self.steps: list[StepMetrics] = []
         self.evaluations: list[EvaluationMetrics] = []
         self.earlier = b""
-        """What an earlier attempt recorded"""
+        """Result of `lines` of an earlier attempt"""
 
     def lines(self) -> bytes:
-        """What was recorded, but for times and memory."""
+        """The metrics as sorted JSON lines, without `UNREPEATABLE`."""
         records = [*map(asdict, self.steps), *map(asdict, self.evaluations)]
         text = [
             json.dumps({name: value for name, value in record.items() if name not in UNREPEATABLE})
@@ -104,7 +122,7 @@ class Recorder:
 
 
 class Keeper(Unattended):
-    """A control that keeps states in real checkpoints, when they are due and when it interrupts at its n-th check."""
+    """A control that saves states in real checkpoints: when `is_due`, and when it interrupts at check `at_check`."""
 
     def __init__(self, checkpoints: Checkpoints, recorder: Recorder, at_check: int | None = None) -> None:
         self.checks = self.saves = 0
@@ -145,7 +163,7 @@ def run(
     control: Control | None = None,
     **options: Any,
 ) -> tuple[Outcome, Recorder]:
-    """Train for real on consecutive batches of the rows; the options are `Network`'s."""
+    """Trains on consecutive batches of the rows; the options are those of `Network`."""
     recorder = recorder or Recorder()
     size = training.batch_size
     if micro_batch_tokens is not None:

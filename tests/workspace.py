@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_service.actions.service import Service, open_service
-from qlora_service.chat.reception import Reception
+from qlora_service.chat.dispatch import ChatDispatcher
 from qlora_service.chat.wire import Finished, GenerationRequest
 from qlora_service.domain.jobs import Job
 from qlora_service.models.catalog.catalog import Catalog
@@ -97,7 +97,7 @@ def chat(workspace: Workspace, base: LoadedBase, request: GenerationRequest) -> 
     async def collect() -> tuple[str, Finished]:
         database = Database(workspace.settings.resolved_database_url)
         text, finished = "", None
-        async for answer in Reception(database, preempts=True).answer(base, request, "local"):
+        async for answer in ChatDispatcher(database, preempts=True).answer(base, request, "local"):
             text, finished = text + (answer.text or ""), answer.finished
         database.close()
         assert finished is not None

@@ -1,4 +1,4 @@
-"""OpenAI's wire: the same actions as the other routes, in the requests and answers that its clients speak."""
+"""The OpenAI-compatible API under /v1: the same actions as the native routes, in the formats of OpenAI's clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's answers look like on OpenAI's wire: whole, and in pieces."""
+"""Responses of the completion endpoints in OpenAI's format: complete, and as chunks of a stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class Usage(BaseModel):
-    """Counts of tokens."""
+    """Token counts of a request and its completion."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -37,15 +37,18 @@ class ChatChoice(BaseModel):
     index: Literal[0] = 0
     message: ChatMessage
     logprobs: None = None
-    finish_reason: FinishReason = Field(description="stop: it ended by itself, or at a stop text; length: no room.")
+    finish_reason: FinishReason = Field(
+        description="`stop`: the model ended its turn, or a stop string occurred. `length`: the limit of tokens was "
+        "reached."
+    )
 
 
 class ChatCompletion(BaseModel):
-    """The answer to a conversation."""
+    """The model's reply to a conversation."""
 
     id: str = Field(examples=["chatcmpl-019a9c2f8d31c4e55f0a7b"])
     object: Literal["chat.completion"] = "chat.completion"
-    created: int = Field(description="Seconds since 1970.")
+    created: int = Field(description="Unix time in seconds.")
     model: str
     choices: list[ChatChoice]
     usage: Usage
@@ -63,35 +66,34 @@ class Completion(BaseModel):
 
     id: str = Field(examples=["cmpl-019a9c2f8d31c4e55f0a7b"])
     object: Literal["text_completion"] = "text_completion"
-    created: int = Field(description="Seconds since 1970.")
+    created: int = Field(description="Unix time in seconds.")
     model: str
     choices: list[TextChoice]
     usage: Usage
 
 
 class ChatWriter:
-    """Writes one answer to a conversation."""
+    """Formats one chat completion, either as one object or as chunks."""
 
     def __init__(self, model: str) -> None:
-        own_part = new_id("x").partition("_")[2]
-        self._head: dict[str, Any] = {"id": f"chatcmpl-{own_part}", "created": int(time.time()), "model": model}
+        self._head = _head("chatcmpl", model)
 
-    def whole(self, pieces: Sequence[str], finished: Finished) -> BaseModel:
+    def complete(self, pieces: Sequence[str], finished: Finished) -> BaseModel:
         message = ChatMessage(content="".join(pieces))
         choice = ChatChoice(message=message, finish_reason=finished.reason)
         return ChatCompletion(**self._head, choices=[choice], usage=Usage.of(finished))
 
-    def opening(self) -> list[dict[str, Any]]:
-        """The chunks that come before the first piece."""
+    def opening_chunks(self) -> list[dict[str, Any]]:
+        """The chunks before the first text."""
         return [self._chunk({"role": "assistant", "content": ""})]
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def text_chunk(self, text: str) -> dict[str, Any]:
         return self._chunk({"content": text})
 
-    def end(self, finished: Finished) -> dict[str, Any]:
+    def final_chunk(self, finished: Finished) -> dict[str, Any]:
         return self._chunk({}, finished.reason)
 
-    def usage(self, finished: Finished) -> dict[str, Any]:
+    def usage_chunk(self, finished: Finished) -> dict[str, Any]:
         chunk = self._chunk({})
         return chunk | {"choices": [], "usage": Usage.of(finished).model_dump()}
 
@@ -101,29 +103,34 @@ class ChatWriter:
 
 
 class TextWriter:
-    """Writes one continuation of a text."""
+    """Formats one text completion, either as one object or as chunks."""
 
     def __init__(self, model: str) -> None:
-        own_part = new_id("x").partition("_")[2]
-        self._head: dict[str, Any] = {"id": f"cmpl-{own_part}", "created": int(time.time()), "model": model}
+        self._head = _head("cmpl", model)
 
-    def whole(self, pieces: Sequence[str], finished: Finished) -> BaseModel:
+    def complete(self, pieces: Sequence[str], finished: Finished) -> BaseModel:
         choice = TextChoice(text="".join(pieces), finish_reason=finished.reason)
         return Completion(**self._head, choices=[choice], usage=Usage.of(finished))
 
-    def opening(self) -> list[dict[str, Any]]:
-        """Nothing comes before the first piece."""
+    def opening_chunks(self) -> list[dict[str, Any]]:
+        """No chunks: a text completion has none before the first text."""
         return []
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def text_chunk(self, text: str) -> dict[str, Any]:
         return self._chunk(text)
 
-    def end(self, finished: Finished) -> dict[str, Any]:
+    def final_chunk(self, finished: Finished) -> dict[str, Any]:
         return self._chunk("", finished.reason)
 
-    def usage(self, finished: Finished) -> dict[str, Any]:
+    def usage_chunk(self, finished: Finished) -> dict[str, Any]:
         return self._chunk("") | {"choices": [], "usage": Usage.of(finished).model_dump()}
 
     def _chunk(self, text: str, finish_reason: FinishReason | None = None) -> dict[str, Any]:
         choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
         return {**self._head, "object": "text_completion", "choices": [choice], "usage": None}
+
+
+def _head(id_prefix: str, model: str) -> dict[str, Any]:
+    """The fields that a completion and all its chunks share."""
+    unique = new_id("x").partition("_")[2]
+    return {"id": f"{id_prefix}-{unique}", "created": int(time.time()), "model": model}

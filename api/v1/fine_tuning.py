@@ -1,4 +1,4 @@
-"""Fine-tuning jobs on OpenAI's wire. They are the jobs of /jobs: listed here and there, wherever posted."""
+"""Fine-tuning endpoints in OpenAI's format. /jobs and /v1/fine_tuning/jobs list the same jobs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _METADATA_FILTER: dict[str, Any] = {
             "required": False,
             "style": "deepObject",
             "explode": True,
-            "description": "`metadata[key]=value`: only jobs with all of these pairs; `metadata=null`: only jobs "
-            "without any.",
+            "description": "`metadata[key]=value` lists only jobs with all of these pairs, `metadata=null` only jobs "
+            "without metadata.",
             "schema": {
                 "type": "object",
                 "propertyNames": {"minLength": 1},
@@ -43,12 +43,12 @@ _METADATA_FILTER: dict[str, Any] = {
     ]
 }
 
-PageLimit = Annotated[int, Query(ge=1, le=100, description="Most items of a page.")]
+PageLimit = Annotated[int, Query(ge=1, le=100, description="Maximum number of items on a page.")]
 
 
 @router.post("", summary="Create a fine-tuning job", responses=openai_errors(404, 409, 413, 415))
 def create_job(body: CreateFineTuningJob, service: ServiceOf, idempotency: IdempotencyOf) -> FineTuningJob:
-    """Queue a job. Rows, lengths, model and fields are checked now: `validating_files` is a status no job has."""
+    """Check rows, lengths, model and fields, then queue a job. No job has the status `validating_files`."""
     spec, force = to_spec(body, service)
     once = idempotency.once(_submitted, content=body.model_dump(mode="json", exclude_unset=True))
     with in_request(body):
@@ -59,15 +59,15 @@ def create_job(body: CreateFineTuningJob, service: ServiceOf, idempotency: Idemp
 def list_jobs(
     request: Request, service: ServiceOf, after: After = None, limit: PageLimit = 20
 ) -> ListPage[FineTuningJob]:
-    """Jobs, newest first."""
-    found = service.jobs.list_jobs(metadata=_metadata_filter(request), before=after, limit=limit + 1)
-    positions, ends, now = service.jobs.queue_positions(found), service.jobs.seconds_to_end(found), utc_now()
-    return page_of([fine_tuning_job(job, positions.get(job.id), now, ends.get(job.id)) for job in found], limit)
+    """The project's jobs, newest first."""
+    jobs = service.jobs.list_jobs(metadata=_metadata_filter(request), before=after, limit=limit + 1)
+    positions, ends_in_s, now = service.jobs.queue_positions(jobs), service.jobs.seconds_to_end(jobs), utc_now()
+    return page_of([fine_tuning_job(job, positions.get(job.id), now, ends_in_s.get(job.id)) for job in jobs], limit)
 
 
 @router.get("/{fine_tuning_job_id}", summary="Look at a fine-tuning job", responses=openai_errors(404))
 def get_job(fine_tuning_job_id: FineTuningJobId, service: ServiceOf) -> FineTuningJob:
-    """Status and times; under `qlora` all that GET /jobs/{id} shows."""
+    """Status and times of a job; `qlora` holds the job in the format of GET /jobs/{id}."""
     job = service.jobs.get(fine_tuning_job_id)
     ends_in_s = service.jobs.seconds_to_end([job]).get(job.id)
     return fine_tuning_job(job, service.jobs.queue_position(job), utc_now(), ends_in_s)
@@ -75,19 +75,19 @@ def get_job(fine_tuning_job_id: FineTuningJobId, service: ServiceOf) -> FineTuni
 
 @router.post("/{fine_tuning_job_id}/cancel", summary="Cancel a fine-tuning job", responses=_CHANGE_ERRORS)
 def cancel_job(fine_tuning_job_id: FineTuningJobId, service: ServiceOf, idempotency: IdempotencyOf) -> FineTuningJob:
-    """A running job ends at its next step."""
-    return _not_queued(service.jobs.cancel(fine_tuning_job_id, once=idempotency.once(_not_queued)))
+    """Cancel a queued, running or paused job. A running job ends at its next step."""
+    return _without_position(service.jobs.cancel(fine_tuning_job_id, once=idempotency.once(_without_position)))
 
 
 @router.post("/{fine_tuning_job_id}/pause", summary="Pause a fine-tuning job", responses=_CHANGE_ERRORS)
 def pause_job(fine_tuning_job_id: FineTuningJobId, service: ServiceOf, idempotency: IdempotencyOf) -> FineTuningJob:
-    """A running job stops at its next step, with that step saved."""
-    return _not_queued(service.jobs.pause(fine_tuning_job_id, once=idempotency.once(_not_queued)))
+    """Pause a queued or running job. A running job stops at its next step, after saving a checkpoint of it."""
+    return _without_position(service.jobs.pause(fine_tuning_job_id, once=idempotency.once(_without_position)))
 
 
 @router.post("/{fine_tuning_job_id}/resume", summary="Resume a fine-tuning job", responses=_CHANGE_ERRORS)
 def resume_job(fine_tuning_job_id: FineTuningJobId, service: ServiceOf, idempotency: IdempotencyOf) -> FineTuningJob:
-    """A paused job goes back into the queue, and on from its last saved step."""
+    """Return a paused job to the queue. It resumes from its last checkpoint."""
     return _submitted(service.jobs.resume(fine_tuning_job_id, once=idempotency.once(_submitted)))
 
 
@@ -96,11 +96,11 @@ def list_events(
     fine_tuning_job_id: FineTuningJobId,
     service: ServiceOf,
     after: Annotated[
-        str | None, Query(pattern=r"^ftevent-[0-9]{1,18}$", description="The last id of the page before.")
+        str | None, Query(pattern=r"^ftevent-[0-9]{1,18}$", description="Cursor: the last id of the previous page.")
     ] = None,
     limit: PageLimit = 20,
 ) -> ListPage[FineTuningEvent]:
-    """Events, newest first. GET /jobs/{id}/events streams them as they happen."""
+    """The events of a job, newest first. GET /jobs/{id}/events streams them as they occur."""
     job = service.jobs.get(fine_tuning_job_id)
     before = None if after is None else int(after.removeprefix("ftevent-"))
     events = service.jobs.events_before(job.id, before, types=EVENT_TYPES, limit=limit + 1)
@@ -111,9 +111,9 @@ def list_events(
 def list_checkpoints(
     fine_tuning_job_id: FineTuningJobId, service: ServiceOf, after: After = None, limit: PageLimit = 10
 ) -> ListPage[FineTuningCheckpoint]:
-    """What exists: of a succeeded job the adapter it published, of one under way the step it would go on from.
+    """The published adapter of a succeeded job, or the checkpoint that an unfinished job resumes from.
 
-    Only a published one is a model that can be used.
+    Only the published adapter can be used as a model.
     """
     job = service.jobs.get(fine_tuning_job_id)
     checkpoints = fine_tuning_checkpoints(job, service.jobs.events(job.id))
@@ -121,27 +121,27 @@ def list_checkpoints(
 
 
 def _metadata_filter(request: Request) -> dict[str, str] | None:
-    """The pairs asked for; none at all for `metadata=null`, and None for no filter. Raises: InvalidRequest."""
-    wanted: dict[str, str] = {}
+    """The pairs to filter by: empty for `metadata=null`, None without a filter. Raises: InvalidRequest."""
+    pairs: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
         match = _METADATA_KEY.fullmatch(name)
-        if match and "\0" not in name + value and match[1] not in wanted:
-            wanted[match[1]] = value
+        if match and "\0" not in name + value and match[1] not in pairs:
+            pairs[match[1]] = value
         elif name.startswith("metadata") and not (name == "metadata" and value == "null"):
             raise InvalidRequest(
-                f"{name[:100]!r} cannot be used: filter with metadata[key]=value, each key once, or with metadata=null",
+                f"{name[:100]!r} is not a valid filter: use metadata[key]=value, each key once, or metadata=null",
                 location="metadata",
             )
     if "metadata" in request.query_params:
-        if wanted:
-            raise InvalidRequest("give metadata=null or metadata[key]=value, not both", location="metadata")
+        if pairs:
+            raise InvalidRequest("use metadata=null or metadata[key]=value, not both", location="metadata")
         return {}
-    return wanted or None
+    return pairs or None
 
 
 def _submitted(submission: Submission) -> FineTuningJob:
     return fine_tuning_job(submission.job, submission.queue_position, utc_now())
 
 
-def _not_queued(job: Job) -> FineTuningJob:
+def _without_position(job: Job) -> FineTuningJob:
     return fine_tuning_job(job, None, utc_now())

@@ -1,4 +1,4 @@
-"""Files' ids. A file is a dataset, or the metrics of a job that has succeeded: neither is stored a second time."""
+"""File ids. A file is a view of a dataset, or of the metrics of a succeeded job: neither is stored twice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from qlora_service.errors import Conflict, NotFound
 
-_OWN_PART = re.compile(r"file-([0-9a-f]{22})(-results)?")
+_FILE_ID = re.compile(r"file-([0-9a-f]{22})(-results)?")
 
 
 def file_of_dataset(dataset_id: str) -> str:
@@ -20,34 +20,34 @@ def results_of_job(job_id: str) -> str:
 
 
 def dataset_of_file(file_id: str) -> str | None:
-    """The id of the dataset that is this file; None if it is none."""
-    match = _OWN_PART.fullmatch(file_id)
+    """The id of the dataset that the file id refers to; None if it does not refer to a dataset."""
+    match = _FILE_ID.fullmatch(file_id)
     return None if match is None or match[2] else f"ds_{match[1]}"
 
 
 def job_of_results(file_id: str) -> str | None:
-    """The id of the job whose results are this file; None if it is none."""
-    match = _OWN_PART.fullmatch(file_id)
+    """The id of the job whose results the file id refers to; None if it does not refer to results."""
+    match = _FILE_ID.fullmatch(file_id)
     return f"job_{match[1]}" if match and match[2] else None
 
 
-def own_part(file_id: str) -> str | None:
-    """What orders files by age, whichever they are; None if it is no file's id."""
-    match = _OWN_PART.fullmatch(file_id)
+def sort_key(file_id: str) -> str | None:
+    """The sortable part of a file id, which orders datasets and results by age; None if it is not a file id."""
+    match = _FILE_ID.fullmatch(file_id)
     return match and match[1]
 
 
-def no_file(file_id: str, location: str = "file_id") -> NotFound:
+def file_not_found(file_id: str, location: str = "file_id") -> NotFound:
     return NotFound(f"there is no file {file_id[:100]!r}: POST it to /v1/files first", location=location)
 
 
 @contextmanager
-def asked_for(file_id: str) -> Iterator[None]:
-    """What a dataset or a job has against it is said of the file that the client knows."""
+def file_errors(file_id: str) -> Iterator[None]:
+    """Rewrites errors about a dataset or job to name the file id that the client sent."""
     try:
         yield
     except NotFound:
-        raise no_file(file_id) from None
+        raise file_not_found(file_id) from None
     except Conflict as error:
         if error.location == "dataset_id":
             error.message = error.message.replace(f"dataset {dataset_of_file(file_id)}", f"file {file_id}")

@@ -1,4 +1,4 @@
-"""Models on OpenAI's wire: the catalog's base models, and those that were fine-tuned here."""
+"""Model endpoints in OpenAI's format: base models of the catalog, and fine-tuned models."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from qlora_service.models.catalog.catalog import BaseModel
 router = APIRouter(prefix="/models", tags=["openai models"])
 
 MAX_TUNED = 10_000
-"""The client does not page through models."""
+"""Most fine-tuned models of a list: OpenAI's client does not page through models."""
 
 
 @router.get("", summary="List models", responses=openai_errors())
 def list_models(service: ServiceOf) -> ModelList:
-    """The base models, then the project's fine-tuned ones, the newest first, up to 10,000 of these."""
-    base = [_base(model) for model in service.models.list()]
-    return ModelList(data=[*base, *map(_tuned, service.tuned_models.list_models(limit=MAX_TUNED))])
+    """All base models, then up to 10,000 fine-tuned models of the project, newest first."""
+    base_models = [_base_model(model) for model in service.models.list()]
+    return ModelList(data=[*base_models, *map(_tuned_model, service.tuned_models.list_models(limit=MAX_TUNED))])
 
 
 @router.get("/{model:path}", summary="Look at a model", responses=openai_errors(404))
 def get_model(model: ModelId, service: ServiceOf) -> Model:
-    """A base model or a fine-tuned one."""
+    """The base model or fine-tuned model of this name."""
     base = _find_base(service, model)
-    return _tuned(service.tuned_models.get(model)) if base is None else _base(base)
+    return _tuned_model(service.tuned_models.get(model)) if base is None else _base_model(base)
 
 
 @router.delete("/{model:path}", summary="Delete a fine-tuned model", responses=openai_errors(404, 409))
 def delete_model(model: ModelId, service: ServiceOf, idempotency: IdempotencyOf) -> DeletedModel:
-    """The adapter's files are gone for good; the job and its metrics stay. Base models belong to the operator."""
+    """Delete the adapter's files permanently. The job and its metrics stay. Base models belong to the operator."""
     if _find_base(service, model) is not None:
         raise Conflict(
-            f"{model} is a base model, which all projects start from: `qlora models remove {model}`, where the service "
-            "runs, removes it",
+            f"{model} is a base model, which all projects share: to remove it, run `qlora models remove {model}` on "
+            "the machine of the service",
             location="model",
         )
     return _deleted(service.tuned_models.delete(model, once=idempotency.once(_deleted)))
@@ -54,11 +54,11 @@ def _find_base(service: Service, name: str) -> BaseModel | None:
         return None
 
 
-def _base(model: BaseModel) -> Model:
+def _base_model(model: BaseModel) -> Model:
     return Model(id=model.name, created=seconds(model.imported_at), owned_by="base")
 
 
-def _tuned(job: Job) -> Model:
+def _tuned_model(job: Job) -> Model:
     assert job.finished_at is not None
     return Model(id=_name(job), created=seconds(job.finished_at), owned_by=job.project)
 

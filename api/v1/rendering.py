@@ -1,4 +1,4 @@
-"""Jobs, their events and checkpoints as OpenAI's wire has them."""
+"""Conversion of jobs, events and checkpoints to OpenAI's format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from api.schemas import Job as OwnJob
+from api.schemas import Job as NativeJob
 from api.v1.ids import file_of_dataset, results_of_job
 from api.v1.schemas import (
     CheckpointMetrics,
@@ -36,21 +36,21 @@ _STATUS_MESSAGES = {
 
 
 def seconds(time: datetime) -> int:
-    """Seconds since 1970."""
+    """The Unix time in whole seconds."""
     return int(time.timestamp())
 
 
 def fine_tuning_job(
     job: Job, queue_position: int | None, now: datetime, ends_in_s: float | None = None
 ) -> FineTuningJob:
-    """`ends_in_s` is of a queued job, where the forecasts of those ahead tell."""
-    spec, judged = job.spec, job.spec.validation.dataset_id
+    """The job in OpenAI's format; `ends_in_s` is the predicted time until a queued job ends, if it is known."""
+    spec, validation_id = job.spec, job.spec.validation.dataset_id
     hyperparameters = _hyperparameters(job)
     objective = spec.objective.type
     method = ResolvedMethod(type=objective)
     if objective in {"supervised", "dpo"}:
         method = ResolvedMethod.model_validate({"type": objective, objective: {"hyperparameters": hyperparameters}})
-    to_go = job.eta_s if job.status is JobStatus.RUNNING else ends_in_s
+    remaining_s = job.eta_s if job.status is JobStatus.RUNNING else ends_in_s
     succeeded = job.status is JobStatus.SUCCEEDED
     return FineTuningJob(
         id=job.id,
@@ -61,37 +61,18 @@ def fine_tuning_job(
         organization_id=job.project,
         status=job.status.value,
         training_file=file_of_dataset(job.dataset_id),
-        validation_file=None if judged is None else file_of_dataset(judged),
+        validation_file=None if validation_id is None else file_of_dataset(validation_id),
         result_files=[results_of_job(job.id)] if succeeded else [],
         trained_tokens=(job.result or {}).get("tokens"),
         seed=None if job.unreadable else spec.training.seed,
         hyperparameters=hyperparameters,
         method=method,
         error=None if job.error is None else _job_error(job.error),
-        estimated_finish=None if to_go is None else seconds(now + timedelta(seconds=to_go)),
+        estimated_finish=None if remaining_s is None else seconds(now + timedelta(seconds=remaining_s)),
         integrations=[],
         metadata=spec.metadata,
-        qlora=OwnJob.of(job, queue_position),
+        qlora=NativeJob.of(job, queue_position),
     )
-
-
-def _hyperparameters(job: Job) -> ResolvedHyperparameters:
-    if job.unreadable:
-        return ResolvedHyperparameters(n_epochs=None, batch_size=None, learning_rate_multiplier=None, beta=None)
-    training, objective = job.spec.training, job.spec.objective
-    multiplier = training.learning_rate / default_rate(job.spec.recipe)
-    return ResolvedHyperparameters(
-        n_epochs=training.epochs if training.max_steps is None else None,
-        batch_size=training.batch_size,
-        learning_rate_multiplier=round(multiplier, 9),  # without the quotient's last digits
-        beta=getattr(objective, "beta", None),
-    )
-
-
-def _job_error(error: dict[str, Any]) -> JobError:
-    code = error.get("details", {}).get("reason", error["code"])
-    param = "training_file" if error.get("findings") else None  # findings are about its rows
-    return JobError(code=str(code), message=error["message"], param=param)
 
 
 def fine_tuning_event(event: JobEvent, job: Job) -> FineTuningEvent:
@@ -103,8 +84,8 @@ def fine_tuning_event(event: JobEvent, job: Job) -> FineTuningEvent:
         message = f"Step {data['step']}{of_total}: {_loss(event.data, job)}"
     elif event.type == "status":
         status = JobStatus(event.data["status"])
-        told = (event.data.get("error") or event.data.get("hold") or {}).get("message", event.data.get("reason"))
-        message = f"{_STATUS_MESSAGES[status]}: {told}" if told else _STATUS_MESSAGES[status]
+        reason = (event.data.get("error") or event.data.get("hold") or {}).get("message", event.data.get("reason"))
+        message = f"{_STATUS_MESSAGES[status]}: {reason}" if reason else _STATUS_MESSAGES[status]
         level = "error" if status is JobStatus.FAILED else "info"
     else:
         message = str(event.data.get("message", event.type))
@@ -118,31 +99,8 @@ def fine_tuning_event(event: JobEvent, job: Job) -> FineTuningEvent:
     )
 
 
-def _loss(record: dict[str, Any], job: Job) -> str:
-    """The loss of a step or an evaluation, for people to read."""
-    judged = "validation loss" if job.spec.validation.holds_out else "loss on rows that are trained on"
-    name, loss = ("training loss", record["loss"]) if "loss" in record else (judged, record["eval_loss"])
-    return f"{name} is not finite" if loss is None or not math.isfinite(loss) else f"{name}={loss:.4f}"
-
-
-def _metrics(record: dict[str, Any], job: Job) -> dict[str, Any]:
-    """A record of a step or an evaluation under OpenAI's names. The held-out rows are always judged as a whole."""
-    if "loss" in record:
-        return {"step": record["step"], "train_loss": record["loss"]}
-    if not job.spec.validation.holds_out:
-        return {"step": record["step"]}
-    loss, accuracy = record["eval_loss"], record["eval_accuracy"]
-    return {
-        "step": record["step"],
-        "valid_loss": loss,
-        "valid_mean_token_accuracy": accuracy,
-        "full_valid_loss": loss,
-        "full_valid_mean_token_accuracy": accuracy,
-    }
-
-
 def fine_tuning_checkpoints(job: Job, events: Sequence[JobEvent]) -> list[FineTuningCheckpoint]:
-    """What exists: of a succeeded job what it published, of one under way the steps it would go on from."""
+    """The existing checkpoint: the published one of a succeeded job, or the one that an unfinished job resumes from."""
     model = tuned_model_name(job)
     if job.result is not None and job.withdrawn_at is None:
         best = job.result.get("best_step")
@@ -155,14 +113,59 @@ def fine_tuning_checkpoints(job: Job, events: Sequence[JobEvent]) -> list[FineTu
     for record in standing_metrics(events):
         if record["step"] == step:
             metrics |= _metrics(record, job)
-    made = [event.at for event in events if event.type in METRICS and event.data["step"] == step]
+    recorded_at = [event.at for event in events if event.type in METRICS and event.data["step"] == step]
     return [
         FineTuningCheckpoint(
             id=f"ftckpt-{job.id.removeprefix('job_')}-{step}",
-            created_at=seconds(made[-1] if made else job.created_at),
+            created_at=seconds(recorded_at[-1] if recorded_at else job.created_at),
             fine_tuned_model_checkpoint=model or f"ft:{job.spec.base_model}:{job.project}::ckpt-step-{step}",
             fine_tuning_job_id=job.id,
             step_number=step,
             metrics=CheckpointMetrics(**metrics),
         )
     ]
+
+
+def _hyperparameters(job: Job) -> ResolvedHyperparameters:
+    if job.unreadable:
+        return ResolvedHyperparameters(n_epochs=None, batch_size=None, learning_rate_multiplier=None, beta=None)
+    training, objective = job.spec.training, job.spec.objective
+    multiplier = training.learning_rate / default_rate(job.spec.recipe)
+    return ResolvedHyperparameters(
+        n_epochs=training.epochs if training.max_steps is None else None,
+        batch_size=training.batch_size,
+        learning_rate_multiplier=round(multiplier, 9),  # drops the rounding error of the quotient
+        beta=getattr(objective, "beta", None),
+    )
+
+
+def _job_error(error: dict[str, Any]) -> JobError:
+    code = error.get("details", {}).get("reason", error["code"])
+    param = "training_file" if error.get("findings") else None  # findings are about rows of this file
+    return JobError(code=str(code), message=error["message"], param=param)
+
+
+def _loss(record: dict[str, Any], job: Job) -> str:
+    """Name and value of the loss of a step or an evaluation, for an event message."""
+    evaluation = "validation loss" if job.spec.validation.holds_out else "loss on training rows"
+    name, loss = ("training loss", record["loss"]) if "loss" in record else (evaluation, record["eval_loss"])
+    return f"{name} is not finite" if loss is None or not math.isfinite(loss) else f"{name}={loss:.4f}"
+
+
+def _metrics(record: dict[str, Any], job: Job) -> dict[str, Any]:
+    """A record of a step or an evaluation under OpenAI's names.
+
+    `full_` values equal the others, because an evaluation always covers all held-out rows.
+    """
+    if "loss" in record:
+        return {"step": record["step"], "train_loss": record["loss"]}
+    if not job.spec.validation.holds_out:
+        return {"step": record["step"]}
+    loss, accuracy = record["eval_loss"], record["eval_accuracy"]
+    return {
+        "step": record["step"],
+        "valid_loss": loss,
+        "valid_mean_token_accuracy": accuracy,
+        "full_valid_loss": loss,
+        "full_valid_mean_token_accuracy": accuracy,
+    }

@@ -1,4 +1,4 @@
-"""What OpenAI's wire is asked: bodies, and the errors that only requests on it can have."""
+"""Request bodies of the fine-tuning and upload endpoints, and their own error class."""
 
 from __future__ import annotations
 
@@ -25,72 +25,80 @@ MAX_SEED = 2**31 - 1
 
 
 class UnsupportedMethod(InvalidRequest):
-    """A way of fine-tuning that exists elsewhere only."""
+    """A fine-tuning method that OpenAI offers and this service does not."""
 
     code = "unsupported_method"
 
 
-def saying(what: str) -> WrapValidator:
-    """One message in place of one for each branch of a union."""
+def described_as(expected: str) -> WrapValidator:
+    """One message, `this must be <expected>`, in place of one for each branch of a union."""
 
     def validate(value: Any, handler: Callable[[Any], Any]) -> Any:
         try:
             return handler(value)
         except ValidationError:
-            raise PydanticCustomError("none_of_these", f"this must be {what}") from None
+            raise PydanticCustomError("none_of_these", f"this must be {expected}") from None
 
     return WrapValidator(validate)
 
 
 Auto = Literal["auto"]
-Epochs = Annotated[Auto | Annotated[StrictInt, Field(ge=1, le=50)], saying('"auto" or a whole number from 1 to 50')]
+Epochs = Annotated[
+    Auto | Annotated[StrictInt, Field(ge=1, le=50)], described_as('"auto" or a whole number from 1 to 50')
+]
 BatchSize = Annotated[
-    Auto | Annotated[StrictInt, Field(ge=1, le=256)], saying('"auto" or a whole number from 1 to 256')
+    Auto | Annotated[StrictInt, Field(ge=1, le=256)], described_as('"auto" or a whole number from 1 to 256')
 ]
 Multiplier = Annotated[
     Auto | Annotated[float, Field(strict=True, gt=0, le=5000, allow_inf_nan=False)],
-    saying('"auto" or a number above 0'),
+    described_as('"auto" or a number above 0'),
 ]
 Beta = Annotated[
     Auto | Annotated[float, Field(strict=True, gt=0, le=2, allow_inf_nan=False)],
-    saying('"auto" or a number above 0, up to 2'),
+    described_as('"auto" or a number above 0, up to 2'),
 ]
 
 
-class Part(BaseModel):
+class StrictModel(BaseModel):
+    """Base of request models: immutable, without unknown fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Hyperparameters(Part):
+class Hyperparameters(StrictModel):
     n_epochs: Epochs = Field(
         "auto",
-        description="auto: 3; for fewer than 34 rows as many as make 100 examples, up to 25; for more than 8,333 as "
-        "many as make 25,000 examples, at least 1.",
+        description="`auto`: 3 epochs; with fewer than 34 rows, as many epochs as give 100 examples, at most 25; with "
+        "more than 8,333 rows, as many epochs as give 25,000 examples, at least 1.",
     )
-    batch_size: BatchSize = Field("auto", description="auto: 16.")
-    learning_rate_multiplier: Multiplier = Field("auto", description="Times 2e-4, or the recipe's rate. auto: 1.")
+    batch_size: BatchSize = Field("auto", description="`auto`: 16.")
+    learning_rate_multiplier: Multiplier = Field(
+        "auto", description="Multiple of the recipe's learning rate, or of 2e-4 without a recipe. `auto`: 1."
+    )
 
 
 class DpoHyperparameters(Hyperparameters):
-    beta: Beta = Field("auto", description="How close to the base the adapter stays. auto: 0.1.")
+    beta: Beta = Field(
+        "auto", description="Strength of the constraint that keeps the adapter close to the base model. `auto`: 0.1."
+    )
 
 
-class SupervisedMethod(Part):
+class SupervisedMethod(StrictModel):
     hyperparameters: Hyperparameters | None = None
 
 
-class DpoMethod(Part):
+class DpoMethod(StrictModel):
     hyperparameters: DpoHyperparameters | None = None
 
 
-class Method(Part):
-    type: Literal["supervised", "dpo", "reinforcement"] = Field(description="`reinforcement` is refused.")
+class Method(StrictModel):
+    type: Literal["supervised", "dpo", "reinforcement"] = Field(description="`reinforcement` is not supported.")
     supervised: SupervisedMethod | None = None
     dpo: DpoMethod | None = None
     reinforcement: JsonValue = None
 
 
-class CreateFineTuningJob(Part):
+class CreateFineTuningJob(StrictModel):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
@@ -105,19 +113,22 @@ class CreateFineTuningJob(Part):
         }
     )
 
-    model: Annotated[str, StringConstraints(min_length=1, max_length=200)] = Field(description="A base model's id.")
+    model: Annotated[str, StringConstraints(min_length=1, max_length=200)] = Field(
+        description="The id of a base model."
+    )
     training_file: Annotated[str, StringConstraints(min_length=1, max_length=100)] = Field(
-        description="An id from POST /v1/files."
+        description="The id of a file from POST /v1/files."
     )
     validation_file: Annotated[str, StringConstraints(min_length=1, max_length=100)] | None = Field(
         None,
-        description="A file to measure the loss with. Without one, and unless `qlora` says so, no row is held out.",
+        description="The id of a file with held-out rows to measure the loss on. Without it, no rows are held out, "
+        "unless `qlora.validation` says so.",
     )
     suffix: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = Field(
-        None, description="Part of the fine-tuned model's name, and the job's own name."
+        None, description="The name of the job, and part of the name of the fine-tuned model."
     )
     seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = Field(
-        None, description="Without one, a seed is chosen and reported."
+        None, description="Default: a random seed, which the response reports."
     )
     metadata: (
         dict[
@@ -128,30 +139,30 @@ class CreateFineTuningJob(Part):
     ) = Field(None, max_length=16)
     integrations: Annotated[
         Annotated[list[dict[str, JsonValue]], Field(max_length=0)] | None,
-        saying("left out: no integrations are supported"),
-    ] = Field(None, description="None are supported.")
+        described_as("left out: integrations are not supported"),
+    ] = Field(None, description="Not supported.")
     method: Method | None = None
-    hyperparameters: Hyperparameters | None = Field(None, description="Deprecated: say it in `method`.")
+    hyperparameters: Hyperparameters | None = Field(None, description="Deprecated: use `method`.")
     qlora: dict[str, JsonValue] | None = Field(
         None,
-        description=f"Any part of a JobSpec, as POST /jobs takes it, such as a recipe ({', '.join(RECIPES)}). The "
-        "client sends it with `extra_body`. Its `force` queues a job that should not fit the device. What is said "
-        "here and in another field is an error.",
+        description=f"Any part of a JobSpec, in the format of POST /jobs, for example a recipe ({', '.join(RECIPES)}). "
+        "OpenAI's client sends it with `extra_body`. `force` queues the job even if it is not predicted to fit the "
+        "device. A setting that is given here and in another field is an error.",
     )
 
 
-class CreateUpload(Part):
-    bytes: Annotated[StrictInt, Field(ge=1, le=2**63 - 1)] = Field(description="Of the whole file.")
+class CreateUpload(StrictModel):
+    bytes: Annotated[StrictInt, Field(ge=1, le=2**63 - 1)] = Field(description="Size of the whole file.")
     filename: Annotated[str, StringConstraints(min_length=1, max_length=255)]
     mime_type: Annotated[str, StringConstraints(min_length=1, max_length=255)] = Field(examples=["application/jsonl"])
     purpose: Literal["fine-tune"]
-    expires_after: JsonValue = Field(None, description="Not supported: files stay until they are deleted.")
+    expires_after: JsonValue = Field(None, description="Not supported: files are stored until they are deleted.")
 
 
-class CompleteUpload(Part):
+class CompleteUpload(StrictModel):
     part_ids: list[Annotated[str, StringConstraints(max_length=100)]] = Field(
-        min_length=1, max_length=10_000, description="In the file's order."
+        min_length=1, max_length=10_000, description="Ids of the parts, in the order of the file."
     )
     md5: Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{32}$")] | None = Field(
-        None, description="Of the whole file."
+        None, description="MD5 of the whole file, in hexadecimal."
     )

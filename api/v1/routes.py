@@ -1,4 +1,4 @@
-"""What the routes of OpenAI's wire share: strict JSON bodies, documented errors, parameters."""
+"""Shared parts of the /v1 routes: strict JSON bodies, documented errors, parameters."""
 
 from __future__ import annotations
 
@@ -19,31 +19,34 @@ from api.http.uploads import receive_bytes
 from api.openai_errors import OpenAIErrorResponse, on_openai_wire
 from api.v1.schemas import FILE_ID, JOB_ID, TUNED_MODEL, UPLOAD_ID
 
-FileId = Annotated[str, Path(description="A file's id.", examples=[FILE_ID])]
-UploadId = Annotated[str, Path(description="An upload's id.", examples=[UPLOAD_ID])]
-FineTuningJobId = Annotated[str, Path(description="A job's id.", examples=[JOB_ID])]
-ModelId = Annotated[str, Path(description="A model's id.", examples=[TUNED_MODEL])]
-After = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="The last id of the page before.")]
+FileId = Annotated[str, Path(description="The id of a file.", examples=[FILE_ID])]
+UploadId = Annotated[str, Path(description="The id of an upload.", examples=[UPLOAD_ID])]
+FineTuningJobId = Annotated[str, Path(description="The id of a job.", examples=[JOB_ID])]
+ModelId = Annotated[str, Path(description="The id of a model.", examples=[TUNED_MODEL])]
+After = Annotated[
+    str | None, Query(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Cursor: the last id of the previous page.")
+]
 
 _SCHEMA = {"$ref": "#/components/schemas/OpenAIErrorResponse"}
 
 
 def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's `responses` of a route of OpenAI's wire that may answer with these errors, and those that any may."""
+    """OpenAPI `responses` of a /v1 route: these errors, and those that every route may return."""
     documented: dict[int | str, dict[str, Any]] = {}
     for status, response in error_responses(*({*statuses} - {422})).items():
-        ours = response["content"]["application/json"]["example"]["error"]
-        error, _, _ = on_openai_wire(ours, int(status))
+        native_error = response["content"]["application/json"]["example"]["error"]
+        error, _, _ = on_openai_wire(native_error, int(status))
+        invalid = "The request is invalid; `findings` lists every fault with its location"
         documented[status] = {
             "model": OpenAIErrorResponse,
-            "description": response["description"] if status != 400 else "The request cannot work as it is",
+            "description": invalid if status == 400 else response["description"],
             "content": {"application/json": {"schema": _SCHEMA, "example": {"error": error}}},
         }
     return documented
 
 
 class JsonRoute(APIRoute):
-    """A route whose body, if it declares one, is read as strictly as every other JSON here."""
+    """A route that parses its JSON body, if it declares one, with the service's strict parser."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -54,7 +57,7 @@ class JsonRoute(APIRoute):
         assert issubclass(model, BaseModel)
 
         async def handle_json(request: Request) -> Response:
-            await authenticate(request)  # before a stranger's body is read
+            await authenticate(request)  # before the body is read
             content_type = request.headers.get("content-type", "")
             if content_type.partition(";")[0].strip().lower() != "application/json":
                 raise UnsupportedMediaType(
@@ -64,26 +67,26 @@ class JsonRoute(APIRoute):
             try:
                 return await handle(_ReadRequest(request, body, parse_body(body)))
             except RequestValidationError as error:
-                raise RequestValidationError([_said(fault, model) for fault in error.errors()]) from None
+                raise RequestValidationError([_with_reason(fault, model) for fault in error.errors()]) from None
 
         return handle_json
 
 
-def _said(fault: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """The fault, saying what is wrong with the body in our own words."""
-    where, *path = fault["loc"]
-    return fault | {"msg": reason_of(fault, path, model)} if where == "body" and path else fault
+def _with_reason(fault: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """The validation fault, with the service's own message if it is a fault of the body."""
+    source, *path = fault["loc"]
+    return fault | {"msg": reason_of(fault, path, model)} if source == "body" and path else fault
 
 
 class _ReadRequest(Request):
-    """A request whose body was read and understood."""
+    """A request whose body was read and parsed before."""
 
     def __init__(self, request: Request, body: bytes, document: Any) -> None:
         super().__init__(request.scope, request.receive)
-        self._read, self._document = body, document
+        self._body_bytes, self._document = body, document
 
     async def body(self) -> bytes:
-        return self._read
+        return self._body_bytes
 
     async def json(self) -> Any:
         return self._document

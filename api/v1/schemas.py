@@ -1,4 +1,4 @@
-"""What OpenAI's wire answers about files, uploads, jobs and models."""
+"""Response models for files, uploads, fine-tuning jobs and models, in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Identified(BaseModel):
 
 
 class ListPage(BaseModel, Generic[Item]):
-    """A page; `last_id` is the `after` of the next one, if there are more."""
+    """A page of a list. With `has_more`, `last_id` is the cursor `after` of the next page."""
 
     object: Literal["list"] = "list"
     data: list[Item]
@@ -33,28 +33,27 @@ class ListPage(BaseModel, Generic[Item]):
     last_id: str | None
 
 
-def page_of(found: Sequence[Item], limit: int) -> ListPage[Item]:
-    """The first `limit` of what was found, which is one more if there are more."""
-    data = list(found[:limit])
+def page_of(items: Sequence[Item], limit: int) -> ListPage[Item]:
+    """The page of the first `limit` items; there are more if a query for `limit + 1` items returned that many."""
+    data = list(items[:limit])
     first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return ListPage(data=data, has_more=len(found) > limit, first_id=first, last_id=last)
-
-
-# --- files
+    return ListPage(data=data, has_more=len(items) > limit, first_id=first, last_id=last)
 
 
 class File(Identified):
-    """A dataset, or the metrics of a job that has succeeded."""
+    """A dataset, or the metrics of a succeeded job."""
 
     id: str = Field(examples=[FILE_ID])
     object: Literal["file"] = "file"
     bytes: int
-    created_at: int = Field(description="Seconds since 1970.")
+    created_at: int = Field(description="Unix time in seconds.")
     filename: str
     purpose: Purpose
     status: Literal["processed"] = "processed"
-    status_details: str | None = Field(description="Of a dataset with rows that are left out: how many, and the first.")
-    expires_at: int | None = Field(None, description="Null: files stay until they are deleted.")
+    status_details: str | None = Field(
+        description="For a dataset with unusable rows: their number, and the problem of the first."
+    )
+    expires_at: int | None = Field(None, description="Null: files are stored until they are deleted.")
 
 
 class DeletedFile(Identified):
@@ -62,21 +61,18 @@ class DeletedFile(Identified):
     deleted: Literal[True] = True
 
 
-# --- uploads
-
-
 class Upload(Identified):
-    """A file that arrives in parts."""
+    """A file that is uploaded in parts."""
 
     id: str = Field(examples=[UPLOAD_ID])
     object: Literal["upload"] = "upload"
-    bytes: int = Field(description="Of the whole file, as announced.")
+    bytes: int = Field(description="Size of the whole file, as announced.")
     created_at: int
-    expires_at: int = Field(description="When it is removed unless it was completed.")
+    expires_at: int = Field(description="When the upload is deleted, unless it was completed. Unix time in seconds.")
     filename: str
     purpose: Literal["fine-tune"] = "fine-tune"
     status: Literal["pending", "completed", "cancelled", "expired"]
-    file: File | None = Field(None, description="Of a completed upload.")
+    file: File | None = Field(None, description="The file of a completed upload.")
 
 
 class UploadPart(Identified):
@@ -86,20 +82,17 @@ class UploadPart(Identified):
     upload_id: str
 
 
-# --- jobs
-
-
 class ResolvedHyperparameters(BaseModel):
-    """What the job is trained with: never "auto". All null where `qlora.unreadable` says that it is not known."""
+    """The values that the job is trained with, never "auto". All are null for a job with `qlora.unreadable`."""
 
-    n_epochs: float | None = Field(description="Null where qlora.training.max_steps decides.")
+    n_epochs: float | None = Field(description="Null if `qlora.training.max_steps` sets the length of the training.")
     batch_size: int | None
-    learning_rate_multiplier: float | None = Field(description="Times the rate that the job would have by itself.")
-    beta: float | None = Field(None, description="Of preference objectives.")
+    learning_rate_multiplier: float | None = Field(description="Multiple of the job's default learning rate.")
+    beta: float | None = Field(None, description="For preference objectives only.")
 
 
 class ResolvedMethod(BaseModel):
-    """With the objective's name as `type`, and under that name its hyperparameters."""
+    """The objective as `type`, and its hyperparameters in the field of that name."""
 
     type: str = Field(examples=["supervised"])
     supervised: dict[str, ResolvedHyperparameters] | None = None
@@ -118,21 +111,25 @@ class FineTuningJob(Identified):
     created_at: int
     finished_at: int | None
     model: str = Field(description="The base model.")
-    fine_tuned_model: str | None = Field(description="Once it has succeeded.", examples=[TUNED_MODEL])
-    organization_id: str = Field(description="The project that owns it.")
+    fine_tuned_model: str | None = Field(
+        description="The name of the fine-tuned model; null until the job has succeeded.", examples=[TUNED_MODEL]
+    )
+    organization_id: str = Field(description="The project that owns the job.")
     status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
     training_file: str
     validation_file: str | None
-    result_files: list[str] = Field(description="Once it has succeeded: a CSV of its metrics, base64 at its content.")
-    trained_tokens: int | None = Field(description="Tokens that its steps went through, once it has succeeded.")
-    seed: int | None = Field(description="Null where `qlora.unreadable` says that it is not known.")
+    result_files: list[str] = Field(
+        description="For a succeeded job: the id of a CSV file of its metrics, whose content is base64-encoded."
+    )
+    trained_tokens: int | None = Field(description="Tokens that the steps processed; null until the job has succeeded.")
+    seed: int | None = Field(description="Null for a job with `qlora.unreadable`.")
     hyperparameters: ResolvedHyperparameters
     method: ResolvedMethod
     error: JobError | None
     estimated_finish: int | None
-    integrations: list[Any] = Field(description="None are supported.", max_length=0)
+    integrations: list[Any] = Field(description="Not supported: always empty.", max_length=0)
     metadata: dict[str, str]
-    qlora: Job = Field(description="The job as GET /jobs/{id} shows it.")
+    qlora: Job = Field(description="The job in the format of GET /jobs/{id}.")
 
 
 class FineTuningEvent(Identified):
@@ -159,24 +156,21 @@ class FineTuningCheckpoint(Identified):
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
     created_at: int
     fine_tuned_model_checkpoint: str = Field(
-        description="The model, of the checkpoint that was published. A name that ends in `:ckpt-step-…` is one that "
-        "only the job itself goes on from."
+        description="The model name of the published checkpoint. A name that ends in `:ckpt-step-…` cannot be used: "
+        "only the job itself resumes from that checkpoint."
     )
     fine_tuning_job_id: str
     step_number: int
     metrics: CheckpointMetrics
 
 
-# --- models
-
-
 class Model(Identified):
-    """A base model of the catalog, or one that was fine-tuned here."""
+    """A base model of the catalog, or a fine-tuned model."""
 
     id: str = Field(examples=[TUNED_MODEL])
     object: Literal["model"] = "model"
     created: int
-    owned_by: str = Field(description="The project; `base` for the models that all projects start from.")
+    owned_by: str = Field(description="The owning project; `base` for base models.")
 
 
 class ModelList(BaseModel):

@@ -1,4 +1,4 @@
-"""Files that arrive in parts, on OpenAI's wire."""
+"""Multipart uploads of files, in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from api.http.multipart import MEDIA_TYPE as MULTIPART
 from api.http.multipart import Form
 from api.http.uploads import display_name
 from api.v1 import schemas
-from api.v1.files import file_of, refuse_expiry
+from api.v1.files import expiry_not_supported, file_of
 from api.v1.rendering import seconds
 from api.v1.requests import CompleteUpload, CreateUpload
 from api.v1.routes import JsonRoute, UploadId, openai_errors
@@ -47,22 +47,22 @@ _PART: dict[str, Any] = {
 def create_upload(
     body: CreateUpload, request: Request, service: ServiceOf, idempotency: IdempotencyOf
 ) -> schemas.Upload:
-    """For files larger than one request should be. Add parts, then complete it within an hour."""
+    """Begin an upload of a large file in several requests. Add its parts and complete it within an hour."""
     if body.expires_after is not None:
-        raise refuse_expiry()
+        raise expiry_not_supported()
     limit: int = request.app.state.settings.max_upload_bytes
     if body.bytes > limit:
         raise TooLarge(
-            f"a file of {body.bytes} bytes is larger than the {limit} that are accepted here: split it, or have "
-            "QLORA_MAX_UPLOAD_BYTES raised",
+            f"the file has {body.bytes} bytes, and the service accepts at most {limit}: split it, or ask the operator "
+            "to raise QLORA_MAX_UPLOAD_BYTES",
             location="bytes",
             max_bytes=limit,
         )
     name = display_name(body.filename)
     if name is None:
-        raise InvalidRequest(f"{body.filename!r} cannot be a file's name", location="filename")
-    once = idempotency.once(_upload, content=body.model_dump(mode="json", exclude_unset=True))
-    return _upload(
+        raise InvalidRequest(f"{body.filename!r} cannot be used as a file name", location="filename")
+    once = idempotency.once(_begun_response, content=body.model_dump(mode="json", exclude_unset=True))
+    return _begun_response(
         service.uploads.begin(filename=name, size=body.bytes, purpose=body.purpose, mime_type=body.mime_type, once=once)
     )
 
@@ -76,7 +76,7 @@ def create_upload(
 async def create_part(
     request: Request, upload_id: UploadId, service: ServiceOf, uploads: UploadsOf, idempotency: IdempotencyOf
 ) -> schemas.UploadPart:
-    """Up to 64 MiB of the file's bytes; parts may be sent side by side."""
+    """Add up to 64 MiB of the file. Parts may be sent concurrently."""
     async with uploads.receive_form(request, files=["data"], fields=[]) as form:
         return await run_in_threadpool(_add_part, service, idempotency, upload_id, form)
 
@@ -85,15 +85,15 @@ async def create_part(
 def complete_upload(
     upload_id: UploadId, body: CompleteUpload, service: ServiceOf, idempotency: IdempotencyOf
 ) -> schemas.Upload:
-    """Join the parts in the order given; the whole is checked and stored like any other file."""
-    once = idempotency.once(_closed, content=body.model_dump(mode="json", exclude_unset=True))
-    return _closed(service.uploads.complete(upload_id, body.part_ids, body.md5, once=once))
+    """Join the parts in the given order, then check and store the file like any other."""
+    once = idempotency.once(_upload_response, content=body.model_dump(mode="json", exclude_unset=True))
+    return _upload_response(service.uploads.complete(upload_id, body.part_ids, body.md5, once=once))
 
 
 @router.post("/{upload_id}/cancel", summary="Cancel an upload", responses=openai_errors(404, 409))
 def cancel_upload(upload_id: UploadId, service: ServiceOf, idempotency: IdempotencyOf) -> schemas.Upload:
-    """Its parts are removed."""
-    return _closed(service.uploads.cancel(upload_id, once=idempotency.once(_closed)))
+    """Cancel the upload and delete its parts."""
+    return _upload_response(service.uploads.cancel(upload_id, once=idempotency.once(_upload_response)))
 
 
 def _add_part(service: Service, idempotency: Idempotency, upload_id: str, form: Form) -> schemas.UploadPart:
@@ -102,23 +102,23 @@ def _add_part(service: Service, idempotency: Idempotency, upload_id: str, form: 
         raise InvalidRequest("the form has no part `data`: send the bytes in it", location="data")
     if data.path.stat().st_size > MAX_PART_BYTES:
         raise TooLarge(
-            f"the part is larger than {MAX_PART_BYTES} bytes: send smaller ones",
+            f"the part is larger than {MAX_PART_BYTES} bytes: send smaller parts",
             location="data",
             max_bytes=MAX_PART_BYTES,
         )
-    once = idempotency.once(_part, content=idempotency.form_content(form, {}))
-    return _part(service.uploads.add_part(upload_id, data.path, once=once))
+    once = idempotency.once(_part_response, content=idempotency.form_content(form, {}))
+    return _part_response(service.uploads.add_part(upload_id, data.path, once=once))
 
 
-def _part(part: Part) -> schemas.UploadPart:
+def _part_response(part: Part) -> schemas.UploadPart:
     return schemas.UploadPart(id=part.id, created_at=seconds(part.created_at), upload_id=part.upload_id)
 
 
-def _upload(upload: Upload) -> schemas.Upload:
-    return _closed(ClosedUpload(upload))
+def _begun_response(upload: Upload) -> schemas.Upload:
+    return _upload_response(ClosedUpload(upload))
 
 
-def _closed(closed: ClosedUpload) -> schemas.Upload:
+def _upload_response(closed: ClosedUpload) -> schemas.Upload:
     upload = closed.upload
     return schemas.Upload(
         id=upload.id,

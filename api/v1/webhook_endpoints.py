@@ -1,4 +1,4 @@
-"""Where a project is told how its jobs end: OpenAI's webhook endpoints, and a log of what was delivered."""
+"""Webhook endpoints in OpenAI's format: management, test events, secret rotation, and the delivery log."""
 
 from __future__ import annotations
 
@@ -35,34 +35,34 @@ async def _webhooks(request: Request, service: ServiceOf) -> Webhooks:
 
 
 WebhooksOf = Annotated[Webhooks, Depends(_webhooks)]
-EndpointId = Annotated[str, Path(description="An endpoint's id.", examples=["wh_019a9c2f8d31c4e55f0a7b"])]
+EndpointId = Annotated[str, Path(description="The id of a webhook endpoint.", examples=["wh_019a9c2f8d31c4e55f0a7b"])]
 
 
 @router.post("/webhook_endpoints", summary="Create a webhook endpoint", responses=openai_errors(409, 413, 415, 429))
 def create_endpoint(
-    asked: CreateWebhookEndpoint, webhooks: WebhooksOf, idempotency: IdempotencyOf
+    body: CreateWebhookEndpoint, webhooks: WebhooksOf, idempotency: IdempotencyOf
 ) -> WebhookEndpointWithSecret:
-    """Have a URL told how jobs end from now on. The answer alone holds the secret that signs the messages.
+    """Notify a URL when jobs of the project end. Only this response contains the secret that signs the messages.
 
     A message is a POST of `{"id": "evt_…", "object": "event", "created_at", "type", "data": {"id": "job_…"}}`, signed
-    as Standard Webhooks says: `webhook-id`, `webhook-timestamp`, `webhook-signature`. What is not answered with 2xx
-    within 10 seconds is sent again, under the same `webhook-id`, after 5 s, 30 s, 2 min, 10 min, 1 h, 6 h and 24 h.
-    An answer of 410 disables the endpoint.
+    according to Standard Webhooks with the headers `webhook-id`, `webhook-timestamp` and `webhook-signature`. A
+    delivery without a 2xx response within 10 seconds is retried under the same `webhook-id` after 5 s, 30 s, 2 min,
+    10 min, 1 h, 6 h and 24 h. A response of 410 disables the endpoint.
     """
-    once = idempotency.once(WebhookEndpointWithSecret.of, content={"json": asked.model_dump()})
-    return WebhookEndpointWithSecret.of(webhooks.create(asked.name, asked.url, asked.event_types, once=once))
+    once = idempotency.once(WebhookEndpointWithSecret.of, content={"json": body.model_dump()})
+    return WebhookEndpointWithSecret.of(webhooks.create(body.name, body.url, body.event_types, once=once))
 
 
 @router.get("/webhook_endpoints", summary="List webhook endpoints", responses=openai_errors())
 def list_endpoints(webhooks: WebhooksOf, after: After = None, limit: Limit = 20) -> ListPage[WebhookEndpoint]:
-    """Your project's endpoints, newest first, without their secrets."""
-    found = webhooks.list_endpoints(before=after, limit=limit + 1)
-    return page_of([WebhookEndpoint.of(endpoint) for endpoint in found], limit)
+    """The project's endpoints, newest first, without their secrets."""
+    endpoints = webhooks.list_endpoints(before=after, limit=limit + 1)
+    return page_of([WebhookEndpoint.of(endpoint) for endpoint in endpoints], limit)
 
 
 @router.get("/webhook_event_types", summary="List webhook event types", responses=openai_errors())
 def list_event_types() -> WebhookEventTypes:
-    """What endpoints can be told."""
+    """The event types that an endpoint can subscribe to."""
     return WebhookEventTypes(data=list(EVENT_TYPES.values()))
 
 
@@ -72,7 +72,7 @@ def list_event_types() -> WebhookEventTypes:
     responses=openai_errors(404),
 )
 def get_endpoint(webhook_endpoint_id: EndpointId, webhooks: WebhooksOf) -> WebhookEndpoint:
-    """Everything but its secret."""
+    """The endpoint, without its secret."""
     return WebhookEndpoint.of(webhooks.get(webhook_endpoint_id))
 
 
@@ -82,11 +82,11 @@ def get_endpoint(webhook_endpoint_id: EndpointId, webhooks: WebhooksOf) -> Webho
     responses=openai_errors(404, 409, 413, 415),
 )
 def update_endpoint(
-    webhook_endpoint_id: EndpointId, asked: ChangeWebhookEndpoint, webhooks: WebhooksOf, idempotency: IdempotencyOf
+    webhook_endpoint_id: EndpointId, body: ChangeWebhookEndpoint, webhooks: WebhooksOf, idempotency: IdempotencyOf
 ) -> WebhookEndpoint:
-    """What is left out stays. An endpoint that was disabled is told again."""
-    once = idempotency.once(WebhookEndpoint.of, content={"json": asked.model_dump()})
-    return WebhookEndpoint.of(webhooks.update(webhook_endpoint_id, **vars(asked), once=once))
+    """Change the given fields. This also enables a disabled endpoint again."""
+    once = idempotency.once(WebhookEndpoint.of, content={"json": body.model_dump()})
+    return WebhookEndpoint.of(webhooks.update(webhook_endpoint_id, **vars(body), once=once))
 
 
 @router.delete(
@@ -95,7 +95,7 @@ def update_endpoint(
     responses=openai_errors(404),
 )
 def delete_endpoint(webhook_endpoint_id: EndpointId, webhooks: WebhooksOf) -> DeletedWebhookEndpoint:
-    """It is told nothing any more; the log of its deliveries goes with it."""
+    """Stop notifying the endpoint, and delete it with its delivery log."""
     webhooks.delete(webhook_endpoint_id)
     return DeletedWebhookEndpoint(id=webhook_endpoint_id)
 
@@ -106,15 +106,15 @@ def delete_endpoint(webhook_endpoint_id: EndpointId, webhooks: WebhooksOf) -> De
     responses=openai_errors(404, 409, 413, 415),
 )
 def rotate_secret(
-    webhook_endpoint_id: EndpointId, asked: RotateSecret, webhooks: WebhooksOf, idempotency: IdempotencyOf
+    webhook_endpoint_id: EndpointId, body: RotateSecret, webhooks: WebhooksOf, idempotency: IdempotencyOf
 ) -> WebhookEndpointWithSecret:
-    """A new secret, which signs every message from now on, also those that are sent again.
+    """Replace the secret. The new one signs every message from now on, retries included.
 
-    With `keep_old_secret_active_for_24_hours`, `webhook-signature` holds two signatures for a day, the new secret's and
-    the old one's, with a blank between them.
+    With `keep_old_secret_active_for_24_hours`, `webhook-signature` contains two signatures for a day, separated by a
+    space: that of the new secret and that of the old one.
     """
-    once = idempotency.once(WebhookEndpointWithSecret.of, content={"json": asked.model_dump()})
-    keep_old = asked.keep_old_secret_active_for_24_hours
+    once = idempotency.once(WebhookEndpointWithSecret.of, content={"json": body.model_dump()})
+    keep_old = body.keep_old_secret_active_for_24_hours
     return WebhookEndpointWithSecret.of(webhooks.rotate_secret(webhook_endpoint_id, keep_old=keep_old, once=once))
 
 
@@ -124,14 +124,14 @@ def rotate_secret(
     responses=openai_errors(404, 409, 413, 415),
 )
 def send_test(
-    webhook_endpoint_id: EndpointId, asked: SendTest, webhooks: WebhooksOf, idempotency: IdempotencyOf
+    webhook_endpoint_id: EndpointId, body: SendTest, webhooks: WebhooksOf, idempotency: IdempotencyOf
 ) -> WebhookTest:
-    """A signed message about a job that does not exist, sent at once and only once; what the endpoint answered.
+    """Send one signed message about a job that does not exist, without retries, and return the endpoint's status.
 
-    Where there was no answer, the error says why; the endpoint's deliveries list it too.
+    Without a response from the endpoint, the error states the reason. The delivery log lists the message too.
     """
-    once = idempotency.once(WebhookTest.of, content={"json": asked.model_dump()})
-    return WebhookTest.of(webhooks.test(webhook_endpoint_id, asked.event_type, once=once))
+    once = idempotency.once(WebhookTest.of, content={"json": body.model_dump()})
+    return WebhookTest.of(webhooks.test(webhook_endpoint_id, body.event_type, once=once))
 
 
 @router.get(
@@ -142,6 +142,6 @@ def send_test(
 def list_deliveries(
     webhook_endpoint_id: EndpointId, webhooks: WebhooksOf, after: After = None, limit: Limit = 20
 ) -> ListPage[WebhookDelivery]:
-    """Every event, newest first: how often it was sent, what the endpoint answered, when it is sent again."""
-    found = webhooks.deliveries(webhook_endpoint_id, before=after, limit=limit + 1)
-    return page_of([WebhookDelivery.of(delivery) for delivery in found], limit)
+    """The delivery log, newest first: attempts, the last status or error, and the time of the next attempt."""
+    deliveries = webhooks.deliveries(webhook_endpoint_id, before=after, limit=limit + 1)
+    return page_of([WebhookDelivery.of(delivery) for delivery in deliveries], limit)

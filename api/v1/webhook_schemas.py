@@ -1,4 +1,4 @@
-"""Webhook endpoints and deliveries as OpenAI's clients expect them."""
+"""Request and response models of webhook endpoints and deliveries, in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StrictBool, StringConstraints
 
-from api.v1.requests import Part
+from api.v1.rendering import seconds
+from api.v1.requests import StrictModel
 from api.v1.schemas import Identified
 from qlora_service.domain.webhooks import EVENT_TYPES, Delivery, Endpoint
 from qlora_service.webhooks.targets import MAX_URL_CHARS
 
-_TYPES = ", ".join(EVENT_TYPES.values())
+_EVENT_TYPE_NAMES = ", ".join(EVENT_TYPES.values())
 
 Text = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=MAX_URL_CHARS)]
 
 
 class WebhookEndpoint(Identified):
-    """Where your project is told how its jobs end."""
+    """A URL that is notified when jobs of the project end."""
 
     id: str = Field(examples=["wh_019a9c2f8d31c4e55f0a7b"])
     object: Literal["webhook_endpoint"] = "webhook_endpoint"
-    created_at: int = Field(description="Seconds since 1970.")
+    created_at: int = Field(description="Unix time in seconds.")
     name: str
     url: str = Field(examples=["https://example.com/told"])
     event_types: list[str]
-    signing_secret_hint: str = Field(description="The secret's last characters.", examples=["whsec_…kQ8="])
+    signing_secret_hint: str = Field(description="The last characters of the secret.", examples=["whsec_…kQ8="])
     disabled_at: int | None = Field(
-        description="When it answered 410 Gone: it is told nothing until it is changed. Null while it is told."
+        description="When the endpoint answered 410 Gone. It is not notified until it is changed. Null while enabled."
     )
 
     @classmethod
@@ -37,7 +38,7 @@ class WebhookEndpoint(Identified):
 
 
 class WebhookEndpointWithSecret(WebhookEndpoint):
-    """An endpoint and what signs its messages: keep it, it is not shown again."""
+    """An endpoint with the secret that signs its messages. Store the secret: it is not shown again."""
 
     signing_secret: str = Field(examples=["whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"])
 
@@ -53,13 +54,13 @@ class DeletedWebhookEndpoint(Identified):
 
 
 class WebhookTest(BaseModel):
-    """How the endpoint took a sample event."""
+    """The endpoint's response to a sample event."""
 
     object: Literal["webhook_endpoint.test"] = "webhook_endpoint.test"
     webhook_endpoint_id: str
     event_type: str
-    status_code: int = Field(description="What the endpoint answered.")
-    success: Literal[True] = Field(True, description="That it answered at all.")
+    status_code: int = Field(description="The HTTP status of the endpoint's response.")
+    success: Literal[True] = Field(True, description="Whether the endpoint responded at all.")
 
     @classmethod
     def of(cls, delivery: Delivery) -> WebhookTest:
@@ -68,7 +69,7 @@ class WebhookTest(BaseModel):
 
 
 class WebhookDelivery(Identified):
-    """One event for one endpoint, and how far it got."""
+    """One event for one endpoint, and the state of its delivery."""
 
     id: str = Field(examples=["whd_019a9c2f8d31c4e55f0a7b"])
     object: Literal["webhook_endpoint.delivery"] = "webhook_endpoint.delivery"
@@ -77,13 +78,13 @@ class WebhookDelivery(Identified):
     data: dict[str, Any] = Field(examples=[{"id": "job_019a9c2f8d31c4e55f0a7b"}])
     created_at: int
     status: Literal["pending", "delivered", "failed"] = Field(
-        description="`failed` is given up, after 8 attempts or because the endpoint was disabled."
+        description="`failed`: no more attempts, after 8 of them or because the endpoint was disabled."
     )
     attempts: int
     next_attempt_at: int | None
     delivered_at: int | None
-    last_status: int | None = Field(description="What the endpoint answered to the latest attempt.")
-    last_error: str | None = Field(description="Why there was no answer to it.")
+    last_status: int | None = Field(description="The HTTP status of the response to the latest attempt.")
+    last_error: str | None = Field(description="Why the latest attempt got no response.")
 
     @classmethod
     def of(cls, delivery: Delivery) -> WebhookDelivery:
@@ -93,7 +94,7 @@ class WebhookDelivery(Identified):
             event_id=delivery.event_id,
             type=delivery.type,
             data=delivery.body["data"],
-            created_at=_seconds(delivery.created_at),
+            created_at=seconds(delivery.created_at),
             status="delivered" if delivery.delivered_at else pending,
             attempts=delivery.attempts,
             next_attempt_at=_seconds_or_none(delivery.due_at),
@@ -108,37 +109,39 @@ class WebhookEventTypes(BaseModel):
     data: list[str]
 
 
-class CreateWebhookEndpoint(Part):
-    name: Text = Field(description="1 to 64 characters, for people.", examples=["done"])
+class CreateWebhookEndpoint(StrictModel):
+    name: Text = Field(description="A display name of 1 to 64 characters.", examples=["done"])
     url: Text = Field(
-        description="https, and on the public internet. Redirects are not followed.",
+        description="An https URL on the public internet. Redirects are not followed.",
         examples=["https://example.com/told"],
     )
-    event_types: list[Text] = Field(description=f"Some of {_TYPES}.", examples=[list(EVENT_TYPES.values())])
+    event_types: list[Text] = Field(
+        description=f"One or more of {_EVENT_TYPE_NAMES}.", examples=[list(EVENT_TYPES.values())]
+    )
 
 
-class ChangeWebhookEndpoint(Part):
+class ChangeWebhookEndpoint(StrictModel):
     name: Text | None = Field(None, examples=["done"])
     url: Text | None = Field(None, examples=["https://example.com/elsewhere"])
     event_types: list[Text] | None = Field(None, examples=[["fine_tuning.job.failed"]])
 
 
-class RotateSecret(Part):
+class RotateSecret(StrictModel):
     keep_old_secret_active_for_24_hours: StrictBool = Field(
         False,
-        description="Whether every message is signed with both for a day, so that a receiver may change over at any "
-        "time of it. Without it, what a receiver refuses while it still has the old secret is sent again.",
+        description="Sign every message with both secrets for a day, so that the receiver can switch at any time of "
+        "that day. Without it, a message that a receiver with the old secret refuses is retried.",
     )
 
 
-class SendTest(Part):
-    event_type: Text = Field(description=f"One of {_TYPES}.", examples=["fine_tuning.job.succeeded"])
+class SendTest(StrictModel):
+    event_type: Text = Field(description=f"One of {_EVENT_TYPE_NAMES}.", examples=["fine_tuning.job.succeeded"])
 
 
 def _endpoint_fields(endpoint: Endpoint) -> dict[str, Any]:
     return {
         "id": endpoint.id,
-        "created_at": _seconds(endpoint.created_at),
+        "created_at": seconds(endpoint.created_at),
         "name": endpoint.name,
         "url": endpoint.url,
         "event_types": endpoint.event_types,
@@ -147,9 +150,5 @@ def _endpoint_fields(endpoint: Endpoint) -> dict[str, Any]:
     }
 
 
-def _seconds(at: datetime) -> int:
-    return int(at.timestamp())
-
-
 def _seconds_or_none(at: datetime | None) -> int | None:
-    return None if at is None else _seconds(at)
+    return None if at is None else seconds(at)

@@ -1,4 +1,4 @@
-"""Who may use the service: keys are made, listed, revoked, and told from what is none."""
+"""API keys: create, list, revoke, authenticate."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Once, write_once
 
 FIRST_KEY_ID = "key_" + 22 * "0"
-"""The same for everybody, so that of two processes that start at once on an empty database one makes the key."""
+"""A constant id: of two processes that start at once on an empty database, one inserts the key"""
 MAX_NAME_CHARS = 64
 
 _PROJECT = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 
 class Access:
-    """The keys of all projects over one database; safe to share between threads.
+    """The keys of all projects; safe to share between threads.
 
-    What takes a `project` sees the keys of this one; without, those of all.
+    Methods with a `project` see the keys of that project; without, those of all.
     """
 
     def __init__(self, database: Database, clock: Callable[[], datetime] = utc_now) -> None:
@@ -44,7 +44,7 @@ class Access:
         self._clock = clock
 
     def close(self) -> None:
-        """Give the database's connections back."""
+        """Close the database's connections."""
         self._database.close()
 
     def create_key(
@@ -55,10 +55,10 @@ class Access:
         *,
         once: Once[ApiKey] | None = None,
     ) -> tuple[ApiKey, str]:
-        """A new key and its secret, which nobody can learn again.
+        """A new key and its secret, which is not stored.
 
         Raises:
-            InvalidRequest: the project, the name or the scopes cannot be used.
+            InvalidRequest: the project, the name or the scopes are invalid.
         """
         key = self._new_key(new_id("key"), project, name, scopes)
         secret = new_secret()
@@ -70,7 +70,7 @@ class Access:
         return write_once(self._database, once, self._clock(), insert), secret
 
     def create_first_key(self) -> tuple[ApiKey, str] | None:
-        """An admin key of the default project, if there never was a key: made once, however many ask for it."""
+        """An admin key of the default project and its secret, if no key has ever existed; else None."""
         with self._database.read() as connection:
             if key_rows.any_key(connection):
                 return None
@@ -80,12 +80,12 @@ class Access:
             return (key, secret) if key_rows.insert_key(connection, key, digest(secret)) else None
 
     def list_keys(self, project: str | None = None) -> list[ApiKey]:
-        """Newest first, the revoked ones among them."""
+        """Newest first, revoked ones included."""
         with self._database.read() as connection:
             return key_rows.list_keys(connection, project=project)
 
     def revoke_key(self, key_id: str, project: str | None = None, *, keep_admin: bool = False) -> ApiKey:
-        """The key, which is refused from now on. Revoking it twice does no harm.
+        """The revoked key. Revoking it again changes nothing.
 
         Raises:
             NotFound: no such key.
@@ -95,7 +95,7 @@ class Access:
             key = key_rows.get_key(connection, key_id, project=project)
             if keep_admin and _is_last_admin(key, key_rows.list_keys(connection, project=key.project)):
                 raise Conflict(
-                    f"{key_id} is the last admin key of project {key.project}: make another one first, or revoke it "
+                    f"{key_id} is the last admin key of project {key.project}: create another one first, or revoke it "
                     "with `qlora keys revoke` where the service runs",
                     location="key_id",
                 )
@@ -103,7 +103,7 @@ class Access:
             return key_rows.get_key(connection, key_id, project=project)
 
     def authenticate(self, secret: str) -> Caller:
-        """Who asks under this key. Raises: Unauthenticated."""
+        """The caller that the secret authenticates. Raises: Unauthenticated."""
         key = None
         if secret.startswith(PREFIX):
             with self._database.read() as connection:
@@ -119,27 +119,25 @@ class Access:
         """Raises: InvalidRequest."""
         if not _PROJECT.fullmatch(project):
             raise InvalidRequest(
-                f"{project!r} cannot be a project's name: use 1 to 40 lower-case letters, digits, '_' and '-'",
+                f"{project!r} is not a valid project name: use 1 to 40 lower-case letters, digits, '_' and '-'",
                 location="project",
             )
         if not name.strip() or len(name) > MAX_NAME_CHARS or not name.isprintable():
             raise InvalidRequest(f"a key's name has 1 to {MAX_NAME_CHARS} printable characters", location="name")
         chosen = frozenset(scopes)
         if not chosen:
-            raise InvalidRequest(
-                f"a key without a scope is good for nothing: give {', '.join(Scope)}", location="scopes"
-            )
+            raise InvalidRequest(f"a key needs at least one scope: give {', '.join(Scope)}", location="scopes")
         return ApiKey(key_id, project, name, chosen, self._clock())
 
 
 def _is_last_admin(key: ApiKey, keys: Iterable[ApiKey]) -> bool:
-    """Whether `key` alone, of a project's keys, can make others."""
+    """Whether `key` is the only unrevoked admin key among a project's `keys`."""
     admins = [other.id for other in keys if Scope.ADMIN in other.scopes and other.revoked_at is None]
     return admins == [key.id]
 
 
 def open_access(database_url: str) -> Access:
-    """The keys in this database, with its schema brought up to date."""
+    """The keys in the database; its schema is migrated to the newest."""
     database = Database(database_url)
     database.migrate()
     return Access(database)

@@ -1,4 +1,4 @@
-"""What is checked while a job is posted, before anything of it is stored; and what its submitter should know."""
+"""Checks of a job before anything of it is stored, and the warnings for its submitter."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from qlora_service.planning.plan import Plan
 from qlora_service.specs import JobSpec, Training
 
 WARNED_FINDINGS = 5
-"""Bad rows that a warning names."""
+"""Findings that a warning lists"""
 
 
 def default_length(model: BaseModel) -> int:
-    """The max_seq_len_tokens of a job that names none."""
+    """max_seq_len_tokens of a job that does not set it."""
     return min(Training().max_seq_len_tokens, model.max_positions)
 
 
 def fit_default_length(spec: JobSpec, model: BaseModel) -> JobSpec:
-    """The spec, with a max_seq_len_tokens that nobody asked for lowered to what model and adapter leave room for."""
+    """The spec; a max_seq_len_tokens that it does not set is lowered to the positions that model and adapter leave."""
     training = spec.training
     if "max_seq_len_tokens" in training.model_fields_set:
         return spec
@@ -31,7 +31,7 @@ def fit_default_length(spec: JobSpec, model: BaseModel) -> JobSpec:
 
 
 def check_fit(spec: JobSpec, model: BaseModel, modules: Modules) -> None:
-    """Raises: InvalidSpec, with everything in the spec that cannot work on the base model."""
+    """Raises: InvalidSpec, with a finding for everything in the spec that cannot work on the base model."""
     limit = spec.training.max_seq_len_tokens
     if limit > model.max_positions:
         raise InvalidSpec(
@@ -46,14 +46,14 @@ def check_fit(spec: JobSpec, model: BaseModel, modules: Modules) -> None:
 
 
 def check_objective(spec: JobSpec, shape: Shape, place: str = "/objective/type") -> None:
-    """Raises: InvalidSpec when the objective cannot learn from rows of the shape; `place` is what to change."""
+    """Raises: InvalidSpec at `place`, when the objective cannot be trained on rows of the shape."""
     misfit = objective_misfit(spec.objective.type, shape)
     if misfit is not None:
         raise InvalidSpec(misfit, location=place)
 
 
 def check_trainable(report: RenderReport, spec: JobSpec, model: BaseModel) -> None:
-    """Raises: InvalidDataset when no job can be trained on what was rendered."""
+    """Raises: InvalidDataset, when the rendered rows cannot be trained on."""
     check_rows(report, spec, model, "/dataset")
     if spec.validation.held_out_fraction > 0 and report.usable_rows < 2 and report.complete:
         raise InvalidDataset(
@@ -63,7 +63,7 @@ def check_trainable(report: RenderReport, spec: JobSpec, model: BaseModel) -> No
 
 
 def check_rows(report: RenderReport, spec: JobSpec, model: BaseModel, place: str) -> None:
-    """Raises: InvalidDataset when the rows of the dataset that the spec names at `place` cannot be used."""
+    """Raises: InvalidDataset, when rows of the dataset that the spec names at `place` cannot be used."""
     limit = spec.training.max_seq_len_tokens
     findings = [Finding(**value) for value in report.findings]
     all_too_long = report.too_long_rows == report.rows
@@ -88,7 +88,7 @@ def check_rows(report: RenderReport, spec: JobSpec, model: BaseModel, place: str
 def submission_warnings(
     report: RenderReport, dataset: Dataset, spec: JobSpec, forecast: Plan | None = None
 ) -> tuple[str, ...]:
-    """What the submitter of a job that will run should know; `dataset` is the stored one."""
+    """Warnings about a job that is queued all the same; `dataset` is the stored one."""
     warnings = []
     bad = dataset.report.finding_count
     if bad:

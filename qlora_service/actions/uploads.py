@@ -23,7 +23,7 @@ from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Once, recall, write_once
 
 PENDING_FOR = timedelta(hours=1)
-"""As long as the hosted API keeps an upload open."""
+"""How long an upload accepts parts, as in the hosted API"""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Uploads:
     def begin(
         self, *, filename: str, size: int, purpose: str, mime_type: str, once: Once[Upload] | None = None
     ) -> Upload:
-        """An upload that takes parts for an hour, `size` bytes in all.
+        """An upload that accepts parts of `size` bytes in total for an hour.
 
         Raises:
-            StorageFull: the project may not keep so much more.
+            StorageFull: the project would store more than it may.
         """
         self.reap()
         now = self._clock()
@@ -81,8 +81,8 @@ class Uploads:
 
         Raises:
             NotFound: no such upload.
-            Conflict: it takes no more parts.
-            TooLarge: the parts have more bytes than were announced.
+            Conflict: the upload is closed or expired.
+            TooLarge: the parts exceed the announced size.
         """
         recall(self._database, once)
         with self._database.read() as connection:
@@ -113,12 +113,12 @@ class Uploads:
     def complete(
         self, upload_id: str, part_ids: Sequence[str], md5: str | None = None, *, once: Once[ClosedUpload] | None = None
     ) -> ClosedUpload:
-        """The upload and the dataset made of its parts, joined in the order given.
+        """The upload, and the dataset made of its parts in the order of `part_ids`.
 
         Raises:
             NotFound: no such upload.
-            Conflict: it was closed before.
-            InvalidRequest: a part is not the upload's, or the whole is not what was announced.
+            Conflict: the upload is closed or expired.
+            InvalidRequest: a part belongs to another upload, or size or MD5 differ from the announced ones.
             InvalidDataset: no row of the file is usable.
         """
         recall(self._database, once)
@@ -142,7 +142,7 @@ class Uploads:
         return closed
 
     def cancel(self, upload_id: str, *, once: Once[ClosedUpload] | None = None) -> ClosedUpload:
-        """The upload, whose parts are removed. Cancelling twice does no harm. Raises: NotFound, Conflict."""
+        """The cancelled upload; its parts are deleted. Cancelling again changes nothing. Raises: NotFound, Conflict."""
 
         def close(connection: Connection) -> ClosedUpload:
             upload = rows.get_upload(connection, upload_id, project=self._project, lock=True)
@@ -156,14 +156,14 @@ class Uploads:
         return cancelled
 
     def reap(self) -> None:
-        """Remove the parts of uploads, of every project, that were closed or not completed in time."""
+        """Deletes the parts of closed and expired uploads, of every project."""
         with self._database.write() as connection:
             closed = rows.expire_uploads(connection, self._clock())
         for upload_id in closed:
             self._discard(upload_id)
 
     def _pending(self, connection: Connection, upload_id: str, *, lock: bool = False) -> Upload:
-        """The upload, which still takes parts. Raises: NotFound, Conflict."""
+        """The upload, if it accepts parts. Raises: NotFound, Conflict."""
         upload = rows.get_upload(connection, upload_id, project=self._project, lock=lock)
         expired = upload.expires_at < self._clock()
         if upload.status is not UploadStatus.PENDING or expired:
@@ -172,7 +172,7 @@ class Uploads:
         return upload
 
     def _join(self, parts: Sequence[Part], path: Path, md5: str | None) -> None:
-        """Write the parts' bytes to `path`, one behind the other. Raises: InvalidRequest."""
+        """Writes the concatenated parts to `path`. Raises: InvalidRequest."""
         digest = hashlib.md5(usedforsecurity=False)
         with path.open("wb") as file:
             for part in parts:
@@ -187,18 +187,18 @@ class Uploads:
             )
 
     def _discard(self, upload_id: str) -> None:
-        """Remove the parts of a closed upload; their rows go last, so that a crash leaves something to `reap`."""
+        """Deletes the parts of a closed upload; rows last, so that `reap` finds them after a crash."""
         self._artifacts.remove_upload(upload_id)
         with self._database.write() as connection:
             rows.delete_parts(connection, upload_id)
 
 
 def _chosen(parts: Sequence[Part], wanted: Sequence[str], upload: Upload) -> list[Part]:
-    """The parts in the order asked for. Raises: InvalidRequest, when they are not the whole file."""
+    """The parts in the order of `wanted`. Raises: InvalidRequest, when they are not the whole file."""
     known = {part.id: part for part in parts}
-    strangers = [part_id for part_id in wanted if part_id not in known]
-    if strangers or len(set(wanted)) < len(wanted):
-        why = f"has no part {strangers[0]!r}" if strangers else "cannot use a part twice"
+    unknown = [part_id for part_id in wanted if part_id not in known]
+    if unknown or len(set(wanted)) < len(wanted):
+        why = f"has no part {unknown[0]!r}" if unknown else "cannot use a part twice"
         raise InvalidRequest(f"upload {upload.id} {why}: name its parts in the file's order", location="part_ids")
     chosen = [known[part_id] for part_id in wanted]
     size = sum(part.bytes for part in chosen)

@@ -1,1 +1,1 @@
-"""Published files: the store, the manifest, the model card."""
+"""Published files: artifact store, manifest, model card."""

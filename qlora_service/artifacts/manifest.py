@@ -1,4 +1,4 @@
-"""The manifest: what an attempt published, from what, and how to check it. It is put last."""
+"""The manifest: the published files of an attempt, their inputs and their checksums. It is published last."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ManifestFile(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Everything needed to reproduce and to verify the adapter."""
+    """All data for reproducing and verifying an adapter."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -29,25 +29,25 @@ class Manifest(BaseModel):
     job_id: str
     attempt: int
     base_model: dict[str, Any]
-    """Name, hub id and revision where there are any, SHA-256 of the weights."""
+    """Name, hub id and revision if it has them, SHA-256 of the weights."""
     dataset: dict[str, Any]
     """Id, SHA-256 and counts."""
     spec: dict[str, Any]
     plan: dict[str, Any]
-    """What the machine decided: compute dtype, device, threads, steps."""
+    """The choices for this machine: compute dtype, device, threads, steps."""
     versions: dict[str, str]
     held_out: dict[str, Any]
-    """Loss before and after, rows and tokens it was measured on; held_out.jsonl holds those rows."""
+    """Loss before and after training, and the numbers of held-out rows and tokens; held_out.jsonl contains the rows."""
     files: tuple[ManifestFile, ...]
 
     @property
     def total_bytes(self) -> int:
-        """Of all files, without the manifest."""
+        """The size of all files, without the manifest."""
         return sum(file.bytes for file in self.files)
 
 
 def describe_file(path: Path) -> ManifestFile:
-    """Name, size and SHA-256 of a file."""
+    """The manifest entry of a file: name, size and SHA-256."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):

@@ -1,4 +1,4 @@
-"""The model card that is published with an adapter."""
+"""The model card of a published adapter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SIZES = {
     "num_virtual_tokens": "virtual tokens",
     "adapter_len": "prompt length",
 }
-"""What tells an adapter's size, by its field in the spec, as far as the method has it."""
+"""Labels of the spec fields that determine an adapter's size; a method has some of them."""
 
 _OBJECTIVES = {"dpo": "DPO", "orpo": "ORPO", "kto": "KTO"}
 
@@ -39,10 +39,10 @@ def model_card(
     held_out: dict[str, Any],
     versions: dict[str, str],
 ) -> str:
-    """Markdown with the front matter that model hubs read, the result, and how to load the adapter.
+    """Markdown: front matter for model hubs, results, and code that loads the adapter.
 
-    `held_out` has `rows` (how many), `source` (which), `loss_before` and `loss_after`, and where it was measured
-    `accuracy_before` and `accuracy_after`, both from 0 to 1.
+    `held_out` has `rows` (their number), `source` (their description), `loss_before` and `loss_after`, and, if it was
+    measured, `accuracy_before` and `accuracy_after`, both from 0 to 1.
     """
     name = base["hub_id"] or base["name"]
     training, adapter, quantization = spec["training"], spec["adapter"], spec["quantization"]
@@ -65,10 +65,10 @@ def model_card(
 
 {_results(held_out, spec["objective"]["type"])}
 
-Trained on {dataset["trained_on"]} rows (dataset SHA-256 `{dataset["sha256"]}`), {training["batch_size"]} examples a
-step, {", ".join(settings)}. `manifest.json`
-has the whole configuration, every file's SHA-256, and the base weights' SHA-256 `{base["weights_sha256"]}`.
-`held_out.jsonl` has the rows behind the table as token ids, so the losses can be measured again.
+Trained on {dataset["trained_on"]} rows (dataset SHA-256 `{dataset["sha256"]}`), {training["batch_size"]} examples
+per step, {", ".join(settings)}. `manifest.json`
+contains the whole configuration and the SHA-256 of every file and of the base weights (`{base["weights_sha256"]}`).
+`held_out.jsonl` contains the rows of the table as token ids, so that the losses can be measured again.
 
 ## Load it
 
@@ -91,7 +91,7 @@ def _tags(spec: dict[str, Any]) -> list[str]:
 
 
 def _method(adapter: dict[str, Any]) -> str:
-    """The adapter's kind, as the beginning of a sentence."""
+    """The kind of the adapter, as the beginning of a sentence."""
     if adapter.get("use_dora"):
         return "A rank-stabilized DoRA adapter" if adapter["use_rslora"] else "A DoRA adapter"
     if adapter.get("use_rslora"):
@@ -100,11 +100,11 @@ def _method(adapter: dict[str, Any]) -> str:
 
 
 def _storage(quantization: dict[str, Any]) -> str:
-    """How the base was kept, as an adjective."""
+    """The storage format of the base weights, as an adjective."""
     match quantization["type"]:
         case "nf4" | "fp4" as kind:
-            twice = " with double quantization" if quantization["double_quant"] else ""
-            return f"4-bit {kind.upper()}{twice}"
+            suffix = " with double quantization" if quantization["double_quant"] else ""
+            return f"4-bit {kind.upper()}{suffix}"
         case "int8":
             return "8-bit"
         case _:
@@ -112,12 +112,12 @@ def _storage(quantization: dict[str, Any]) -> str:
 
 
 def _results(held_out: dict[str, Any], objective: str) -> str:
-    """The table of what was measured before and after the training."""
+    """The table of losses and accuracies before and after the training."""
     before, after = held_out["loss_before"], held_out["loss_after"]
-    unit, right = {
+    unit, accuracy_label = {
         "supervised": ("nats per token", "token accuracy"),
-        "kto": ("KTO, per example", "answers judged right"),
-    }.get(objective, (f"{_OBJECTIVES.get(objective)}, per pair", "pairs ranked right"))
+        "kto": ("KTO, per example", "answers classified correctly"),
+    }.get(objective, (f"{_OBJECTIVES.get(objective)}, per pair", "pairs ranked correctly"))
     rows = [
         ("", "before", "after"),
         ("---", "---", "---"),
@@ -126,17 +126,17 @@ def _results(held_out: dict[str, Any], objective: str) -> str:
     if objective == "supervised":
         rows.append(("perplexity", _perplexity(before), _perplexity(after)))
     if held_out.get("accuracy_after") is not None:
-        rows.append((right, f"{held_out['accuracy_before']:.1%}", f"{held_out['accuracy_after']:.1%}"))
+        rows.append((accuracy_label, f"{held_out['accuracy_before']:.1%}", f"{held_out['accuracy_after']:.1%}"))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def _perplexity(loss: float) -> str:
-    # Beyond this there is no float64, and nothing to tell apart.
+    # exp(loss) overflows float64 at 709.8.
     return f"{math.exp(loss):.4g}" if loss < 700 else "over 1e304"
 
 
 def _load_base(quantization: dict[str, Any], dtype: str) -> str:
-    """The lines that load the base as the job did."""
+    """The lines of code that load the base in the format of the job."""
     kind, options = quantization["type"], []
     if kind in ("nf4", "fp4"):
         options = [
@@ -146,7 +146,7 @@ def _load_base(quantization: dict[str, Any], dtype: str) -> str:
             f"bnb_4bit_compute_dtype=torch.{dtype}",
         ]
     elif kind == "int8":
-        # With outliers kept apart, a row's logits would depend on its neighbours.
+        # With a threshold, the outlier columns of a batch would make the logits of a row depend on the other rows.
         options = ["load_in_8bit=True", "llm_int8_threshold=0.0"]
     bits = ", BitsAndBytesConfig" if options else ""
     lines = [

@@ -1,4 +1,4 @@
-"""Reading a published adapter back."""
+"""Download of a published adapter."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from qlora_service.errors import JobFailed
 
 
 def fetch_published(manifest: Manifest, artifacts: ArtifactStore, directory: Path) -> None:
-    """Read every published file back into `directory`.
+    """Copies every file of the manifest from the store into `directory`, and verifies it.
 
     Raises:
-        JobFailed: a file's bytes are not the manifest's.
+        JobFailed: a file differs from the manifest in size or SHA-256.
     """
     for file in manifest.files:
         path = directory / file.name

@@ -1,4 +1,4 @@
-"""The artifact store: datasets and adapters by key, through obstore (a local directory, later S3, GCS, Azure)."""
+"""The artifact store: datasets and adapters by key, through obstore (a local directory; later S3, GCS, Azure)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ READ_CHUNK_BYTES = 1 << 20
 
 
 class ArtifactStore:
-    """Objects under one URL. Keys are made by the service, never by a caller."""
+    """Objects under one URL. The service forms the keys; they never come from a user."""
 
     def __init__(self, url: str) -> None:
         parsed = urlparse(url)
@@ -29,20 +29,20 @@ class ArtifactStore:
         if parsed.scheme == "file":
             self._root = Path(unquote(parsed.path))
             self._store = LocalStore(self._root, mkdir=True)
-            flush(self._root.parent)  # the name of the directory itself
+            flush(self._root.parent)  # makes the directory entry durable
         else:
             self._store = from_url(url)
 
     def put_file(self, key: str, path: Path) -> None:
-        """Store the file's bytes under `key`; durable when this returns."""
+        """Stores the file under `key`; durable on return."""
         obstore.put(self._store, key, path)
         self._sync(key)
 
     def create(self, key: str, content: bytes) -> None:
-        """Store `content` under a key that nobody used; durable when this returns.
+        """Stores `content` under a new key; durable on return.
 
         Raises:
-            Conflict: the key is taken.
+            Conflict: the key exists.
         """
         try:
             obstore.put(self._store, key, content, mode="create")
@@ -58,23 +58,23 @@ class ArtifactStore:
             raise NotFound(f"the artifact store has no {key}") from None
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        """The bytes [start, end) of an object, in chunks.
+        """The bytes [start, end) of an object, in chunks of at most READ_CHUNK_BYTES.
 
         Raises:
-            NotFound: no such object, before the first chunk.
+            NotFound: no such object; raised before the first chunk.
         """
         size = self.size(key)
         return self._read(key, start, size if end is None else min(end, size))
 
     def fetch(self, key: str, path: Path) -> None:
-        """Copy an object to a local file. Raises: NotFound."""
+        """Copies an object to a local file. Raises: NotFound."""
         chunks = self.read(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             file.writelines(chunks)
 
     def local_copy(self, key: str, scratch: Path) -> Path:
-        """A local file with the object's bytes, not to be changed: the object itself, or a copy in `scratch`."""
+        """A read-only local file with the object's bytes: the object itself, or a copy in `scratch`."""
         if self._root is not None:
             self.size(key)
             return self._root / key
@@ -90,24 +90,27 @@ class ArtifactStore:
         return True
 
     def remove(self, key: str) -> None:
-        """Remove an object, if it is there."""
+        """Removes an object, if it exists."""
         with suppress(FileNotFoundError):
             obstore.delete(self._store, key)
 
     def remove_upload(self, upload_id: str) -> None:
-        """Remove the parts of an upload."""
+        """Removes the parts of an upload."""
         prefix = f"uploads/{upload_id}/"
         obstore.delete(self._store, [entry["path"] for page in obstore.list(self._store, prefix) for entry in page])
         if self._root is not None:
             shutil.rmtree(self._root / prefix, ignore_errors=True)
 
     def remove_attempts(self, job_id: str, keep: int | None) -> None:
-        """Remove what attempts at the job stored, but for the attempt `keep`. An attempt's artifacts are a unit."""
+        """Removes the artifacts of all attempts at a job except the attempt `keep`, and its unfinished files.
+
+        The artifacts of an attempt are kept or removed as a unit.
+        """
         prefix = f"jobs/{job_id}/"
         keys = [entry["path"] for page in obstore.list(self._store, prefix) for entry in page]
         obstore.delete(self._store, [key for key in keys if not key.startswith(f"{prefix}{keep}/")])
         if self._root is not None:
-            # The local store lists neither directories nor the files ("<name>#<number>") that it did not finish.
+            # The local store does not list directories or its unfinished files ("<name>#<number>").
             for directory in (self._root / prefix).glob("*"):
                 if directory.name != str(keep):
                     shutil.rmtree(directory, ignore_errors=True)
@@ -115,27 +118,27 @@ class ArtifactStore:
                     unfinished.unlink(missing_ok=True)
 
     def remove_unfinished(self, older_than_s: float) -> None:
-        """Remove what processes left in the local store that were killed while they wrote."""
+        """Removes partial files in the local store, left by processes that were killed during a write."""
         if self._root is None:
             return
-        # The local store writes beside the object, under its name, "#" and a number, and renames.
+        # The local store writes to "<name>#<number>" next to the object, and renames.
         for path in (*self._root.glob("datasets/*#*"), *self._root.glob("uploads/*/*#*")):
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > older_than_s:
                     path.unlink()
 
     def datasets_since(self, stored_at: float, older_than_s: float) -> list[str]:
-        """The SHA-256 of datasets in the local store: kept since `stored_at` (seconds since 1970), and for so long.
+        """The SHA-256 of datasets in the local store that were stored at or after `stored_at` (Unix time in seconds).
 
-        A bucket may be another service's too, so none is listed there.
+        Only those older than `older_than_s`. Empty for a bucket, because it may be shared with another service.
         """
-        found = []
+        hashes = []
         for path in self._root.glob("datasets/*") if self._root is not None else ():
             with suppress(FileNotFoundError):
-                kept_since = path.stat().st_mtime
-                if "#" not in path.name and stored_at <= kept_since < time.time() - older_than_s:
-                    found.append(path.name)
-        return found
+                modified_at = path.stat().st_mtime
+                if "#" not in path.name and stored_at <= modified_at < time.time() - older_than_s:
+                    hashes.append(path.name)
+        return hashes
 
     def _read(self, key: str, start: int, end: int) -> Iterator[bytes]:
         while start < end:
@@ -144,15 +147,15 @@ class ArtifactStore:
             start = stop
 
     def _sync(self, key: str) -> None:
-        """Flush a local object and the directories that name it: the store renames without fsync."""
+        """Flushes a local object and its directories, because the store renames without fsync."""
         if self._root is None:
             return
         path = self._root / key
-        with suppress(FileNotFoundError):  # somebody has removed it meanwhile
+        with suppress(FileNotFoundError):  # another process has removed it
             flush(path)
-        for place in path.parents:
-            flush(place)
-            if place == self._root:
+        for directory in path.parents:
+            flush(directory)
+            if directory == self._root:
                 break
 
 
@@ -165,5 +168,5 @@ def part_key(upload_id: str, part_id: str) -> str:
 
 
 def job_key(job_id: str, token: int, name: str) -> str:
-    """Artifacts of one attempt: a newer attempt never overwrites an older one's files."""
+    """The key of an artifact of one attempt: a newer attempt never overwrites the files of an older one."""
     return f"jobs/{job_id}/{token}/{name}"

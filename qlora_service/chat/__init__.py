@@ -1,1 +1,1 @@
-"""Chatting with base models and adapters: what the API and the processes that have them loaded share. No torch."""
+"""Chat with base models and adapters: code shared by the API and the inference processes. No torch."""

@@ -1,4 +1,4 @@
-"""Conversations → the tokens that a model goes on from: exactly those that stand before an answer in training."""
+"""Prompts for generation: the same token ids that precede the answer in a training row."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from qlora_service.data.rendering.tokenizer_settings import read_tokenizer_setti
 from qlora_service.data.rows.examples import Chat
 from qlora_service.errors import InvalidDataset, InvalidModel, InvalidRequest
 
-KEPT_TEMPLATES = 4
-"""Compiled chat templates, each in a process of its own"""
+MAX_TEMPLATE_PROCESSES = 4
+"""Compiled chat templates in the cache, each in its own process"""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Where a model goes on from, and the tokens that end what it says."""
+    """The token ids to continue, and the token ids that end an answer."""
 
     ids: tuple[int, ...]
     stop_ids: frozenset[int]
 
 
 class Prompts:
-    """Makes prompts for one base model and the adapters on it; a context manager that leaves no process behind."""
+    """Prompts for one base model and its adapters. A context manager that ends its template processes."""
 
     def __init__(self, model_dir: Path, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         settings = read_tokenizer_settings(model_dir)
@@ -50,10 +50,10 @@ class Prompts:
         bos = settings.bos_token_id if bos is None else bos
         if bos is not None:
             self._tokens.setdefault("bos_token", self.tokenizer.id_to_token(bos) or "")
-        begins = list(self.tokenizer.encode("", add_special_tokens=True).ids[:1])
-        self._begin = begins if begins == [bos] else []
-        plain = ("{{ bos_token }}" if self._begin else "") + PLAIN_TEMPLATE
-        self._template = settings.chat_template or plain
+        first_ids = list(self.tokenizer.encode("", add_special_tokens=True).ids[:1])
+        self._bos_ids = first_ids if first_ids == [bos] else []
+        plain_template = ("{{ bos_token }}" if self._bos_ids else "") + PLAIN_TEMPLATE
+        self._template = settings.chat_template or plain_template
         self._processes: OrderedDict[tuple[str, object], TemplateProcess] = OrderedDict()
 
     def __enter__(self) -> Prompts:
@@ -68,14 +68,14 @@ class Prompts:
     def chat(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, template: str | None = None
     ) -> Prompt:
-        """What stands before the answer that comes next; `template` is an adapter's own.
+        """The prompt of a conversation; `template` is the chat template of an adapter that has its own.
 
-        The conversation is rendered with an answer put behind it, as a training row is: whatever the template does,
-        the model sees what it was trained to answer.
+        Renders the conversation with an answer appended, in the same way as a training row, and cuts the answer off.
+        The prompt then equals the training prefix for every template.
 
         Raises:
             InvalidRequest: the chat template refuses the conversation.
-            InvalidModel: the template cannot be used at all.
+            InvalidModel: the template is not usable.
         """
         answer = {"role": "assistant", "content": PROBES[0]}
         trained = (*(False for _ in messages), True)
@@ -86,26 +86,26 @@ class Prompts:
             raise InvalidRequest(error.message, location="messages") from None
         if rendered.error is not None:
             raise InvalidRequest(rendered.error, location="messages")
-        start, answered = rendered.spans[0][0], rendered.text[rendered.spans[0][0] : rendered.spans[-1][1]]
-        behind = answered[answered.find(PROBES[0]) + len(PROBES[0]) :]
-        return Prompt(tuple(self._ids(rendered.text[:start])), self._stop_ids | self._turn_end(behind))
+        start, turn = rendered.spans[0][0], rendered.text[rendered.spans[0][0] : rendered.spans[-1][1]]
+        after_answer = turn[turn.find(PROBES[0]) + len(PROBES[0]) :]
+        return Prompt(tuple(self._ids(rendered.text[:start])), self._stop_ids | self._turn_end(after_answer))
 
     def text(self, text: str) -> Prompt:
-        """Plain text as it is trained: behind the token that texts begin with, if the model has one."""
+        """The prompt of plain text, as in training: the BOS token first, if the model uses one."""
         ids = self._ids(text)
-        return Prompt(tuple(ids if ids[:1] == self._begin else self._begin + ids), self._stop_ids)
+        return Prompt(tuple(ids if ids[:1] == self._bos_ids else self._bos_ids + ids), self._stop_ids)
 
-    def _turn_end(self, behind: str) -> frozenset[int]:
-        """The special token that the template ends an answer with: it need not be an end of text."""
+    def _turn_end(self, after_answer: str) -> frozenset[int]:
+        """The special token with which the template ends an answer; it may differ from the EOS token."""
         special = {token_id for token_id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
-        return frozenset([token_id for token_id in self._ids(behind) if token_id in special][:1])
+        return frozenset([token_id for token_id in self._ids(after_answer) if token_id in special][:1])
 
     def _process(self, template: str) -> TemplateProcess:
-        """A process for the template; templates may show the date, so it is for today."""
+        """The process for the template at today's date, because a template may render the date."""
         now = self._clock()
         key = (template, now.date())
         if key not in self._processes:
-            if len(self._processes) >= KEPT_TEMPLATES:
+            if len(self._processes) >= MAX_TEMPLATE_PROCESSES:
                 _, oldest = self._processes.popitem(last=False)
                 oldest.__exit__(None, None, None)
             self._processes[key] = TemplateProcess(template, self._tokens, now)

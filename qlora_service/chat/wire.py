@@ -1,11 +1,11 @@
-"""How the API talks to a process that generates text: JSON lines over a Unix socket, one connection for one answer.
+"""Protocol between the API and an inference process: JSON lines over a Unix socket, one connection per answer.
 
     ──▶ GenerationRequest
-    ◀── {"waiting": "loading"}                        every second, whatever else is sent
-    ◀── {"text": "Paris"}                             as it is generated
-    ◀── {"finished": {"reason": "stop", …}}           or {"error": {"code": …, "message": …}}; then the line ends
+    ◀── {"waiting": "loading"}                        every second, also between other lines
+    ◀── {"text": "Paris"}                             during generation
+    ◀── {"finished": {"reason": "stop", …}}           or {"error": {"code": …, "message": …}}; then the connection ends
 
-Whoever closes the connection wants no more of the answer. The process's supervisor asks `STATUS` in the same way.
+A client cancels the generation by closing the connection. The supervisor sends `STATUS` in place of a request.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from qlora_service.errors import (
 )
 
 Place = Literal["loading", "in line", "generating"]
-"""What an answer waits for"""
+"""The state of a request"""
 STATUS = b"status\n"
 MAX_LINE_BYTES = 64 << 20
-"""Of a request; the API takes no larger one."""
-MAX_ADDRESS_BYTES = 100
-"""Linux takes socket names of up to 107 bytes, others of 103 (sys/un.h)."""
+"""Limit of a request; the API accepts no larger one."""
+MAX_SOCKET_NAME_BYTES = 100
+"""Below the limits of Linux, 107 bytes, and of other systems, 103 (sys/un.h)."""
 BEAT_S = 1.0
-"""How often a request is told that it is not forgotten."""
+"""Interval of the `waiting` lines, which show that the process works."""
 
 
 class ContextTooLong(InvalidRequest):
@@ -44,13 +44,13 @@ class ContextTooLong(InvalidRequest):
 
 
 class Leaving(QLoRAError):
-    """The process makes room and begins nothing more: ask anew."""
+    """The process is about to exit and accepts no more requests: retry with another."""
 
     code = "leaving"
 
 
 class Line(BaseModel):
-    """A part of the talk, as it is sent."""
+    """A JSON line of the protocol."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -66,10 +66,10 @@ class AdapterRef(Line):
 
 
 class Sampling(Line):
-    """How tokens are chosen, and when to stop."""
+    """Sampling parameters and stop conditions."""
 
     max_tokens: int | None = None
-    """None: as many as there is room for"""
+    """None: as many as fit the context"""
     temperature: float = 1.0
     """0 is greedy"""
     top_p: float = 1.0
@@ -78,19 +78,19 @@ class Sampling(Line):
 
 
 class GenerationRequest(Line):
-    """What to continue: a conversation, or plain text."""
+    """A generation request: a conversation or plain text, and how to continue it."""
 
     adapter: AdapterRef | None = None
     messages: list[dict[str, Any]] | None = None
-    """As training rows have them"""
+    """In the format of training rows"""
     tools: list[dict[str, Any]] | None = None
     text: str = ""
-    """Instead of `messages`"""
+    """Plain text to continue; used when `messages` is None"""
     sampling: Sampling = Sampling()
 
 
 class Finished(Line):
-    """How an answer ended."""
+    """The end of an answer, with its token counts."""
 
     reason: Literal["stop", "length"]
     prompt_tokens: int
@@ -98,7 +98,7 @@ class Finished(Line):
 
 
 class Answer(Line):
-    """One line of an answer; one of its fields is set."""
+    """One line of an answer; exactly one field is set."""
 
     waiting: Place | None = None
     text: str | None = None
@@ -107,28 +107,28 @@ class Answer(Line):
 
 
 class Status(Line):
-    """What a process is at."""
+    """The state of an inference process."""
 
     loading: bool
     busy: bool
     in_line: int
     served: int
-    """Requests it has taken up, however they ended"""
+    """Requests that the process has begun, whatever their outcome"""
     quiet_s: float
-    """Since the last sign of progress"""
+    """Seconds since the last sign of progress"""
 
 
-def as_error(document: dict[str, Any]) -> QLoRAError:
-    """The error that an `Answer` brought, as it was raised over there."""
-    kinds = (ContextTooLong, InvalidModel, InvalidRequest, Leaving, NotFound, QuotaExceeded, Unavailable)
-    kind = next((kind for kind in kinds if kind.code == document["code"]), QLoRAError)
-    return kind(document["message"], location=document.get("location"), **document.get("details", {}))
+def rebuild_error(document: dict[str, Any]) -> QLoRAError:
+    """The error of an `Answer`, in the class that the inference process raised."""
+    classes = (ContextTooLong, InvalidModel, InvalidRequest, Leaving, NotFound, QuotaExceeded, Unavailable)
+    error_class = next((known for known in classes if known.code == document["code"]), QLoRAError)
+    return error_class(document["message"], location=document.get("location"), **document.get("details", {}))
 
 
 @contextmanager
 def address(path: Path) -> Iterator[str]:
-    """A name under which the socket can be bound and reached, however deep its directory lies (Linux)."""
-    if len(os.fsencode(path)) <= MAX_ADDRESS_BYTES:
+    """A name to bind or connect the socket, within the system's limit even in a deep directory (Linux)."""
+    if len(os.fsencode(path)) <= MAX_SOCKET_NAME_BYTES:
         yield str(path)
         return
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -139,7 +139,7 @@ def address(path: Path) -> Iterator[str]:
 
 
 def listen(path: Path) -> socket.socket:
-    """A socket that only this user reaches; connections wait in it until somebody accepts them."""
+    """A listening socket that only this user can connect to; connections queue in it until they are accepted."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     with address(path) as name:
@@ -150,13 +150,13 @@ def listen(path: Path) -> socket.socket:
 
 
 def ask_status(path: Path, patience_s: float) -> Status | None:
-    """What the process is at that listens there; None when it does not say so in time."""
+    """The state of the process that listens on the socket; None without a valid answer within `patience_s`."""
     try:
         with socket.socket(socket.AF_UNIX) as connection, address(path) as name:
             connection.settimeout(patience_s)
             connection.connect(name)
             connection.sendall(STATUS)
-            with connection.makefile("rb") as answer:
-                return Status.model_validate_json(answer.readline(MAX_LINE_BYTES))
+            with connection.makefile("rb") as response:
+                return Status.model_validate_json(response.readline(MAX_LINE_BYTES))
     except (OSError, ValueError):
         return None

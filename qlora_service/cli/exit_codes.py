@@ -28,7 +28,7 @@ MEANINGS: dict[ExitCode, str] = {
     ExitCode.JOB_FAILED: "the job that was followed failed",
     ExitCode.JOB_CANCELLED: "the job that was followed was cancelled",
     ExitCode.DOES_NOT_FIT: "the job that was planned does not fit as it is",
-    ExitCode.INTERRUPTED: "interrupted by Ctrl-C; jobs go on",
+    ExitCode.INTERRUPTED: "interrupted by Ctrl-C; jobs continue",
 }
 
 OF_OUTCOME = {

@@ -1,1 +1,1 @@
-"""From uploaded bytes to token ids and micro-batches. No torch."""
+"""Pipeline from uploaded bytes to token ids and micro-batches. No torch."""

@@ -12,7 +12,7 @@ from qlora_service.specs import Container, Shape
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What a check found: `rows` is all rows seen; `finding_count` is exact, `findings` the first of them."""
+    """Result of a dataset's check. `rows` counts all rows; `findings` are the first of exactly `finding_count`."""
 
     container: Container
     shape: Shape
@@ -23,18 +23,18 @@ class DatasetReport:
     findings: tuple[Finding, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The report in JSON's types."""
+        """The report in JSON types."""
         return asdict(self) | {"findings": [finding.as_dict() for finding in self.findings]}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> DatasetReport:
-        """The report that `as_dict` wrote."""
+        """The report of an `as_dict` value."""
         return cls(**value | {"findings": tuple(Finding(**finding) for finding in value["findings"])})
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """An upload that was checked and stored. The same bytes read the same way are one dataset of a project."""
+    """A checked and stored upload. The same bytes, read in the same way, are one dataset of a project."""
 
     id: str
     project: str

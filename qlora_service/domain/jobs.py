@@ -1,4 +1,4 @@
-"""What a job is and which way it may go. Pure: no clock, no storage.
+"""Jobs, their events, and the state machine of their status.
 
    ┌───── resume ────── paused ◀─── pause, disk full ───┐
    ▼                      ▲                             │
@@ -51,79 +51,78 @@ def sources_of(status: JobStatus) -> list[JobStatus]:
 
 
 class StopRequest(StrEnum):
-    """What a running attempt is asked to do at its next step boundary."""
+    """A request to a running attempt, for its next step boundary."""
 
     CANCEL = "cancel"
     PAUSE = "pause"
-    PREEMPT = "preempt"  # a more urgent job waits: back to the queue
+    PREEMPT = "preempt"  # for a job with a higher priority: back to the queue
 
 
 class HoldReason(StrEnum):
-    """Why a paused job waits; `hold.reason`."""
+    """Why a job is paused; `hold.reason`."""
 
-    USER = "user"  # until somebody resumes it
-    DISK_FULL = "disk_full"  # until there is room: it is resumed by itself
+    USER = "user"  # until its user resumes it
+    DISK_FULL = "disk_full"  # until enough disk space is free; resumed automatically
 
 
 class FailureReason(StrEnum):
     """Why a job failed; `error.details.reason` of a failed job."""
 
-    INVALID_INPUT = "invalid_input"  # the rows or the model turned out unusable
-    OUT_OF_MEMORY = "out_of_memory"  # the device's memory, with the smallest micro-batch there is
-    HOST_OUT_OF_MEMORY = "host_out_of_memory"  # the kernel killed the trainer, because the host's memory ran out
-    DEVICE_UNAVAILABLE = "device_unavailable"  # the slot's GPU is there, but torch cannot use it
+    INVALID_INPUT = "invalid_input"  # the rows or the model are unusable
+    OUT_OF_MEMORY = "out_of_memory"  # the device's memory, even with the smallest micro-batch
+    HOST_OUT_OF_MEMORY = "host_out_of_memory"  # the kernel killed the trainer because the host's memory ran out
+    DEVICE_UNAVAILABLE = "device_unavailable"  # torch cannot use the slot's GPU
     NOT_FINITE = "not_finite"  # the loss or a gradient became NaN or infinite
-    CERTIFICATE = "certificate"  # the published adapter did not give the trained one's loss
-    TRAINER_DIED = "trainer_died"  # attempts kept ending without an outcome, and without getting further
+    CERTIFICATE = "certificate"  # the published adapter did not give the trained adapter's held-out loss
+    TRAINER_DIED = "trainer_died"  # attempts kept dying without a new checkpoint
     INTERNAL = "internal"  # a defect in the service
 
 
 @dataclass(frozen=True)
 class Job:
-    """One row of the queue. Times are UTC."""
+    """A job. Times are UTC."""
 
     id: str
     status: JobStatus
     project: str
-    """Who owns it: whose quota it counts for, and who sees it."""
+    """Its owner: only keys of this project see it, and it counts towards the project's limits"""
     spec: JobSpec
     dataset_id: str
     base_weights_sha256: str
-    """The weights that the job was checked against when it was posted."""
+    """SHA-256 of the base's weights when the job was posted"""
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
     attempt: int
-    """Claims so far; the number of the running claim is its fencing token."""
+    """Number of claims so far; while running, the fencing token"""
     stop_request: StopRequest | None
     hold: dict[str, Any] | None
-    """Why a paused job waits: `reason`, `message`, and of a full disk `needs_bytes`."""
+    """Of a paused job: `reason`, `message`, and for a full disk `needs_bytes`"""
     plan: dict[str, Any] | None
-    """What the first attempt chose for this machine; later attempts take it over."""
+    """Execution settings chosen by the first attempt, reused by later ones"""
     forecast: dict[str, Any] | None
-    """What was predicted when it was posted: memory, and time where this machine has a history."""
+    """Memory, and time if this machine has a history, predicted when the job was posted"""
     measured: dict[str, Any] | None
-    """What its attempts took of memory and time, beside what was predicted for them."""
+    """Measured memory and time of its attempts, beside the predictions"""
     step: int
     checkpoint_step: int
-    """Steps that a lost attempt would not have to do again."""
+    """Steps in the last durable checkpoint"""
     deaths: list[dict[str, Any]]
-    """How attempts ended without an outcome since the job last got further."""
+    """Attempts without an outcome since the last new checkpoint: `attempt`, `step`, `phase`, `message`, `reason`"""
     total_steps: int | None
     eta_s: float | None
     """Seconds until the end, from the speed so far."""
     phase: str | None
-    """What the running attempt is doing: starting, rendering, loading, training, publishing, certifying."""
+    """Of the running attempt: starting, rendering, loading, training, generating, publishing, certifying"""
     metrics: dict[str, Any]
-    """The latest attempt's latest metrics by name."""
+    """Latest metrics of the latest attempt, by name"""
     error: dict[str, Any] | None
     result: dict[str, Any] | None
-    """Of a succeeded job: the attempt that published, losses, certificate."""
+    """Of a succeeded job: the published attempt, losses, certificate"""
     withdrawn_at: datetime | None
-    """When its adapter was deleted."""
+    """When its adapter was deleted"""
     unreadable: str | None = None
-    """Why the stored spec cannot be read; then `spec` holds base model, name, metadata and priority, and no more of
-    what was asked for."""
+    """Why the stored spec cannot be read; `spec` then has base model, name, metadata and priority only"""
 
     @property
     def published_attempt(self) -> int | None:
@@ -136,7 +135,7 @@ class Job:
 
 @dataclass(frozen=True)
 class JobEvent:
-    """Something that happened to a job; `seq` grows over all jobs and is the SSE id."""
+    """An event of a job; `seq` grows over all jobs and is the SSE id."""
 
     seq: int
     job_id: str

@@ -1,4 +1,4 @@
-"""API keys: what they look like, what they allow, and who asks under one."""
+"""API keys, their scopes, and the caller that a key authenticates."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from enum import StrEnum
 from typing import Any
 
 LOCAL_PROJECT = "local"
-"""Owns what was stored before there were projects, and what is done without a key."""
+"""The default project: owner of data from before projects existed, and of requests without a key"""
 
 PREFIX = "qk_"
-"""Of every key, so that scanners of repositories and logs find one that was leaked."""
+"""Prefix of every key, by which secret scanners recognize a leaked one"""
 SECRET_BYTES = 32
 
 
 class Scope(StrEnum):
-    """What a key allows. Each includes the ones before it: who submits a job follows it, too."""
+    """Permissions of a key. Each includes the ones before it: a client that submits a job also polls it."""
 
     READ = "read"
     SUBMIT = "submit"
@@ -31,7 +31,7 @@ DEFAULT_SCOPES = frozenset({Scope.SUBMIT})
 
 @dataclass(frozen=True)
 class ApiKey:
-    """What is stored of a key: everything but the key."""
+    """A key as stored, without its secret."""
 
     id: str
     project: str
@@ -41,7 +41,7 @@ class ApiKey:
     revoked_at: datetime | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON: scopes from the least to the most."""
+        """The key as JSON, scopes in ascending order."""
         return {
             "id": self.id,
             "project": self.project,
@@ -54,7 +54,7 @@ class ApiKey:
 
 @dataclass(frozen=True)
 class Caller:
-    """Whose objects a request sees, and what it may do with them. `key_id` is None where no keys are asked for."""
+    """Project and scopes of a request. `key_id` is None when the service requires no keys."""
 
     project: str
     scopes: frozenset[Scope]
@@ -65,22 +65,20 @@ class Caller:
 
 
 def new_secret() -> str:
-    """A new key: 256 random bits, in letters that need no quoting in shells, headers and URLs."""
+    """A new secret: 256 random bits in characters that need no quoting in shells, headers and URLs."""
     return PREFIX + secrets.token_urlsafe(SECRET_BYTES)
 
 
 def digest(secret: str) -> str:
-    """The SHA-256 under which a key is stored and found.
+    """The SHA-256 under which a key is stored and looked up.
 
-    A slow hash protects passwords because people choose them from a small set. These are 256 random bits: nobody
-    tries them out, however fast the hash is, and each request may be checked at once. And because the row is looked up
-    by its hash, how long that takes tells nothing about the key: a guess with more right characters hashes to
-    something else altogether.
+    A slow hash protects guessable passwords; 256 random bits cannot be guessed, and every request is checked. A lookup
+    by hash leaks nothing through its timing: a guess with a longer correct prefix has an unrelated hash.
     """
     return hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()
 
 
 def with_included(scopes: Iterable[Scope]) -> frozenset[Scope]:
-    """The scopes, and those that they include."""
-    ladder = list(Scope)
-    return frozenset(lower for scope in scopes for lower in ladder[: ladder.index(scope) + 1])
+    """The scopes and all scopes that they include."""
+    ascending = list(Scope)
+    return frozenset(lower for scope in scopes for lower in ascending[: ascending.index(scope) + 1])

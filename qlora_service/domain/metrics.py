@@ -1,4 +1,4 @@
-"""A job's metrics out of its events: the records that stand, and the table of them."""
+"""Metrics of a job, from its events: the valid records, and their CSV table."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Any
 from qlora_service.domain.jobs import JobEvent
 
 METRICS = ("metrics", "evaluation")
-"""Types of the events that hold a job's metrics."""
+"""Types of events that contain metrics"""
 CSV_HEADER = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
-"""The columns of the hosted API's result files. No accuracy is measured while training: that column stays empty."""
+"""Columns of the hosted API's result files; `train_accuracy` is not measured and stays empty"""
 
 
 def finite_or_null(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with null for NaN and infinity, which JSON does not have: PostgreSQL refuses them."""
+    """The record with None for NaN and infinity, which JSON lacks and PostgreSQL refuses."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
     }
 
 
 def standing_metrics(events: Iterable[JobEvent]) -> list[dict[str, Any]]:
-    """The records of the steps that the job has done, by step.
+    """The records of completed steps, by step.
 
-    An attempt that resumes from a checkpoint takes back the steps after it, until it has done them again.
+    An attempt that resumes from a checkpoint invalidates the records of later steps until it repeats them.
     """
     records: dict[tuple[str, int], dict[str, Any]] = {}
     for event in events:
         if event.type in METRICS:
             key = (event.type, event.data["step"])
-            records.pop(key, None)  # so that the newest is the last of its step
+            records.pop(key, None)  # the newest record of a step is its last
             records[key] = event.data
         elif (resumed := event.data.get("resumed_from_step")) is not None:
             records = {key: record for key, record in records.items() if key[1] <= resumed}
@@ -40,9 +40,9 @@ def standing_metrics(events: Iterable[JobEvent]) -> list[dict[str, Any]]:
 
 
 def metrics_csv(records: Iterable[dict[str, Any]], *, holds_out: bool) -> str:
-    """One line per step of a job's standing records, below CSV_HEADER; what was not measured is empty.
+    """CSV with one line per step of `standing_metrics` records; figures that were not measured are empty.
 
-    A job that `holds_out` no rows is judged with rows that it trains on, which is no validation.
+    Without held-out rows (`holds_out`) the evaluations are on training rows, and their columns stay empty.
     """
     steps: dict[int, dict[str, Any]] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""Names of fine-tuned models, as OpenAI's wire has them: ft:<base>:<project>:<name>:<the job's own part of its id>."""
+"""Names of fine-tuned models on OpenAI's wire: ft:<base>:<project>:<name>:<job id without prefix>."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NAME = re.compile(r"ft:[^:]+:[^:]+:[^:]*:([0-9a-f]{22})")
 
 
 def tuned_model_name(job: Job) -> str | None:
-    """What the job's model is called; None before it has succeeded."""
+    """The name of the job's model; None before the job has succeeded."""
     if job.status is not JobStatus.SUCCEEDED:
         return None
     name = re.sub(r"[^a-z0-9]+", "-", (job.spec.name or "").lower()).strip("-")
@@ -18,6 +18,6 @@ def tuned_model_name(job: Job) -> str | None:
 
 
 def job_id_in(name: str) -> str | None:
-    """The id of the job that a fine-tuned model's name would be of; None if it is no such name."""
+    """The job id in a fine-tuned model's name; None if `name` is not such a name."""
     match = _NAME.fullmatch(name)
     return match and f"job_{match[1]}"

@@ -16,7 +16,7 @@ class UploadStatus(StrEnum):
 
 @dataclass(frozen=True)
 class Upload:
-    """A file that arrives in parts."""
+    """An upload in parts."""
 
     id: str
     project: str
@@ -25,16 +25,16 @@ class Upload:
     purpose: str
     mime_type: str
     bytes: int
-    """Of the whole file, as its sender announced it."""
+    """Announced size of the whole file"""
     dataset_id: str | None
-    """Of a completed upload."""
+    """The dataset that a completed upload became"""
     created_at: datetime
     expires_at: datetime
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of an upload; its bytes lie in the artifact store."""
+    """One part of an upload; its bytes are in the artifact store."""
 
     id: str
     upload_id: str

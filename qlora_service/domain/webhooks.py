@@ -1,4 +1,4 @@
-"""A webhook endpoint, and a delivery to it."""
+"""Webhook endpoints and deliveries."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ EVENT_TYPES = {
     JobStatus.FAILED: "fine_tuning.job.failed",
     JobStatus.CANCELLED: "fine_tuning.job.cancelled",
 }
-"""What can be told, by how a job ends."""
+"""The event types, by the final status of a job."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a project is told how its jobs end."""
+    """A URL that is notified when jobs of a project end."""
 
     id: str
     project: str
@@ -28,13 +28,13 @@ class Endpoint:
     secret: str
     created_at: datetime
     disabled_at: datetime | None = None
-    """When it said that it is gone."""
+    """When the endpoint answered 410 Gone"""
     old_secret: str | None = None
-    """Signs too, until `old_secret_until`."""
+    """The previous secret, which also signs messages until `old_secret_until`"""
     old_secret_until: datetime | None = None
 
     def secrets_at(self, now: datetime) -> list[str]:
-        """What signs a message that is sent now, the newest secret first."""
+        """The secrets that sign a message sent at `now`, newest first."""
         if self.old_secret is None or self.old_secret_until is None or now >= self.old_secret_until:
             return [self.secret]
         return [self.secret, self.old_secret]
@@ -42,7 +42,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Delivery:
-    """One event for one endpoint, and how far it got."""
+    """One event for one endpoint, and the state of its delivery."""
 
     id: str
     endpoint_id: str
@@ -51,7 +51,7 @@ class Delivery:
     body: dict[str, Any]
     created_at: datetime
     due_at: datetime | None
-    """When it is tried next; None once it was delivered or given up."""
+    """Time of the next attempt; None after success or the last attempt"""
     attempts: int = 0
     delivered_at: datetime | None = None
     last_status: int | None = None

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_service import specs
+from qlora_service.specs.adapter import LLAMA_ADAPTER_BOTTOM
 
 ADALORA_INITIAL_SHARE, ADALORA_FINAL_SHARE = 0.1, 0.5
 """AdaLoRA keeps the initial rank for the first share of the steps and the final one for the last.
@@ -32,8 +33,6 @@ Source: the tables of arXiv:2303.10512, appendix, with 9 to 15 % and 45 to 58 %.
 """
 ADALORA_FEWEST_STEPS = 2
 """AdaLoRA must score importance once before it decides."""
-LLAMA_ADAPTER_BOTTOM = 2
-"""Layers at the bottom that LLaMA-Adapter leaves alone by default: the paper adapts the upper 30 of 32."""
 
 
 def peft_config(adapter: specs.Adapter, base: torch.nn.Module, *, total_steps: int = 1000) -> PeftConfig:

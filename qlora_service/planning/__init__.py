@@ -1,1 +1,1 @@
-"""Memory and time of a job before it runs."""
+"""Prediction of a job's memory and duration."""

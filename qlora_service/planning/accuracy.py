@@ -1,4 +1,4 @@
-"""How near predictions came to what jobs took, by device. Pure arithmetic on what jobs recorded."""
+"""Observed over predicted memory and time, by device. Pure arithmetic on the measurements of jobs."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from qlora_service.planning.margins import Distribution, margin
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of the jobs on one device: distributions of actual over predicted; None of what no job has both of."""
+    """Distributions of observed over predicted, for the jobs on one device; None where no job has both values."""
 
     device: str
     jobs: int
     allocated: Distribution | None
-    """The most bytes of tensors"""
+    """Peak bytes of tensors"""
     reserved: Distribution | None
-    """What torch's allocator held at most; on CUDA"""
+    """Peak bytes held by torch's allocator; on CUDA"""
     time: Distribution | None
-    """Seconds, over those that were predicted when the job was posted"""
+    """Seconds of the whole job, for jobs that had an estimate at submission"""
     eta: Distribution | None
-    """Seconds from the first step to the end, over those that were promised then"""
+    """Seconds from the first step to the end, for jobs that had an estimate at their first step"""
     margin: float
-    """What predicted bytes are multiplied with from now on"""
+    """Factor on predicted bytes for the next jobs"""
 
 
 def accuracies(measured: Iterable[Mapping[str, Any]]) -> list[Accuracy]:
-    """One for each device that jobs have run on, by name."""
+    """The accuracy on each device that jobs have run on, sorted by device name."""
     by_device: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for job in measured:
         if isinstance(job.get("device"), str):
             by_device[job["device"]].append(job)
-    return [_of(device, by_device[device]) for device in sorted(by_device)]
+    return [_accuracy(device, by_device[device]) for device in sorted(by_device)]
 
 
 def learned_margin(device: str, measured: Iterable[Mapping[str, Any]]) -> float:
-    """What predicted bytes are multiplied with on the device."""
-    return margin(_needed([job for job in measured if same_device(str(job.get("device")), device)]))
+    """The factor on predicted bytes for the device."""
+    return margin(_memory_ratios([job for job in measured if same_device(str(job.get("device")), device)]))
 
 
-def _of(device: str, jobs: list[Mapping[str, Any]]) -> Accuracy:
+def _accuracy(device: str, jobs: list[Mapping[str, Any]]) -> Accuracy:
     return Accuracy(
         device=device,
         jobs=len(jobs),
@@ -51,17 +51,19 @@ def _of(device: str, jobs: list[Mapping[str, Any]]) -> Accuracy:
         reserved=Distribution.of(_ratios(jobs, "memory", "reserved")),
         time=Distribution.of(_ratios(jobs, "time", "seconds")),
         eta=Distribution.of(_ratios(jobs, "eta", "seconds")),
-        margin=round(margin(_needed(jobs)), 4),
+        margin=round(margin(_memory_ratios(jobs)), 4),
     )
 
 
-def _needed(jobs: list[Mapping[str, Any]]) -> list[float]:
-    """What has to be there is what the allocator reserves; on a CPU, what is allocated."""
+def _memory_ratios(jobs: list[Mapping[str, Any]]) -> list[float]:
+    """Ratios of reserved bytes, which have to be free on a GPU; of allocated bytes on a CPU."""
     return _ratios(jobs, "memory", "reserved") or _ratios(jobs, "memory", "allocated")
 
 
-def _ratios(jobs: list[Mapping[str, Any]], what: str, figure: str) -> list[float]:
-    """Actual over predicted, of the jobs that have both."""
-    pairs = [((job.get("actual") or {}).get(what) or {}, (job.get("predicted") or {}).get(what) or {}) for job in jobs]
-    both = [(actual.get(figure), predicted.get(figure)) for actual, predicted in pairs]
-    return [actual / predicted for actual, predicted in both if actual and predicted]
+def _ratios(jobs: list[Mapping[str, Any]], group: str, figure: str) -> list[float]:
+    """Observed over predicted, for the jobs that have both."""
+    groups = [
+        ((job.get("actual") or {}).get(group) or {}, (job.get("predicted") or {}).get(group) or {}) for job in jobs
+    ]
+    pairs = [(actual.get(figure), predicted.get(figure)) for actual, predicted in groups]
+    return [actual / predicted for actual, predicted in pairs if actual and predicted]

@@ -1,4 +1,4 @@
-"""The tensors of each adapter method, from a model's shapes. Pure arithmetic."""
+"""The tensors of each adapter method, from the shapes of a model. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
 
+from qlora_service.planning.memory import FLOAT32_BYTES
 from qlora_service.planning.shapes import ModelShape
 from qlora_service.planning.simulation.allocator import ROUNDING, rounded
 from qlora_service.specs import (
@@ -16,120 +17,125 @@ from qlora_service.specs import (
     Lora,
     Oft,
     PrefixTuning,
+    PromptMethod,
     PromptTuning,
     PTuning,
     TargetedAdapter,
     Training,
     Vera,
 )
+from qlora_service.specs.adapter import LLAMA_ADAPTER_BOTTOM
 from qlora_service.training.sizes import EIGHT_BIT_BLOCK, FEWEST_8BIT_ELEMENTS, FEWEST_PAGED_ELEMENTS
 
-FLOAT = 4
 EMBEDDINGS = {"embed_tokens", "lm_head"}
-LLAMA_ADAPTER_BOTTOM = 2
-"""Layers that LLaMA-Adapter leaves alone by default (`models/adapters.py`)"""
+ADALORA_STATISTICS = 3
+"""Tensors that AdaLoRA keeps for each trained one: importance, and its mean and deviation over the steps"""
 
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """Elements of each trained tensor, all float32: of every layer alike, and of none."""
+    """Elements of each trained tensor, all float32: the same in every adapted layer, and outside the layers."""
 
     layers: int
-    """That have an adapter"""
+    """Number of adapted layers"""
     by_module: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Of one layer, by its linear modules"""
-    elsewhere: tuple[int, ...] = ()
+    """Elements of the trained tensors of one layer, by linear module"""
+    outside_layers: tuple[int, ...] = ()
     frozen: int = 0
-    """Elements that are not trained"""
+    """Elements of the adapter that are not trained"""
     unsaved: int = 0
-    """Elements, of either kind, that the published file does not need; less than 0 where it has some twice"""
+    """Elements, trained or frozen, that the published file omits; negative where the file stores some twice"""
     ranks: Mapping[str, int] = field(default_factory=dict)
-    """LoRA's, by module: features of x Aᵀ"""
+    """Features of x Aᵀ in LoRA, by module"""
 
     @property
     def tensors(self) -> list[int]:
         """Elements of every trained tensor."""
-        of_layer = [elements for own in self.by_module.values() for elements in own]
-        return of_layer * self.layers + [*self.elsewhere]
+        layer_tensors = [elements for tensors in self.by_module.values() for elements in tensors]
+        return layer_tensors * self.layers + [*self.outside_layers]
 
     @property
-    def parameters(self) -> int:
-        """Trained ones."""
+    def trained_parameters(self) -> int:
         return sum(self.tensors)
 
     def layer_bytes(self, *modules: str) -> int:
-        """The trained tensors of a layer's modules; without names, of all."""
+        """Bytes of the trained tensors of these modules of one layer; without names, of all its modules."""
         names = modules or tuple(self.by_module)
-        return sum(rounded(FLOAT * elements) for name in names for elements in self.by_module.get(name, ()))
+        return sum(rounded(FLOAT32_BYTES * elements) for name in names for elements in self.by_module.get(name, ()))
 
     @property
     def trained_bytes(self) -> int:
-        """The trained tensors, as torch's allocator counts them; their gradients take as much."""
-        return sum(rounded(FLOAT * elements) for elements in self.tensors)
+        """Bytes of the trained tensors in torch's allocator; their gradients take the same."""
+        return sum(rounded(FLOAT32_BYTES * elements) for elements in self.tensors)
 
     @property
     def stored_bytes(self) -> int:
-        """The published file's tensors: plain float32."""
-        return FLOAT * (self.parameters + self.frozen - self.unsaved)
+        """Bytes of the published file's tensors, in float32."""
+        return FLOAT32_BYTES * (self.trained_parameters + self.frozen - self.unsaved)
 
 
 def adapter_shape(adapter: Adapter, shape: ModelShape) -> AdapterShape:
-    """What the method adds to a model of this shape."""
+    """The tensors that the method adds to a model of this shape."""
     layers, hidden = shape.layers, shape.hidden
     match adapter:
         case PromptTuning():
-            return AdapterShape(0, elsewhere=(adapter.num_virtual_tokens * hidden,))
+            return AdapterShape(0, outside_layers=(adapter.num_virtual_tokens * hidden,))
         case PrefixTuning():
-            return AdapterShape(0, elsewhere=(adapter.num_virtual_tokens * layers * 2 * shape.keys,))
+            return AdapterShape(0, outside_layers=(adapter.num_virtual_tokens * layers * 2 * shape.keys,))
         case PTuning():
             width = adapter.encoder_hidden_size
             encoder = (hidden * width, width, width * width, width, width * hidden, hidden)
-            # The prompt that the encoder makes is published, not the encoder.
+            # The prompt that the encoder computes is published, not the encoder.
             prompt = adapter.num_virtual_tokens * hidden
-            return AdapterShape(0, elsewhere=(prompt, *encoder), unsaved=sum(encoder))
+            return AdapterShape(0, outside_layers=(prompt, *encoder), unsaved=sum(encoder))
         case LlamaAdapter():
-            upper = adapter.adapter_layers or max(1, layers - LLAMA_ADAPTER_BOTTOM)
-            return AdapterShape(upper, {"self_attn": (adapter.adapter_len * hidden, 1)})
+            adapted_layers = adapter.adapter_layers or max(1, layers - LLAMA_ADAPTER_BOTTOM)
+            return AdapterShape(adapted_layers, {"self_attn": (adapter.adapter_len * hidden, 1)})
     assert isinstance(adapter, TargetedAdapter)
     return _targeted(adapter, shape)
 
 
 def optimizer_bytes(training: Training, tensors: list[int], *, cuda: bool) -> tuple[int, int]:
-    """The optimizer's state that stays on the device, and what can page to host memory."""
+    """(bytes of optimizer state that stay on the device, bytes that can page to host memory)."""
     moments = 1 if "lion" in training.optim else 2
     resident = paged = 0
     for elements in tensors:
         is_8bit = training.optim.endswith("8bit") and elements >= FEWEST_8BIT_ELEMENTS
-        state = moments * elements * (1 if is_8bit else FLOAT)
+        state = moments * elements * (1 if is_8bit else FLOAT32_BYTES)
         if cuda and training.optim.startswith("paged") and elements >= FEWEST_PAGED_ELEMENTS:
             paged += state
         else:
             resident += moments * rounded(state // moments, ROUNDING)
         if is_8bit:
-            resident += moments * rounded(FLOAT * ceil(elements / EIGHT_BIT_BLOCK))
+            resident += moments * rounded(FLOAT32_BYTES * ceil(elements / EIGHT_BIT_BLOCK))
     return resident, paged
 
 
+def virtual_tokens(adapter: Adapter) -> int:
+    """Positions that a prompt method inserts before each document."""
+    return adapter.num_virtual_tokens if isinstance(adapter, PromptMethod) and adapter.method != "prefix_tuning" else 0
+
+
 def _targeted(adapter: TargetedAdapter, shape: ModelShape) -> AdapterShape:
-    asked = adapter.target_modules
-    matrices = {name: sizes for name, sizes in shape.matrices.items() if isinstance(asked, str) or name in asked}
+    targets = adapter.target_modules
+    matrices = {name: sizes for name, sizes in shape.matrices.items() if isinstance(targets, str) or name in targets}
     match adapter:
         case Lora():
             rank = adapter.r * (2 if adapter.init_lora_weights == "olora" else 1)
-            magnitude = adapter.use_dora
+            has_magnitude = adapter.use_dora
             tensors = {
-                name: (rank * inside, out * rank, *((out,) if magnitude else ()))
+                name: (rank * inside, out * rank, *((out,) if has_magnitude else ()))
                 for name, (out, inside) in matrices.items()
             }
             # Trained tokens start from a copy of the base's.
             copied = len(adapter.trainable_token_indices or ()) * shape.hidden
-            elsewhere, published_twice = _lora_elsewhere(adapter, shape, rank)
+            outside_layers, stored_twice = _lora_outside_layers(adapter, shape, rank)
             return AdapterShape(
                 shape.layers,
                 tensors,
-                elsewhere,
+                outside_layers,
                 frozen=copied,
-                unsaved=copied - published_twice,
+                unsaved=copied - stored_twice,
                 ranks=dict.fromkeys(matrices, rank),
             )
         case AdaLora():
@@ -137,8 +143,8 @@ def _targeted(adapter: TargetedAdapter, shape: ModelShape) -> AdapterShape:
             tensors = {name: (rank * inside, out * rank, rank) for name, (out, inside) in matrices.items()}
             return AdapterShape(shape.layers, tensors, ranks=dict.fromkeys(matrices, rank))
         case IA3():
-            inputs = adapter.feedforward_modules
-            tensors = {name: (inside if name in inputs else out,) for name, (out, inside) in matrices.items()}
+            scaled_inputs = adapter.feedforward_modules
+            tensors = {name: (inside if name in scaled_inputs else out,) for name, (out, inside) in matrices.items()}
             return AdapterShape(shape.layers, tensors)
         case Vera():
             widest = [max(sizes) for sizes in zip(*matrices.values(), strict=True)]
@@ -152,14 +158,14 @@ def _targeted(adapter: TargetedAdapter, shape: ModelShape) -> AdapterShape:
     raise AssertionError(f"no shapes for {adapter!r}")
 
 
-def _lora_elsewhere(adapter: Lora, shape: ModelShape, rank: int) -> tuple[tuple[int, ...], int]:
-    """LoRA of the embedding and the head, one for both where they share a weight; and tokens that are trained.
+def _lora_outside_layers(adapter: Lora, shape: ModelShape, rank: int) -> tuple[tuple[int, ...], int]:
+    """(elements of LoRA tensors of embedding and head and of trained tokens, elements that the file stores twice).
 
-    With the elements that the published file has twice: of a shared one, it has the embedding's and the head's.
+    An embedding and a head that share a weight share one LoRA; the published file has it under both names.
     """
-    named = EMBEDDINGS.intersection([] if isinstance(adapter.target_modules, str) else adapter.target_modules)
+    targets = EMBEDDINGS.intersection([] if isinstance(adapter.target_modules, str) else adapter.target_modules)
     pair = (rank * shape.vocabulary, shape.hidden * rank)
-    pairs = pair * (bool(named) if shape.tied else len(named))
-    tokens = adapter.trainable_token_indices
-    own = () if tokens is None else (len(tokens) * shape.hidden,)
-    return pairs + own, sum(pair) if shape.tied and named else 0
+    pairs = pair * (bool(targets) if shape.tied else len(targets))
+    token_ids = adapter.trainable_token_indices
+    token_rows = () if token_ids is None else (len(token_ids) * shape.hidden,)
+    return pairs + token_rows, sum(pair) if shape.tied and targets else 0

@@ -1,29 +1,29 @@
-"""What a job may run on: its memory, and what of that a training cannot have. Pure: nothing here looks at hardware."""
+"""Devices that a job may be planned for, and the memory of each that a training can use. Pure: queries no hardware."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from qlora_service.errors import InvalidRequest
 from qlora_service.planning.memory import GIB, MIB
+from qlora_service.specs import JobSpec
 
 CUDA_SHARE = 0.98
-"""Of the total that NVML reports, what CUDA can give out; the driver keeps the rest. torch names 23.69 of an RTX 3090's
-24.00 GiB, 11.76 of an RTX 3060's 12.00 and 79.25 of an A100's 80.00 as "total capacity" in its errors."""
+"""Share of the total reported by NVML that CUDA can allocate; the driver keeps the rest. In its errors, torch reports a
+"total capacity" of 23.69 of an RTX 3090's 24.00 GiB, 11.76 of an RTX 3060's 12.00 and 79.25 of an A100's 80.00."""
 CUDA_CONTEXT_BYTES = 512 * MIB
-"""The CUDA context with torch's kernels, and the handles of cuBLAS and bitsandbytes: about 300 to 400 MB by the card,
-from CUDA 11.7 on, which loads kernels when they are needed (pytorch/pytorch#107667, #109888)"""
+"""The CUDA context with torch's kernels, and the handles of cuBLAS and bitsandbytes: about 300 to 400 MB depending on
+the card, since CUDA 11.7, which loads kernels lazily (pytorch/pytorch#107667, #109888)"""
 CUDA_WORKSPACE_BYTES = 512 * MIB
-"""Room for what libraries take outside torch's allocator. With the context this is the mean of nvidia-smi minus
-simulated reserved bytes over the runs of fms-acceleration on an A100, 1.0 GiB (they range from 0.03 to 2.1)."""
+"""Allocations of libraries outside torch's allocator. Together with the context, this is the mean of nvidia-smi minus
+simulated reserved bytes over the runs of fms-acceleration on an A100, 1.0 GiB (range 0.03 to 2.1)."""
 CPU_CONTEXT_BYTES = 512 * MIB
 """The interpreter with torch, transformers, peft and bitsandbytes: 473 MiB resident (torch 2.13, x86-64 Linux)"""
 CPU_WORKSPACE_BYTES = 512 * MIB
-"""For the rest of the service, and the system"""
+"""For the rest of the service and the operating system"""
 SMALLEST_GB, LARGEST_GB = 1, 1024
 
 
@@ -33,21 +33,21 @@ class Device:
 
     name: str
     total_bytes: int
-    """As NVML reports it; of a CPU, the machine's memory within the container's limit"""
+    """As reported by NVML; of a CPU, the machine's memory within the container's limit"""
     free_bytes: int | None = None
-    """What is known to be free for the job; None: all that nothing has to keep"""
+    """Bytes free for the job; None: the whole device"""
     cuda: bool = True
     bf16: bool = True
-    """Has bfloat16 in hardware"""
+    """Supports bfloat16 in hardware"""
 
     @property
     def context_bytes(self) -> int:
-        """What a process takes before its first tensor."""
+        """Bytes that a process takes before its first tensor."""
         return CUDA_CONTEXT_BYTES if self.cuda else CPU_CONTEXT_BYTES
 
     @property
     def usable_bytes(self) -> int:
-        """What torch's allocator can have of it."""
+        """Bytes that torch's allocator can reserve."""
         available = int(self.total_bytes * CUDA_SHARE) if self.cuda else self.total_bytes
         if self.free_bytes is not None:
             available = min(available, self.free_bytes)
@@ -56,17 +56,18 @@ class Device:
 
     @property
     def compute_dtype(self) -> str:
-        """What "auto" comes to on it."""
+        """The compute dtype that "auto" selects on this device."""
         return "bfloat16" if self.bf16 else "float32"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Device:
-        """What `as_dict` gave."""
-        return cls(**values)
+
+def resolved_dtype(spec: JobSpec, *, cuda: bool, auto: str | None = None) -> str:
+    """The job's compute dtype; "auto" selects `auto`, or without it the dtype of recent hardware."""
+    requested = spec.quantization.compute_dtype
+    return requested if requested != "auto" else auto or ("bfloat16" if cuda else "float32")
 
 
 def _card(name: str, mib: int, *, bf16: bool = True) -> Device:
@@ -111,36 +112,37 @@ CARDS: tuple[Device, ...] = (
     _card("A100 80GB", 81920),
     _card("H100 80GB", 81559),
 )
-"""Cards of 8 to 80 GB, with the total that NVML (nvidia-smi) reports; bfloat16 runs in hardware from Ampere on"""
+"""Cards of 8 to 80 GB, with the total reported by NVML (nvidia-smi); bfloat16 runs in hardware from Ampere on"""
 
-_NOISE = re.compile(r"nvidia|geforce|tesla|rtx|gtx|[^a-z0-9]")
+_NAME_NOISE = re.compile(r"nvidia|geforce|tesla|rtx|gtx|[^a-z0-9]")
 _SIZE = re.compile(r"(\d{1,4})\s*(?:gb|gib|g)", re.IGNORECASE)
-_DEFAULTS = {"4060ti": "4060ti16gb", "5060ti": "5060ti16gb", "v100": "v10016gb", "a100": "a10040gb", "h100": "h10080gb",
-             "306012gb": "3060", "309024gb": "3090", "409024gb": "4090"}  # fmt: skip
-"""Short names of cards that come in several sizes, and long ones of those that the table has once"""
+_ALIASES = {"4060ti": "4060ti16gb", "5060ti": "5060ti16gb", "v100": "v10016gb", "a100": "a10040gb", "h100": "h10080gb",
+            "306012gb": "3060", "309024gb": "3090", "409024gb": "4090"}  # fmt: skip
+"""Short names of cards with several memory sizes, and names with a size of cards that the table lists without one"""
 
 
 def same_device(name: str, other: str) -> bool:
-    """Whether these are two names of the same hardware: drivers have more words for a card than people."""
-    return _NOISE.sub("", name.lower()) == _NOISE.sub("", other.lower())
+    """Whether two names denote the same hardware: "NVIDIA GeForce RTX 3090" of the driver is "RTX 3090"."""
+    return _NAME_NOISE.sub("", name.lower()) == _NAME_NOISE.sub("", other.lower())
 
 
 def named_device(name: str) -> Device:
-    """The card of this name, whatever its maker's words and the spaces; or any card of a size such as "24GB".
+    """The card of this name, ignoring brand words and spaces; or a generic card of a size such as "24GB".
 
     Raises:
-        InvalidRequest: there is none; the nearest names are listed.
+        InvalidRequest: no card has this name; the message lists the closest names.
     """
     if size := _SIZE.fullmatch(name.strip()):
         gigabytes = int(size[1])
         if SMALLEST_GB <= gigabytes <= LARGEST_GB:
             return Device(f"a card of {gigabytes} GB", gigabytes * GIB)
-    known = {_NOISE.sub("", card.name.lower()): card for card in CARDS}
-    short = _NOISE.sub("", name.lower())
-    if (card := known.get(_DEFAULTS.get(short, short))) is not None:
+    cards = {_NAME_NOISE.sub("", card.name.lower()): card for card in CARDS}
+    short_name = _NAME_NOISE.sub("", name.lower())
+    if (card := cards.get(_ALIASES.get(short_name, short_name))) is not None:
         return card
-    near = [known[found].name for found in difflib.get_close_matches(short, known, n=3, cutoff=0.5)]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(card.name for card in CARDS)};"
+    close = [cards[match].name for match in difflib.get_close_matches(short_name, cards, n=3, cutoff=0.5)]
+    known = ", ".join(card.name for card in CARDS)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known devices: {known}."
     raise InvalidRequest(
         f"there is no device {name[:100]!r}: {hint} Or give its size, such as 24GB", location="/device"
     )

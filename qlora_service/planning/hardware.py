@@ -1,4 +1,4 @@
-"""What this machine has to train on, asked from the driver and the kernel without torch."""
+"""The GPUs and the CPU of this machine, queried from the driver and the kernel without torch."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from qlora_service.process.cgroup import memory_limit
 
 AMPERE = (8, 0)
 """Compute capability from which bfloat16 runs in hardware"""
-CPU_FACTS = Path("/proc/cpuinfo")
+CPU_INFO = Path("/proc/cpuinfo")
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card of this machine."""
+    """A GPU of this machine."""
 
     uuid: str
     device: Device
     free_now_bytes: int
-    """While others may be using it"""
+    """Free bytes at the moment; other processes may be using the card"""
 
 
 def gpus(visible: str | None) -> list[Gpu]:
     """The NVIDIA GPUs, in the driver's order; empty without a driver, its Python bindings or a card.
 
-    `visible` is CUDA_VISIBLE_DEVICES as the operator set it: numbers or UUID prefixes; empty hides all; None shows
-    all. A card that does not answer is left out and logged.
+    `visible` is the operator's CUDA_VISIBLE_DEVICES: indices or UUID prefixes; empty hides all cards, None shows all.
+    A card that does not respond is omitted and logged.
     """
     with _nvml() as nvml:
-        found = [] if nvml is None else [_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
-    chosen = choose_visible([None if gpu is None else gpu.uuid for gpu in found], visible)
-    by_uuid = {gpu.uuid: gpu for gpu in found if gpu is not None}
-    return [by_uuid[uuid] for uuid in chosen]
+        all_gpus = [] if nvml is None else [_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+    visible_uuids = choose_visible([None if gpu is None else gpu.uuid for gpu in all_gpus], visible)
+    by_uuid = {gpu.uuid: gpu for gpu in all_gpus if gpu is not None}
+    return [by_uuid[uuid] for uuid in visible_uuids]
 
 
 def choose_visible(uuids: list[str | None], visible: str | None) -> list[str]:
-    """The UUIDs that `visible` names; None among `uuids` is a card that does not answer."""
+    """The UUIDs that `visible` selects; None among `uuids` is a card that does not respond."""
     if visible is None:
         return [uuid for uuid in uuids if uuid is not None]
     chosen = []
@@ -57,7 +57,7 @@ def choose_visible(uuids: list[str | None], visible: str | None) -> list[str]:
         else:
             matches = [uuid for uuid in uuids if uuid is not None and uuid.startswith(name)]
         if not matches:
-            break  # CUDA too ignores everything behind a name that it does not know
+            break  # CUDA as well ignores all names after an unknown one
         chosen += [uuid for uuid in matches if uuid is not None]
     return chosen
 
@@ -71,18 +71,18 @@ def this_cpu() -> Device:
     )
 
 
-def trains_here() -> bool:
-    """Whether trainers can run in this environment: an API in a container of its own has no torch."""
+def has_torch() -> bool:
+    """Whether torch is installed, so that trainers can run; the API's own container has no torch."""
     return find_spec("torch") is not None
 
 
 @contextmanager
 def _nvml() -> Iterator[Any]:
-    """The driver's interface; None without."""
+    """NVML, initialized; None without its Python bindings or a driver."""
     try:
         import pynvml
     except ModuleNotFoundError:
-        yield None  # the SDK alone does not come with it
+        yield None  # not among the dependencies of the SDK
         return
     try:
         pynvml.nvmlInit()
@@ -108,7 +108,7 @@ def _gpu(nvml: Any, index: int) -> Gpu | None:
 
 
 def _memory(nvml: Any, handle: Any) -> tuple[int, int]:
-    """Total and free bytes of a card; of one that shares the machine's memory, the machine's."""
+    """(total, free) bytes of a card; those of the machine for a card that shares its memory."""
     try:
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     except nvml.NVMLError_NotSupported:
@@ -118,8 +118,8 @@ def _memory(nvml: Any, handle: Any) -> tuple[int, int]:
 
 
 def _has_cpu_bf16() -> bool:
-    """What `training.device.has_bf16` asks torch."""
+    """The same as `training.device.has_bf16`, without torch."""
     try:
-        return "avx512_bf16" in CPU_FACTS.read_text()
+        return "avx512_bf16" in CPU_INFO.read_text()
     except OSError:
         return False

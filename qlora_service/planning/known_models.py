@@ -1,4 +1,4 @@
-"""The shapes of well-known models, to name one that would fit. From their published config.json."""
+"""Shapes of well-known models, for naming one that would fit. Source: their published config.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _model(
     head_dim: int | None = None,
     tied: bool = False,
 ) -> ModelShape:
-    """`heads` are those of queries and those of keys and values."""
+    """`heads`: (query heads, key and value heads)."""
     return ModelShape(
         model_type=model_type,
         hidden=hidden,

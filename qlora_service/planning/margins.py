@@ -1,4 +1,4 @@
-"""What measured jobs say about predictions: how far off they were, and the room to leave. Pure arithmetic."""
+"""Distribution of observed over predicted figures, and the safety margin that follows from it. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-PRIOR = 1.03
-"""The simulator is within 1 % of what it simulates and the closed form within 5 % of the simulator, either way: until a
-device has shown better, or worse"""
-ENOUGH = 20
-"""Of so many measurements one in twenty may lie above the 95th percentile; of fewer, the percentile is the largest"""
-SHARE = 0.95
+PRIOR_MARGIN = 1.03
+"""Margin of a device without measurements: the simulator is within 1 % of the tensors that it simulates, and the closed
+form within 5 % of the simulator, in either direction"""
+MIN_JOBS_FOR_PERCENTILE = 20
+"""With 20 measurements, one may lie above the 95th percentile; with fewer, the percentile is the maximum"""
+COVERED_SHARE = 0.95
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Of actual over predicted: 1 is as predicted, more is more than that."""
+    """Percentiles of observed over predicted: 1 is as predicted, above 1 is more than predicted."""
 
     jobs: int
     min: float
@@ -28,7 +28,7 @@ class Distribution:
 
     @classmethod
     def of(cls, ratios: Sequence[float]) -> Distribution | None:
-        """None of nothing."""
+        """The distribution of the ratios; None when there are none."""
         if not ratios:
             return None
         ordered = sorted(ratios)
@@ -40,18 +40,18 @@ class Distribution:
 
 
 def margin(ratios: Sequence[float]) -> float:
-    """What predicted bytes are multiplied with on a device whose jobs took these shares of what was predicted.
+    """The factor on predicted bytes for a device whose jobs had these ratios of observed over predicted bytes.
 
-    With few measurements they can only raise it above what is assumed of every device: that nothing has gone wrong yet
-    says little. With many it is what 95 of 100 jobs stayed below, so that one freak does not take everybody's memory;
-    the job that needs more has its micro-batch halved. Never below 1: predictions are of the largest step that settings
-    and rows admit, which a job with short rows does not make, and the next one may.
+    Few measurements can only raise the factor above the prior, because a few jobs without an error prove little. Many
+    measurements give the factor that 95 of 100 jobs stayed below, so that one outlier does not reserve memory for every
+    job; a job that needs more has its micro-batch halved. The factor is never below 1: predictions are for the largest
+    step that settings and rows allow, which a job with short rows does not reach, but the next job may.
     """
-    if len(ratios) < ENOUGH:
-        return max([PRIOR, *ratios])
-    return max(1.0, percentile(sorted(ratios), SHARE))
+    if len(ratios) < MIN_JOBS_FOR_PERCENTILE:
+        return max([PRIOR_MARGIN, *ratios])
+    return max(1.0, percentile(sorted(ratios), COVERED_SHARE))
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The smallest of the values that so large a share of them does not exceed (nearest rank)."""
+    """The nearest-rank percentile: the smallest of the sorted values that at least a `share` of them do not exceed."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]

@@ -1,4 +1,4 @@
-"""What a training takes of the device's memory, by what it is for."""
+"""Device memory of a training, by category."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from typing import Any
 
 MIB = 2**20
 GIB = 2**30
+FLOAT32_BYTES = 4
 
 
 class Category(StrEnum):
-    """What bytes are for."""
+    """The purpose of allocated bytes."""
 
     WEIGHTS = "packed weights"
-    """The base's quantized matrices"""
+    """Quantized matrices of the base model"""
     CONSTANTS = "quantization constants"
     UNQUANTIZED = "unquantized parts"
-    """Embeddings, head, norms, biases; everything, where the base is not quantized"""
+    """Embeddings, head, norms, biases; the whole base model if it is not quantized"""
     ADAPTER = "adapter"
     GRADIENTS = "gradients"
     OPTIMIZER = "optimizer"
-    """State that stays on the device"""
+    """Optimizer state that stays on the device"""
     ACTIVATIONS = "saved activations"
-    """Made by the forward pass and still there"""
+    """Allocated in the forward pass and kept for the backward pass"""
     RECOMPUTATION = "recomputation"
-    """Made by the backward pass: activations computed again, and gradients of activations"""
+    """Allocated in the backward pass: recomputed activations, and gradients of activations"""
     DEQUANTIZATION = "dequantization buffers"
-    """Matrices unpacked for one product"""
+    """Matrices dequantized for one product"""
     LOGITS = "logits and loss"
     WORKSPACE = "workspace"
-    """What kernels take for themselves"""
+    """Temporary buffers of kernels"""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """A training's bytes at the moment it needs most."""
+    """Bytes of a training at its peak."""
 
     categories: Mapping[Category, int]
     reserved: int
-    """What torch's allocator holds to serve them, at its own peak: never less than `allocated`"""
+    """Bytes held by torch's allocator at its own peak: never less than `allocated`"""
     host: int
-    """Optimizer state in CUDA's managed memory: on the device while there is room, in host memory when there is not"""
+    """Optimizer state in CUDA's managed memory: on the device if there is room, else in host memory"""
     trained_parameters: int
 
     @property
     def allocated(self) -> int:
-        """torch's `max_memory_allocated`; on a CPU, the most bytes of tensors."""
+        """torch's `max_memory_allocated`; on a CPU, the peak bytes of tensors."""
         return sum(self.categories.values())
 
     @property
-    def largest(self) -> Category:
-        """What takes most."""
+    def largest_category(self) -> Category:
         return max(self.categories, key=lambda category: self.categories[category])
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,5 +61,5 @@ class Memory:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Memory:
-        """What `as_dict` gave."""
+        """The memory that `as_dict` wrote."""
         return cls(**{**values, "categories": {Category(name): size for name, size in values["categories"].items()}})

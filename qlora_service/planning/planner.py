@@ -1,4 +1,4 @@
-"""Plans for jobs on this machine or on a named card: looks at the hardware, and has simulations made."""
+"""Plans for jobs on this machine or on a named card: queries the hardware, and runs simulations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 from qlora_service.errors import Finding, InvalidModel, InvalidRequest
 from qlora_service.planning.cards import Device, named_device
 from qlora_service.planning.fit import Question
-from qlora_service.planning.hardware import Gpu, gpus, this_cpu, trains_here
+from qlora_service.planning.hardware import gpus, has_torch, this_cpu
 from qlora_service.planning.memory import Memory
 from qlora_service.planning.plan import FoundBy, Plan, make_plan, with_notes
 from qlora_service.planning.shapes import ModelShape
@@ -22,25 +22,129 @@ from qlora_service.planning.simulation.run import CannotSimulate, Simulator
 from qlora_service.specs import JobSpec
 
 AUTO, UNKNOWN = "auto", "unknown"
-SIMULATION_S = 8.0
-"""A simulation takes 4 to 7 s on one core; what takes longer is not worth waiting for"""
-SIMULATIONS = 2
-"""For one plan"""
-PATIENCE_S = 1.0
-"""How long a plan waits for another's simulation: they would slow each other, and the trainer"""
+SIMULATION_TIMEOUT_S = 8.0
+"""A simulation takes 4 to 7 s on one core; a longer one is not worth the wait"""
+SIMULATIONS_PER_PLAN = 2
+LOCK_TIMEOUT_S = 1.0
+"""Wait of a plan for the simulation of another: two at once would slow down each other and the trainer"""
 
 
 @dataclass(frozen=True)
 class FoundDevice:
-    """What a job is planned for, and how it is known."""
+    """The device that a job is planned for, and its origin."""
 
     device: Device
     found_by: FoundBy
     free_now_bytes: int | None = None
 
 
+class Planner:
+    """Makes plans; safe to share between threads."""
+
+    def __init__(self, machine: str = AUTO, cache_dir: Path | None = None) -> None:
+        """`machine` is the device of the trainers: AUTO to query it, UNKNOWN, or a name for `cards.named_device`.
+
+        Simulations are stored in `cache_dir`.
+
+        Raises:
+            InvalidRequest: there is no device of this name.
+        """
+        self._machine: FoundDevice | None = None
+        self._queries_hardware = machine == AUTO
+        if machine not in {AUTO, UNKNOWN}:
+            self._machine = FoundDevice(named_device(machine), "setting")
+        self._cache_dir = cache_dir
+        self._simulation_lock = threading.Lock()
+
+    def machine(self) -> FoundDevice | None:
+        """The device of this service's trainers, the smallest of several GPUs; None when it is unknown.
+
+        GPUs are queried once, because their size does not change.
+        """
+        if self._machine is None and self._queries_hardware:
+            found = _query_hardware()
+            if found is None or found.found_by == "cpu":
+                return found
+            self._machine = replace(found, free_now_bytes=None)
+        return self._machine
+
+    def device(self, name: str | None, free_bytes: int | None = None) -> FoundDevice:
+        """The named card, or the device of this service's trainers, with at most `free_bytes` of its memory.
+
+        Raises:
+            InvalidRequest: there is no device of this name, or the trainers' device is unknown.
+        """
+        if name is not None:
+            found: FoundDevice | None = FoundDevice(named_device(name), "name")
+        else:
+            found = _query_hardware() if self._queries_hardware else self._machine
+        if found is None:
+            raise InvalidRequest(
+                "the device that jobs run on is unknown: name a device, such as RTX 3090 or 24GB, or start the API "
+                "with QLORA_PLAN_DEVICE set to the device of the workers",
+                location="/device",
+            )
+        return found if free_bytes is None else replace(found, device=replace(found.device, free_bytes=free_bytes))
+
+    def plan(
+        self,
+        config: Mapping[str, Any],
+        spec: JobSpec,
+        found: FoundDevice,
+        *,
+        longest_tokens: int | None = None,
+        factor: float = 1.0,
+        rows: int = 0,
+        total_steps: int = 0,
+        simulates: bool = True,
+    ) -> Plan:
+        """The plan of a job on the model of a config.json; without `longest_tokens`, for rows of the maximum length.
+
+        Raises:
+            InvalidModel: the config lacks a size.
+        """
+        shape = shape_of(config)
+        question = Question(shape, spec, found.device, longest_tokens or shape.longest_tokens(spec), factor)
+        simulations = _Simulations(
+            config, found.device, question.longest_tokens, self._cache_dir, self._simulation_lock
+        )
+        plan = make_plan(
+            question,
+            found_by=found.found_by,
+            free_now_bytes=found.free_now_bytes,
+            simulate=simulations if simulates else None,
+            rows=rows,
+            total_steps=total_steps,
+        )
+        return with_notes(plan, [*simulations.notes, *_uncertainty_notes(plan, question)])
+
+
+def shape_of(config: Mapping[str, Any]) -> ModelShape:
+    """The shapes in an untrusted config.json.
+
+    Raises:
+        InvalidModel: a size is missing, has the wrong type, or is out of range.
+    """
+    try:
+        _Sizes.model_validate(config)
+    except ValidationError as error:
+        findings = [
+            Finding(fault["msg"], pointer="/config/" + "/".join(map(str, fault["loc"]))) for fault in error.errors()
+        ]
+        raise InvalidModel(
+            f"config.json cannot be used for a plan: {findings[0]}", location="/config", findings=findings
+        ) from None
+    shape = ModelShape.from_config(config)
+    if shape.head_dim < 1:
+        raise InvalidModel(
+            f"config.json has {shape.heads} heads in {shape.hidden} features: every head needs at least one",
+            location="/config",
+        )
+    return shape
+
+
 class _Sizes(BaseModel):
-    """The figures of a config.json that shapes are made of: of these kinds, and no larger than any model's."""
+    """The sizes in a config.json, with their types and with upper bounds above any real model."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -69,28 +173,28 @@ class _Sizes(BaseModel):
 
 @dataclass
 class _Simulations:
-    """Those of one plan, up to so many; `notes` says why there are no more."""
+    """The simulations of one plan, up to a limit; `notes` has the reason when one is not run."""
 
     config: Mapping[str, Any]
     device: Device
     longest_tokens: int
     cache_dir: Path | None
-    turn: threading.Lock
-    left: int = SIMULATIONS
+    lock: threading.Lock
+    remaining: int = SIMULATIONS_PER_PLAN
     notes: list[str] = field(default_factory=list)
 
     def __call__(self, spec: JobSpec, tokens: int, recomputed: bool) -> Memory | None:
-        if self.left == 0:
+        if self.remaining == 0:
             return None
-        self.left -= 1
-        if not trains_here():
-            self._give_up("torch is not installed here")
+        self.remaining -= 1
+        if not has_torch():
+            self._stop("torch is not installed here")
             return None
-        if not self.turn.acquire(timeout=PATIENCE_S):
-            self._give_up("other plans are being simulated")
+        if not self.lock.acquire(timeout=LOCK_TIMEOUT_S):
+            self._stop("other plans are being simulated")
             return None
         try:
-            return Simulator(SIMULATION_S, self.cache_dir).simulate(
+            return Simulator(SIMULATION_TIMEOUT_S, self.cache_dir).simulate(
                 self.config,
                 spec,
                 micro_batch_tokens=tokens,
@@ -100,134 +204,31 @@ class _Simulations:
                 compute_dtype=self.device.compute_dtype,
             )
         except CannotSimulate as error:
-            self._give_up(error.reason)
+            self._stop(error.reason)
             return None
         finally:
-            self.turn.release()
+            self.lock.release()
 
-    def _give_up(self, why: str) -> None:
-        self.left = 0
-        self.notes.append(f"not simulated: {why}")
-
-
-class Planner:
-    """Makes plans; safe to share between threads."""
-
-    def __init__(self, machine: str = AUTO, cache_dir: Path | None = None) -> None:
-        """`machine` is what the trainers run on: AUTO to look, UNKNOWN, or a name as of `devices.named_device`.
-
-        Simulations are kept in `cache_dir`.
-
-        Raises:
-            InvalidRequest: there is no such device.
-        """
-        self._machine: FoundDevice | None = None
-        self._looks = machine == AUTO
-        if machine not in {AUTO, UNKNOWN}:
-            self._machine = FoundDevice(named_device(machine), "setting")
-        self._cache_dir = cache_dir
-        self._turn = threading.Lock()
-
-    def machine(self) -> FoundDevice | None:
-        """What a trainer of this service gets, the smallest of several GPUs; None when that is not known here.
-
-        GPUs are looked at once: their size stays.
-        """
-        if self._machine is None and self._looks:
-            found = self._look()
-            if found is None or found.found_by == "cpu":
-                return found
-            self._machine = replace(found, free_now_bytes=None)
-        return self._machine
-
-    def device(self, name: str | None, free_bytes: int | None = None) -> FoundDevice:
-        """The named card, or what this service's trainers get; of its memory no more than `free_bytes`.
-
-        Raises:
-            InvalidRequest: there is no such device, or none is known.
-        """
-        if name is not None:
-            found: FoundDevice | None = FoundDevice(named_device(name), "name")
-        else:
-            found = self._look() if self._looks else self._machine
-        if found is None:
-            raise InvalidRequest(
-                "it is not known here what the jobs run on: name a device, such as RTX 3090 or 24GB, or start the API "
-                "with QLORA_PLAN_DEVICE set to what the workers have",
-                location="/device",
-            )
-        return found if free_bytes is None else replace(found, device=replace(found.device, free_bytes=free_bytes))
-
-    def plan(
-        self,
-        config: Mapping[str, Any],
-        spec: JobSpec,
-        found: FoundDevice,
-        *,
-        longest_tokens: int | None = None,
-        factor: float = 1.0,
-        rows: int = 0,
-        total_steps: int = 0,
-        simulates: bool = True,
-    ) -> Plan:
-        """The plan of a job on the model of a config.json, whose longest row may be known.
-
-        Raises:
-            InvalidModel: the config lacks a size.
-        """
-        shape = shape_of(config)
-        question = Question(shape, spec, found.device, longest_tokens or shape.longest_tokens(spec), factor)
-        simulations = _Simulations(config, found.device, question.longest_tokens, self._cache_dir, self._turn)
-        plan = make_plan(
-            question,
-            found_by=found.found_by,
-            free_now_bytes=found.free_now_bytes,
-            simulate=simulations if simulates else None,
-            rows=rows,
-            total_steps=total_steps,
-        )
-        return with_notes(plan, [*simulations.notes, *_doubts(plan, question)])
-
-    def _look(self) -> FoundDevice | None:
-        found = gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
-        if found:
-            smallest: Gpu = min(found, key=lambda gpu: gpu.device.total_bytes)
-            return FoundDevice(smallest.device, "nvml", smallest.free_now_bytes)
-        return FoundDevice(this_cpu(), "cpu") if trains_here() else None
+    def _stop(self, reason: str) -> None:
+        self.remaining = 0
+        self.notes.append(f"not simulated: {reason}")
 
 
-def shape_of(config: Mapping[str, Any]) -> ModelShape:
-    """The shapes in a config.json that anybody may have made up.
-
-    Raises:
-        InvalidModel: a size is missing, is none, or is larger than any model's.
-    """
-    try:
-        _Sizes.model_validate(config)
-    except ValidationError as error:
-        findings = [
-            Finding(fault["msg"], pointer="/config/" + "/".join(map(str, fault["loc"]))) for fault in error.errors()
-        ]
-        raise InvalidModel(
-            f"config.json cannot be planned with: {findings[0]}", location="/config", findings=findings
-        ) from None
-    shape = ModelShape.from_config(config)
-    if shape.head_dim < 1:
-        raise InvalidModel(
-            f"config.json has {shape.heads} heads in {shape.hidden} features: neither can be", location="/config"
-        )
-    return shape
+def _query_hardware() -> FoundDevice | None:
+    visible_gpus = gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if visible_gpus:
+        smallest = min(visible_gpus, key=lambda gpu: gpu.device.total_bytes)
+        return FoundDevice(smallest.device, "nvml", smallest.free_now_bytes)
+    return FoundDevice(this_cpu(), "cpu") if has_torch() else None
 
 
-def _doubts(plan: Plan, question: Question) -> list[str]:
-    """Why the verdict may be wrong."""
+def _uncertainty_notes(plan: Plan, question: Question) -> list[str]:
+    """Reasons why the verdict may be wrong."""
     notes = []
     if plan.source == "formula" and not question.formula_holds:
-        notes.append(f"the formula counts {question.shape.model_type or 'the model'} as if it were a Llama")
+        notes.append(f"the formula treats {question.shape.model_type or 'the model'} as a Llama model")
     if not plan.is_sure:
-        notes.append(
-            "the prediction's error is larger than what is left of the memory: ask for a probe step to be sure"
-        )
+        notes.append("the prediction's error is larger than the remaining memory: ask for a probe step to be sure")
     elif notes:
         notes.append("ask for a probe step to be sure")
     return notes

@@ -1,6 +1,6 @@
-"""What would make a job fit that does not: other settings, or the largest length, batch and model. Pure arithmetic.
+"""Changes that make a job fit: other settings, or the largest length, batch size and model. Pure arithmetic.
 
-Everything named here fits whatever the formula's error.
+Every remedy fits despite the formula's error.
 """
 
 from __future__ import annotations
@@ -17,78 +17,77 @@ from qlora_service.specs import Lora
 
 Changes = dict[str, Any]
 """Values by dotted field of the spec, to be set together"""
-LENGTH_STEP = 16
-"""Tokens; lengths are named in multiples"""
+LENGTH_STEP_TOKENS = 16
+"""Proposed lengths are multiples of this"""
 SMALLER_RANKS = (64, 32, 16, 8)
 LENGTH, RANK = "training.max_seq_len_tokens", "adapter.r"
 
 
 @dataclass(frozen=True)
-class Largest:
-    """How far the job's own settings go on the device; None: not at all."""
+class Limits:
+    """The largest value of each setting with which the job fits on the device; None: it does not fit with any."""
 
     max_seq_len_tokens: int | None
-    """With everything else as it was asked for"""
+    """With all other settings unchanged"""
     batch_size: int | None
-    """Likewise. Batches are cut into micro-batches, so that no size is too large where one is not"""
+    """With all other settings unchanged. Batches are split into micro-batches, so every size fits or none does"""
     model: str | None
-    """The largest well-known model that takes the job as it was asked for"""
+    """The largest well-known model with which the job fits unchanged"""
 
 
 def alternatives(question: Question) -> list[Changes]:
-    """Changes of the user's settings, each of which alone makes the job fit; if none does, what together does.
+    """Changes of user settings, each of which alone makes the job fit; else one combination of them that does.
 
-    Empty: no setting helps.
+    Empty: no change helps.
     """
     single = list(_single_changes(question))
     ranks = [{RANK: rank} for rank in _smaller_ranks(question)]
     helpful = [changes for changes in single if _helps(question, changes)]
     helpful += [changes for changes in ranks if _helps(question, changes)][:1]
-    if (length := longest_that_fits(question)) is not None:
+    if (length := longest_fitting_tokens(question)) is not None:
         helpful.append({LENGTH: length})
     if helpful:
         return helpful
-    together: Changes = {}
+    combined: Changes = {}
     for changes in [*single, *ranks[-1:]]:
-        together |= changes
-    if not together or (changed := _changed(question, together)) is None:
+        combined |= changes
+    if not combined or (changed := _changed(question, combined)) is None:
         return []
     if surely_fits(changed):
-        return [together]
-    length = longest_that_fits(changed)
-    return [] if length is None else [together | {LENGTH: length}]
+        return [combined]
+    length = longest_fitting_tokens(changed)
+    return [] if length is None else [combined | {LENGTH: length}]
 
 
-def largest(question: Question) -> Largest:
-    """What the device takes of such a job."""
+def limits(question: Question) -> Limits:
+    """The limits of the device for the job."""
     fitting = [name for name, shape in KNOWN_MODELS.items() if surely_fits(replace(question, shape=shape))]
-    return Largest(
-        max_seq_len_tokens=longest_that_fits(question),
-        batch_size=_largest_batch(question),
+    return Limits(
+        max_seq_len_tokens=longest_fitting_tokens(question),
+        batch_size=_largest_batch_size(question),
         model=max(fitting, key=lambda name: KNOWN_MODELS[name].parameters, default=None),
     )
 
 
-def longest_that_fits(question: Question) -> int | None:
-    """The greatest length up to the question's with which the job fits; None when none does."""
+def longest_fitting_tokens(question: Question) -> int | None:
+    """The greatest length, up to the question's, with which the job fits; None when none does."""
 
     def fits(steps: int) -> bool:
-        return surely_fits(replace(question, longest_tokens=steps * LENGTH_STEP))
+        return surely_fits(replace(question, longest_tokens=steps * LENGTH_STEP_TOKENS))
 
-    steps = _most(question.longest_tokens // LENGTH_STEP, fits)
-    return None if steps is None else steps * LENGTH_STEP
+    steps = _greatest(question.longest_tokens // LENGTH_STEP_TOKENS, fits)
+    return None if steps is None else steps * LENGTH_STEP_TOKENS
 
 
-def _largest_batch(question: Question) -> int | None:
+def _largest_batch_size(question: Question) -> int | None:
     def fits(size: int) -> bool:
-        changed = _changed(question, {"training.batch_size": size})
-        return changed is not None and surely_fits(changed)
+        return _helps(question, {"training.batch_size": size})
 
-    return _most(question.spec.training.batch_size, fits)
+    return _greatest(question.spec.training.batch_size, fits)
 
 
-def _most(limit: int, holds: Callable[[int], bool]) -> int | None:
-    """The greatest number from 1 to `limit` for which it holds, as it does for all smaller ones."""
+def _greatest(limit: int, holds: Callable[[int], bool]) -> int | None:
+    """The greatest number from 1 to `limit` for which `holds` is true, as it is for all smaller ones."""
     if limit < 1 or not holds(1):
         return None
     low, high = 1, limit
@@ -99,7 +98,7 @@ def _most(limit: int, holds: Callable[[int], bool]) -> int | None:
 
 
 def _single_changes(question: Question) -> Iterator[Changes]:
-    """Those that leave the rows whole, the cheapest for the result first."""
+    """Changes that keep rows whole, starting with the one that affects the result least."""
     training, quantization = question.spec.training, question.spec.quantization
     if training.gradient_checkpointing is False:
         yield {"training.gradient_checkpointing": "auto"}
@@ -124,7 +123,7 @@ def _helps(question: Question, changes: Changes) -> bool:
 
 
 def _changed(question: Question, changes: Changes) -> Question | None:
-    """None: the changes contradict another setting."""
+    """The question with changes to its spec; None when they contradict another setting."""
     try:
         return replace(question, spec=with_changes(question.spec, changes))
     except ValidationError:

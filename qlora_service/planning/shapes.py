@@ -1,4 +1,4 @@
-"""A model's shapes, as its config.json has them: what memory is counted from. Pure arithmetic."""
+"""The shapes of a model, read from its config.json. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from qlora_service.specs import JobSpec
 Matrix = tuple[int, int]
 """(out, in) features of a linear layer"""
 
-# transformers' names first, then GPT-2's and its descendants'.
+# transformers' names first, then those of GPT-2 and its descendants.
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 _INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim", "d_inner")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-# Their query, key and value layers have biases whatever the config says.
+# Query, key and value layers of these have biases regardless of the config.
 _BIASED = {"qwen2"}
-# Their head is the embedding unless the config says otherwise (transformers 5.23).
+# The head of these is the embedding unless the config says otherwise (transformers 5.23).
 _TIED = ("gemma", "gpt2", "cohere", "smollm3")
 _HEAD_NORMED = {"qwen3"}
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder of Llama's kind: other architectures are counted as if they were one."""
+    """A Llama-like decoder; other architectures are treated as one."""
 
     model_type: str
     hidden: int
@@ -44,7 +44,7 @@ class ModelShape:
     attention_bias: bool = False
     head_norms: bool = False
     experts: int = 1
-    """Each with matrices of its own, which transformers keeps in one tensor that bitsandbytes leaves alone"""
+    """Experts per MLP. transformers keeps their matrices in one tensor, which bitsandbytes does not quantize"""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -54,12 +54,12 @@ class ModelShape:
             InvalidModel: a size is missing.
         """
         nested = config.get("text_config")
-        # Models that also read images keep the language model's sizes one level down.
+        # Multimodal models keep the language model's sizes in `text_config`.
         values = {**config, **nested} if isinstance(nested, Mapping) else config
-        kind = str(values.get("model_type", ""))
+        model_type = str(values.get("model_type", ""))
         hidden, heads = _size(values, _HIDDEN), _size(values, _HEADS)
         return cls(
-            model_type=kind,
+            model_type=model_type,
             hidden=hidden,
             layers=_size(values, _LAYERS),
             heads=heads,
@@ -69,10 +69,10 @@ class ModelShape:
             or _optional(values, _INTERMEDIATE)
             or 4 * hidden,
             vocabulary=_size(values, ("vocab_size",)),
-            tied=bool(values.get("tie_word_embeddings", kind.startswith(_TIED))),
+            tied=bool(values.get("tie_word_embeddings", model_type.startswith(_TIED))),
             max_positions=_optional(values, _POSITIONS),
-            attention_bias=bool(values.get("attention_bias")) or kind in _BIASED,
-            head_norms=kind in _HEAD_NORMED,
+            attention_bias=bool(values.get("attention_bias")) or model_type in _BIASED,
+            head_norms=model_type in _HEAD_NORMED,
             experts=_optional(values, _EXPERTS) or 1,
         )
 
@@ -88,7 +88,7 @@ class ModelShape:
 
     @property
     def matrices(self) -> dict[str, Matrix]:
-        """A layer's linear layers, by the names of Llama's."""
+        """The linear modules of a layer, by their names in Llama."""
         return {
             "q_proj": (self.queries, self.hidden),
             "k_proj": (self.keys, self.hidden),
@@ -108,20 +108,20 @@ class ModelShape:
         return self.layers * (linear + 2 * self.hidden) + embeddings + self.hidden
 
     def longest_tokens(self, spec: JobSpec) -> int:
-        """The longest row that the spec admits and the model handles."""
+        """The longest row that the spec allows and the model handles."""
         limit = spec.training.max_seq_len_tokens
         return limit if self.max_positions is None else min(limit, self.max_positions)
 
 
 def _size(values: Mapping[str, Any], names: tuple[str, ...]) -> int:
-    found = _optional(values, names)
-    if found is None:
+    size = _optional(values, names)
+    if size is None:
         raise InvalidModel(
-            f"config.json has no {names[0]}: without it no memory can be planned", location="/base_model"
+            f"config.json has no {names[0]}: memory cannot be planned without it", location="/base_model"
         )
-    return found
+    return size
 
 
 def _optional(values: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    found = (values.get(name) for name in names)
-    return next((value for value in found if type(value) is int and value > 0), None)
+    sizes = (values.get(name) for name in names)
+    return next((size for size in sizes if type(size) is int and size > 0), None)

@@ -1,43 +1,43 @@
-"""What a job takes of disk and of the host's memory. Pure arithmetic; for the trainer, its checkpoints are measured."""
+"""Disk space and host memory of a job. Pure arithmetic; the trainer itself measures its checkpoints."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_service.planning.adapter_shapes import adapter_shape, optimizer_bytes
+from qlora_service.planning.adapter_shapes import ADALORA_STATISTICS, adapter_shape, optimizer_bytes
 from qlora_service.planning.fit import Fit, Question
-from qlora_service.planning.memory import GIB
+from qlora_service.planning.memory import FLOAT32_BYTES, GIB
 from qlora_service.training.sizes import DATABASE_BYTES, KEPT_CHECKPOINTS, ROW_BYTES, SMALL_FILES_BYTES, STEP_BYTES
 
 HEADER_BYTES = 10 * 256
-"""Header of a checkpoint's tensor; a test holds the sum to what checkpoints take"""
-ADALORA_COPIES = 3
+"""Header of a tensor in a checkpoint; a test compares the sum with real checkpoints"""
 CUDA_PROCESS_BYTES = 2 * GIB
 """Resident memory of a process once torch has initialized CUDA (pytorch/pytorch#113326)"""
-LOADED_AT_A_TIME, LOADED_WIDTH = 4, 2
-"""transformers 5.23 reads four tensors at a time (core_model_loading.py), as a rule of two bytes a number"""
+CONCURRENT_LOADS, LOADED_WIDTH = 4, 2
+"""transformers 5.23 reads four tensors at a time (core_model_loading.py), mostly with two bytes per number"""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes outside the device."""
+    """Bytes on disk and in host memory."""
 
     adapter_bytes: int
     """The published weights"""
     checkpoint_bytes: int
     disk_bytes: int
-    """What has to be free: the checkpoints that are kept, one in the making, and what is published"""
+    """Free space that the job needs: kept checkpoints, one being written, and the published artifact"""
     host_bytes: int
-    """The trainer's share of the host's memory; on a CPU, all of it"""
+    """Host memory of the trainer; on a CPU this includes its tensors"""
 
 
 def storage(question: Question, fit: Fit, *, rows: int = 0, total_steps: int = 0) -> Storage:
-    """Of a job over so many rows and steps, as far as they are known."""
+    """Storage of a job; `rows` and `total_steps` are 0 where they are unknown."""
     training = question.spec.training
     adapter = adapter_shape(question.spec.adapter, question.shape)
-    copies = 1 + training.load_best_model_at_end + ADALORA_COPIES * (question.spec.adapter.method == "adalora")
+    statistics = ADALORA_STATISTICS * (question.spec.adapter.method == "adalora")
+    copies = 1 + training.load_best_model_at_end + statistics
     state, _ = optimizer_bytes(training, adapter.tensors, cuda=False)
-    trained = 4 * adapter.parameters
+    trained = FLOAT32_BYTES * adapter.trained_parameters
     headers = len(adapter.tensors) * HEADER_BYTES
     checkpoint = copies * trained + state + headers + rows * ROW_BYTES + total_steps * STEP_BYTES + SMALL_FILES_BYTES
     return Storage(
@@ -54,4 +54,4 @@ def _host_bytes(question: Question, fit: Fit) -> int:
     shape = question.shape
     largest_tensor = LOADED_WIDTH * shape.hidden * max(shape.vocabulary, shape.intermediate, shape.queries)
     paged = fit.memory.host if fit.choice.optimizer == "paged" else 0
-    return CUDA_PROCESS_BYTES + LOADED_AT_A_TIME * largest_tensor + paged
+    return CUDA_PROCESS_BYTES + CONCURRENT_LOADS * largest_tensor + paged

@@ -1,4 +1,4 @@
-"""Making sure that what was written outlives a power cut."""
+"""Durability of files and directory entries across a power cut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def flush(path: Path) -> None:
-    """Put a file's bytes, or the names in a directory, on the disk."""
+    """fsync a file, or a directory and with it the names in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Log lines: JSON, one event each; a constant name plus fields. Never dataset text, never secrets."""
+"""Structured log lines: a constant event name and fields. They contain no dataset text and no secrets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import structlog
 
 
 def configure_logging(level: str) -> None:
-    """Send structlog events of `level` and above to stderr, as JSON or, on a terminal, readable."""
+    """Log events of `level` and above to stderr, as JSON, or formatted if stderr is a terminal."""
     terminal = sys.stderr.isatty()
     structlog.configure(
         processors=[

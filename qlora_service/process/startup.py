@@ -1,6 +1,6 @@
-"""How processes with much to import start, and end, in half the time.
+"""Fast start and end of processes with large imports: no garbage collection, no teardown.
 
-To import what a trainer needs and to end again took 10.4 s on one core of an EPYC, and takes 5.4 s so.
+Importing what a trainer needs and ending again took 10.4 s on one core of an EPYC, and takes 5.4 s with this module.
 """
 
 from __future__ import annotations
@@ -15,27 +15,26 @@ from typing import NoReturn
 
 @contextmanager
 def importing_torch() -> Iterator[None]:
-    """Inside, torch and what stands on it are imported.
+    """Wraps the import of torch and of libraries on top of it.
 
-    torch's compiler is left out: bitsandbytes has it loaded for functions that stand in where a device has no kernels,
-    and nothing here is compiled.
+    Disables torch's compiler: bitsandbytes loads it for fallback kernels, and this service compiles nothing.
     """
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    with keeping_everything():
+    with freezing_objects():
         yield
 
 
 @contextmanager
-def keeping_everything() -> Iterator[None]:
-    """Inside, much is made that stays until the end: it is never looked through for garbage, then or later."""
-    with collecting_nothing():
+def freezing_objects() -> Iterator[None]:
+    """Disables GC, then excludes all objects that exist from later collections: for objects that live to the end."""
+    with gc_disabled():
         yield
-        gc.freeze()  # before the next collection, which would look through all of it
+        gc.freeze()  # before GC is enabled: the next collection would traverse all of them
 
 
 @contextmanager
-def collecting_nothing() -> Iterator[None]:
-    """Inside, garbage is not looked for, where much is made and all of it stays."""
+def gc_disabled() -> Iterator[None]:
+    """Disables GC while many objects are created that all stay alive."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -46,7 +45,7 @@ def collecting_nothing() -> Iterator[None]:
 
 
 def end_process(code: int) -> NoReturn:
-    """End at once: the interpreter takes seconds to tear torch down, while somebody waits for the slot or an answer."""
+    """Exit without the interpreter's teardown, which takes seconds with torch."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -13,6 +13,8 @@ from qlora_service.specs.part import SpecPart
 
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=100)]
 Rank = Annotated[StrictInt, Field(ge=1, le=512)]
+LLAMA_ADAPTER_BOTTOM = 2
+"""Layers at the bottom that LLaMA-Adapter leaves alone by default: the paper adapts the upper 30 of 32."""
 
 
 class TargetedAdapter(SpecPart):

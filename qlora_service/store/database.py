@@ -15,11 +15,11 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from qlora_service.store.migrations import HEAD
 
 BUSY_TIMEOUT_MS = 10_000
-"""How long a write waits for another's lock; then it is an error."""
+"""Longest wait for a write lock"""
 STATEMENT_TIMEOUT_MS = 30_000
-"""PostgreSQL's bound for a whole statement, which may wait for several locks."""
+"""PostgreSQL: longest statement, which may wait for several locks"""
 IDLE_TIMEOUT_MS = 20_000
-"""When PostgreSQL ends the transaction of a process that stands still, and with it its locks."""
+"""PostgreSQL: longest idle transaction, so that a stopped process loses its locks"""
 MIGRATION_TIMEOUT_MS = 600_000
 MIGRATION_LOCK = 0x716C6F72616D  # "qloram", for pg_advisory_xact_lock
 Result = TypeVar("Result")
@@ -39,7 +39,7 @@ class Database:
             self._engine = _postgresql_engine(parsed)
         else:
             raise ValueError(f"the database URL names {backend!r}: use sqlite:///path or postgresql://user@host/name")
-        # REPEATABLE READ: PostgreSQL's default shows each statement another moment. SQLite has one kind of snapshot.
+        # REPEATABLE READ: with PostgreSQL's default each statement has a snapshot of its own.
         snapshot = {} if backend == "sqlite" else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
         self._read_options = {"qlora_read": True, **snapshot}
 
@@ -56,10 +56,10 @@ class Database:
             yield connection
 
     def migrate(self) -> None:
-        """Bring the schema up to date; two processes may do so at once."""
+        """Migrate the schema to the newest revision; safe in several processes at once."""
         if self._revision() == HEAD:
             return
-        # Needed once for a release, while to import it would cost every start of every process 0.1 s.
+        # Imported here: it is needed once per release and would add 0.1 s to the start of every process.
         from alembic import command
         from alembic.config import Config
 
@@ -73,7 +73,7 @@ class Database:
             command.upgrade(config, "head")
 
     def _revision(self) -> str | None:
-        """The schema's, as Alembic left it; None of a database without one."""
+        """The schema's revision; None for an empty database."""
         with self.read() as connection:
             if not sa.inspect(connection).has_table("alembic_version"):
                 return None
@@ -85,14 +85,14 @@ class Database:
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether the database is locked, full, away or restarting, so that a later try may succeed; False of a defect."""
-    if isinstance(error, sa.exc.TimeoutError):  # every connection of the pool is in use
+    """Whether the database is locked, full, unreachable or restarting, so that a retry may succeed."""
+    if isinstance(error, sa.exc.TimeoutError):  # the connection pool is exhausted
         return True
     if not isinstance(error, sa.exc.DBAPIError):
         return False
     if error.connection_invalidated or _sqlstate(error) in _AWAY:
         return True
-    # Wrong SQL, which no later try sets right, is an OperationalError too on SQLite.
+    # On SQLite invalid SQL is an OperationalError too; a retry does not help.
     return isinstance(error, sa.exc.OperationalError) and _sqlite_name(error) != "SQLITE_ERROR"
 
 
@@ -104,8 +104,8 @@ def is_full(error: BaseException) -> bool:
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html; psycopg has these as its InternalError.
 _AWAY = {
-    "25006",  # read only: a standby, until it takes over
-    "25P03",  # it ended our transaction because we stood still
+    "25006",  # read only: a standby before it takes over
+    "25P03",  # transaction ended by idle_in_transaction_session_timeout
 }
 
 
@@ -120,10 +120,10 @@ def _sqlstate(error: BaseException) -> str | None:
 
 
 def persist(action: Callable[[], Result], patience_s: float, pause_s: float = 0.5) -> Result:
-    """What `action` returns, tried again while the database is locked or away, for up to `patience_s` seconds.
+    """The result of `action`, retried for up to `patience_s` seconds while the database is locked or unreachable.
 
     Raises:
-        SQLAlchemyError: the last outage, when patience has run out; anything else at once.
+        SQLAlchemyError: the last outage after `patience_s`; any other error at once.
     """
     deadline = time.monotonic() + patience_s
     while True:
@@ -145,9 +145,9 @@ def _sqlite_engine(url: URL) -> Engine:
 
 
 def _postgresql_engine(url: URL) -> Engine:
-    # A host that vanished is noticed in seconds instead of TCP's quarter of an hour
-    # (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-KEEPALIVES); the URL may say otherwise.
-    patience = {
+    # A vanished host is detected in seconds instead of TCP's 15 minutes. The URL may override these.
+    # Source: https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-KEEPALIVES
+    timeouts = {
         "connect_timeout": 10,
         "keepalives_idle": 10,
         "keepalives_interval": 5,
@@ -159,7 +159,7 @@ def _postgresql_engine(url: URL) -> Engine:
         isolation_level="READ COMMITTED",
         pool_pre_ping=True,
         pool_timeout=BUSY_TIMEOUT_MS / 1000,
-        connect_args={name: value for name, value in patience.items() if name not in url.query},
+        connect_args={name: value for name, value in timeouts.items() if name not in url.query},
     )
     sa.event.listen(engine, "connect", _configure_postgresql)
     return engine
@@ -174,41 +174,40 @@ def _configure_postgresql(connection: Any, _record: Any) -> None:
 
 
 def _wait_for_other_migrations(connection: Connection) -> None:
-    # The other process's statements, and our own, may need longer than any request's.
+    # Migrations may take longer than the statements of a request.
     for timeout in ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout"):
         connection.exec_driver_sql(f"SET LOCAL {timeout} = {MIGRATION_TIMEOUT_MS}")
     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
-    # autocommit mode: the driver must not open transactions by itself, _begin_sqlite does.
+    # Autocommit mode: _begin_sqlite opens transactions, not the driver.
     connection.isolation_level = None
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
     _use_wal(cursor)
-    # FULL: what was acknowledged survives a power cut (https://sqlite.org/pragma.html#pragma_synchronous).
+    # FULL: committed transactions survive a power cut. Source: https://sqlite.org/pragma.html#pragma_synchronous
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.close()
 
 
 def _use_wal(cursor: sqlite3.Cursor) -> None:
-    # The first connection of all changes the file; another that comes just then is turned away at once, whatever
-    # busy_timeout says.
+    # The first connection converts the file; a concurrent one fails at once, regardless of busy_timeout.
     deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
     while True:
         try:
             cursor.execute("PRAGMA journal_mode = WAL")
             return
         except sqlite3.OperationalError as error:
-            # The low byte is the primary code; anything but a lock will not pass, such as a full disk.
+            # The low byte is the primary code; only a lock is temporary.
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # A deferred transaction that reads and then writes fails at once when another wrote in between,
-    # without waiting for busy_timeout; so writers take the lock first.
+    # A deferred transaction that reads and then writes fails at once if another transaction wrote in between,
+    # without waiting for busy_timeout. So writers take the lock at the start.
     read_only = connection.get_execution_options().get("qlora_read", False)
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")

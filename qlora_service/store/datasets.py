@@ -1,4 +1,4 @@
-"""Datasets as rows; their bytes lie in the artifact store under their SHA-256."""
+"""Rows of datasets; their bytes are in the artifact store under their SHA-256."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora_service.store.upsert import insert
 
 
 def insert_dataset(connection: Connection, dataset: Dataset) -> Dataset:
-    """The stored dataset: `dataset` itself, or the one that was there with the same bytes and reading."""
+    """The stored dataset: `dataset`, or an existing one with the same bytes, container and shape."""
     inserted = connection.execute(
         insert(connection, datasets)
         .values(
@@ -49,10 +49,10 @@ def insert_dataset(connection: Connection, dataset: Dataset) -> Dataset:
 
 
 def get_dataset(connection: Connection, dataset_id: str, *, project: str | None = None, lock: bool = False) -> Dataset:
-    """The dataset; with `lock`, nobody else deletes it before the transaction ends.
+    """The dataset; with `lock`, no other transaction deletes it before this one ends.
 
     Raises:
-        NotFound: there is none, or it belongs to another project than `project`.
+        NotFound: no such dataset, or not in `project`.
     """
     query = sa.select(datasets).where(datasets.c.id == dataset_id, datasets.c.deleted_at.is_(None))
     if project is not None:
@@ -70,14 +70,14 @@ def list_datasets(connection: Connection, page: PageRequest, *, project: str) ->
 
 
 def mark_deleted(connection: Connection, dataset_id: str, now: datetime) -> None:
-    """Nobody finds the dataset any more; its row stays for the jobs that name it."""
+    """Hide the dataset; its row stays for the jobs that refer to it."""
     connection.execute(sa.update(datasets).where(datasets.c.id == dataset_id).values(deleted_at=now))
     connection.execute(sa.delete(render_reports).where(render_reports.c.dataset_id == dataset_id))
 
 
 def lock_bytes(connection: Connection, sha256: str) -> None:
-    """Until the transaction ends, nobody else stores or removes the bytes of datasets with this SHA-256."""
-    if connection.dialect.name == "postgresql":  # on SQLite writers take turns anyway
+    """Lock the bytes with this SHA-256 against concurrent storing and deleting until the transaction ends."""
+    if connection.dialect.name == "postgresql":  # SQLite has one writer at a time
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"dataset {sha256}"))))
 
 
@@ -88,13 +88,13 @@ def are_bytes_needed(connection: Connection, sha256: str) -> bool:
 
 
 def first_stored_at(connection: Connection) -> datetime | None:
-    """When the oldest dataset was made, be it deleted by now; None if there never was one."""
+    """Creation time of the oldest dataset, deleted ones included; None without any."""
     first: datetime | None = connection.execute(sa.select(sa.func.min(datasets.c.created_at))).scalar_one()
     return first
 
 
 def all_needed_bytes(connection: Connection) -> set[str]:
-    """The SHA-256 of every dataset's bytes."""
+    """SHA-256 of the bytes of every dataset."""
     return set(connection.execute(sa.select(datasets.c.sha256).where(datasets.c.deleted_at.is_(None))).scalars())
 
 

@@ -1,8 +1,8 @@
-"""Requests that take effect once: an idempotency key and the answer it was given, in the transaction that did the work.
+"""Idempotency keys: a request's answer, stored with its key in the transaction that did the work.
 
-A key that another transaction is just using waits for it: on SQLite because writers take turns, on PostgreSQL because
-an insert waits for an uncommitted row of the same key. So of any number of requests at once, one does the work; the
-others find its answer. What is refused rolls back, and its key with it.
+Concurrent requests with one key wait for each other: on SQLite because there is one writer at a time, on PostgreSQL
+because an insert waits for an uncommitted row with the same key. One does the work; the others find its answer. A
+refused request rolls back, and its key with it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from qlora_service.store.upsert import insert
 
 KEPT_FOR = timedelta(days=7)
 RETRIED_FOR = timedelta(minutes=10)
-"""Longer than any client waits before it sends a request again by itself."""
+"""Longer than any client waits before an automatic retry"""
 DELETED_AT_ONCE = 100
-"""Most old keys that a new one removes: a request never waits for a long history."""
+"""Expired keys that one request deletes at most, so that none waits for a long history"""
 
 Result = TypeVar("Result")
 Answer = dict[str, Any]
-"""What the wire says, as JSON."""
+"""An HTTP answer as JSON"""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """When a request came, and whether its client says that it sent the same one before."""
+    """When a request arrived, and whether its client marked it as a retry."""
 
     arrived_at: datetime
     is_retry: bool
@@ -41,23 +41,23 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Once(Generic[Result]):
-    """A request under an idempotency key; `answer` renders what it is told of the action's result."""
+    """A request under an idempotency key; `answer` renders the action's result."""
 
     key: str
     project: str
     fingerprint: str
-    """Of everything the request asks for: the same key with another fingerprint is a mistake."""
+    """Hash of the whole request: the same key with another fingerprint is an error"""
     answer: Callable[[Result], Answer]
     attempt: Attempt | None = None
-    """Where the key was not chosen by the client, but made of what it asks for: the same request may be meant twice.
+    """Set where the key is derived from the request, so that an identical request may be intended twice.
 
-    Then a first attempt is always a new request, unless its own retry has overtaken it; and a retry is answered what
-    the last such request was, within RETRIED_FOR.
+    A first attempt is then a new request, unless its own retry has overtaken it; a retry gets the answer of the last
+    identical request within RETRIED_FOR.
     """
 
 
 class Replay(Exception):
-    """Raised in place of doing the work again: the request was answered before."""
+    """The request was answered before; raised instead of doing the work again."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__("the request was answered before")
@@ -111,7 +111,7 @@ def raise_stored_answer(connection: Connection, once: Once[Any]) -> None:
 
 
 def reserve(connection: Connection, once: Once[Any], now: datetime) -> None:
-    """Takes the key for the caller's transaction, which has to `keep` its answer; waits for one that holds it.
+    """Reserve the key for the caller's transaction, which must `keep` its answer; waits for a concurrent holder.
 
     Raises:
         Replay, Conflict: as `recall` does.
@@ -128,25 +128,25 @@ def reserve(connection: Connection, once: Once[Any], now: datetime) -> None:
         )
     inserted = connection.execute(new.returning(keys.c.key)).one_or_none()
     if inserted is None:
-        # A statement of its own sees what was committed while the insert waited (PostgreSQL, read committed).
+        # A separate statement sees what was committed while the insert waited (PostgreSQL, read committed).
         raise_stored_answer(connection, once)
 
 
 def keep(connection: Connection, once: Once[Result], result: Result) -> None:
-    """Stores the answer under the reserved key."""
+    """Store the answer under the reserved key."""
     connection.execute(sa.update(keys).where(*_same(once)).values(answer=once.answer(result)))
 
 
 def _mark(attempt: Attempt) -> str:
-    """What stands in place of a fingerprint under a key that is one itself: who wrote the row."""
+    """Stored instead of a fingerprint where the key is derived from the request: which attempt wrote the row."""
     return "retry" if attempt.is_retry else "first"
 
 
 def _answers(attempt: Attempt) -> sa.ColumnElement[bool]:
-    """Whether a row of the attempt's key holds its answer."""
+    """Condition: the row with the attempt's key has the attempt's answer."""
     if attempt.is_retry:
         return keys.c.created_at >= attempt.arrived_at - RETRIED_FOR
-    # Written by a retry while this attempt was still at work: its own, whose client no longer waits for it.
+    # Written by this attempt's own retry, while the attempt was still at work.
     return sa.and_(keys.c.fingerprint == "retry", keys.c.created_at >= attempt.arrived_at)
 
 

@@ -1,4 +1,4 @@
-"""Jobs and their events as rows. Functions take the caller's transaction."""
+"""Rows of jobs and their events. Functions take the caller's transaction."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def insert_job(
 
 
 def get_job(connection: Connection, job_id: str, *, project: str | None = None, lock: bool = False) -> Job:
-    """The job; with `lock`, nobody else changes it before the transaction ends. Its spec may be `unreadable`.
+    """The job; with `lock`, no other transaction changes it before this one ends. Its spec may be `unreadable`.
 
     Raises:
-        NotFound: there is none, or it belongs to another project than `project`.
+        NotFound: no such job, or not in `project`.
     """
     query = sa.select(jobs).where(jobs.c.id == job_id)
     if project is not None:
@@ -88,24 +88,24 @@ def list_jobs(
 
 
 def list_published(connection: Connection, *, project: str, limit: int) -> list[Job]:
-    """Up to `limit` jobs whose adapters can be had, newest first."""
-    there = (jobs.c.status == JobStatus.SUCCEEDED, jobs.c.withdrawn_at.is_(None))
-    query = sa.select(jobs).where(jobs.c.project == project, *there).order_by(jobs.c.id.desc()).limit(limit)
+    """Up to `limit` jobs whose adapters are available, newest first."""
+    published = (jobs.c.status == JobStatus.SUCCEEDED, jobs.c.withdrawn_at.is_(None))
+    query = sa.select(jobs).where(jobs.c.project == project, *published).order_by(jobs.c.id.desc()).limit(limit)
     return [_shown(row) for row in connection.execute(query)]
 
 
 def unfinished_on(connection: Connection, dataset_id: str) -> str | None:
-    """The id of a job that still needs the dataset, to train on or to judge with; None without one."""
-    judged = jobs.c.spec["validation"]["dataset_id"].as_string()
+    """The id of an unfinished job that trains or validates on the dataset; None without one."""
+    validation = jobs.c.spec["validation"]["dataset_id"].as_string()
     query = sa.select(jobs.c.id).where(
         jobs.c.status.in_([status for status in JobStatus if not status.terminal]),
-        sa.or_(jobs.c.dataset_id == dataset_id, judged == dataset_id),
+        sa.or_(jobs.c.dataset_id == dataset_id, validation == dataset_id),
     )
     return connection.execute(query.limit(1)).scalar_one_or_none()
 
 
 def unfinished_on_base(connection: Connection, base_model: str) -> list[str]:
-    """The ids of the jobs that still need the base model of that name, the oldest first."""
+    """The ids of unfinished jobs on the base model, oldest first."""
     unfinished = jobs.c.status.in_([status for status in JobStatus if not status.terminal])
     query = sa.select(jobs.c.id).where(unfinished, jobs.c.base_model == base_model).order_by(jobs.c.id)
     return list(connection.execute(query).scalars())
@@ -116,7 +116,7 @@ def mark_withdrawn(connection: Connection, job_id: str, now: datetime) -> None:
 
 
 def claimable(max_running: int | None) -> sa.Select[tuple[str]]:
-    """The ids of queued jobs that may run; `max_running` is how many of one project may at a time."""
+    """The ids of queued jobs whose project has fewer than `max_running` jobs running."""
     query = sa.select(jobs.c.id).where(jobs.c.status == JobStatus.QUEUED)
     if max_running is None:
         return query
@@ -126,7 +126,7 @@ def claimable(max_running: int | None) -> sa.Select[tuple[str]]:
 
 
 def may_run_more(connection: Connection, project: str, max_running: int | None) -> bool:
-    """Whether the project has fewer jobs running than it may."""
+    """Whether the project has fewer than `max_running` jobs running."""
     if max_running is None:
         return True
     running = sa.select(sa.func.count()).where(jobs.c.status == JobStatus.RUNNING, jobs.c.project == project)
@@ -134,7 +134,7 @@ def may_run_more(connection: Connection, project: str, max_running: int | None) 
 
 
 def count_ahead(connection: Connection, job: Job) -> int:
-    """Queued jobs that will be claimed before `job`."""
+    """Number of queued jobs that are claimed before `job`."""
     ahead = sa.or_(
         jobs.c.priority > job.spec.priority,
         sa.and_(jobs.c.priority == job.spec.priority, jobs.c.id < job.id),
@@ -144,7 +144,7 @@ def count_ahead(connection: Connection, job: Job) -> int:
 
 
 def places_in_queue(connection: Connection, job_ids: Collection[str]) -> dict[str, int]:
-    """What `count_ahead` says of each of the jobs that is queued: one query, however many there are."""
+    """`count_ahead` of each queued job among `job_ids`, in one query."""
     order = sa.func.row_number().over(order_by=(jobs.c.priority.desc(), jobs.c.id))
     queue = sa.select(jobs.c.id, (order - 1).label("place")).where(jobs.c.status == JobStatus.QUEUED).subquery()
     rows = connection.execute(sa.select(queue).where(queue.c.id.in_(job_ids)))
@@ -152,9 +152,9 @@ def places_in_queue(connection: Connection, job_ids: Collection[str]) -> dict[st
 
 
 def count_queued(connection: Connection, project: str) -> int:
-    """How many jobs of the project wait; nobody else adds one before the transaction ends."""
+    """Number of queued jobs of the project; no other transaction adds one before this one ends."""
     if connection.dialect.name == "postgresql":
-        # Two submissions at once would count the same jobs. On SQLite writers take turns anyway.
+        # Two concurrent submissions would count the same jobs. SQLite has one writer at a time.
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"queued {project}"))))
     where = (jobs.c.status == JobStatus.QUEUED, jobs.c.project == project)
     return connection.execute(sa.select(sa.func.count()).where(*where)).scalar_one()
@@ -163,10 +163,10 @@ def count_queued(connection: Connection, project: str) -> int:
 def append_event(connection: Connection, job_id: str, now: datetime, type_: str, data: dict[str, Any]) -> None:
     """Add an event to a job whose row this transaction has written or locked.
 
-    Events are numbered in the order of their commits, so a reader that has seen one missed none before it.
+    Events are numbered in the order of their commits: a reader that has seen one has missed none before it.
     """
     if connection.dialect.name == "postgresql":
-        # Otherwise a smaller number, drawn earlier, may be committed after a larger one of another job.
+        # Without the lock a smaller number could be committed after a larger one of another job.
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(EVENT_LOCK)))
     connection.execute(events.insert().values(job_id=job_id, at=now, type=type_, data=data))
 
@@ -208,20 +208,20 @@ def project_events_after(
 
 
 def tail_events(connection: Connection, seq: int, limit: int) -> list[tuple[str, JobEvent]]:
-    """Up to `limit` events above `seq`, oldest first, each with the project that its job belongs to."""
-    # Limited before it is joined, so that the work does not grow with the history.
+    """Up to `limit` events above `seq`, oldest first, each with its job's project."""
+    # The limit is inside the subquery, so that the work does not grow with the history.
     newest = sa.select(events).where(events.c.seq > seq).order_by(events.c.seq).limit(limit).subquery()
     query = sa.select(jobs.c.project, newest).join(jobs, jobs.c.id == newest.c.job_id).order_by(newest.c.seq)
     return [(project, JobEvent(*event)) for project, *event in connection.execute(query)]
 
 
 def last_seq(connection: Connection) -> int:
-    """The number of the newest event; 0 without any."""
+    """Sequence number of the newest event; 0 without any."""
     return connection.execute(sa.select(sa.func.max(events.c.seq))).scalar_one() or 0
 
 
 def _has_metadata(connection: Connection, wanted: Mapping[str, str]) -> list[sa.ColumnElement[bool]]:
-    """Conditions in the database's own words: any text is a key, so none is ever part of a JSON path."""
+    """Conditions for the metadata pairs. Keys may be any text, so none becomes part of a JSON path."""
     on_postgres = connection.dialect.name == "postgresql"
     if not wanted:
         path = ("metadata",) if on_postgres else ("$.metadata",)
@@ -237,13 +237,13 @@ def _has_metadata(connection: Connection, wanted: Mapping[str, str]) -> list[sa.
 
 
 def job_from_row(row: Row[Any]) -> Job:
-    """The job, to be run. Raises: ValidationError, when its spec is not one that this version understands."""
-    # A spec that was stored by an older version may have fields that are gone.
+    """The job, to be run. Raises: ValidationError, when this version cannot read its spec."""
+    # extra="ignore": a spec of an older version may have removed fields.
     return _with_spec(row, JobSpec.model_validate(row.spec, extra="ignore"))
 
 
 def _shown(row: Row[Any]) -> Job:
-    """The job, to be looked at and ended: one whose spec is unreadable is still its owner's."""
+    """The job, to be shown and cancelled; with an unreadable spec, `unreadable` is set."""
     try:
         return job_from_row(row)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""API keys as rows: hashes, and never a key."""
+"""Rows of API keys, by the hash of their secret."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qlora_service.store.upsert import insert
 
 
 def insert_key(connection: Connection, key: ApiKey, sha256: str) -> bool:
-    """Whether the key was stored: False when there is one of its id."""
+    """Insert the key; False if a key with its id exists."""
     row = {
         "id": key.id,
         "project": key.project,
@@ -29,13 +29,13 @@ def insert_key(connection: Connection, key: ApiKey, sha256: str) -> bool:
 
 
 def find_key(connection: Connection, sha256: str) -> ApiKey | None:
-    """The key of this hash, revoked or not."""
+    """The key with this hash, revoked or not."""
     row = connection.execute(sa.select(api_keys).where(api_keys.c.sha256 == sha256)).one_or_none()
     return None if row is None else _from_row(row)
 
 
 def get_key(connection: Connection, key_id: str, *, project: str | None) -> ApiKey:
-    """Raises: NotFound: there is none, or it belongs to another project than `project`."""
+    """Raises: NotFound, also for a key of another project than `project`."""
     query = sa.select(api_keys).where(api_keys.c.id == key_id)
     if project is not None:
         query = query.where(api_keys.c.project == project)
@@ -46,7 +46,7 @@ def get_key(connection: Connection, key_id: str, *, project: str | None) -> ApiK
 
 
 def list_keys(connection: Connection, *, project: str | None) -> list[ApiKey]:
-    """All keys of a project, or of every one, newest first, the revoked ones among them."""
+    """Keys of a project, or of all projects, newest first, revoked ones included."""
     query = sa.select(api_keys).order_by(api_keys.c.id.desc())
     if project is not None:
         query = query.where(api_keys.c.project == project)
@@ -54,14 +54,14 @@ def list_keys(connection: Connection, *, project: str | None) -> list[ApiKey]:
 
 
 def any_key(connection: Connection) -> bool:
-    """Whether there ever was a key."""
+    """Whether a key exists, revoked ones included."""
     return connection.execute(sa.select(api_keys.c.id).limit(1)).one_or_none() is not None
 
 
 def mark_revoked(connection: Connection, key_id: str, now: datetime) -> None:
-    """A key that was revoked before keeps its time."""
-    live = (api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
-    connection.execute(sa.update(api_keys).where(*live).values(revoked_at=now))
+    """Set the time of revocation, unless the key is revoked already."""
+    valid = (api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
+    connection.execute(sa.update(api_keys).where(*valid).values(revoked_at=now))
 
 
 def _from_row(row: Any) -> ApiKey:

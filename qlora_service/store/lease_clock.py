@@ -1,7 +1,7 @@
-"""The clock that leases are measured by. It must not jump: a wall clock that is set would lose every claim, or none.
+"""The clock of leases. It must not jump, as a wall clock does when it is set.
 
-SQLite lives on one host, so its leases are on the host's monotonic clock, which all its processes share and which
-stands still while the host sleeps. PostgreSQL may serve several hosts: theirs are on the database's own clock.
+SQLite: the host's monotonic clock, shared by all processes and stopped while the host sleeps. PostgreSQL, which may
+serve several hosts: the database's own clock.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 LeaseClock = Callable[[Connection], tuple[str, float]]
-"""The clock's name and its time in seconds; times of clocks with other names mean nothing."""
+"""The clock's name and its time in seconds; times of clocks with different names are not comparable"""
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def lease_clock(connection: Connection) -> tuple[str, float]:
-    """The clock that fits the connection's database."""
+    """The lease clock of the connection's database."""
     if connection.dialect.name == "sqlite":
         return _boot(), time.monotonic()
     seconds = connection.execute(sa.select(sa.extract("epoch", sa.func.clock_timestamp()))).scalar_one()
@@ -31,5 +31,5 @@ def lease_clock(connection: Connection) -> tuple[str, float]:
 
 @cache
 def _boot() -> str:
-    """What tells one start of the host from the next, with which the monotonic clock begins anew."""
+    """An identifier of the host's boot, at which the monotonic clock restarts."""
     return BOOT_ID.read_text().strip() if BOOT_ID.exists() else socket.gethostname()

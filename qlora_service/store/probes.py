@@ -1,7 +1,7 @@
-"""Probes as rows: steps that a plan wants timed when a slot is free. Functions take the caller's transaction.
+"""Rows of probes: steps to be timed for a plan when a slot is free. Functions take the caller's transaction.
 
-A probe is its worker's for as long as that lives: the worker's name is its slot's, so the next one that has the slot
-finds what its forerunner left, and takes it again.
+A probe belongs to the worker that took it. A worker's name is its slot's, so after a crash the next worker of the slot
+takes the same probe again.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from qlora_service.store.tables import probes
 from qlora_service.store.upsert import insert
 
 UNTAKEN = timedelta(days=1)
-"""For so long somebody may still want to know; and what failed may go well after it"""
+"""Lifetime of a probe that no worker took, and of a failure, which may be temporary"""
 VALID = timedelta(days=30)
-"""After that versions and drivers are likely to be others"""
+"""Lifetime of a result: versions and drivers change"""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A step to be timed, and what came of it."""
+    """A step to be timed, and its result."""
 
     key: str
     request: dict[str, Any]
     created_at: datetime
     result: dict[str, Any] | None
-    """Figures, or `error`"""
+    """Figures, or `error`; None before the probe has run"""
 
 
 def ask_for(connection: Connection, key: str, request: dict[str, Any], now: datetime) -> None:
-    """Note that somebody wants the probe; nothing changes where it is known already."""
+    """Insert the probe unless it exists."""
     row = insert(connection, probes).values(key=key, request=request, created_at=now)
     connection.execute(row.on_conflict_do_nothing(index_elements=["key"]))
 
@@ -45,7 +45,7 @@ def find_probe(connection: Connection, key: str) -> Probe | None:
 
 
 def take_probe(connection: Connection, worker: str, device: str) -> Probe | None:
-    """The oldest probe for a device of this kind that nobody has, now the worker's; what it had itself comes first."""
+    """The oldest free probe for this kind of device, now assigned to the worker; its own earlier ones come first."""
     free = (probes.c.result.is_(sa.null()), sa.or_(probes.c.worker.is_(None), probes.c.worker == worker))
     on_device = probes.c.request["device"].as_string() == device
     query = _select().where(*free, on_device).order_by(probes.c.worker.is_(None), probes.c.created_at, probes.c.key)
@@ -57,31 +57,31 @@ def take_probe(connection: Connection, worker: str, device: str) -> Probe | None
 
 
 def is_wanted(connection: Connection, worker: str, device: str) -> bool:
-    """Whether `take_probe` would find one."""
+    """Whether `take_probe` would return a probe."""
     free = (probes.c.result.is_(sa.null()), sa.or_(probes.c.worker.is_(None), probes.c.worker == worker))
     query = sa.select(probes.c.key).where(*free, probes.c.request["device"].as_string() == device)
     return connection.execute(query.limit(1)).one_or_none() is not None
 
 
 def give_back(connection: Connection, worker: str) -> None:
-    """Note that the worker has no probe any more: whoever is free may take it."""
+    """Release the worker's probe."""
     connection.execute(sa.update(probes).where(probes.c.worker == worker).values(worker=None))
 
 
 def finish_probe(connection: Connection, key: str, result: dict[str, Any], now: datetime) -> bool:
-    """Whether the result is stored; not where there is one, or nobody wants it any more."""
+    """Store the result; False if the probe has one already, or was deleted."""
     unknown = (probes.c.key == key, probes.c.result.is_(sa.null()))
     statement = sa.update(probes).where(*unknown).values(result=result, worker=None, created_at=now)
     return connection.execute(statement.returning(probes.c.key)).one_or_none() is not None
 
 
 def drop_old(connection: Connection, now: datetime) -> int:
-    """How many probes were forgotten: those that nobody took in time, failures, and results too old to be believed."""
+    """Delete probes that no worker took in time, old failures and old results; their number."""
     untaken = sa.and_(probes.c.result.is_(sa.null()), probes.c.worker.is_(None))
     failed = probes.c.result["error"].as_string().is_not(None)
     since = probes.c.created_at
-    gone = sa.or_(sa.and_(since < now - UNTAKEN, sa.or_(untaken, failed)), since < now - VALID)
-    statement = sa.delete(probes).where(gone).returning(probes.c.key)
+    expired = sa.or_(sa.and_(since < now - UNTAKEN, sa.or_(untaken, failed)), since < now - VALID)
+    statement = sa.delete(probes).where(expired).returning(probes.c.key)
     return len(connection.execute(statement).all())
 
 

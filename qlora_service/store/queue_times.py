@@ -1,4 +1,4 @@
-"""When waiting jobs are likely to end: from what is left of the running ones and what was forecast of those ahead."""
+"""Expected end of queued jobs, from the ETAs of running jobs and the forecasts of queued ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from qlora_service.store.tables import jobs
 
 
 def seconds_to_end(connection: Connection, job_ids: Collection[str]) -> dict[str, float]:
-    """Seconds until each of these queued jobs ends; those with somebody ahead of whom nothing is known are left out.
+    """Seconds until each of these queued jobs ends; a job behind one without a forecast is left out.
 
-    There are as many slots as jobs run, one at least: how many more there are, only the workers know.
+    Assumes as many slots as jobs are running, at least one: only the workers know the number of slots.
     """
     if not job_ids:
         return {}

@@ -1,4 +1,4 @@
-"""The tables. Changing one needs a migration beside it; a test compares the two."""
+"""Database tables. A change needs a migration; a test compares the two."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ metadata = MetaData(
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A timestamp that is UTC on both sides; SQLite has no time zones of its own."""
+    """A timezone-aware timestamp, stored as UTC without a zone: SQLite has no time zones."""
 
     impl = DateTime
     cache_ok = True
@@ -52,12 +52,12 @@ class UtcDateTime(TypeDecorator[datetime]):
         return None if value is None else value.replace(tzinfo=UTC)
 
 
-# SQLite only counts up by itself on INTEGER keys.
+# SQLite autoincrements INTEGER keys only.
 _Sequence = BigInteger().with_variant(Integer(), "sqlite")
 
 
 def _project(**options: Any) -> Column[str]:
-    """Who owns the row: one project sees nothing of another's."""
+    """The project that owns the row."""
     return Column("project", String(40), nullable=False, **options)
 
 
@@ -73,12 +73,12 @@ datasets = Table(
     Column("shape", String(32), nullable=False),
     Column("report", JSON, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
-    # The row stays for the jobs that name it; the same bytes sent again bring it back.
+    # The row stays for the jobs that refer to it; uploading the same bytes again restores it.
     Column("deleted_at", UtcDateTime),
     UniqueConstraint("project", "sha256", "container", "shape"),
 )
 
-# What rendering a dataset with one tokenizer and one set of length rules gave; a cache, safe to empty.
+# Render reports by dataset, tokenizer and length rules: a cache, safe to empty.
 render_reports = Table(
     "render_reports",
     metadata,
@@ -110,10 +110,10 @@ jobs = Table(
     Column("hold", JSON(none_as_null=True)),
     Column("deaths", JSON, nullable=False, server_default="[]"),
     Column("plan", JSON(none_as_null=True)),
-    # What was predicted when it was posted, and what its attempts measured.
+    # Prediction when the job was posted; measurements of its attempts.
     Column("forecast", JSON(none_as_null=True)),
     Column("measured", JSON(none_as_null=True)),
-    # How often a younger job was claimed before it, because its base was loaded.
+    # Younger jobs claimed before it because their base was loaded.
     Column("overtaken", Integer, nullable=False, server_default="0"),
     Column("checkpoint_step", Integer, nullable=False, server_default="0"),
     Column("phase", String(32)),
@@ -123,12 +123,12 @@ jobs = Table(
     Column("metrics", JSON, nullable=False),
     Column("error", JSON),
     Column("result", JSON),
-    # When its adapter was deleted by its owner.
+    # When its adapter was deleted.
     Column("withdrawn_at", UtcDateTime),
     Index(None, "status", "priority", "id"),
     Index(None, "project", "id"),
 )
-# Every job that is posted asks what the newest of these measured.
+# Read by every posted job, for the newest measurements.
 _measured = jobs.c.measured.is_not(null())
 _newest = (jobs.c.status, jobs.c.finished_at, jobs.c.id)
 Index("ix_jobs_measured", *_newest, sqlite_where=_measured, postgresql_where=_measured)
@@ -152,7 +152,7 @@ events = Table(
     sqlite_autoincrement=True,
 )
 
-# Answers to requests that carried an Idempotency-Key, each written with what the request wrote.
+# Answers to requests with an Idempotency-Key, written in the transaction of the request.
 idempotency_keys = Table(
     "idempotency_keys",
     metadata,
@@ -164,7 +164,7 @@ idempotency_keys = Table(
     Index(None, "created_at"),
 )
 
-# Who may use the API. A key itself is stored nowhere.
+# API keys; the secrets are not stored.
 api_keys = Table(
     "api_keys",
     metadata,
@@ -177,7 +177,7 @@ api_keys = Table(
     Column("revoked_at", UtcDateTime),
 )
 
-# Files that arrive in parts; the parts' bytes lie in the data directory until the upload is completed.
+# Uploads in parts; the bytes of the parts are in the artifact store until the upload is completed.
 uploads = Table(
     "uploads",
     metadata,
@@ -206,7 +206,7 @@ upload_parts = Table(
     Index(None, "upload_id"),
 )
 
-# Where a project is told how its jobs end. The secret signs deliveries, so it is stored as it is.
+# Webhook endpoints. The secret signs deliveries, so it is stored in plain text.
 webhook_endpoints = Table(
     "webhook_endpoints",
     metadata,
@@ -216,7 +216,7 @@ webhook_endpoints = Table(
     Column("url", String(2048), nullable=False),
     Column("event_types", JSON, nullable=False),
     Column("secret", String(128), nullable=False),
-    # Signs too, until then: receivers have a day to change over.
+    # The previous secret signs too until this time.
     Column("old_secret", String(128)),
     Column("old_secret_until", UtcDateTime),
     Column("created_at", UtcDateTime, nullable=False),
@@ -224,7 +224,7 @@ webhook_endpoints = Table(
     Index(None, "project", "id"),
 )
 
-# What is to be told, written with what happened; `due_at` is null once it was delivered or given up.
+# Deliveries, written in the transaction of their event; `due_at` is null once delivered or given up.
 webhook_deliveries = Table(
     "webhook_deliveries",
     metadata,
@@ -243,7 +243,7 @@ webhook_deliveries = Table(
     Index(None, "endpoint_id", "id"),
 )
 
-# Who waits for a base to chat with, and the process that has it loaded.
+# Base models requested for chats, and the processes that have them loaded.
 inference = Table(
     "inference",
     metadata,
@@ -252,12 +252,12 @@ inference = Table(
     # Seconds of the clock that `asked_clock` names; see store/lease_clock.py.
     Column("asked_at", Float, nullable=False),
     Column("asked_clock", String(64), nullable=False),
-    # Whose child it is and where that listens; null while nobody has it loaded.
+    # The process's worker, and its socket; null while no process has the base.
     Column("worker", String(200)),
     Column("socket", String(4096)),
 )
 
-# Single steps that a plan asked for, to be timed when a slot is free; their results answer later plans.
+# Steps to be timed for plans when a slot is free; results serve later plans.
 probes = Table(
     "probes",
     metadata,

@@ -1,4 +1,4 @@
-"""Uploads in parts as rows. Functions take the caller's transaction."""
+"""Rows of uploads in parts. Functions take the caller's transaction."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def insert_upload(connection: Connection, upload: Upload) -> None:
 
 
 def get_upload(connection: Connection, upload_id: str, *, project: str, lock: bool = False) -> Upload:
-    """The upload; with `lock`, nobody else changes it before the transaction ends.
+    """The upload; with `lock`, no other transaction changes it before this one ends.
 
     Raises:
-        NotFound: there is none, or it belongs to another project.
+        NotFound: no such upload, or not in `project`.
     """
     query = sa.select(uploads).where(uploads.c.id == upload_id, uploads.c.project == project)
     row = connection.execute(query.with_for_update() if lock else query).one_or_none()
@@ -32,7 +32,7 @@ def get_upload(connection: Connection, upload_id: str, *, project: str, lock: bo
 
 
 def close_upload(connection: Connection, upload_id: str, status: UploadStatus, dataset_id: str | None = None) -> None:
-    """No part is added any more."""
+    """Set the upload's final status; it accepts no more parts."""
     values = {"status": status, "dataset_id": dataset_id}
     connection.execute(sa.update(uploads).where(uploads.c.id == upload_id).values(values))
 
@@ -51,9 +51,9 @@ def delete_parts(connection: Connection, upload_id: str) -> None:
 
 
 def expire_uploads(connection: Connection, now: datetime) -> list[str]:
-    """The ids of closed uploads, of every project, whose parts are still there; those whose time is over are closed."""
-    over = (uploads.c.status == UploadStatus.PENDING, uploads.c.expires_at < now)
-    connection.execute(sa.update(uploads).where(*over).values(status=UploadStatus.EXPIRED))
+    """Close expired uploads; the ids of closed uploads, of every project, that still have parts."""
+    expired = (uploads.c.status == UploadStatus.PENDING, uploads.c.expires_at < now)
+    connection.execute(sa.update(uploads).where(*expired).values(status=UploadStatus.EXPIRED))
     left = sa.select(upload_parts.c.upload_id).distinct().join(uploads)
     return list(connection.execute(left.where(uploads.c.status != UploadStatus.PENDING)).scalars())
 

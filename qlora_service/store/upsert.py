@@ -1,4 +1,4 @@
-"""Inserts that say what to do when the row is there already, in either database's words."""
+"""Upserts for SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from sqlalchemy.engine import Connection
 def insert(connection: Connection, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
     """An INSERT with `on_conflict_do_nothing` and `on_conflict_do_update`.
 
-    Use `returning` to learn whether a row was inserted: PostgreSQL's driver does not count it reliably.
+    Use `returning` to learn whether a row was inserted: the row count of PostgreSQL's driver is not reliable.
     """
     return postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)

@@ -1,4 +1,4 @@
-"""Webhook endpoints and what they are to be told, as rows. Functions take the caller's transaction."""
+"""Rows of webhook endpoints and deliveries. Functions take the caller's transaction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def insert_endpoint(connection: Connection, endpoint: Endpoint) -> None:
 
 
 def get_endpoint(connection: Connection, endpoint_id: str, *, project: str) -> Endpoint:
-    """Raises: NotFound: there is none, or it belongs to another project."""
+    """Raises: NotFound, also for an endpoint of another project."""
     query = sa.select(endpoints).where(endpoints.c.id == endpoint_id, endpoints.c.project == project)
     row = connection.execute(query).one_or_none()
     if row is None:
@@ -35,7 +35,7 @@ def get_endpoint(connection: Connection, endpoint_id: str, *, project: str) -> E
 
 
 def list_endpoints(connection: Connection, *, project: str, before: str | None, limit: int) -> list[Endpoint]:
-    """Up to `limit` endpoints of a project, newest first, older than the id `before`."""
+    """Up to `limit` endpoints of a project with ids below `before`, newest first."""
     query = sa.select(endpoints).where(endpoints.c.project == project).order_by(endpoints.c.id.desc()).limit(limit)
     if before is not None:
         query = query.where(endpoints.c.id < before)
@@ -52,19 +52,19 @@ def update_endpoint(connection: Connection, endpoint_id: str, **values: Any) -> 
 
 
 def disable_endpoint(connection: Connection, endpoint_id: str, now: datetime) -> None:
-    """It is told nothing from now on, not even what waits to be tried again."""
+    """Disable the endpoint and drop its pending deliveries."""
     update_endpoint(connection, endpoint_id, disabled_at=now)
     pending = (deliveries.c.endpoint_id == endpoint_id, deliveries.c.due_at.is_not(None))
     connection.execute(sa.update(deliveries).where(*pending).values(due_at=None))
 
 
 def delete_endpoint(connection: Connection, endpoint_id: str) -> None:
-    """Its deliveries go with it."""
+    """Delete the endpoint and its deliveries."""
     connection.execute(sa.delete(endpoints).where(endpoints.c.id == endpoint_id))
 
 
 def new_delivery(endpoint_id: str, type_: str, job_id: str, now: datetime, *, event_id: str | None = None) -> Delivery:
-    """What tells an endpoint that a job has ended, due at once; not stored yet."""
+    """A delivery of a job's end to an endpoint, due at once; not stored yet."""
     event_id = event_id or new_id("evt")
     body = {
         "id": event_id,
@@ -81,12 +81,12 @@ def insert_delivery(connection: Connection, delivery: Delivery) -> None:
 
 
 def tell_end(connection: Connection, job_id: str, status: JobStatus, now: datetime) -> None:
-    """Note for every endpoint that wants to know it that a job ended so, in the transaction that ends it."""
+    """Insert a delivery of the job's end for every endpoint that subscribes to it."""
     query = (
         sa.select(endpoints.c.id, endpoints.c.event_types)
         .join(jobs, jobs.c.project == endpoints.c.project)
         .where(jobs.c.id == job_id, endpoints.c.disabled_at.is_(None))
-        # One that is deleted meanwhile would take the job's end with it.
+        # Locked: deleting an endpoint concurrently would fail this transaction, and with it the job's end.
         .with_for_update(read=True, key_share=True, of=endpoints)
     )
     type_, event_id = EVENT_TYPES[status], new_id("evt")
@@ -96,7 +96,7 @@ def tell_end(connection: Connection, job_id: str, status: JobStatus, now: dateti
 
 
 def list_deliveries(connection: Connection, endpoint_id: str, *, before: str | None, limit: int) -> list[Delivery]:
-    """Up to `limit` deliveries to an endpoint, newest first, older than the id `before`."""
+    """Up to `limit` deliveries to an endpoint with ids below `before`, newest first."""
     query = sa.select(deliveries).where(deliveries.c.endpoint_id == endpoint_id)
     query = query.order_by(deliveries.c.id.desc()).limit(limit)
     if before is not None:
@@ -110,7 +110,7 @@ def any_due(connection: Connection, now: datetime) -> bool:
 
 
 def claim_due(connection: Connection, now: datetime, until: datetime, limit: int) -> list[tuple[Delivery, Endpoint]]:
-    """Up to `limit` due deliveries for the caller to try: nobody else gets them before `until`."""
+    """Up to `limit` due deliveries, claimed for the caller until `until`, with their endpoints."""
     due = sa.select(deliveries.c.id).where(deliveries.c.due_at <= now).order_by(deliveries.c.due_at).limit(limit)
     ids: Sequence[str] = connection.execute(due.with_for_update(skip_locked=True)).scalars().all()
     claim = sa.update(deliveries).where(deliveries.c.id.in_(ids)).returning(deliveries)
@@ -124,6 +124,6 @@ def claim_due(connection: Connection, now: datetime, until: datetime, limit: int
 
 
 def note_attempt(connection: Connection, delivery: Delivery, **values: Any) -> None:
-    """Store how the claimed attempt ended, unless a later one has begun."""
+    """Store the outcome of the claimed attempt, unless a later attempt has begun."""
     same = (deliveries.c.id == delivery.id, deliveries.c.attempts == delivery.attempts)
     connection.execute(sa.update(deliveries).where(*same).values(**values))

@@ -1,1 +1,1 @@
-"""The training loop, and everything with tensors that it needs."""
+"""Training of an adapter: the loop and every module of the service that computes with tensors for it."""

@@ -1,4 +1,4 @@
-"""The training loop. It reads top to bottom."""
+"""The training loop. `train` reads top to bottom."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ from qlora_service.training.optimizer import (
 )
 from qlora_service.training.step import StepGradients, example_tokens
 
-ROWS_NAMED = 20
-"""Most lines a failure names."""
-SKIPS_IN_A_ROW = 3
-"""Steps that may fail one after the other; the last of so many ends the job."""
-BLOWN_UP = 1.5
-"""A loss so many times the lowest of the last ones was on its way up, not struck by one row."""
+MAX_NAMED_LINES = 20
+"""Most lines of the dataset that an error names"""
+MAX_CONSECUTIVE_SKIPS = 3
+"""Skipped steps in a row that end the job"""
+DIVERGENCE_RATIO = 1.5
+"""Latest loss over the lowest recent loss above which the learning rate is blamed, not the rows of one step"""
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one optimizer step did. `step` counts from 1."""
+    """Metrics of one optimizer step. `step` counts from 1."""
 
     step: int
     loss: float
-    """Of the whole step: nats per learned token when supervised, else the objective's per example"""
+    """Of the whole step: nats per trained token when supervised, else the objective's loss per example"""
     learning_rate: float
     grad_norm: float
     """2-norm before clipping"""
     skipped: bool
-    """The loss or a gradient was not finite, so the weights were left as they were"""
+    """The loss or a gradient was not finite; the weights were left unchanged"""
     trained_tokens: int
     tokens: int
     tokens_per_second: float
@@ -58,7 +58,7 @@ class StepMetrics:
 
 
 class Observer(Protocol):
-    """Who is told about every step and evaluation; may raise to stop the training."""
+    """Receives the metrics of every step and every evaluation; may raise to end the training."""
 
     def on_step(self, metrics: StepMetrics) -> None: ...
 
@@ -66,36 +66,37 @@ class Observer(Protocol):
 
 
 class Control(Protocol):
-    """Who decides whether the training goes on, and keeps its states."""
+    """Decides whether training continues, and stores its states."""
 
     def check(self) -> None:
-        """Raises what ends the training.
+        """Raises to end the training.
 
-        Asked before every turn of the loop and every forward pass, so that one micro-batch or one held-out document
-        at most runs in between. After an `Interrupted`, the state of the last completed step is saved; after any other
-        exception nothing is.
+        Called before every turn of the loop, every forward pass, and every layer in both directions: between two calls
+        at most one micro-batch or one held-out document is computed. After an `Interrupted` the loop saves the state of
+        the last completed step; after any other exception it saves nothing.
         """
         ...
 
     def checkpoint_is_due(self) -> bool:
-        """Asked after every step and every evaluation."""
+        """Whether to save the state now; called after every step and every evaluation."""
         ...
 
     def save(self, state: TrainingState) -> None: ...
 
     def plan_changed(self, change: dict[str, Any]) -> None:
-        """Told that memory ran out: `step` (from 1), `what` ("micro_batch_tokens" or "gradient_checkpointing"), `from`,
-        `to`, and `why`.
+        """Receives what changed because memory ran out.
+
+        Keys: `step` (from 1), `what` ("micro_batch_tokens" or "gradient_checkpointing"), `from`, `to`, and `why`.
         """
         ...
 
     def around_step(self, step: int, optimizer: torch.optim.Optimizer) -> AbstractContextManager[object]:
-        """Entered around the passes and the update of step `step` (from 0)."""
+        """Context of the forward and backward passes and the update of step `step` (from 0)."""
         ...
 
 
 class Unattended:
-    """A control that never stops the training and keeps nothing."""
+    """A control that never ends the training and stores no state."""
 
     def check(self) -> None:
         pass
@@ -114,38 +115,39 @@ class Unattended:
 
 
 AroundStep = Callable[[int, torch.optim.Optimizer], AbstractContextManager[object]]
-"""As `Control.around_step`"""
+"""Signature of `Control.around_step`"""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The examples of each step, and when the adapter is evaluated."""
+    """The examples of each step, the held-out examples, and the evaluation interval."""
 
     examples_of_step: Callable[[int], Sequence[TrainingExample]]
-    """Of step i (from 0)"""
+    """Maps a step (from 0) to its examples"""
     held_out: Sequence[TrainingExample]
     total_steps: int
     evaluate_every: int
-    """Steps between evaluations"""
+    """Steps between two evaluations"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The held-out examples before the first step and for the adapter that training ends with."""
+    """Evaluations of the adapter before the first step and of the final adapter."""
 
     before: Evaluation
     after: Evaluation
     steps: int
-    """Steps that were taken: fewer than planned after an early stop"""
+    """Steps taken: fewer than planned after an early stop"""
     best_step: int
-    """The step that the adapter is of"""
+    """Steps after which the final adapter was evaluated"""
     skipped_steps: int
 
 
 class LossNotFinite(JobFailed):
-    """The loss or a gradient was not finite `SKIPS_IN_A_ROW` times; `outcome` is of the last step that was."""
+    """The loss or a gradient was not finite in `MAX_CONSECUTIVE_SKIPS` steps in a row."""
 
     outcome: Outcome | None = None
+    """Outcome as of the last finite step; None without one"""
 
 
 def train(  # noqa: PLR0915 - the loop reads top to bottom
@@ -159,28 +161,30 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
     start: TrainingState | None = None,
     control: Control | None = None,
 ) -> Outcome:
-    """Train the adapter in place.
+    """Trains the adapter in place.
 
-    A step is a set of examples. However they are cut into micro-batches, its loss is the sum over its learned tokens
-    (or pairs, or examples) divided by their number in the whole step.
+    A step is one optimizer step over a set of examples. Its loss is the sum over its trained tokens (or pairs, or
+    labelled answers) divided by their number in the whole step. How the step is cut into micro-batches therefore
+    changes neither the loss nor its gradients, beyond rounding and the random draws of dropout and noise.
 
-    From `start`, a state that `control` was given, training goes on as if it had never stopped: on one machine to the
-    same bytes. `network` has to hold the adapter as it was first attached; `row_losses` become those of the state.
+    With `start`, a state that `control` has saved, training resumes after the state's last step and, on the same
+    machine, ends with the same bytes as an uninterrupted one. `network` has to hold the adapter as first attached;
+    `row_losses` is overwritten with the losses in the state.
 
     Raises:
-        Interrupted: `control` or `observer` asked for it; the state of the last completed step was saved.
-        LossNotFinite: a step's loss or gradient was not finite three times in a row; the adapter is as the last
-            finite step left it.
-        JobFailed: the held-out loss is not finite, no gradient reaches the adapter, or memory does not hold the step's
-            longest example.
+        Interrupted: raised by `control` or `observer`; the state of the last completed step was saved.
+        LossNotFinite: the loss or a gradient was not finite three steps in a row; the adapter is that of the last
+            finite step.
+        JobFailed: the held-out loss is not finite, no gradient reaches the adapter, or the longest example of a step
+            does not fit into memory.
     """
     model, device = network.model, network.device
     parameters = trainable(model)
     control = control or Unattended()
     total_steps, evaluate_every = workload.total_steps, workload.evaluate_every
-    held = HeldOut(network, objective, workload.held_out, training, observer.on_evaluation)
+    held_out = HeldOut(network, objective, workload.held_out, training, observer.on_evaluation)
     gradients = StepGradients(network, objective, training, control.plan_changed)
-    history, chance = StepHistory(), random_state(device)
+    history, rng_state = StepHistory(), random_state(device)
     model.train()
 
     with optimizing(model, training, device) as optimizer, checking(network, control.check):
@@ -190,21 +194,21 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
             restore_allocation(model, start.allocation)
             restore_random_state(start.random_state, device)
             row_losses.restore(start.row_losses)
-            held.state, history, chance = start.held_out, start.history, start.random_state
+            held_out.state, history, rng_state = start.held_out, start.history, start.random_state
             gradients.micro_batch_tokens = start.micro_batch_tokens
             if start.gradient_checkpointing and not network.checkpointing:
                 network.checkpoint()
 
-        def position() -> tuple[object, ...]:
-            """What tells two states of this training apart."""
-            return history.step, held.state.measured_step, gradients.micro_batch_tokens, network.checkpointing
+        def state_key() -> tuple[object, ...]:
+            """Differs between any two states of this training."""
+            return history.step, held_out.state.measured_step, gradients.micro_batch_tokens, network.checkpointing
 
-        saved = None if start is None else position()
+        saved_key = None if start is None else state_key()
 
         def save() -> None:
-            """Hand over the state after the last completed step, unless it is the one that was handed over last."""
-            nonlocal saved
-            if saved != position():
+            """Saves the state after the last completed step, unless it is saved already."""
+            nonlocal saved_key
+            if saved_key != state_key():
                 control.save(
                     TrainingState(
                         history=history,
@@ -213,51 +217,56 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
                         allocation={
                             name: value.to("cpu", copy=True) for name, value in allocation_state(model).items()
                         },
-                        held_out=held.state,
+                        held_out=held_out.state,
                         row_losses=row_losses.state(),
-                        random_state=chance,
+                        random_state=rng_state,
                         micro_batch_tokens=gradients.micro_batch_tokens,
                         gradient_checkpointing=network.checkpointing,
                     )
                 )
-                saved = position()
+                saved_key = state_key()
 
         try:
-            # A turn is an evaluation or a step. A training that goes on begins with the turn it was interrupted in.
+            # Each turn is one evaluation or one step. A resumed training starts with the turn that was interrupted.
             while True:
                 control.check()
                 if control.checkpoint_is_due():
                     save()
-                step = history.step
-                if history.skipped_in_a_row == SKIPS_IN_A_ROW:
+                step = history.step  # completed steps, and the index of the next one
+                # Checked at the start of a turn, so that a training resumed after the last skip fails too.
+                if history.skipped_in_a_row == MAX_CONSECUTIVE_SKIPS:
                     rate = learning_rate(step - 1, total_steps, training)
-                    raise _not_finite(history, workload.examples_of_step(step - 1), rate, held)
-                if held.state.measured_step != step and (step % evaluate_every == 0 or step == total_steps):
-                    held.measure(step)
+                    raise _not_finite(history, workload.examples_of_step(step - 1), rate, held_out)
+
+                # Evaluate before the first step, at every interval, and after the last step.
+                if held_out.state.measured_step != step and (step % evaluate_every == 0 or step == total_steps):
+                    held_out.measure(step)
                     continue
-                if held.is_enough or step == total_steps:
+                if held_out.patience_is_exhausted or step == total_steps:
                     break
 
                 started = time.perf_counter()
                 examples = workload.examples_of_step(step)
                 with control.around_step(step, optimizer):
+                    # Gradients of the whole step, accumulated over its micro-batches.
                     loss = gradients.compute(step, examples)
                     if step == 0:
-                        _check_every_parameter_learns(model)
+                        _check_gradients_reach_adapter(model)
                     grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm))
                     rate = learning_rate(step, total_steps, training)
                     set_learning_rate(optimizer, rate)
                     is_finite = math.isfinite(loss.total) and math.isfinite(grad_norm)
-                    # From here to the observer nothing asks whether to stop: a step is completed whole, or not at all.
+                    # Nothing interrupts from here until `on_step`: a step is completed as a whole or not at all.
+                    # A step that is not finite changes neither weights nor optimizer.
                     if is_finite:
                         optimizer.step()
                     after_step(model, step + 1, skipped=not is_finite)
                     optimizer.zero_grad(set_to_none=True)
-                row_losses.record(step + 1, loss.lines, loss.of_example)
+                row_losses.record(step + 1, loss.lines, loss.example_losses)
                 history = history.after(loss.total, grad_norm, skipped=not is_finite)
-                chance = random_state(device)
+                rng_state = random_state(device)  # of the completed step: an interrupted one draws numbers too
 
-                synchronize(device)
+                synchronize(device)  # so that the duration includes the GPU's queued work
                 tokens = sum(example_tokens(examples))
                 documents = [document for example in examples for document in example.documents]
                 observer.on_step(
@@ -275,17 +284,19 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
                 )
             save()
         except Interrupted:
+            # Gradients of an unfinished step are dropped: the state is that of the last completed one.
             optimizer.zero_grad(set_to_none=True)
             save()
             raise
-        after = held.choose()
-        return Outcome(held.before, after, history.step, held.state.chosen_step, history.skipped_steps)
+        after = held_out.restore_chosen()
+        return Outcome(held_out.before, after, history.step, held_out.state.chosen_step, history.skipped_steps)
 
 
 @contextmanager
 def checking(network: Network, check: Callable[[], None]) -> Iterator[None]:
-    """Call `check` before every forward pass, whoever makes it (all of them begin with the embeddings), and before each
-    layer of it and of its backward pass, which may take long.
+    """Inside, `check` is called before every forward pass, and before each layer of it and of its backward pass.
+
+    Every forward pass begins with the input embeddings, whatever code starts it; one pass may take long.
     """
     hook = network.model.get_input_embeddings().register_forward_pre_hook(lambda *_: check())
     try:
@@ -295,41 +306,44 @@ def checking(network: Network, check: Callable[[], None]) -> Iterator[None]:
         hook.remove()
 
 
-def _check_every_parameter_learns(model: torch.nn.Module) -> None:
-    """Raises: JobFailed, naming adapter weights that the backward pass of the first step did not reach."""
-    learned = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    if not any(gradient is not None and gradient.any() for gradient in learned.values()):
+def _check_gradients_reach_adapter(model: torch.nn.Module) -> None:
+    """Raises: JobFailed, naming adapter weights that have no gradient after the first step's backward pass."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    if not any(gradient is not None and gradient.any() for gradient in gradients.values()):
         raise JobFailed("no gradient reaches the adapter", reason=FailureReason.INTERNAL, step=1)
-    cut_off = [name for name, gradient in learned.items() if gradient is None]
-    if cut_off:
+    without_gradient = [name for name, gradient in gradients.items() if gradient is None]
+    if without_gradient:
         raise JobFailed(
-            f"no gradient reaches {len(cut_off)} adapter weights, such as {cut_off[0]}: leave modules that take no "
-            "part in the forward pass out of adapter.target_modules",
+            f"no gradient reaches {len(without_gradient)} adapter weights, such as {without_gradient[0]}: leave "
+            "modules that take no part in the forward pass out of adapter.target_modules",
             reason=FailureReason.INVALID_INPUT,
             step=1,
         )
 
 
-def _not_finite(history: StepHistory, examples: Sequence[TrainingExample], rate: float, held: HeldOut) -> LossNotFinite:
-    """Why training ends: a learning rate that drove the loss up, or else the last step's rows."""
+def _not_finite(
+    history: StepHistory, examples: Sequence[TrainingExample], rate: float, held_out: HeldOut
+) -> LossNotFinite:
+    """The failure, with its likely cause: a learning rate that made the loss diverge, or else the last step's rows."""
     step, recent = history.step, history.recent_losses
-    lines = [example.line for example in examples[:ROWS_NAMED]]
-    what = (
-        f"step {step}, and the {SKIPS_IN_A_ROW - 1} before it: loss {history.loss}, gradient norm {history.grad_norm}."
+    lines = [example.line for example in examples[:MAX_NAMED_LINES]]
+    symptom = (
+        f"step {step}, and the {MAX_CONSECUTIVE_SKIPS - 1} before it, were not finite: loss {history.loss}, gradient "
+        f"norm {history.grad_norm}."
     )
-    if recent and recent[-1] > BLOWN_UP * min(recent):
-        why = (
+    if recent and recent[-1] > DIVERGENCE_RATIO * min(recent):
+        advice = (
             f"The loss had risen from {min(recent):.3f} to {recent[-1]:.3f}: the learning rate of {rate:.2g} makes it "
-            "blow up. Lower training.learning_rate"
+            "diverge. Lower training.learning_rate"
         )
     else:
-        named = ", ".join(map(str, lines))
-        why = f"Lower training.learning_rate, or look at this step's rows: lines {named}"
-    failure = LossNotFinite(f"{what} {why}", reason=FailureReason.NOT_FINITE, step=step, lines=lines)
-    # Where the held-out loss is not finite either, nothing is left to keep.
+        listed = ", ".join(map(str, lines))
+        advice = f"Lower training.learning_rate, or check this step's rows: lines {listed}"
+    failure = LossNotFinite(f"{symptom} {advice}", reason=FailureReason.NOT_FINITE, step=step, lines=lines)
+    # If the held-out loss is not finite either, there is no adapter worth keeping.
     with suppress(JobFailed):
         if recent:
-            finite_step = step - SKIPS_IN_A_ROW
-            after = held.measure(finite_step)
-            failure.outcome = Outcome(held.before, after, finite_step, finite_step, history.skipped_steps)
+            finite_step = step - MAX_CONSECUTIVE_SKIPS
+            after = held_out.measure(finite_step)
+            failure.outcome = Outcome(held_out.before, after, finite_step, finite_step, history.skipped_steps)
     return failure

@@ -1,7 +1,7 @@
-"""What a step's loss is made of. Each objective sums over the whole step and divides once.
+"""Training objectives: the loss of a step, divided once by the number of its tokens, pairs or examples.
 
-`of_step` sees the whole step and returns the function that gives a micro-batch's share of its loss; the shares sum to
-the step's loss, however it is cut.
+`prepare_step` receives the whole step and returns the function that computes a micro-batch's share of its loss. The
+shares sum to the step's loss, however it is cut into micro-batches.
 """
 
 from __future__ import annotations
@@ -22,61 +22,66 @@ from qlora_service.training.network.cross_entropy import TokenLosses
 from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
 from qlora_service.training.network.network import Network
 
-CERTAIN = -1e-6
-"""Log-probability above which the odds of an answer are cut off: at 0 they are infinite."""
+MAX_LOG_PROBABILITY = -1e-6
+"""Upper bound of an answer's log-probability, because its odds are infinite at 0"""
 
 
-class Compute(Protocol):
-    """Losses of documents, with the adapter or of the bare base: `Network.losses` or `Network.evaluate`."""
+class ComputeLosses(Protocol):
+    """Token losses of documents, with the adapter or of the bare base: `Network.losses` or `Network.evaluate`."""
 
     def __call__(self, documents: Sequence[TokenRow], *, adapter: bool = True) -> TokenLosses: ...
 
 
 @dataclass(frozen=True)
 class Share:
-    """A micro-batch's part of the step's loss, and of the figures beside it."""
+    """A micro-batch's share of the step's loss, and its metrics."""
 
     total: torch.Tensor
     """(); the shares of a step sum to its loss"""
-    each: torch.Tensor
-    """(examples,) each example's own loss, detached"""
+    example_losses: torch.Tensor
+    """(examples,) loss of each example, detached"""
     hits: torch.Tensor
-    """(anything,) True where the model was right: tokens, or pairs, or labels"""
+    """(tokens,), (pairs,) or (examples,): True where the model predicts the token, the ranking or the label"""
 
 
-ShareOf = Callable[[Sequence[TrainingExample]], Share]
+ComputeShare = Callable[[Sequence[TrainingExample]], Share]
+"""Maps the examples of a micro-batch to its share"""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the held-out examples say."""
+    """Metrics over the held-out examples."""
 
     loss: float
-    """The objective's, over all of them: nats per learned token when supervised"""
+    """The objective's loss over all of them: nats per trained token when supervised"""
     accuracy: float
-    """Share of learned tokens that were the most likely ones; of pairs ranked right; of labels told right"""
+    """Share of trained tokens that are the most likely ones, of pairs ranked right, or of labels predicted right"""
     perplexity: float | None = None
-    """exp(loss), where the loss is one of tokens"""
+    """exp(loss) when supervised; None for the other objectives"""
 
 
 class TrainingObjective(Protocol):
-    """A way to make a loss of examples."""
+    """Computes the loss of examples."""
 
-    def of_step(self, network: Network, examples: Sequence[TrainingExample], compute: Compute) -> ShareOf:
-        """The function of the step's micro-batches."""
+    def prepare_step(
+        self, network: Network, examples: Sequence[TrainingExample], compute_losses: ComputeLosses
+    ) -> ComputeShare:
+        """The function that computes the share of each micro-batch of the step `examples`."""
         ...
 
 
 class SupervisedObjective:
-    """The sum over the learned tokens divided by their number."""
+    """The sum of the losses of the trained tokens, divided by their number."""
 
-    def of_step(self, network: Network, examples: Sequence[TrainingExample], compute: Compute) -> ShareOf:
+    def prepare_step(
+        self, network: Network, examples: Sequence[TrainingExample], compute_losses: ComputeLosses
+    ) -> ComputeShare:
         tokens = sum(document.trained_tokens for example in examples for document in example.documents)
 
-        def share(members: Sequence[TrainingExample]) -> Share:
-            documents = [document for member in members for document in member.documents]
-            losses = compute(documents)
-            means = [part.mean() for part in _by_document(losses.nll.detach(), documents)]
+        def share(micro_batch: Sequence[TrainingExample]) -> Share:
+            documents = [document for example in micro_batch for document in example.documents]
+            losses = compute_losses(documents)  # nll and hits: (trained tokens of the micro-batch,)
+            means = [part.mean() for part in _split_by_document(losses.nll.detach(), documents)]
             return Share(losses.nll.sum() / tokens, torch.stack(means), losses.hits)
 
         return share
@@ -84,17 +89,19 @@ class SupervisedObjective:
 
 @dataclass(frozen=True)
 class DpoObjective:
-    """-log σ(β (policy margin - reference margin)) per pair, divided by the pairs."""
+    """-log σ(β (policy margin - reference margin)) per pair, divided by the number of pairs."""
 
     spec: Dpo
 
-    def of_step(self, network: Network, examples: Sequence[TrainingExample], compute: Compute) -> ShareOf:
+    def prepare_step(
+        self, network: Network, examples: Sequence[TrainingExample], compute_losses: ComputeLosses
+    ) -> ComputeShare:
         beta, smoothing = self.spec.beta, self.spec.label_smoothing
 
-        def share(members: Sequence[TrainingExample]) -> Share:
-            ratio = _log_ratios(compute, _answers(members, PreferencePair))
+        def share(micro_batch: Sequence[TrainingExample]) -> Share:
+            ratio = _log_ratios(compute_losses, _documents(micro_batch, PreferencePair))  # (2 * pairs,), chosen first
             margin = beta * (ratio[::2] - ratio[1::2])  # (pairs,)
-            losses = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+            losses = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)  # (pairs,)
             return Share(losses.sum() / len(examples), losses.detach(), margin.detach() > 0)
 
         return share
@@ -102,47 +109,52 @@ class DpoObjective:
 
 @dataclass(frozen=True)
 class OrpoObjective:
-    """The chosen answer's mean loss plus β times -log σ(log odds ratio) per pair, divided by the pairs.
+    """The chosen answer's mean loss plus β times -log σ(log odds ratio) per pair, divided by the number of pairs.
 
-    Odds are of the answers' mean log-probability per token (section 4.1); the first term is of the answer's tokens.
+    The odds are those of an answer's mean log-probability per token (arXiv:2403.07691, section 4.1). The first term
+    covers the tokens of the answer only.
     """
 
     spec: Orpo
 
-    def of_step(self, network: Network, examples: Sequence[TrainingExample], compute: Compute) -> ShareOf:
-        def share(members: Sequence[TrainingExample]) -> Share:
-            documents = _answers(members, PreferencePair)
-            losses = compute(documents)
-            mean = torch.stack([-part.mean() for part in _by_document(losses.nll, documents)])
-            chosen, rejected = mean[::2], mean[1::2]
-            ratio = _log_odds(chosen) - _log_odds(rejected)
-            each = -chosen - self.spec.beta * F.logsigmoid(ratio)
-            return Share(each.sum() / len(examples), each.detach(), ratio.detach() > 0)
+    def prepare_step(
+        self, network: Network, examples: Sequence[TrainingExample], compute_losses: ComputeLosses
+    ) -> ComputeShare:
+        def share(micro_batch: Sequence[TrainingExample]) -> Share:
+            documents = _documents(micro_batch, PreferencePair)
+            losses = compute_losses(documents)
+            mean = torch.stack([-part.mean() for part in _split_by_document(losses.nll, documents)])  # (2 * pairs,)
+            chosen, rejected = mean[::2], mean[1::2]  # (pairs,) each
+            ratio = _log_odds(chosen) - _log_odds(rejected)  # (pairs,)
+            pair_losses = -chosen - self.spec.beta * F.logsigmoid(ratio)  # (pairs,)
+            return Share(pair_losses.sum() / len(examples), pair_losses.detach(), ratio.detach() > 0)
 
         return share
 
 
 @dataclass(frozen=True)
 class KtoObjective:
-    """w (1 - σ(± β (log ratio - baseline))) per example, divided by the examples.
+    """w (1 - σ(± β (log ratio - baseline))) per example, divided by the number of examples.
 
-    The baseline is the mean log ratio of answers that belong to another question of the step, at least 0 and without a
-    gradient: one figure for the whole step, known before its first micro-batch.
+    The baseline is the mean log ratio of mismatched rows, where each question of the step has the answer of the next
+    one; at least 0, without a gradient. It is one number per step, computed before the first micro-batch.
     """
 
     spec: Kto
 
-    def of_step(self, network: Network, examples: Sequence[TrainingExample], compute: Compute) -> ShareOf:
-        baseline = self._baseline(network, _answers(examples, LabelledRow))
+    def prepare_step(
+        self, network: Network, examples: Sequence[TrainingExample], compute_losses: ComputeLosses
+    ) -> ComputeShare:
+        baseline = self._baseline(network, _documents(examples, LabelledRow))
 
-        def share(members: Sequence[TrainingExample]) -> Share:
-            ratio = _log_ratios(compute, _answers(members, LabelledRow))
-            wanted = [isinstance(member, LabelledRow) and member.desirable for member in members]
-            sign = ratio.new_tensor([1.0 if good else -1.0 for good in wanted])
-            weight = ratio.new_tensor([self._weight(good) for good in wanted])
-            gain = self.spec.beta * sign * (ratio - baseline)
-            each = weight * torch.sigmoid(-gain)
-            return Share(each.sum() / len(examples), each.detach(), gain.detach() > 0)
+        def share(micro_batch: Sequence[TrainingExample]) -> Share:
+            ratio = _log_ratios(compute_losses, _documents(micro_batch, LabelledRow))  # (examples,)
+            labels = [isinstance(example, LabelledRow) and example.desirable for example in micro_batch]
+            sign = ratio.new_tensor([1.0 if desirable else -1.0 for desirable in labels])
+            weight = ratio.new_tensor([self._weight(desirable) for desirable in labels])
+            gain = self.spec.beta * sign * (ratio - baseline)  # (examples,)
+            example_losses = weight * torch.sigmoid(-gain)  # (examples,)
+            return Share(example_losses.sum() / len(examples), example_losses.detach(), gain.detach() > 0)
 
         return share
 
@@ -150,8 +162,9 @@ class KtoObjective:
         return self.spec.desirable_weight if desirable else self.spec.undesirable_weight
 
     def _baseline(self, network: Network, answers: Sequence[TokenRow]) -> torch.Tensor:
+        """() the baseline of a step with these answers."""
         if len(answers) < 2:
-            return torch.zeros(())  # there is no other answer
+            return torch.zeros(())  # no other answer in the step
         mismatched = [
             _with_answer_of(row, other) for row, other in zip(answers, [*answers[1:], answers[0]], strict=True)
         ]
@@ -159,7 +172,7 @@ class KtoObjective:
 
 
 def make_objective(spec: Objective) -> TrainingObjective:
-    """The objective that the spec asks for."""
+    """The objective of the spec."""
     if isinstance(spec, Dpo):
         return DpoObjective(spec)
     if isinstance(spec, Orpo):
@@ -169,72 +182,72 @@ def make_objective(spec: Objective) -> TrainingObjective:
 
 @torch.no_grad()
 def evaluate(network: Network, objective: TrainingObjective, examples: Sequence[TrainingExample]) -> Evaluation:
-    """The objective's loss over all examples, as if they were one step.
+    """The evaluation of all examples as one step, computed one example at a time.
 
     Raises:
-        JobFailed: the device has no memory for one of them alone, which is named.
+        JobFailed: a single example does not fit into the device's memory; the message names it.
     """
     with network.evaluating():
-        share_of = objective.of_step(network, examples, network.evaluate)
-        shares = [_share_alone(share_of, example, network.device) for example in examples]
+        compute_share = objective.prepare_step(network, examples, network.evaluate)
+        shares = [_single_share(compute_share, example, network.device) for example in examples]
     loss = math.fsum(float(share.total) for share in shares)
     hits = torch.cat([share.hits for share in shares])
     perplexity = math.exp(min(loss, 700.0)) if isinstance(objective, SupervisedObjective) else None
     return Evaluation(loss, float(hits.float().mean()), perplexity)
 
 
-def _share_alone(share_of: ShareOf, example: TrainingExample, device: torch.device) -> Share:
-    """The share of one example; tried again once with what was cached given back. Raises: JobFailed."""
+def _single_share(compute_share: ComputeShare, example: TrainingExample, device: torch.device) -> Share:
+    """The share of one example; retried once after cached memory is released. Raises: JobFailed."""
     for _ in range(2):
         try:
-            return share_of([example])
+            return compute_share([example])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        # Outside the except block: the error's traceback holds the tensors of the pass that failed.
+        # Outside the except block, because the error's traceback holds the tensors of the failed pass.
         release_memory(device)
     tokens = max(len(document.input_ids) for document in example.documents)
     raise JobFailed(
-        f"the row of line {example.line} has {tokens} tokens, for which the device has no memory even without "
-        "gradients: lower training.max_seq_len_tokens below that, or take a smaller base model",
+        f"the row of line {example.line} has {tokens} tokens, which do not fit into the device's memory even without "
+        "gradients: lower training.max_seq_len_tokens below that, or use a smaller base model",
         reason=FailureReason.OUT_OF_MEMORY,
         line=example.line,
         tokens=tokens,
     )
 
 
-def _answers(examples: Sequence[TrainingExample], kind: type[PreferencePair | LabelledRow]) -> list[TokenRow]:
+def _documents(examples: Sequence[TrainingExample], kind: type[PreferencePair | LabelledRow]) -> list[TokenRow]:
     assert all(isinstance(example, kind) for example in examples)
     return [document for example in examples for document in example.documents]
 
 
-def _by_document(values: torch.Tensor, documents: Sequence[TokenRow]) -> tuple[torch.Tensor, ...]:
+def _split_by_document(values: torch.Tensor, documents: Sequence[TokenRow]) -> tuple[torch.Tensor, ...]:
     return values.split([document.trained_tokens for document in documents])
 
 
-def _log_ratios(compute: Compute, documents: Sequence[TokenRow]) -> torch.Tensor:
-    """(documents,) log π - log π_ref of each one's learned tokens; π_ref is the base without the adapter.
+def _log_ratios(compute_losses: ComputeLosses, documents: Sequence[TokenRow]) -> torch.Tensor:
+    """(documents,) log π - log π_ref of each one's trained tokens; π_ref is the base without the adapter.
 
-    Subtracted token by token: the two sums are large and nearly equal, and float32 rounds them.
+    Subtracted token by token, because the two sums are large and nearly equal, and float32 would round the difference.
     """
-    reference = compute(documents, adapter=False).nll  # first, before the policy's activations are there
-    ratios = reference - compute(documents).nll
-    return torch.stack([part.sum() for part in _by_document(ratios, documents)])
+    reference = compute_losses(documents, adapter=False).nll  # (trained tokens,); before the policy's activations exist
+    ratios = reference - compute_losses(documents).nll  # (trained tokens,)
+    return torch.stack([part.sum() for part in _split_by_document(ratios, documents)])
 
 
 def _log_odds(log_probability: torch.Tensor) -> torch.Tensor:
     """log(p / (1 - p)) of log p."""
-    bounded = log_probability.clamp(max=CERTAIN)
+    bounded = log_probability.clamp(max=MAX_LOG_PROBABILITY)
     return bounded - torch.log(-torch.expm1(bounded))
 
 
 def _with_answer_of(row: TokenRow, other: TokenRow) -> TokenRow:
-    """The question of one row with the answer of another, no longer than the longer of the two.
+    """The question of `row` with the answer of `other`, cut at the length of the longer row.
 
-    An answer is everything from its first learned token on: also what tools returned between its messages.
+    An answer is everything from its first trained token on, tool results between its messages included.
     """
-    question, answer = (list(one.trained).index(True, 1) for one in (row, other))
+    question_end, answer_start = (list(each.trained).index(True, 1) for each in (row, other))
     limit = max(len(row.input_ids), len(other.input_ids))
-    ids = [*row.input_ids[:question], *other.input_ids[answer:]][:limit]
-    trained = [*[False] * question, *other.trained[answer:]][:limit]
+    ids = [*row.input_ids[:question_end], *other.input_ids[answer_start:]][:limit]
+    trained = [*[False] * question_end, *other.trained[answer_start:]][:limit]
     return TokenRow(row.line, ids, trained)

@@ -1,4 +1,4 @@
-"""The optimizer, its state as plain tensors, and the learning rate's schedule."""
+"""The optimizer, its state as plain tensors, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from qlora_service.training.device import can_page, synchronize
 from qlora_service.training.sizes import EIGHT_BIT_BLOCK, FEWEST_8BIT_ELEMENTS, FEWEST_PAGED_ELEMENTS
 
 OptimizerState = dict[str, dict[str, torch.Tensor]]
-"""By the parameter's name in the model: its moments, their constants, and the number of steps it took."""
+"""By the parameter's name in the model: its moments, their quantization constants, and its number of steps"""
 
 _B_MATRICES = {"lora_B", "lora_embedding_B"}
 _CODE_TABLES = ("qmap1", "qmap2")
-"""The values that 8-bit codes stand for: bitsandbytes' own, the same for every parameter, so never stored."""
+"""bitsandbytes' tables of the values that 8-bit codes stand for: the same for every parameter, so never saved"""
 
 
 def make_optimizer(model: torch.nn.Module, training: Training, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer asked for, over the model's trainable parameters.
+    """The optimizer that `training.optim` names, over the model's trainable parameters.
 
-    LoRA+ gives the B matrices their own group, with `lr_scale` = loraplus_lr_ratio; everywhere else it is 1. (PEFT's
+    LoRA+: the B matrices are a group of their own with `lr_scale` = loraplus_lr_ratio; all other groups have 1. (PEFT's
     `create_loraplus_optimizer` also raises the rate of one-dimensional tensors and fixes that of embeddings at 1e-6.)
 
-    Weight decay applies to matrices, not to one-dimensional tensors. transformers' `get_decay_parameter_names` goes by
-    name: it leaves out biases and norms, as this does, but takes in DoRA's magnitudes and VeRA's vectors. Those stay
-    out here: decay would pull a magnitude away from the base's, where it pulls B towards the base.
+    Weight decay applies to matrices, not to one-dimensional tensors. transformers' `get_decay_parameter_names` decides
+    by name: it excludes biases and norms, as here, but includes DoRA's magnitudes and VeRA's vectors. They are excluded
+    here, because decay would pull a magnitude away from the base's, whereas it pulls B towards the base.
 
-    bitsandbytes pages a state tensor only if its parameter has at least 100,000 elements, and only on CUDA
+    bitsandbytes pages a state tensor only on CUDA and only if its parameter has at least 100,000 elements
     (optim/optimizer.py, `get_state_buffer`); parameters below 4,096 elements keep 32-bit state.
     """
-    # Overrides are kept per id(parameter), in one object for the process: a new parameter may have an old one's id.
+    # Overrides are stored per id(parameter) in a process-wide object, and a new parameter may have a former one's id.
     bnb.optim.GlobalOptimManager.get_instance().initialize()
     groups = _parameter_groups(model, training)
     betas = (training.adam_beta1, training.adam_beta2)
@@ -56,44 +56,68 @@ def make_optimizer(model: torch.nn.Module, training: Training, device: torch.dev
     return optimizer
 
 
-def leaves_paged_memory(model: torch.nn.Module, training: Training, device: torch.device) -> bool:
-    """Whether the optimizer's state lies in managed memory, which returns with the process only (`release_optimizer`).
+@contextmanager
+def optimizing(model: torch.nn.Module, training: Training, device: torch.device) -> Iterator[torch.optim.Optimizer]:
+    """The optimizer; released on exit."""
+    optimizer = make_optimizer(model, training, device)
+    try:
+        yield optimizer
+    finally:
+        release_optimizer(optimizer)
 
-    The first job of a process that has some is its last: the next one would find that much less.
+
+def release_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Drops the optimizer's state, bitsandbytes' process-wide references included; it cannot be used afterwards.
+
+    Memory of paged buffers is freed only when the process exits: bitsandbytes has no call that frees them
+    (functional.py, `get_paged`).
     """
-    learned = (parameter for parameter in model.parameters() if parameter.requires_grad)
-    return _is_paged(training, device) and any(one.numel() >= FEWEST_PAGED_ELEMENTS for one in learned)
+    optimizer.state.clear()
+    bnb.optim.GlobalOptimManager.get_instance().initialize()
+    GlobalPageManager.get_instance().initialize()
 
 
-def _is_paged(training: Training, device: torch.device) -> bool:
-    return training.optim.startswith("paged") and can_page(device)
+def leaves_paged_memory(model: torch.nn.Module, training: Training, device: torch.device) -> bool:
+    """Whether optimizer state lies in managed memory, which is freed only when the process exits.
+
+    A process runs no further job after one with paged state, because that job would have less memory
+    (see `release_optimizer`).
+    """
+    trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return _is_paged(training, device) and any(each.numel() >= FEWEST_PAGED_ELEMENTS for each in trainable)
 
 
-def _parameter_groups(model: torch.nn.Module, training: Training) -> list[dict[str, Any]]:
-    """Trainable parameters with their names, by rate and decay."""
-    members: dict[tuple[float, float], list[tuple[str, torch.nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_b = not _B_MATRICES.isdisjoint(name.split("."))
-            scale = (training.loraplus_lr_ratio or 1.0) if is_b else 1.0
-            decay = training.weight_decay if parameter.ndim > 1 else 0.0
-            members.setdefault((scale, decay), []).append((name, parameter))
-    return [
-        {"params": named, "lr": training.learning_rate * scale, "lr_scale": scale, "weight_decay": decay}
-        for (scale, decay), named in members.items()
-    ]
+def learning_rate(step: int, total_steps: int, training: Training) -> float:
+    """The rate of optimizer step `step` (from 0): a linear warmup from above zero, then the schedule.
+
+    After the warmup the schedules equal transformers' `constant_with_warmup`, `linear` and `cosine`; linear and cosine
+    reach zero after the last step. The warmup differs: transformers' starts at zero, which wastes the first step, and
+    its `constant` has none.
+    """
+    warmup = training.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(total_steps * training.warmup_ratio)
+    if step < warmup:
+        return training.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[training.lr_scheduler_type]
+    return training.learning_rate * factor
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group the rate times its `lr_scale`."""
+    """Sets every group's rate to `rate` times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
-    """A copy of the state, on the CPU; parameters that were never stepped are left out.
+    """A copy of the state on the CPU, without parameters that have had no step.
 
-    Together with the parameters it is all that the next step depends on: rates come from the schedule.
+    The next step depends on it and on the parameters alone: rates follow from the schedule.
     """
     saved: OptimizerState = {}
     # A paged buffer is a CPU tensor that the device may still be writing to.
@@ -110,7 +134,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
 
 
 def optimizer_state_bytes(model: torch.nn.Module, training: Training) -> int:
-    """What `optimizer_state` will come to after the first step."""
+    """Bytes of `optimizer_state` after the first step."""
     moments = 1 if "lion" in training.optim else 2
     total = 0
     for parameter in model.parameters():
@@ -118,46 +142,65 @@ def optimizer_state_bytes(model: torch.nn.Module, training: Training) -> int:
             continue
         elements = parameter.numel()
         if training.optim.endswith("8bit") and elements >= FEWEST_8BIT_ELEMENTS:
-            # A byte a value, and a float32 constant for each block of 256.
+            # One byte per value, and a float32 constant per block of 256.
             total += moments * (elements + 4 * math.ceil(elements / EIGHT_BIT_BLOCK))
         else:
             total += moments * elements * (parameter.element_size() if training.optim == "adamw_torch" else 4)
-        total += 8  # the step
+        total += 8  # the step counter
     return total
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: OptimizerState) -> None:
-    """Put a new optimizer where `optimizer_state` was taken; what pages is paged again.
+    """Loads a result of `optimizer_state` into a new optimizer; paged buffers are paged again.
 
-    bitsandbytes' own `load_state_dict` leaves copies on the device: its buffers have to be made anew and filled.
+    bitsandbytes' own `load_state_dict` leaves copies on the device, so its buffers are allocated and filled here.
 
     Raises:
-        JobFailed: the state is of other parameters or of another optimizer.
+        JobFailed: the state belongs to other parameters or to another optimizer.
     """
     names = {name for group in optimizer.param_groups for name in group["param_names"]}
     if unknown := saved.keys() - names:
-        raise _not_ours(min(unknown), "the model does not train it")
+        raise _state_mismatch(min(unknown), "the model does not train it")
     for group_index, group in enumerate(optimizer.param_groups):
         for index, (name, parameter) in enumerate(zip(group["param_names"], group["params"], strict=True)):
             if name not in saved:
                 continue
             if isinstance(optimizer, Optimizer8bit):
                 optimizer.init_state(group, parameter, group_index, index)
-                synchronize(parameter.device)  # the zeros of a paged buffer are written by the device
-                _fill(name, optimizer.state[parameter], saved[name])
+                synchronize(parameter.device)  # the device writes the zeros of a paged buffer
+                _fill_buffers(name, optimizer.state[parameter], saved[name])
             else:
                 optimizer.state[parameter] = _torch_state(name, parameter, saved[name])
 
 
-def _fill(name: str, state: dict[str, Any], saved: dict[str, torch.Tensor]) -> None:
-    """Copy saved values into a parameter's new buffers. Raises: JobFailed."""
+def _is_paged(training: Training, device: torch.device) -> bool:
+    return training.optim.startswith("paged") and can_page(device)
+
+
+def _parameter_groups(model: torch.nn.Module, training: Training) -> list[dict[str, Any]]:
+    """Trainable parameters with their names, grouped by learning rate and weight decay."""
+    groups: dict[tuple[float, float], list[tuple[str, torch.nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_b = not _B_MATRICES.isdisjoint(name.split("."))
+            scale = (training.loraplus_lr_ratio or 1.0) if is_b else 1.0
+            decay = training.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((scale, decay), []).append((name, parameter))
+    return [
+        {"params": named, "lr": training.learning_rate * scale, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), named in groups.items()
+    ]
+
+
+def _fill_buffers(name: str, state: dict[str, Any], saved: dict[str, torch.Tensor]) -> None:
+    """Copies saved values into the new buffers of a parameter. Raises: JobFailed."""
     if saved.keys() != state.keys() - set(_CODE_TABLES):
-        raise _not_ours(name, f"it holds {sorted(saved)}")
+        raise _state_mismatch(name, f"it holds {sorted(saved)}")
     for key, value in saved.items():
         if key == "step":
             state[key] = int(value)
         elif state[key].shape != value.shape or state[key].dtype != value.dtype:
-            raise _not_ours(name, f"{key} has shape {tuple(value.shape)} and type {value.dtype}")
+            raise _state_mismatch(name, f"{key} has shape {tuple(value.shape)} and type {value.dtype}")
         else:
             state[key].copy_(value)
 
@@ -165,56 +208,14 @@ def _fill(name: str, state: dict[str, Any], saved: dict[str, torch.Tensor]) -> N
 def _torch_state(name: str, parameter: torch.nn.Parameter, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state of torch's AdamW, whose step counter stays on the CPU. Raises: JobFailed."""
     if saved.keys() != {"step", "exp_avg", "exp_avg_sq"} or saved["exp_avg"].shape != parameter.shape:
-        raise _not_ours(name, f"it holds {sorted(saved)}")
+        raise _state_mismatch(name, f"it holds {sorted(saved)}")
     return {
         key: value.clone() if key == "step" else value.to(parameter.device, copy=True) for key, value in saved.items()
     }
 
 
-def _not_ours(name: str, why: str) -> JobFailed:
+def _state_mismatch(name: str, why: str) -> JobFailed:
     return JobFailed(
-        f"the checkpoint's optimizer state for {name} does not fit this job's optimizer: {why}. Start the job anew",
+        f"the checkpoint's optimizer state for {name} does not fit this job's optimizer: {why}. Submit the job again",
         reason=FailureReason.INTERNAL,
     )
-
-
-@contextmanager
-def optimizing(model: torch.nn.Module, training: Training, device: torch.device) -> Iterator[torch.optim.Optimizer]:
-    """The optimizer, released at the end."""
-    optimizer = make_optimizer(model, training, device)
-    try:
-        yield optimizer
-    finally:
-        release_optimizer(optimizer)
-
-
-def release_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Let go of the state, also where bitsandbytes holds it for the whole process; the optimizer is of no use after.
-
-    Memory of paged buffers returns with the process only: bitsandbytes has no call that frees them (functional.py,
-    `get_paged`).
-    """
-    optimizer.state.clear()
-    bnb.optim.GlobalOptimManager.get_instance().initialize()
-    GlobalPageManager.get_instance().initialize()
-
-
-def learning_rate(step: int, total_steps: int, training: Training) -> float:
-    """The rate of optimizer step `step` (from 0): a linear rise from above zero, then the schedule.
-
-    After the rise these are transformers' `constant_with_warmup`, `linear` and `cosine`; linear and cosine reach zero
-    after the last step. The rise differs: transformers begins at zero, which wastes the first step, and its `constant`
-    has none.
-    """
-    warmup = training.warmup_steps
-    if warmup is None:
-        warmup = math.ceil(total_steps * training.warmup_ratio)
-    if step < warmup:
-        return training.learning_rate * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    factor = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }[training.lr_scheduler_type]
-    return training.learning_rate * factor

@@ -1,4 +1,4 @@
-"""A job's rendered rows, memory-mapped: the data set may be larger than memory."""
+"""Rendered rows of a job in a memory-mapped Arrow file, because a dataset may be larger than memory."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ SCHEMA = pa.schema(
         "line": pa.int64(),
         "input_ids": IDS,
         "trained": FLAGS,
-        # Of a preference pair the worse side; of a labelled answer the label. Null in rows of the other kinds.
+        # The rejected answer of a preference pair; the label of a labelled answer. Null in rows of other kinds.
         "rejected_input_ids": IDS,
         "rejected_trained": FLAGS,
         "desirable": pa.bool_(),
     }
 )
-WRITE_ROWS = 1000
-"""Rows of every record batch but the last."""
+BATCH_ROWS = 1000
+"""Rows in every record batch but the last"""
 
 
 class RenderedRows:
-    """Rows by position, read from the Arrow file when asked for."""
+    """Rows by position, read from the Arrow file on access."""
 
     def __init__(self, path: Path) -> None:
         batches = list(pa.ipc.open_stream(pa.memory_map(str(path))))
@@ -40,20 +40,20 @@ class RenderedRows:
         return self._rows
 
     def tokens(self) -> list[int]:
-        """Each row's length: of a pair, both sides."""
-        found: list[int] = []
+        """Tokens of each row; of a preference pair, both answers with their prompts."""
+        tokens: list[int] = []
         for columns in self._columns:
             for own, rejected in zip(
                 _lengths(columns, "input_ids"), _lengths(columns, "rejected_input_ids"), strict=True
             ):
-                found.append(own + rejected)
-        return found
+                tokens.append(own + rejected)
+        return tokens
 
     def __getitem__(self, position: int) -> TrainingExample:
         if not 0 <= position < self._rows:
             raise IndexError(f"row {position} of {self._rows}")
-        index, place = divmod(position, WRITE_ROWS)
-        cells = [column[place] for column in self._columns[index]]
+        batch, offset = divmod(position, BATCH_ROWS)
+        cells = [column[offset] for column in self._columns[batch]]
         line, input_ids, trained, rejected_input_ids, rejected_trained, desirable = cells
         row = TokenRow(line.as_py(), _values(input_ids), _values(trained))
         if desirable.is_valid:
@@ -64,19 +64,19 @@ class RenderedRows:
 
 
 def store_rendered(results: Iterable[RenderedRow | UnusableRow], path: Path) -> tuple[RenderedRows, RenderReport]:
-    """Write the usable rows to the Arrow file `path`; the rows, and a report on all of them."""
+    """The usable rows, written to the Arrow file `path`, and a report on all rows."""
     report = RenderReport()
-    waiting: list[RenderedRow] = []
+    pending: list[RenderedRow] = []
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         for result in results:
             report.add(result)
             if isinstance(result, RenderedRow):
-                waiting.append(result)
-                if len(waiting) == WRITE_ROWS:
-                    writer.write_batch(_record_batch(waiting))
-                    waiting.clear()
-        if waiting:
-            writer.write_batch(_record_batch(waiting))
+                pending.append(result)
+                if len(pending) == BATCH_ROWS:
+                    writer.write_batch(_record_batch(pending))
+                    pending.clear()
+        if pending:
+            writer.write_batch(_record_batch(pending))
     return RenderedRows(path), report
 
 
@@ -94,11 +94,11 @@ def _record_batch(rows: list[RenderedRow]) -> Any:
 
 
 def _lengths(columns: list[Any], name: str) -> list[int]:
-    """Values in each cell; 0 in a null."""
+    """Number of values in each cell of the column; 0 for a null."""
     lengths = pc.list_value_length(columns[SCHEMA.get_field_index(name)])
     return [length or 0 for length in lengths.to_pylist()]
 
 
 def _values(cell: Any) -> Any:
-    """The Python list of a list cell; by way of numpy, ten times as fast as value by value."""
+    """The Python list of a list cell; through numpy, which is ten times as fast as value by value."""
     return cell.values.to_numpy(zero_copy_only=False).tolist()

@@ -1,4 +1,4 @@
-"""A step's gradients, computed in micro-batches; when memory runs out, in smaller ones."""
+"""Gradients of a step, accumulated over micro-batches that shrink when memory runs out."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import Share, TrainingObjective
 
 PlanChanged = Callable[[dict[str, Any]], None]
+"""Signature of `loop.Control.plan_changed`"""
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """The loss of a whole step, and each of its examples' own: `of_example[i]` is of the example at `lines[i]`."""
+    """The loss of a whole step, and the loss of each of its examples."""
 
     total: float
     lines: list[int]
-    of_example: list[float]
+    """Line of each example in the dataset, in the order of the micro-batches"""
+    example_losses: list[float]
+    """Loss of each example, in the order of `lines`"""
 
 
 class StepGradients:
-    """Computes gradients, and remembers what the device had memory for."""
+    """Computes gradients; keeps the micro-batch size that fits into the device's memory."""
 
     def __init__(
         self, network: Network, objective: TrainingObjective, training: Training, plan_changed: PlanChanged
@@ -43,58 +46,62 @@ class StepGradients:
         self.micro_batch_tokens = training.resolved_micro_batch_tokens
 
     def compute(self, step: int, examples: Sequence[TrainingExample]) -> StepLoss:
-        """The loss of step `step` (from 0), whose gradients the parameters hold from now on.
+        """The loss of step `step` (from 0); its gradients are in the parameters' `.grad`.
 
-        When memory runs out, the step is done again from its start: with micro-batches of half the size, until each is
-        one example, and then with activations computed again in the backward pass. It stays that way.
+        When memory runs out, the step is repeated from its start: with micro-batches of half the size, down to one
+        example each, and then with gradient checkpointing. Later steps keep the change.
 
         Raises:
-            JobFailed: even so there is not enough memory.
+            JobFailed: the step does not fit into memory even then.
         """
         while True:
             try:
-                return self._compute(step, examples)
+                return self._accumulate(step, examples)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 why = str(error).partition("\n")[0] or type(error).__name__
-            # Outside the except block: the error's traceback holds the tensors of the pass that failed.
+            # Outside the except block, because the error's traceback holds the tensors of the failed pass.
             self._network.model.zero_grad(set_to_none=True)
             release_memory(self._network.device)
-            self._give_way(step, examples, why)
+            self._reduce_memory(step, examples, why)
 
-    def _compute(self, step: int, examples: Sequence[TrainingExample]) -> StepLoss:
-        # Dropout masks follow (seed, step), so an attempt that starts in the middle draws the same ones.
+    def _accumulate(self, step: int, examples: Sequence[TrainingExample]) -> StepLoss:
+        # Every step is seeded by (seed, step), so a resumed attempt draws the same dropout masks and noise.
         torch.manual_seed(step_seed(self._seed, step))
         shares = []
-        cut = pack(example_tokens(examples), self.micro_batch_tokens)
-        for share in backward_passes(self._network, self._objective, examples, cut):
-            shares.append((share.total, share.each))
+        micro_batches = pack(example_tokens(examples), self.micro_batch_tokens)
+        for share in backward_passes(self._network, self._objective, examples, micro_batches):
+            shares.append((share.total, share.example_losses))
         total = math.fsum(float(total) for total, _ in shares)
-        of_example = torch.cat([each for _, each in shares]).tolist()
-        return StepLoss(total, [examples[index].line for members in cut for index in members], of_example)
+        example_losses = torch.cat([losses for _, losses in shares]).tolist()
+        return StepLoss(total, [examples[index].line for indices in micro_batches for index in indices], example_losses)
 
-    def _give_way(self, step: int, examples: Sequence[TrainingExample], why: str) -> None:
-        """Take the next rung of the ladder. Raises: JobFailed, at its end."""
+    def _reduce_memory(self, step: int, examples: Sequence[TrainingExample], why: str) -> None:
+        """Halves the micro-batches until the step is cut differently, or else turns gradient checkpointing on.
+
+        Raises:
+            JobFailed: every micro-batch is one example, and gradient checkpointing is on or not available.
+        """
         lengths = example_tokens(examples)
-        before, cut = self.micro_batch_tokens, pack(lengths, self.micro_batch_tokens)
-        if any(len(members) > 1 for members in cut):
-            while pack(lengths, self.micro_batch_tokens) == cut:
+        before, micro_batches = self.micro_batch_tokens, pack(lengths, self.micro_batch_tokens)
+        if any(len(indices) > 1 for indices in micro_batches):
+            while pack(lengths, self.micro_batch_tokens) == micro_batches:
                 self.micro_batch_tokens //= 2
-            changed = {"what": "micro_batch_tokens", "from": before, "to": self.micro_batch_tokens}
+            change = {"what": "micro_batch_tokens", "from": before, "to": self.micro_batch_tokens}
         elif not self._network.checkpointing and self._network.checkpoint():
-            changed = {"what": "gradient_checkpointing", "from": False, "to": True}
+            change = {"what": "gradient_checkpointing", "from": False, "to": True}
         else:
             raise self._out_of_memory(step, examples, lengths)
-        self._plan_changed({"step": step + 1} | changed | {"why": why})
+        self._plan_changed({"step": step + 1} | change | {"why": why})
 
     def _out_of_memory(self, step: int, examples: Sequence[TrainingExample], lengths: Sequence[int]) -> JobFailed:
         tokens, example = max(zip(lengths, examples, strict=True), key=lambda pair: pair[0])
-        recomputed = " and activations computed again" if self._network.checkpointing else ""
+        recomputed = " and gradient checkpointing" if self._network.checkpointing else ""
         return JobFailed(
             f"step {step + 1} does not fit into the device's memory, even with one example at a time{recomputed}: its "
             f"longest row, line {example.line}, has {tokens} tokens. Lower training.max_seq_len_tokens below that, or "
-            "take a smaller base model or adapter",
+            "use a smaller base model or adapter",
             reason=FailureReason.OUT_OF_MEMORY,
             step=step + 1,
             line=example.line,
@@ -103,23 +110,29 @@ class StepGradients:
 
 
 def backward_passes(
-    network: Network, objective: TrainingObjective, examples: Sequence[TrainingExample], cut: Sequence[Sequence[int]]
+    network: Network,
+    objective: TrainingObjective,
+    examples: Sequence[TrainingExample],
+    micro_batches: Sequence[Sequence[int]],
 ) -> Iterator[Share]:
-    """A step's forward and backward passes, one for each micro-batch of `cut`; its shares of the loss, detached."""
-    share_of = objective.of_step(network, examples, network.losses)
-    for members in cut:
-        share = share_of([examples[index] for index in members])
+    """Runs the forward and backward pass of each micro-batch of a step, and yields its detached share of the loss.
+
+    `micro_batches` holds indices into `examples`.
+    """
+    compute_share = objective.prepare_step(network, examples, network.losses)
+    for indices in micro_batches:
+        share = compute_share([examples[index] for index in indices])
         share.total.backward()
-        done = replace(share, total=share.total.detach())
-        # bitsandbytes' int8 products keep their inputs as long as the graph is there.
+        detached = replace(share, total=share.total.detach())
+        # Frees the graph: bitsandbytes' int8 products keep their inputs while it exists.
         del share
-        yield done
+        yield detached
     if (penalty := regularization(network.model)) is not None:
         penalty.backward()
 
 
 def example_tokens(examples: Sequence[TrainingExample]) -> list[int]:
-    """Each example's length: of a pair, both sides."""
+    """Tokens of each example; of a preference pair, both answers with their prompts."""
     return [sum(len(document.input_ids) for document in example.documents) for example in examples]
 
 

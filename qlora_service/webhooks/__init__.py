@@ -1,1 +1,1 @@
-"""Telling other services how jobs ended."""
+"""Webhooks: signed notifications about jobs that have ended."""

@@ -1,4 +1,4 @@
-"""What a user can do with webhook endpoints, one function per action."""
+"""Actions of users on webhook endpoints, one method per action."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from qlora_service.errors import InvalidRequest, NoRoom
 from qlora_service.store import webhooks as rows
 from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Once, recall, write_once
-from qlora_service.webhooks.delivery import MAX_ERROR_CHARS, Deliverer, attempt
+from qlora_service.webhooks.delivery import MAX_ERROR_CHARS, Deliverer, send_delivery
 from qlora_service.webhooks.sending import Sender
 from qlora_service.webhooks.signing import new_secret
 
 MAX_ENDPOINTS = 20
-"""Of one project: every job that ends writes a row for each."""
+"""Limit per project, because every job that ends writes one row per endpoint"""
 MAX_NAME_CHARS = 64
-OLD_SECRET_LASTS = timedelta(hours=24)
-"""What the wire's `keep_old_secret_active_for_24_hours` promises."""
+OLD_SECRET_LIFETIME = timedelta(hours=24)
+"""As `keep_old_secret_active_for_24_hours` of the API states"""
 SAMPLE_JOB = "job_0000000000000000000000"
-"""What a test call says has ended."""
+"""The job id in a test event"""
 
 
 class Webhooks:
@@ -50,7 +50,7 @@ class Webhooks:
         self._project = project
 
     def within(self, project: str) -> Webhooks:
-        """The same for another project."""
+        """The endpoints of another project."""
         other = copy.copy(self)
         other._project = project
         return other
@@ -61,20 +61,19 @@ class Webhooks:
         """A new endpoint, with its secret.
 
         Raises:
-            InvalidRequest: name or event types cannot be used, or the URL may not be asked.
-            NoRoom: the project has as many as may be.
+            InvalidRequest: the name, an event type or the URL is not allowed.
+            NoRoom: the project has MAX_ENDPOINTS endpoints.
         """
         recall(self._database, once)
         _check_name(name)
-        types = _known(event_types)
+        types = _validated_types(event_types)
         self._sender.check(url)
         endpoint = Endpoint(new_id("wh"), self._project, name, url, types, new_secret(), self._clock())
 
         def insert(connection: Connection) -> Endpoint:
             if rows.count_endpoints(connection, self._project) >= MAX_ENDPOINTS:
                 raise NoRoom(
-                    f"there are {MAX_ENDPOINTS} webhook endpoints, which is as many as may be: delete one, or change "
-                    "it",
+                    f"the project has {MAX_ENDPOINTS} webhook endpoints, which is the limit: delete or change one",
                     max_webhook_endpoints=MAX_ENDPOINTS,
                 )
             rows.insert_endpoint(connection, endpoint)
@@ -88,7 +87,7 @@ class Webhooks:
             return rows.get_endpoint(connection, endpoint_id, project=self._project)
 
     def list_endpoints(self, *, before: str | None = None, limit: int = 20) -> list[Endpoint]:
-        """Newest first, older than the id `before`."""
+        """Up to `limit` endpoints older than the id `before`, newest first."""
         with self._database.read() as connection:
             return rows.list_endpoints(connection, project=self._project, before=before, limit=limit)
 
@@ -101,10 +100,11 @@ class Webhooks:
         event_types: Sequence[str] | None = None,
         once: Once[Endpoint] | None = None,
     ) -> Endpoint:
-        """The endpoint, with what is not None changed; one that was disabled is told again.
+        """The endpoint after changing every argument that is not None. This enables a disabled endpoint again.
 
         Raises:
-            NotFound; InvalidRequest, as `create` does.
+            NotFound: no such endpoint.
+            InvalidRequest: as `create` does.
         """
         recall(self._database, once)
         self.get(endpoint_id)
@@ -113,7 +113,7 @@ class Webhooks:
         if name is not None:
             _check_name(name)
         if event_types is not None:
-            changes["event_types"] = _known(event_types)
+            changes["event_types"] = _validated_types(event_types)
         if url is not None:
             self._sender.check(url)
 
@@ -133,45 +133,45 @@ class Webhooks:
     def rotate_secret(
         self, endpoint_id: str, *, keep_old: bool = False, once: Once[Endpoint] | None = None
     ) -> Endpoint:
-        """The endpoint with a new secret, which signs whatever is sent from now on.
+        """The endpoint with a new secret, which signs every message from now on.
 
-        With `keep_old`, the secret of before signs too for OLD_SECRET_LASTS; one of before that ends at once.
+        With `keep_old`, the previous secret also signs for OLD_SECRET_LIFETIME. Older secrets expire at once.
 
         Raises:
-            NotFound
+            NotFound: no such endpoint.
         """
 
         def change(connection: Connection) -> Endpoint:
             endpoint = rows.get_endpoint(connection, endpoint_id, project=self._project)
             changes: dict[str, Any] = {"secret": new_secret(), "old_secret": None, "old_secret_until": None}
             if keep_old:
-                changes |= {"old_secret": endpoint.secret, "old_secret_until": self._clock() + OLD_SECRET_LASTS}
+                changes |= {"old_secret": endpoint.secret, "old_secret_until": self._clock() + OLD_SECRET_LIFETIME}
             rows.update_endpoint(connection, endpoint_id, **changes)
             return replace(endpoint, **changes)
 
         return write_once(self._database, once, self._clock(), change)
 
     def test(self, endpoint_id: str, event_type: str, *, once: Once[Delivery] | None = None) -> Delivery:
-        """How the endpoint took a sample event, sent while the caller waits and never again.
+        """The delivery of a sample event, which is sent synchronously and never retried.
 
         Raises:
             NotFound: no such endpoint.
-            InvalidRequest: there are no such events, or it did not answer.
+            InvalidRequest: the event type does not exist, or the endpoint did not respond.
         """
         recall(self._database, once)
         endpoint = self.get(endpoint_id)
-        _known([event_type])
+        _validated_types([event_type])
         sample = rows.new_delivery(endpoint_id, event_type, SAMPLE_JOB, self._clock())
-        told = replace(sample, due_at=None, attempts=1)
+        delivery = replace(sample, due_at=None, attempts=1)
         try:
-            status = attempt(self._sender, sample, endpoint, self._clock())
+            status = send_delivery(self._sender, sample, endpoint, self._clock())
         except InvalidRequest as error:
-            # In a transaction of its own: sent again under its key, the request tries again.
+            # Stored without the idempotency key, so that a retry of the request sends the event again.
             write_once(
                 self._database,
                 None,
                 self._clock(),
-                partial(self._log, replace(told, last_error=error.message[:MAX_ERROR_CHARS])),
+                partial(self._insert, replace(delivery, last_error=error.message[:MAX_ERROR_CHARS])),
             )
             raise
         delivered_at = self._clock() if 200 <= status < 300 else None
@@ -179,43 +179,27 @@ class Webhooks:
             self._database,
             once,
             self._clock(),
-            partial(self._log, replace(told, last_status=status, delivered_at=delivered_at)),
+            partial(self._insert, replace(delivery, last_status=status, delivered_at=delivered_at)),
         )
 
     def deliveries(self, endpoint_id: str, *, before: str | None = None, limit: int = 20) -> list[Delivery]:
-        """What the endpoint was told and is to be told, newest first. Raises: NotFound."""
+        """Up to `limit` deliveries to the endpoint older than the id `before`, newest first. Raises: NotFound."""
         with self._database.read() as connection:
             rows.get_endpoint(connection, endpoint_id, project=self._project)
             return rows.list_deliveries(connection, endpoint_id, before=before, limit=limit)
 
-    def _log(self, delivery: Delivery, connection: Connection) -> Delivery:
-        """The delivery, stored. Raises: NotFound, when its endpoint was deleted meanwhile."""
+    def _insert(self, delivery: Delivery, connection: Connection) -> Delivery:
+        """Stores the delivery. Raises: NotFound, if the endpoint was deleted in the meantime."""
         rows.get_endpoint(connection, delivery.endpoint_id, project=self._project)
         rows.insert_delivery(connection, delivery)
         return delivery
 
 
-def _check_name(name: str) -> None:
-    """Raises: InvalidRequest."""
-    if not name.strip() or len(name) > MAX_NAME_CHARS or not name.isprintable():
-        raise InvalidRequest(f"an endpoint's name has 1 to {MAX_NAME_CHARS} printable characters", location="/name")
-
-
-def _known(event_types: Sequence[str]) -> list[str]:
-    """The event types, each once. Raises: InvalidRequest."""
-    known = list(EVENT_TYPES.values())
-    unknown = [type_ for type_ in event_types if type_ not in known]
-    if unknown or not event_types:
-        what = f"there are no events {unknown[0]!r}" if unknown else "an endpoint without event types is told nothing"
-        raise InvalidRequest(f"{what}: name some of {', '.join(known)}", location="/event_types")
-    return list(dict.fromkeys(event_types))
-
-
 @contextmanager
 def open_webhooks(database_url: str, *, private: bool) -> Iterator[Webhooks]:
-    """The endpoints in this database, which are told what is due while the context lasts.
+    """The webhook endpoints in this database. A thread sends due deliveries while the context is open.
 
-    `private` allows http, and addresses that are not on the internet.
+    `private` allows http and addresses outside the public internet.
     """
     database, sender = Database(database_url), Sender(private=private)
     deliverer = Deliverer(database, sender)
@@ -225,3 +209,19 @@ def open_webhooks(database_url: str, *, private: bool) -> Iterator[Webhooks]:
     finally:
         deliverer.stop()
         database.close()
+
+
+def _check_name(name: str) -> None:
+    """Raises: InvalidRequest."""
+    if not name.strip() or len(name) > MAX_NAME_CHARS or not name.isprintable():
+        raise InvalidRequest(f"an endpoint name has 1 to {MAX_NAME_CHARS} printable characters", location="/name")
+
+
+def _validated_types(event_types: Sequence[str]) -> list[str]:
+    """The event types, without duplicates. Raises: InvalidRequest, if one is unknown or there are none."""
+    known = list(EVENT_TYPES.values())
+    unknown = [type_ for type_ in event_types if type_ not in known]
+    if unknown or not event_types:
+        problem = f"unknown event type {unknown[0]!r}" if unknown else "an endpoint needs at least one event type"
+        raise InvalidRequest(f"{problem}: use one or more of {', '.join(known)}", location="/event_types")
+    return list(dict.fromkeys(event_types))

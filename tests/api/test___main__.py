@@ -52,7 +52,7 @@ def test_listening_on_the_network_without_keys_is_refused(settings: Settings) ->
     result = run_api(settings, QLORA_HOST="0.0.0.0", QLORA_KEYS="off")
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert "QLORA_KEYS=off with QLORA_HOST=0.0.0.0 would let the whole network in: leave QLORA_KEYS out" in line
+    assert "QLORA_KEYS=off with QLORA_HOST=0.0.0.0 would give the whole network access: leave QLORA_KEYS out" in line
     assert not (settings.data_dir / "state.db").exists()
 
 

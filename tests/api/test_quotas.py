@@ -52,7 +52,7 @@ def test_request_over_the_storage_quota_is_refused_and_stores_nothing(
     assert refused.status_code == 429, refused.text
     error = refused.json()["error"]
     assert error["code"] == "quota_exceeded"
-    assert f"may keep {2 * len(ROWS) - 1}: delete datasets" in error["message"]
+    assert f"its limit is {2 * len(ROWS) - 1}: delete datasets" in error["message"]
     # Waiting does not help, so the response does not suggest it.
     assert "Retry-After" not in refused.headers
     assert refused.headers.get("x-should-retry") == ("false" if refused.request.url.path.startswith("/v1/") else None)

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Expected figures stand in the tests; without a device they are skipped by name."""
+"""Properties that need a CUDA device. Expected figures are in the tests, which are skipped by name without one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def device() -> torch.device:
 def make_network(
     tiny_model: Path, device: torch.device, dtype: torch.dtype = torch.float32, fast: bool = True
 ) -> Network:
-    """The tiny model on NF4, its B away from zero, in training mode; the same weights on every device."""
+    """The tiny model on NF4, with a B that is not zero, in training mode; the same weights on every device."""
     base = load_base(tiny_model, Quantization(), dtype, device)
     isolation = isolate_documents(base)
     model = attach(base, Lora(r=4), seed=0).train()
@@ -54,7 +54,7 @@ def step(network: Network) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return losses.detach().cpu(), {name: gradient.cpu() for name, gradient in gradients(network.model).items()}
 
 
-def test_bf16_is_claimed_from_ampere_on(device: torch.device) -> None:
+def test_bf16_is_reported_from_ampere_on(device: torch.device) -> None:
     assert has_bf16(device) is (torch.cuda.get_device_capability(device)[0] >= 8)
 
 
@@ -82,31 +82,31 @@ def test_packed_documents_are_isolated(tiny_model: Path, device: torch.device) -
     documents = rows(5)
     with torch.no_grad():
         packed = forward(base, collate(documents, device))
-        alone = torch.cat([forward(base, collate([document], device)) for document in documents])
-    assert (packed - alone).abs().max() < 1e-4
+        separate = torch.cat([forward(base, collate([document], device)) for document in documents])
+    assert (packed - separate).abs().max() < 1e-4
 
 
-# float32: 1e-5, TF32 off as torch has it. bfloat16 (flash attention from Ampere on) keeps 8 bits: 2**-7 of values near
-# 1, and gradients that are sums of 200 of them.
+# float32: 1e-5, with TF32 off, torch's default. bfloat16 (flash attention from Ampere on) keeps 8 bits: 2**-7 of values
+# near 1, and gradients that are sums of 200 such values.
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("window", [None, 5, 150])
-def test_attention_is_that_of_the_cpu(
+def test_attention_equals_that_of_the_cpu(
     device: torch.device, window: int | None, heads: tuple[int, int], dtype: torch.dtype, bound: float
 ) -> None:
-    """Flash attention over variable lengths where the device has it, document by document elsewhere and in float32."""
+    """Flash attention over variable lengths if the device has it; document by document without it, and in float32."""
     lengths, shape = [200, 1, 30, 129], AttentionShape(*heads, scale=0.2, window=window)
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(sum(lengths), heads[0] + 2 * heads[1], 64, generator=generator).to(dtype)
-    upstream = torch.randn(sum(lengths), heads[0], 64, generator=generator).to(dtype)
+    grad_output = torch.randn(sum(lengths), heads[0], 64, generator=generator).to(dtype)
     exact = qkv.double().requires_grad_()
     sizes = [heads[0], heads[1], heads[1]]
     expected = document_attention(*exact.split(sizes, 1), lengths, shape)
-    (expected_gradient,) = torch.autograd.grad(expected, exact, upstream.double())
+    (expected_gradient,) = torch.autograd.grad(expected, exact, grad_output.double())
 
     on_device = qkv.to(device).requires_grad_()
     output = document_attention(*on_device.split(sizes, 1), lengths, shape)
-    (gradient,) = torch.autograd.grad(output, on_device, upstream.to(device))
+    (gradient,) = torch.autograd.grad(output, on_device, grad_output.to(device))
     assert output.dtype is dtype
     assert (output.cpu() - expected).abs().max() < bound * expected.abs().max()
     assert (gradient.cpu() - expected_gradient).abs().max() < bound * expected_gradient.abs().max()
@@ -119,11 +119,11 @@ def test_flash_attention_is_for_half_precision_from_ampere_on(device: torch.devi
     assert not has_flash_attention(torch.zeros(1, 1, 512, dtype=torch.bfloat16, device=device))
 
 
-# bfloat16 logits of up to 20 are rounded by 2**-4, a loss by as much.
+# bfloat16 rounds logits of up to 20 by 2**-4, and a loss by as much.
 @pytest.mark.parametrize(
     ("dtype", "bound", "gradient_bound"), [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 0.15, 0.03)]
 )
-def test_the_head_is_that_of_the_cpu(
+def test_the_head_equals_that_of_the_cpu(
     device: torch.device, dtype: torch.dtype, bound: float, gradient_bound: float
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -142,29 +142,29 @@ def test_the_head_is_that_of_the_cpu(
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["llama", "general"])
-def test_losses_and_gradients_are_those_of_the_cpu(tiny_model: Path, device: torch.device, fast: bool) -> None:
+def test_losses_and_gradients_equal_those_of_the_cpu(tiny_model: Path, device: torch.device, fast: bool) -> None:
     """float32 on both sides: losses within 1e-4, gradients within 1e-3 of each tensor's largest."""
     networks = [make_network(tiny_model, place, fast=fast) for place in (CPU, device)]
     assert {network.layers for network in networks} == {"llama" if fast else "general"}
-    (expected, expected_gradients), (losses, found) = (step(network) for network in networks)
+    (expected, expected_gradients), (losses, step_gradients) = (step(network) for network in networks)
     assert (losses - expected).abs().max() < 1e-4
     for name, gradient in expected_gradients.items():
-        assert (found[name] - gradient).abs().max() <= 1e-3 * gradient.abs().max(), name
+        assert (step_gradients[name] - gradient).abs().max() <= 1e-3 * gradient.abs().max(), name
 
 
 @pytest.mark.parametrize(
     ("dtype", "loss_bound", "gradient_bound"), [(torch.float32, 1e-4, 1e-3), (torch.bfloat16, 0.05, 0.1)]
 )
-def test_the_fast_path_is_the_general_one(
+def test_the_fast_path_equals_the_general_one(
     tiny_model: Path, device: torch.device, dtype: torch.dtype, loss_bound: float, gradient_bound: float
 ) -> None:
-    """On NF4. Losses of about 6 in bfloat16: rounded logits move them by hundredths; gradients by some per cent."""
+    """On NF4. In bfloat16, rounded logits change losses of about 6 by hundredths, and gradients by some per cent."""
     fast, general = (make_network(tiny_model, device, dtype, fast) for fast in (True, False))
     assert (fast.layers, general.layers) == ("llama", "general")
-    (losses, found), (expected, expected_gradients) = step(fast), step(general)
+    (losses, step_gradients), (expected, expected_gradients) = step(fast), step(general)
     assert (losses - expected).abs().max() < loss_bound
     for name, gradient in expected_gradients.items():
-        assert (found[name] - gradient).abs().max() <= gradient_bound * gradient.abs().max(), name
+        assert (step_gradients[name] - gradient).abs().max() <= gradient_bound * gradient.abs().max(), name
 
 
 def test_recomputed_activations_give_the_same_gradients(tiny_model: Path, device: torch.device) -> None:

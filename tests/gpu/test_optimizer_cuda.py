@@ -1,4 +1,4 @@
-"""Paged optimizer state on a CUDA device. Expected figures stand in the tests; without one they are skipped by name."""
+"""Paged optimizer state on a CUDA device. Expected figures are in the tests, which are skipped by name without one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 PAGED = {"large": True, "small": False}
-"""160,000 elements page; a LoRA of rank 16 on a side of 4,096 has 65,536 and never does."""
+"""State of 160,000 elements pages; a LoRA of rank 16 on 4,096 features has 65,536, which do not"""
 STATES = {"paged_adamw_32bit": 2, "paged_adamw_8bit": 2, "paged_lion_32bit": 1, "paged_lion_8bit": 1}
 
 

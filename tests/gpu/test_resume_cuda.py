@@ -1,4 +1,4 @@
-"""Going on from a checkpoint, and running out of memory, on a CUDA device."""
+"""Resumption from a checkpoint, and out-of-memory retries, on a CUDA device."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ def make_model(tiny_model: Path) -> PeftModel:
 
 
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"])
-def test_a_resumed_training_gives_the_undisturbed_ones_weights(tiny_model: Path, tmp_path: Path, optim: str) -> None:
-    """Expected: equal to 1e-4 of each tensor's largest. Bit for bit only where no kernel sums in a free order, as
-    bitsandbytes' and torch's do on one card as a rule; the generator's state is part of the checkpoint.
+def test_a_resumed_training_gives_uninterrupted_weights(tiny_model: Path, tmp_path: Path, optim: str) -> None:
+    """Expected: equal to 1e-4 of each tensor's largest. Bit for bit only if all kernels sum in the same order in every
+    run. The generator's state is part of the checkpoint.
     """
     training = TRAINING.model_copy(update={"optim": optim})
-    undisturbed = make_model(tiny_model)
-    run(undisturbed, rows(16), training, steps=6)
-    expected = trainable_copies(undisturbed)
+    uninterrupted = make_model(tiny_model)
+    run(uninterrupted, rows(16), training, steps=6)
+    expected = trainable_copies(uninterrupted)
     recorder = Recorder()
     keeper = Keeper(Checkpoints(tmp_path, 1), recorder, at_check=25)
     with pytest.raises(Interrupted):
         run(make_model(tiny_model), rows(16), training, steps=6, recorder=recorder, control=keeper)
-    found = Checkpoints(tmp_path, 2).latest()
-    assert found is not None
+    latest = Checkpoints(tmp_path, 2).latest()
+    assert latest is not None
     resumed = make_model(tiny_model)
-    run(resumed, rows(16), training, steps=6, start=found[0])
+    run(resumed, rows(16), training, steps=6, start=latest[0])
     for name, weight in trainable_copies(resumed).items():
         assert (weight - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max(), name
 
 
-def test_a_card_that_is_too_small_for_the_micro_batch_gets_a_smaller_one(tiny_model: Path, tmp_path: Path) -> None:
-    """The process may take what the model takes and little more: the ladder has to go down, and the steps are done."""
+def test_a_gpu_too_small_for_the_micro_batch_gets_a_smaller_one(tiny_model: Path, tmp_path: Path) -> None:
+    """The process may use the model's memory and little more: retries shrink the micro-batch until the steps run."""
     device = choose_device()
     model = make_model(tiny_model)
     release_memory(device)

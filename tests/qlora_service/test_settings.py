@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from qlora_service.artifacts.store import ArtifactStore
 from qlora_service.settings import Settings, read_settings
 from qlora_service.store.database import Database
+from tests.settings_page import PAGE, settings_page
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,7 +71,7 @@ def test_allowed_hosts_are_names(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("value", ["https://gpu.example", "gpu.example:8080", "gpu.example/x", "a b", "[::2]"])
 def test_allowed_host_with_more_than_a_name_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("QLORA_ALLOWED_HOSTS", f"ok.example,{value}")
-    with pytest.raises(ValidationError, match="is no host name"):
+    with pytest.raises(ValidationError, match="is not a host name"):
         Settings()
 
 
@@ -81,7 +82,7 @@ def test_network_is_not_let_in_without_keys(monkeypatch: pytest.MonkeyPatch, hos
     monkeypatch.setenv("QLORA_HOST", host)
     assert Settings().keys == "required"
     monkeypatch.setenv("QLORA_KEYS", "off")
-    with pytest.raises(ValidationError, match="would let the whole network in"):
+    with pytest.raises(ValidationError, match="would give the whole network access"):
         Settings()
 
 
@@ -131,3 +132,11 @@ def test_every_program_says_so_in_one_line(program: str) -> None:
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert "QLORA_LEASE_S: " in line
+
+
+def test_page_of_settings_is_what_the_declarations_say() -> None:
+    assert PAGE.read_text(encoding="utf-8") == settings_page(), "run `make docs`"
+
+
+def test_every_setting_has_a_description() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []

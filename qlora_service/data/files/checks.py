@@ -1,4 +1,4 @@
-"""A dataset's check: how many rows can be used, and what is wrong with the others, before any job is queued."""
+"""Dataset check before any job is queued: the number of usable rows, and a finding for every other row."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from qlora_service.data.files.formats import RawRow, detect_container, json_row,
 from qlora_service.data.files.splitting import Piece, line_blocks, lines_of
 from qlora_service.data.rows.examples import Container, Shape, SourceRow
 from qlora_service.data.rows.shapes import REQUIRED, RowProblem, detect_shape, to_example
-from qlora_service.data.rows.typed_decoder import count_plain
+from qlora_service.data.rows.typed_decoder import count_if_all_usable
 from qlora_service.domain.datasets import DatasetReport
 from qlora_service.errors import Finding, InvalidDataset
 
 MAX_FINDINGS = 100
-# Readable rows that vote on the shape of the whole file.
-SHAPE_VOTERS = 20
+# Readable rows from which the shape of the whole file is detected.
+SHAPE_SAMPLE_ROWS = 20
 
 
 def check_dataset(
@@ -26,23 +26,23 @@ def check_dataset(
     container: Container | None = None,
     shape: Shape | None = None,
 ) -> DatasetReport:
-    """The report on every row of the file; container and shape are detected unless stated.
+    """The report on every row of the file; container and shape are detected unless given.
 
     Raises:
-        InvalidDataset: the container cannot be told or is damaged, or no row is usable; the error carries
+        InvalidDataset: the container cannot be detected or is damaged, or no row is usable; the error carries
             the first findings.
     """
     container = container or detect_container(path, filename)
     shape = shape or _majority_shape(path, container)
     usable_rows, finding_count = 0, 0
     findings: list[Finding] = []
-    for verdict in check_rows(path, container, shape):
-        if isinstance(verdict, int):
-            usable_rows += verdict
+    for result in check_rows(path, container, shape):
+        if isinstance(result, int):
+            usable_rows += result
         else:
             finding_count += 1
             if finding_count <= MAX_FINDINGS:
-                findings.append(verdict)
+                findings.append(result)
     rows = usable_rows + finding_count
     if not usable_rows:
         raise _unusable(f"none of its {rows} rows is usable as {shape} read from {container}", findings)
@@ -58,18 +58,27 @@ def check_dataset(
 
 
 def check_rows(path: Path, container: Container, shape: Shape) -> Iterator[int | Finding]:
-    """In file order, how many rows that follow one another are usable, or why the next one is not.
+    """In file order: the number of consecutive usable rows, or the finding of one unusable row.
 
     Raises:
         InvalidDataset: the file is damaged.
     """
     if container == "jsonl":
         return _check_lines(path, shape)
-    return map(_verdict, _outcomes(path, container, shape))
+    return map(_count_or_finding, _parsed_rows(path, container, shape))
+
+
+def read_examples(path: Path, container: Container, shape: Shape) -> Iterator[SourceRow]:
+    """The usable rows in file order: the same rows that `check_dataset` counts.
+
+    Raises:
+        InvalidDataset: the file is damaged.
+    """
+    return (row for row in _parsed_rows(path, container, shape) if isinstance(row, SourceRow))
 
 
 def _check_lines(path: Path, shape: Shape) -> Iterator[int | Finding]:
-    """Whole blocks of lines are counted where that is safe, single lines where it is not."""
+    """As `check_rows`: counts whole blocks of lines where all are certainly usable, else line by line."""
     with path.open("rb") as file:
         for block in line_blocks(file):
             count = _count(block, shape)
@@ -81,33 +90,24 @@ def _check_lines(path: Path, shape: Shape) -> Iterator[int | Finding]:
 
 def _check_line(line: Piece, shape: Shape) -> int | Finding:
     count = _count(line, shape)
-    return _verdict(_outcome(json_row(line), shape)) if count is None else count
+    return _count_or_finding(_parse_row(json_row(line), shape)) if count is None else count
 
 
 def _count(lines: Piece, shape: Shape) -> int | None:
-    return None if lines.problem is not None else count_plain(lines.raw, shape)
+    return None if lines.problem is not None else count_if_all_usable(lines.raw, shape)
 
 
-def _verdict(outcome: SourceRow | Finding) -> int | Finding:
-    return outcome if isinstance(outcome, Finding) else 1
+def _count_or_finding(row: SourceRow | Finding) -> int | Finding:
+    return row if isinstance(row, Finding) else 1
 
 
-def read_examples(path: Path, container: Container, shape: Shape) -> Iterator[SourceRow]:
-    """The usable rows in file order: those that `check_dataset` counts.
-
-    Raises:
-        InvalidDataset: the file is damaged.
-    """
-    return (outcome for outcome in _outcomes(path, container, shape) if isinstance(outcome, SourceRow))
-
-
-def _outcomes(path: Path, container: Container, shape: Shape) -> Iterator[SourceRow | Finding]:
-    """For every row of the file its example, or why there is none."""
+def _parsed_rows(path: Path, container: Container, shape: Shape) -> Iterator[SourceRow | Finding]:
+    """The example of every row of the file, or its finding."""
     for row in read_rows(path, container):
-        yield _outcome(row, shape)
+        yield _parse_row(row, shape)
 
 
-def _outcome(row: RawRow, shape: Shape) -> SourceRow | Finding:
+def _parse_row(row: RawRow, shape: Shape) -> SourceRow | Finding:
     if row.value is None:
         assert row.finding is not None
         return row.finding
@@ -118,26 +118,26 @@ def _outcome(row: RawRow, shape: Shape) -> SourceRow | Finding:
 
 
 def _majority_shape(path: Path, container: Container) -> Shape:
-    """The shape of most of the first readable rows."""
-    votes: Counter[Shape] = Counter()
+    """The most frequent shape among the first readable rows."""
+    counts: Counter[Shape] = Counter()
     findings: list[Finding] = []
     readable = 0
     for row in read_rows(path, container):
         shape = None if row.value is None else detect_shape(row.value)
         if shape is not None:
-            votes[shape] += 1
+            counts[shape] += 1
         elif len(findings) < MAX_FINDINGS:
-            # Any shape serves: the row fits none, and the reason names them all.
-            outcome = _outcome(row, next(iter(REQUIRED)))
-            assert isinstance(outcome, Finding)
-            findings.append(outcome)
+            # Any shape gives the same finding: the row fits no shape, and the reason lists them all.
+            finding = _parse_row(row, next(iter(REQUIRED)))
+            assert isinstance(finding, Finding)
+            findings.append(finding)
         readable += row.value is not None
-        if readable == SHAPE_VOTERS:
+        if readable == SHAPE_SAMPLE_ROWS:
             break
-    if not votes:
+    if not counts:
         why = "its rows fit no accepted shape" if readable else "none of its rows can be read"
         raise _unusable(why if findings else "it has no rows", findings)
-    return votes.most_common(1)[0][0]
+    return counts.most_common(1)[0][0]
 
 
 def _unusable(why: str, findings: list[Finding]) -> InvalidDataset:

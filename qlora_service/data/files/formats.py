@@ -1,6 +1,6 @@
 """Containers: an uploaded file as a stream of raw rows, each with its place in the file, in constant memory.
 
-What is wrong with one row is a finding in its place; what is wrong with the file is `InvalidDataset`.
+An error in one row is a finding in place of the row; an error of the whole file is `InvalidDataset`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from qlora_service.data.files import splitting
-from qlora_service.data.json.fast import BLANKS, parse_row
+from qlora_service.data.json.fast import JSON_WHITESPACE, parse_row
 from qlora_service.data.json.strict import RowProblem, check_strings, parse_json
 from qlora_service.data.rows.examples import Container
 from qlora_service.data.rows.shapes import COLUMNS, JSON_COLUMNS, detect_shape
@@ -41,8 +41,8 @@ _TITLES: dict[Container, str] = {
     "text": "plain text",
 }
 _PARQUET_MAGIC = b"PAR1"
-# First bytes of files that end up here by mistake.
-_FOREIGN = (
+# First bytes of file types that users upload by mistake.
+_UNSUPPORTED = (
     (b"PK\x03\x04", "a ZIP archive (or an Office document)"),
     (b"\x1f\x8b", "gzip-compressed"),
     (b"\x28\xb5\x2f\xfd", "Zstandard-compressed"),
@@ -61,9 +61,9 @@ _FOREIGN = (
 _HEAD_BYTES = 64 * 2**10
 _CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
 _DELIMITERS = (",", ";", "\t")
-# Few rows at a time: a Parquet page decodes to many times its size on disk.
+# Small batches, because a Parquet page decodes to many times its size on disk.
 _PARQUET_BATCH_ROWS = 16
-_ACCEPTED = "Accepted are JSON Lines, a JSON array, CSV, Parquet and plain text, uncompressed, in UTF-8"
+_ACCEPTED = "Accepted formats are JSON Lines, a JSON array, CSV, Parquet and plain text, uncompressed, in UTF-8"
 
 _OBJECT_START = re.compile(rb'\{\s*(?:["}]|$)')
 _ARRAY_START = re.compile(rb'\[\s*(?:[\[{"\]]|$)')
@@ -73,7 +73,7 @@ _LIST_UNDER_KEY = re.compile(rb'\{\s*"([^"\\]*)"\s*:\s*\[\s*(?:\{|$)')
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row as it stands in the file: its `value`, or the `finding` that says why it could not be read.
+    """One row of the file: its `value`, or the `finding` why it cannot be read.
 
     `line` and `byte_offset` are those of `errors.Finding`.
     """
@@ -85,52 +85,66 @@ class RawRow:
 
 
 def detect_container(path: Path, filename: str | None = None) -> Container:
-    """The container of a file, told by its content; its name decides only between CSV and plain text.
+    """The container of a file, detected by its content; its name decides only between CSV and plain text.
 
     Raises:
-        InvalidDataset: the file is empty, of no accepted kind, or not what its name says. JSON Lines and a
-            JSON array are told apart for sure, and either may be called .json or .jsonl.
+        InvalidDataset: the file is empty, in no accepted format, or not in the format of its name. JSON Lines and a
+            JSON array are always told apart, and both may be named .json or .jsonl.
     """
     name = PurePath(filename or path.name).name
     claimed = _EXTENSIONS.get(PurePath(name).suffix.lower())
     with path.open("rb") as file:
         head = _head(file, name)
-        seems = _foreign(head)
-        if seems is not None:
-            raise InvalidDataset(f"{name!r} seems to be {seems}. {_ACCEPTED}")
-        found = _by_content(head, claimed)
-        if found == "jsonl":
+        unsupported = _unsupported_format(head)
+        if unsupported is not None:
+            raise InvalidDataset(f"{name!r} seems to be {unsupported}. {_ACCEPTED}")
+        detected = _container_of(head, claimed)
+        if detected == "jsonl":
             file.seek(0)
-            _refuse_one_object(file, head, name)
-    if claimed in (None, found) or {claimed, found} == {"json", "jsonl"}:
-        return found
+            _refuse_single_object(file, head, name)
+    if claimed in (None, detected) or {claimed, detected} == {"json", "jsonl"}:
+        return detected
     raise InvalidDataset(
-        f"{name!r} seems to be {_TITLES[found]}, not {_TITLES[claimed]} as its name says: "
-        "name it for what it holds, or state its container"
+        f"{name!r} seems to be {_TITLES[detected]}, not {_TITLES[claimed]} as its name says: "
+        "rename the file to match its content, or state its container"
     )
 
 
+def read_rows(path: Path, container: Container) -> Iterator[RawRow]:
+    """Every row of the file in file order, readable or not; blank lines are not rows.
+
+    Raises:
+        InvalidDataset: the file as a whole is not of this container, detected before or during reading.
+    """
+    return _READERS[container](path)
+
+
+def json_row(piece: splitting.Piece) -> RawRow:
+    """The row whose JSON text is the piece."""
+    return _row(piece.line, piece.offset, piece.problem, partial(_json_value, piece))
+
+
 def _head(file: BinaryIO, name: str) -> bytes:
-    """The file's first bytes from the first that is not blank."""
+    """The first bytes of the file, from the first byte that is not white space."""
     while chunk := file.read(_HEAD_BYTES):
-        if body := chunk.removeprefix(splitting.UTF8_BOM).lstrip(BLANKS):
+        if body := chunk.removeprefix(splitting.UTF8_BOM).lstrip(JSON_WHITESPACE):
             return body + file.read(_HEAD_BYTES - len(body))
     raise InvalidDataset(f"{name!r} is empty. {_ACCEPTED}")
 
 
-def _foreign(head: bytes) -> str | None:
-    """What the file is if it is neither Parquet nor text."""
-    for magic, title in _FOREIGN:
+def _unsupported_format(head: bytes) -> str | None:
+    """The format of a file that is neither Parquet nor text; None otherwise."""
+    for magic, title in _UNSUPPORTED:
         if head.startswith(magic):
             return title
     controls = len(head) - len(head.translate(None, _CONTROL_BYTES))
-    # A stray NUL in a JSON row is that row's finding; UTF-16 is NULs by the half.
+    # A stray NUL in a JSON row is a finding of that row; half the bytes of UTF-16 text are NULs.
     if not head.startswith(_PARQUET_MAGIC) and controls > len(head) // (10 if head[:1] in b"{[" else 100):
         return "binary data (or UTF-16 text)"
     return None
 
 
-def _by_content(head: bytes, claimed: Container | None) -> Container:
+def _container_of(head: bytes, claimed: Container | None) -> Container:
     if head.startswith(_PARQUET_MAGIC):
         return "parquet"
     is_json_by_name = claimed in ("json", "jsonl")
@@ -145,11 +159,11 @@ def _by_content(head: bytes, claimed: Container | None) -> Container:
     return "csv" if has_columns or (claimed is not None and len(header) > 1) else "text"
 
 
-def _refuse_one_object(file: BinaryIO, head: bytes, name: str) -> None:
-    """Refuse `{"data": [rows]}`, which as JSON Lines would be one useless row, or many broken ones."""
+def _refuse_single_object(file: BinaryIO, head: bytes, name: str) -> None:
+    """Refuses `{"data": [rows]}`, which as JSON Lines would be one useless row or many invalid rows."""
     first = next(line for line in splitting.lines(file) if not line.is_blank)
-    under = _LIST_UNDER_KEY.match(head)
-    key = under.group(1).decode(errors="replace") if under else None
+    match = _LIST_UNDER_KEY.match(head)
+    key = match.group(1).decode(errors="replace") if match else None
     try:
         value = parse_json(_decode(first))
     except RowProblem:
@@ -157,15 +171,15 @@ def _refuse_one_object(file: BinaryIO, head: bytes, name: str) -> None:
     if isinstance(value, dict):
         key = next((key for key in value if len(value) == 1 and isinstance(value[key], list)), None)
     if key is not None and key not in COLUMNS:
-        raise InvalidDataset(f"{name!r} is one JSON object with its rows under {key[:60]!r}: upload that list itself")
+        raise InvalidDataset(f"{name!r} is one JSON object with its rows under {key[:60]!r}: upload only that list")
     if first.raw.strip() == b"{":
         raise InvalidDataset(
-            f"{name!r} has JSON objects that span lines: put each on a line of its own, or all in one array"
+            f"{name!r} has JSON objects that span lines: put each object on its own line, or all objects in one array"
         )
 
 
 def _csv_header(head: bytes) -> tuple[str, list[str]]:
-    """The delimiter that cuts the header into most columns, and these columns."""
+    """The delimiter that splits the header into the most columns, and the columns."""
     text = head.lstrip(b"\r\n").decode(errors="replace")
     headers: dict[str, list[str]] = {}
     for delimiter in _DELIMITERS:
@@ -177,23 +191,14 @@ def _csv_header(head: bytes) -> tuple[str, list[str]]:
     return max(headers.items(), key=lambda item: len(item[1]))
 
 
-def read_rows(path: Path, container: Container) -> Iterator[RawRow]:
-    """Every row of the file in file order, readable or not; blank lines are no rows.
-
-    Raises:
-        InvalidDataset: the file as a whole is not of this container, found before or while reading.
-    """
-    return _READERS[container](path)
-
-
 def _row(line: int, offset: int | None, problem: str | None, read: Callable[[], dict[str, Any]]) -> RawRow:
-    """The row that `read` gives, unless there already is a problem with its bytes."""
+    """The row whose value `read` returns; a finding if it raises, or if its bytes have a problem."""
     try:
         if problem is not None:
             raise RowProblem("", problem)
         return RawRow(read(), line, offset)
-    except RowProblem as found:
-        return RawRow(None, line, offset, Finding(found.reason, found.pointer, line, offset))
+    except RowProblem as error:
+        return RawRow(None, line, offset, Finding(error.reason, error.pointer, line, offset))
 
 
 def _decode(piece: splitting.Piece) -> str:
@@ -201,11 +206,6 @@ def _decode(piece: splitting.Piece) -> str:
         return piece.raw.decode()
     except UnicodeDecodeError as error:
         raise RowProblem("", splitting.invalid_utf8(error, piece.offset)) from None
-
-
-def json_row(piece: splitting.Piece) -> RawRow:
-    """The row whose JSON text the piece is."""
-    return _row(piece.line, piece.offset, piece.problem, partial(_json_value, piece))
 
 
 def _json_value(piece: splitting.Piece) -> dict[str, Any]:
@@ -225,18 +225,18 @@ def _read_jsonl(path: Path) -> Iterator[RawRow]:
 def _read_json(path: Path) -> Iterator[RawRow]:
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
-        body = head.removeprefix(splitting.UTF8_BOM).lstrip(BLANKS)
+        body = head.removeprefix(splitting.UTF8_BOM).lstrip(JSON_WHITESPACE)
         if not body.startswith(b"["):
             raise InvalidDataset(
                 "the file is not a JSON array: it must begin with [ and hold one object per row. "
-                'Upload rows under a key ({"data": [...]}) without it, and one object per line as JSON Lines'
+                'Upload rows under a key ({"data": [...]}) as the list alone, and one object per line as JSON Lines'
             )
         yield from map(json_row, splitting.array_elements(file, len(head) - len(body) + 1))
 
 
 def _read_text(path: Path) -> Iterator[RawRow]:
     with path.open("rb") as file:
-        for document in splitting.documents(file):
+        for document in splitting.text_documents(file):
             yield _row(document.line, document.offset, document.problem, partial(_text_value, document))
 
 
@@ -266,6 +266,7 @@ def _columns(header: splitting.Record | None) -> list[str]:
 
 
 def _distinct(columns: list[str]) -> list[str]:
+    """The columns. Raises: InvalidDataset, two columns have the same name."""
     for column, count in Counter(filter(None, columns)).items():
         if count > 1:
             raise InvalidDataset(f"the file has two columns named {column[:60]!r}: rename one")
@@ -279,7 +280,7 @@ def _csv_value(columns: list[str], fields: list[str]) -> dict[str, Any]:
     for column, field in zip(columns, fields, strict=True):
         if column in JSON_COLUMNS:
             value[column] = parse_json(field, f"/{column}") if field.strip() else None
-        elif column:  # pandas writes its index under an empty name
+        elif column:  # pandas writes its index in a column without a name
             value[column] = field
     return value
 
@@ -293,25 +294,25 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
         try:
             table = pq.ParquetFile(file, buffer_size=2**20)
             names = _distinct(table.schema_arrow.names)
-            wanted = [name for name in names if name in COLUMNS]
-            # Columns that no shape reads may be of any type and size: only their names matter.
-            others = dict.fromkeys(name for name in names if name not in COLUMNS)
-            for batch in table.iter_batches(_PARQUET_BATCH_ROWS, columns=wanted, use_threads=False):
+            used = [name for name in names if name in COLUMNS]
+            # Columns that no shape reads can be of any type and size: only their names matter.
+            unused = dict.fromkeys(name for name in names if name not in COLUMNS)
+            for batch in table.iter_batches(_PARQUET_BATCH_ROWS, columns=used, use_threads=False):
                 for index in range(batch.num_rows):
                     line += 1
-                    yield _row(line, None, None, partial(_parquet_value, batch, index, others))
+                    yield _row(line, None, None, partial(_parquet_value, batch, index, unused))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise InvalidDataset(f"the Parquet file is damaged after row {line}: {error}") from error
 
 
-def _parquet_value(batch: Any, index: int, others: dict[str, Any]) -> dict[str, Any]:
+def _parquet_value(batch: Any, index: int, unused: dict[str, Any]) -> dict[str, Any]:
     try:
         value: dict[str, Any] = batch.slice(index, 1).to_pylist()[0]
-    except UnicodeDecodeError:  # Parquet does not promise that its strings are UTF-8
+    except UnicodeDecodeError:  # Parquet does not guarantee that its strings are UTF-8
         raise RowProblem("", "a string is not valid UTF-8") from None
     if check_strings(value) > splitting.MAX_ROW_BYTES:
         raise RowProblem("", splitting.TOO_LONG)
-    return others | value
+    return unused | value
 
 
 _READERS: dict[Container, Callable[[Path], Iterator[RawRow]]] = {

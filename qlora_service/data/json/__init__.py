@@ -1,1 +1,1 @@
-"""JSON with one reading only: strict, and fast for ordinary rows."""
+"""Strict JSON, with a fast reader for ordinary rows."""

@@ -1,14 +1,15 @@
-"""Ordinary JSON rows, read at several times the speed of `strict_json`; any other is left to it.
+"""Fast reader of ordinary JSON rows, several times the speed of `strict`; every other row is left to `strict`.
 
-What is read here is what `strict_json.parse_json` accepts, with the same value. msgspec keeps RFC 8259 by itself: it
-refuses what is not UTF-8 or not JSON, NaN, control characters, half surrogate pairs, numbers beyond a float and ints
-of more digits than Python takes. What it lets pass is found otherwise:
+A row that is read here is a row that `strict.parse_json` accepts, with the same value. msgspec itself enforces
+RFC 8259: it refuses invalid UTF-8, invalid JSON, NaN, control characters, unpaired surrogates, numbers beyond a float,
+and integers of more digits than Python accepts. Three checks cover what msgspec accepts and `strict` refuses:
 
-- a key used twice: msgspec keeps the last value and drops the key, which is in quotes, and what it had before. So the
-  row has more quotation marks than the value written out again; a kept string has as many in both, whatever its other
-  escapes, as long as no mark was written as \\u0022. A row cannot have fewer: of many rows only the sums are compared.
+- Duplicate keys: msgspec keeps the last value and drops the earlier value with its key, which is in quotation marks.
+  So the row has more quotation marks than its value encoded again. A kept string has the same number in both, whatever
+  its other escapes, unless a mark is written as \\u0022. A row never has fewer: for many rows, comparing the sums is
+  enough.
 - NUL: in a string it can only come from \\u0000.
-- nesting: the decoder's type is not deeper than `_LEVELS`.
+- Nesting: the decoder's type is `_MAX_LEVELS` deep.
 """
 
 from __future__ import annotations
@@ -19,42 +20,43 @@ from typing import Any
 
 import msgspec
 
-BLANKS = b" \t\r\n"
-"""JSON's white space"""
-_OTHER_ESCAPES = (b"\\u0000", b"\\u0022")
-# Enough for the arguments of tool calls. msgspec builds two types for each level, so no limit of many levels.
-_LEVELS = 8
-
-
-def _nested(levels: int) -> Any:
-    """The type of JSON values of at most so many lists and objects inside one another."""
-    scalar: Any = str | int | float | bool | None
-    if not levels:
-        return scalar
-    inner = _nested(levels - 1)
-    return scalar | GenericAlias(list, inner) | GenericAlias(dict, (str, inner))
-
-
-_decoder: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(GenericAlias(dict, (str, _nested(_LEVELS - 1))))
-_encoder = msgspec.json.Encoder()
+JSON_WHITESPACE = b" \t\r\n"
+_UNSUPPORTED_ESCAPES = (b"\\u0000", b"\\u0022")
+# Enough for the arguments of tool calls. Kept small because msgspec builds two types for each level.
+_MAX_LEVELS = 8
 
 
 def parse_row(text: bytes) -> dict[str, Any] | None:
-    """The JSON object that the text is; None if `strict_json` has to say."""
+    """The JSON object in the text; None where `strict` must decide."""
     values = _parse(text, [text])
     return None if values is None else values[0]
 
 
 def parse_lines(text: bytes) -> list[dict[str, Any]] | None:
-    """The JSON objects on the lines of the text, blank ones passed over; None if `strict_json` has to say of one."""
-    return _parse(text, [line for line in text.split(b"\n") if line.strip(BLANKS)])
+    """The JSON objects on the lines of the text, without the blank lines; None where `strict` must decide on a line."""
+    return _parse(text, [line for line in text.split(b"\n") if line.strip(JSON_WHITESPACE)])
 
 
 def _parse(text: bytes, rows: Sequence[bytes]) -> list[dict[str, Any]] | None:
-    if any(escape in text for escape in _OTHER_ESCAPES):
+    if any(escape in text for escape in _UNSUPPORTED_ESCAPES):
         return None
     try:
-        values = list(map(_decoder.decode, rows))
+        values = list(map(_DECODER.decode, rows))
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-    return values if _encoder.encode(values).count(b'"') == text.count(b'"') else None
+    return values if _ENCODER.encode(values).count(b'"') == text.count(b'"') else None
+
+
+def _json_type(max_levels: int) -> Any:
+    """The type of JSON values with at most `max_levels` lists and objects inside one another."""
+    scalar: Any = str | int | float | bool | None
+    if not max_levels:
+        return scalar
+    inner = _json_type(max_levels - 1)
+    return scalar | GenericAlias(list, inner) | GenericAlias(dict, (str, inner))
+
+
+_ENCODER = msgspec.json.Encoder()
+_DECODER: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(
+    GenericAlias(dict, (str, _json_type(_MAX_LEVELS - 1)))
+)

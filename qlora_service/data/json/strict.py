@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 means it: one reading only, or a `RowProblem` that says where it is ambiguous or broken."""
+"""Strict JSON (RFC 8259): a text with exactly one reading, or a `RowProblem` that locates the ambiguity or error."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-# Deeper rows are mistakes or attacks; a tool schema, the deepest honest value, stays below 20.
+# Deeper rows are mistakes or attacks; tool schemas, the deepest legitimate values, stay below 20.
 MAX_NESTING = 64
-# A pointer is read by people; a key may be as long as its row.
+# Pointers are shown to users, and a key may be as long as its row.
 MAX_POINTER_CHARS = 200
 
-# Only these escapes can bring a NUL or half a surrogate pair into a string decoded from valid UTF-8.
+# Only these escapes can put a NUL or an unpaired surrogate into a string decoded from valid UTF-8.
 _SUSPICIOUS_ESCAPE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
 
 
 class RowProblem(Exception):
-    """Why one row cannot be used: a reason, and the JSON pointer (RFC 6901) to its place in the row."""
+    """An unusable row: the reason, and the JSON pointer (RFC 6901) to the place in the row."""
 
     def __init__(self, pointer: str, reason: str) -> None:
         super().__init__(pointer, reason)
@@ -28,11 +28,11 @@ class RowProblem(Exception):
 
 
 def parse_json(text: str, pointer: str = "") -> Any:
-    """The value of a JSON text, which stands at `pointer` of its row.
+    """The value of a JSON text located at `pointer` of its row.
 
     Raises:
-        RowProblem: invalid JSON, NaN or Infinity, a key used twice, a NUL character, half a surrogate
-            pair, nesting deeper than `MAX_NESTING`.
+        RowProblem: invalid JSON, NaN or Infinity, a duplicate key, a NUL character, an unpaired surrogate,
+            nesting deeper than `MAX_NESTING`.
     """
     try:
         value = _DECODER.decode(text)
@@ -47,10 +47,10 @@ def parse_json(text: str, pointer: str = "") -> Any:
         raise RowProblem(pointer, f"nested deeper than {MAX_NESTING} levels") from None
     except RowProblem as problem:
         raise RowProblem(pointer, problem.reason) from None
-    except ValueError:  # Python's cap on the digits of an int
+    except ValueError:  # Python's limit on the digits of an int
         raise RowProblem(pointer, "a number has too many digits") from None
-    # The brackets bound the depth from above, and counting them is a hundred times cheaper than the walk.
-    if text.count("[") + text.count("{") > MAX_NESTING and _nesting(value) > MAX_NESTING:
+    # The number of brackets is an upper bound of the depth, a hundred times cheaper than walking the value.
+    if text.count("[") + text.count("{") > MAX_NESTING and _depth(value) > MAX_NESTING:
         raise RowProblem(pointer, f"nested deeper than {MAX_NESTING} levels")
     if _SUSPICIOUS_ESCAPE.search(text):
         check_strings(value, pointer)
@@ -58,25 +58,26 @@ def parse_json(text: str, pointer: str = "") -> Any:
 
 
 def check_strings(value: Any, pointer: str = "") -> int:
-    """The characters of all keys and strings in `value`.
+    """Number of characters in all keys and strings of `value`.
 
     Raises:
-        RowProblem: one holds a NUL character or half a surrogate pair, which no UTF-8 text can hold.
+        RowProblem: a key or string contains a NUL character or an unpaired surrogate, which UTF-8 cannot encode.
     """
     total = 0
-    for place, text in _strings(value, pointer):
+    for string_pointer, text in _strings(value, pointer):
         if "\0" in text:
-            raise RowProblem(place, "contains a NUL character")
+            raise RowProblem(string_pointer, "contains a NUL character")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise RowProblem(place, "contains half a surrogate pair (\\ud800 to \\udfff)") from None
+            raise RowProblem(string_pointer, "contains an unpaired surrogate (\\ud800 to \\udfff)") from None
         total += len(text)
     return total
 
 
 def _strings(value: Any, pointer: str) -> Iterator[tuple[str, str]]:
-    # A key stands at its object's pointer: it comes before its value, so no pointer holds an unchecked key.
+    """Every key and string with its pointer."""
+    # A key has the pointer of its object and is yielded before its value, so no pointer contains an unchecked key.
     if isinstance(value, str):
         yield pointer, value
     elif isinstance(value, dict):
@@ -88,7 +89,7 @@ def _strings(value: Any, pointer: str) -> Iterator[tuple[str, str]]:
             yield from _strings(child, f"{pointer}/{index}")
 
 
-def _nesting(value: Any) -> int:
+def _depth(value: Any) -> int:
     depth = 0
     level = [value] if isinstance(value, dict | list) else []
     while level:
@@ -98,7 +99,7 @@ def _nesting(value: Any) -> int:
     return depth
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
@@ -106,15 +107,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _constant(name: str) -> Any:
-    raise RowProblem("", f"not valid JSON: {name} is not a number of JSON")
+def _refuse_constant(name: str) -> Any:
+    raise RowProblem("", f"not valid JSON: {name} is not a JSON number")
 
 
-def _float(digits: str) -> float:
+def _finite_float(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):
         raise RowProblem("", "a number is too large for a 64-bit float")
     return number
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object_without_duplicates, parse_constant=_refuse_constant, parse_float=_finite_float
+)

@@ -1,1 +1,1 @@
-"""Training examples to token ids and the loss mask, through the base model's chat template."""
+"""Training examples to token ids and a loss mask, through the base model's chat template."""

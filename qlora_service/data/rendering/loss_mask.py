@@ -1,4 +1,4 @@
-"""Which tokens of a text are learned, from the character spans of its answers."""
+"""Loss mask: the trained tokens of a text, from the character spans of its answers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def trained_tokens(
     stop_ids: Set[int],
     in_order: bool,
 ) -> list[bool]:
-    """For every token of the text whether it overlaps a span; each span ends with its stop token, if it has one.
+    """For every token of the text, whether it overlaps a span; each span ends with its stop token, if it has one.
 
-    `in_order` says that the tokenizer cannot reorder characters: it has no normalizer.
+    `in_order`: the tokenizer cannot reorder characters, because it has no normalizer.
     """
     ids: list[int] = encoding.ids
     trained = [False] * len(ids)
@@ -31,21 +31,21 @@ def trained_tokens(
         if first > last:
             continue
         place = bisect_right(special, last) - 1
-        ending = special[place] if place >= 0 and special[place] >= first else None
+        last_special = special[place] if place >= 0 and special[place] >= first else None
         stop_follows = last + 1 < len(ids) and ids[last + 1] in stop_ids
-        if stop_follows and (ending is None or ids[ending] not in stop_ids):
-            last += 1  # noqa: PLW2901 - the span's tokens, corrected
-        elif ending is not None and text[_characters_of(encoding, ending)[1] : end].isspace():
-            # Behind the stop token a template may put a line break that is never generated.
-            last = ending  # noqa: PLW2901
+        if stop_follows and (last_special is None or ids[last_special] not in stop_ids):
+            last += 1  # noqa: PLW2901 - the span's last token, corrected
+        elif last_special is not None and text[_token_span(encoding, last_special)[1] : end].isspace():
+            # After the stop token, a template may write a line break that the model never generates.
+            last = last_special  # noqa: PLW2901
         trained[first : last + 1] = [True] * (last + 1 - first)
     return trained
 
 
 def _overlaps(encoding: Encoding, spans: Sequence[Span], in_order: bool) -> list[tuple[int, int]]:
-    """The first and the last token that overlap each span; the first behind the last where none does."""
+    """The first and the last token that overlap each span; the first is after the last where no token overlaps."""
     if in_order and len(spans) == 1:
-        # The usual row, a few times as fast: the tokens' offsets stay in the library.
+        # The usual row, several times as fast, because the offsets are not copied out of the library.
         overlap = _overlap(encoding, *spans[0])
         if overlap is not None:
             return [overlap]
@@ -54,24 +54,25 @@ def _overlaps(encoding: Encoding, spans: Sequence[Span], in_order: bool) -> list
 
 
 def _overlap(encoding: Encoding, start: int, end: int) -> tuple[int, int] | None:
-    """The overlap of one span, or None where no token holds its first or its last character."""
+    """The first and the last token of one span, or None where no token contains its first or its last character."""
     first, last = (encoding.char_to_token(start), encoding.char_to_token(end - 1)) if start < end else (None, None)
     if first is None or last is None:
         return None
     # Several tokens may be parts of one character.
-    while last + 1 < len(encoding) and _characters_of(encoding, last + 1)[0] < end:
+    while last + 1 < len(encoding) and _token_span(encoding, last + 1)[0] < end:
         last += 1
     return first, last
 
 
-def _characters_of(encoding: Encoding, token: int) -> Span:
+def _token_span(encoding: Encoding, token: int) -> Span:
+    """The characters of a token."""
     span = encoding.token_to_chars(token)
-    assert span is not None, "a token that is of no text"
+    assert span is not None, "a token without text"
     return span
 
 
 def _ascending(offsets: list[Span]) -> tuple[Sequence[int], Sequence[int]]:
-    """Where tokens start and end, in order: offsets go forward, but for tokenizers that reorder characters."""
+    """Ascending starts and ends of the tokens. Offsets ascend already, except in tokenizers that reorder characters."""
     starts, ends = zip(*offsets, strict=True) if offsets else ((), ())
     if list(ends) != sorted(ends):
         ends = tuple(accumulate(ends, max))

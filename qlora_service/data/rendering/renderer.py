@@ -1,4 +1,4 @@
-"""Rows → token ids, and which of them are trained. No torch: previews, checks and the trainer share this path."""
+"""Rows to token ids with a loss mask. No torch: previews, checks and the trainer share this path."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qlora_service.data.rows.examples import (
     Completion,
     Document,
     Example,
-    Labelled,
+    LabeledAnswer,
     Preference,
     SourceRow,
     documents,
@@ -33,19 +33,19 @@ from qlora_service.errors import Finding, InvalidModel
 from qlora_service.specs import Training
 
 TEMPLATE_ROWS = 64
-"""Rows the template's process has a time limit for."""
+"""Rows per request to the template process, which has a time limit."""
 TOKENIZER_ROWS = 256
-"""Texts tokenized at a time, on all cores."""
-# Tokenizing holds 100 to 600 bytes for each token, and a character may be three tokens: some 0.3 GB at the worst.
+"""Rows tokenized at a time, on all cores."""
+# Tokenizing needs 100 to 600 bytes per token, and a character may be three tokens: at most about 0.3 GB.
 BATCH_CHARS = 1 << 18
 
 Item = TypeVar("Item")
-Drafted = tuple[SourceRow, list[RenderedChat]]
-"""A row and the text and trained character spans of each of its documents."""
+RowTexts = tuple[SourceRow, list[RenderedChat]]
+"""A row, with the text and the trained character spans of each of its documents."""
 Encoded = tuple[Encoding, bool]
-"""The tokens of a text, and whether they are all."""
+"""The tokens of a text, and whether the whole text is tokenized."""
 
-# For base models that bring no template of their own; stored with the adapter, so that it is used at inference too.
+# For base models without a template; stored with the adapter, so that inference uses it too.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'assistant' %}{{ '### Response:\\n' + message.content + eos_token }}"
@@ -58,7 +58,7 @@ PLAIN_TEMPLATE = (
 
 @dataclass(frozen=True)
 class RenderRules:
-    """How rows become tokens; see the fields of the same names in `specs.Training`."""
+    """Rules for rendering rows to tokens; see the fields of the same names in `specs.Training`."""
 
     max_seq_len_tokens: int
     too_long: Literal["refuse", "truncate", "drop"] = "refuse"
@@ -66,41 +66,41 @@ class RenderRules:
 
     @classmethod
     def of(cls, training: Training) -> RenderRules:
-        """The rules a job's configuration asks for."""
+        """The rules in a job's configuration."""
         return cls(training.max_seq_len_tokens, training.too_long, training.train_on)
 
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """Token ids of one example. `trained[i]` says whether token i is learned (predicted from those before it)."""
+    """Token ids of one example. `trained[i]`: whether token i is trained, predicted from the tokens before it."""
 
     line: int
     text: str
     input_ids: tuple[int, ...]
     trained: tuple[bool, ...]
     cut_tokens: int = 0
-    """Tokens that truncation took off the end; of an enormous text, only those that were counted."""
+    """Tokens that truncation cut off the end; of a very long text, only the tokenized part is counted."""
     rejected: RenderedRow | None = None
-    """Of a pair, the worse answer's document; the row itself is the better one's."""
+    """The rejected answer's document of a preference pair; the row itself is the chosen answer's document."""
     desirable: bool | None = None
-    """Of a labelled answer, whether it is wanted."""
+    """The label of a labeled answer."""
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens with a loss. The first token of a row is predicted from nothing and never has one."""
+        """Number of tokens with a loss. The first token of a row never has a loss: no token precedes it."""
         return sum(self.trained[1:])
 
 
 @dataclass(frozen=True)
 class UnusableRow:
-    """Why a row is not trained on. `too_long` is its length when that is the reason, at least (see `_encode`)."""
+    """A row that is not trained. `too_long`: the row's length, or a lower bound (see `_encode`), if it is too long."""
 
     finding: Finding
     too_long: int | None = None
 
 
 class Renderer:
-    """Turns rows into token ids with a base model's tokenizer and chat template. A context manager."""
+    """Renders rows to token ids with a base model's tokenizer and chat template. A context manager."""
 
     def __init__(self, model_dir: Path, rules: RenderRules, now: datetime) -> None:
         self._rules = rules
@@ -125,7 +125,7 @@ class Renderer:
         tokens.setdefault("eos_token", "")
         plain = ("{{ bos_token }}" if self._bos is not None else "") + PLAIN_TEMPLATE
         self.chat_template: str = settings.chat_template or plain
-        """The template in use: the model's, else `PLAIN_TEMPLATE`."""
+        """The template in use: the model's template, or `PLAIN_TEMPLATE` without one."""
         self._templates = TemplateProcess(self.chat_template, tokens, now)
 
     def __enter__(self) -> Renderer:
@@ -140,52 +140,54 @@ class Renderer:
         """One result per row, in order.
 
         Raises:
-            InvalidModel: the chat template or the tokenizer cannot be used at all.
+            InvalidModel: the chat template or the tokenizer cannot be used for any row.
             InvalidDataset: the chat template fails on too many rows.
         """
-        batches = _batches(self._drafts(rows), lambda row: sum(len(draft.text) for draft in row[1]), TOKENIZER_ROWS)
+        batches = _batches(
+            self._row_texts(rows), lambda row: sum(len(rendered.text) for rendered in row[1]), TOKENIZER_ROWS
+        )
         for batch, tokens in self._encode_ahead(batches):
             encoded = iter(tokens)
-            for row, drafts in batch:
+            for row, texts in batch:
                 sides = [
-                    self._finish(row, document, draft, *next(encoded))
-                    for document, draft in zip(documents(row.example), drafts, strict=True)
+                    self._tokenized(row, document, rendered, *next(encoded))
+                    for document, rendered in zip(documents(row.example), texts, strict=True)
                 ]
-                yield _joined(row, *sides)
+                yield _merged(row, *sides)
 
     def token_text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
-    def _drafts(self, rows: Iterable[SourceRow]) -> Iterator[Drafted]:
+    def _row_texts(self, rows: Iterable[SourceRow]) -> Iterator[RowTexts]:
         batches = _batches(rows, lambda row: _characters(row.example), TEMPLATE_ROWS)
         for batch, rendered in self._templates.render_ahead((batch, _chats(batch)) for batch in batches):
             rendered_chats = iter(rendered)
             for row in batch:
-                yield row, [_draft(document, rendered_chats) for document in documents(row.example)]
+                yield row, [_text_of(document, rendered_chats) for document in documents(row.example)]
 
-    def _encode_ahead(self, batches: Iterable[list[Drafted]]) -> Iterator[tuple[list[Drafted], list[Encoded]]]:
-        """Each batch with its texts' tokens; the next one is tokenized meanwhile, which holds no lock of Python's."""
-        waiting: deque[tuple[list[Drafted], Future[list[Encoded]]]] = deque()
+    def _encode_ahead(self, batches: Iterable[list[RowTexts]]) -> Iterator[tuple[list[RowTexts], list[Encoded]]]:
+        """Each batch with the tokens of its texts; a thread tokenizes the next batch, which needs no Python lock."""
+        pending: deque[tuple[list[RowTexts], Future[list[Encoded]]]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
             for batch in batches:
-                texts = [draft.text for _, drafts in batch for draft in drafts]
-                waiting.append((batch, thread.submit(self._encode, texts)))
-                if len(waiting) > 1:
-                    before, tokens = waiting.popleft()
-                    yield before, tokens.result()
-            for before, tokens in waiting:
-                yield before, tokens.result()
+                batch_texts = [rendered.text for _, texts in batch for rendered in texts]
+                pending.append((batch, thread.submit(self._encode, batch_texts)))
+                if len(pending) > 1:
+                    encoded_batch, tokens = pending.popleft()
+                    yield encoded_batch, tokens.result()
+            for encoded_batch, tokens in pending:
+                yield encoded_batch, tokens.result()
 
     def _encode(self, texts: list[str]) -> list[Encoded]:
-        """The tokens of each text, and whether they are all: of an enormous one only the beginning is tokenized.
+        """The tokens of each text, and whether the whole text is tokenized: of a very long text, only a prefix is.
 
-        That beginning has over twice the tokens a row may have: text that follows changes no more than the last few.
+        The prefix has over twice the tokens that a row may have: the text after it changes only its last few tokens.
         """
         if sum(map(len, texts)) <= BATCH_CHARS:
             return [(encoding, True) for encoding in self._encodings(texts)]
-        return [self._beginning(text) for text in texts]
+        return [self._encode_prefix(text) for text in texts]
 
-    def _beginning(self, text: str) -> Encoded:
+    def _encode_prefix(self, text: str) -> Encoded:
         size, limit = BATCH_CHARS, 2 * self._rules.max_seq_len_tokens
         while True:
             (encoding,) = self._encodings([text[:size]])
@@ -198,22 +200,22 @@ class Renderer:
             encodings: list[Encoding] = self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
         except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
             raise InvalidModel(
-                f"the base model's tokenizer.json cannot tokenize ({error}): import the model with a sound one",
+                f"the base model's tokenizer.json cannot tokenize ({error}): import the model with a working tokenizer",
                 location="/base_model",
             ) from None
         return encodings
 
-    def _finish(
-        self, row: SourceRow, document: Document, draft: RenderedChat, encoding: Encoding, is_whole: bool
+    def _tokenized(
+        self, row: SourceRow, document: Document, rendered: RenderedChat, encoding: Encoding, is_whole: bool
     ) -> RenderedRow | UnusableRow:
-        """The tokens of one of the row's documents."""
-        if draft.error is not None:
-            return _unusable(row, draft.error)
+        """The token ids of one of the row's documents."""
+        if rendered.error is not None:
+            return _unusable(row, rendered.error)
         ids: list[int] = encoding.ids
         trained = trained_tokens(
             encoding,
-            draft.text,
-            draft.spans,
+            rendered.text,
+            rendered.spans,
             special_ids=self._special_ids,
             stop_ids=self._stop_ids,
             in_order=self._in_order,
@@ -221,21 +223,21 @@ class Renderer:
         is_chat = isinstance(document, Chat)
         if not is_chat and self._bos is not None and ids[:1] != [self._bos]:
             ids, trained = [self._bos, *ids], [False, *trained]
-        # A template ends a turn with a special token of its choice; plain text ends with nothing else than a stop.
-        closing = self._special_ids if is_chat else self._stop_ids
-        ends_open = bool(ids) and trained[-1] and ids[-1] not in closing
-        if self._eos is not None and ends_open:
-            # Nothing ends the last answer: without a learned stop token the adapter would never stop.
+        # A template ends a turn with a special token of its choice; plain text ends only with a stop token.
+        closing_ids = self._special_ids if is_chat else self._stop_ids
+        lacks_stop = bool(ids) and trained[-1] and ids[-1] not in closing_ids
+        if self._eos is not None and lacks_stop:
+            # Without a trained stop token after its answers, the adapter would never stop generating.
             ids, trained = [*ids, self._eos], [*trained, True]
-        # Of judged answers the prompt has no part in the objective.
-        if self._rules.train_on == "all" and not isinstance(row.example, Preference | Labelled):
+        # The objectives for rated answers do not use the tokens of the prompt.
+        if self._rules.train_on == "all" and not isinstance(row.example, Preference | LabeledAnswer):
             trained = [True] * len(ids)
         limit = self._rules.max_seq_len_tokens
         cut = max(0, len(ids) - limit)
         if cut and self._rules.too_long != "truncate":
             length = f"{len(ids)}" if is_whole else f"over {len(ids)}"
             return _unusable(row, f"{length} tokens long; max_seq_len_tokens is {limit}", too_long=len(ids))
-        result = RenderedRow(row.line, draft.text, tuple(ids[:limit]), tuple(trained[:limit]), cut)
+        result = RenderedRow(row.line, rendered.text, tuple(ids[:limit]), tuple(trained[:limit]), cut)
         if result.trained_tokens == 0:
             after = f" after {cut} tokens were cut off" if cut else ""
             return _unusable(row, f"nothing to train: no token of an answer is left{after}")
@@ -248,9 +250,9 @@ class Renderer:
 
 @dataclass
 class RenderReport:
-    """What rendering a dataset gave: counts, the lengths' histogram, and the rows that cannot be used.
+    """Result of rendering a dataset: counts, a histogram of lengths, and findings for the unusable rows.
 
-    The tokens of a pair are those of both sides; its length is that of the longer one.
+    The tokens of a preference pair are the tokens of both sides; its length is the length of the longer side.
     """
 
     rows: int = 0
@@ -259,7 +261,7 @@ class RenderReport:
     trained_tokens: int = 0
     longest_tokens: int = 0
     cut_rows: int = 0
-    """Usable rows that lost tokens to truncation."""
+    """Usable rows that were truncated."""
     too_long_rows: int = 0
     complete: bool = True
     """False when only the first rows were rendered."""
@@ -287,12 +289,12 @@ class RenderReport:
 
     def _count_length(self, tokens: int) -> None:
         self.longest_tokens = max(self.longest_tokens, tokens)
-        upto = str(1 << max(3, (tokens - 1).bit_length()))
-        self.histogram[upto] = self.histogram.get(upto, 0) + 1
+        bucket = str(1 << max(3, (tokens - 1).bit_length()))
+        self.histogram[bucket] = self.histogram.get(bucket, 0) + 1
 
 
 def render_report(renderer: Renderer, rows: Iterable[SourceRow], max_rows: int) -> RenderReport:
-    """What the first `max_rows` rows give."""
+    """The report on the first `max_rows` rows."""
     report = RenderReport()
     iterator = iter(rows)
     for result in renderer.render(islice(iterator, max_rows)):
@@ -310,7 +312,7 @@ def _chats(rows: Iterable[SourceRow]) -> list[Chat]:
     return [document for row in rows for document in documents(row.example) if isinstance(document, Chat)]
 
 
-def _draft(document: Document, rendered_chats: Iterator[RenderedChat]) -> RenderedChat:
+def _text_of(document: Document, rendered_chats: Iterator[RenderedChat]) -> RenderedChat:
     if isinstance(document, Chat):
         return next(rendered_chats)
     if isinstance(document, Completion):
@@ -319,32 +321,33 @@ def _draft(document: Document, rendered_chats: Iterator[RenderedChat]) -> Render
     return RenderedChat(document.text, ((0, len(document.text)),))
 
 
-def _joined(
+def _merged(
     row: SourceRow, first: RenderedRow | UnusableRow, second: RenderedRow | UnusableRow | None = None
 ) -> RenderedRow | UnusableRow:
-    """The row of its documents: both sides of a pair, or the only one."""
+    """One result from the results of the row's documents: both sides of a pair, or a single document."""
     if second is None:
-        if isinstance(row.example, Labelled) and isinstance(first, RenderedRow):
+        if isinstance(row.example, LabeledAnswer) and isinstance(first, RenderedRow):
             return replace(first, desirable=row.example.desirable)
         return first
     if isinstance(first, UnusableRow) or isinstance(second, UnusableRow):
-        bad = {name: side for name, side in (("chosen", first), ("rejected", second)) if isinstance(side, UnusableRow)}
-        reason = "; ".join(f"the {name} answer: {side.finding.reason}" for name, side in bad.items())
-        lengths = [side.too_long for side in bad.values() if side.too_long is not None]
+        sides = (("chosen", first), ("rejected", second))
+        unusable = {name: side for name, side in sides if isinstance(side, UnusableRow)}
+        reason = "; ".join(f"the {name} answer: {side.finding.reason}" for name, side in unusable.items())
+        lengths = [side.too_long for side in unusable.values() if side.too_long is not None]
         return _unusable(row, reason, too_long=max(lengths, default=None))
     if first.input_ids == second.input_ids:
-        after = " once they are cut" if first.cut_tokens or second.cut_tokens else ""
+        after = " after truncation" if first.cut_tokens or second.cut_tokens else ""
         return _unusable(row, f"the chosen and the rejected answer are the same tokens{after}")
     return replace(first, rejected=second)
 
 
-def _batches(items: Iterable[Item], size: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
-    """The items in order, at most `most` at a time and `BATCH_CHARS` in all; a larger one comes alone."""
+def _batches(items: Iterable[Item], size: Callable[[Item], int], max_items: int) -> Iterator[list[Item]]:
+    """Batches in order, of at most `max_items` items and `BATCH_CHARS` in total; a larger item is a batch by itself."""
     batch: list[Item] = []
     total = 0
     for item in items:
         added = size(item)
-        if batch and (len(batch) == most or total + added > BATCH_CHARS):
+        if batch and (len(batch) == max_items or total + added > BATCH_CHARS):
             yield batch
             batch, total = [], 0
         batch.append(item)
@@ -366,16 +369,16 @@ def _characters(example: Example) -> int:
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
-    """The file's tokenizer, which nobody changes. The last one is kept: reading takes longer than most uses of it."""
+    """The file's tokenizer, which must not be modified. The last one is cached: reading takes longer than most uses."""
     try:
-        found = path.stat()
-        return _read_tokenizer(path, (found.st_ino, found.st_mtime_ns))
+        status = path.stat()
+        return _read_tokenizer(path, (status.st_ino, status.st_mtime_ns))
     except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
         raise InvalidModel(f"the base model's tokenizer.json cannot be read: {error}") from None
 
 
 @lru_cache(maxsize=1)
-def _read_tokenizer(path: Path, version: tuple[int, int]) -> Tokenizer:  # noqa: ARG001 - it tells files apart
+def _read_tokenizer(path: Path, version: tuple[int, int]) -> Tokenizer:  # noqa: ARG001 - part of the cache key
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()

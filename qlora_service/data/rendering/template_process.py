@@ -1,4 +1,4 @@
-"""A child process that runs chat templates under caps on time, memory and output."""
+"""A child process that runs chat templates under limits on time, memory and output."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ Item = TypeVar("Item")
 MEMORY_BYTES = 1 << 30
 ROW_CHARS = 16 << 20
 ANSWER_BYTES = 256 << 20
-START_S = 20.0
-BATCH_S = 20.0
-ROW_S = 5.0
-# Long conversations get more, up to `MAX_EXTRA_S`. Measured with ChatML, the simplest template, on one core: 0.4 µs
-# for a message and 1 to 3 ns for a character, each time it is rendered; other templates and busy machines need up to
-# 50 times that.
+START_LIMIT_S = 20.0
+BATCH_LIMIT_S = 20.0
+ROW_LIMIT_S = 5.0
+# Long conversations get more time, up to `MAX_EXTRA_S`. Measured with ChatML, the simplest template, on one core:
+# 0.4 µs for a message and 1 to 3 ns for a character, each time it is rendered; other templates and busy machines need
+# up to 50 times as much.
 MESSAGE_S = 20e-6
 CHARACTER_S = 100e-9
 MAX_EXTRA_S = 60.0
-# So many deaths in a row are the template's fault; so many among rows that succeed are the rows'.
-MAX_DEATHS_IN_A_ROW = 3
-MAX_DEATHS = 20
+# Consecutive failures are attributed to the template, failures among rows that succeed to the rows.
+MAX_CONSECUTIVE_FAILURES = 3
+MAX_FAILURES = 20
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A conversation's text and the character spans of its trained answers; or why there is none."""
+    """A conversation's text and the character spans of its trained answers; or the error."""
 
     text: str = ""
     spans: tuple[Span, ...] = ()
@@ -49,22 +49,22 @@ class RenderedChat:
 
 @dataclass(frozen=True)
 class _Request:
-    """A batch of conversations as the child takes them, and the seconds each may need beyond the usual."""
+    """A batch of conversations in the child's form, and the extra seconds that each may take."""
 
     rows: list[Any]
     extra_s: list[float]
 
     @property
     def limit_s(self) -> float:
-        return BATCH_S + min(sum(self.extra_s), MAX_EXTRA_S)
+        return BATCH_LIMIT_S + min(sum(self.extra_s), MAX_EXTRA_S)
 
 
-class _ChildDied(Exception):
-    pass
+class _ChildFailed(Exception):
+    """The child hung, crashed, or wrote too much, and has been killed. The message is a predicate: `crashed`."""
 
 
 class TemplateProcess:
-    """Renders conversations with one template; a context manager that leaves no process behind."""
+    """Renders conversations with one template. A context manager; its child process ends with the context."""
 
     def __init__(self, template: str, special_tokens: dict[str, str], now: datetime) -> None:
         self._setup = {
@@ -73,11 +73,11 @@ class TemplateProcess:
             "now": now.isoformat(),
             "memory_bytes": MEMORY_BYTES,
             "row_chars": ROW_CHARS,
-            "cpu_s": START_S,
+            "cpu_s": START_LIMIT_S,
         }
         self._process: subprocess.Popen[bytes] | None = None
-        self._deaths = 0
-        self._deaths_in_a_row = 0
+        self._failures = 0
+        self._consecutive_failures = 0
 
     def __enter__(self) -> TemplateProcess:
         return self
@@ -93,37 +93,37 @@ class TemplateProcess:
         return results
 
     def render_ahead(self, batches: Iterable[tuple[Item, Sequence[Chat]]]) -> Iterator[tuple[Item, list[RenderedChat]]]:
-        """For each batch its item and one result per conversation, in order; the next batch is rendered meanwhile.
+        """For each batch, its item and one result per conversation, in order; renders the next batch in the meantime.
 
         Raises:
-            InvalidModel: the template does not compile, or hangs or crashes on one conversation after the other.
-            InvalidDataset: it hangs or crashes on too many, though not on all.
+            InvalidModel: the template does not compile, or hangs or crashes on consecutive conversations.
+            InvalidDataset: the template hangs or crashes on too many conversations, though not on all.
         """
-        waiting: tuple[Item, _Request] | None = None
+        pending: tuple[Item, _Request] | None = None
         try:
             for item, chats in batches:
-                done = None if waiting is None else (waiting[0], self._results(waiting[1]))
-                waiting = item, self._request(chats)
-                if done is not None:
-                    yield done
-            if waiting is not None:
-                item, request = waiting
-                waiting = None
+                completed = None if pending is None else (pending[0], self._results(pending[1]))
+                pending = item, self._request(chats)
+                if completed is not None:
+                    yield completed
+            if pending is not None:
+                item, request = pending
+                pending = None
                 yield item, self._results(request)
         finally:
-            if waiting is not None:
-                # An answer nobody waits for any more would be taken for the next batch's.
+            if pending is not None:
+                # The unread answer would otherwise be read as the answer to the next batch.
                 self._kill()
 
     def _request(self, chats: Sequence[Chat]) -> _Request:
-        """Ask for a batch without waiting for it."""
+        """Sends a batch to the child, without waiting for the answer."""
         request = _Request(
-            [[[_as_templates_expect(m) for m in chat.messages], chat.trained, chat.tools] for chat in chats],
+            [[[_with_decoded_arguments(m) for m in chat.messages], chat.trained, chat.tools] for chat in chats],
             [_extra_s(chat) for chat in chats],
         )
         if chats:
-            # A child that died is noticed by whoever wants its answer.
-            with contextlib.suppress(_ChildDied):
+            # A failure is handled when the answer is read.
+            with contextlib.suppress(_ChildFailed):
                 self._send_rows(request.rows, request.limit_s)
         return request
 
@@ -132,10 +132,10 @@ class TemplateProcess:
         try:
             if request.rows:
                 answers = self._receive(request.limit_s)
-                self._deaths_in_a_row = 0
-        except _ChildDied:
-            # One conversation hung or crashed the template: find out which, the others are fine.
-            answers = map(self._ask_one, request.rows, request.extra_s)
+                self._consecutive_failures = 0
+        except _ChildFailed:
+            # The template hung or crashed on one conversation: render each alone, so that the others succeed.
+            answers = map(self._render_alone, request.rows, request.extra_s)
         return [
             RenderedChat(error=answer["error"])
             if "error" in answer
@@ -143,29 +143,29 @@ class TemplateProcess:
             for answer in answers
         ]
 
-    def _ask_one(self, row: Any, extra_s: float) -> dict[str, Any]:
+    def _render_alone(self, row: Any, extra_s: float) -> dict[str, Any]:
         try:
-            limit_s = ROW_S + min(extra_s, MAX_EXTRA_S)
+            limit_s = ROW_LIMIT_S + min(extra_s, MAX_EXTRA_S)
             self._send_rows([row], limit_s)
             (answer,) = self._receive(limit_s)
-            self._deaths_in_a_row = 0
+            self._consecutive_failures = 0
             return cast("dict[str, Any]", answer)
-        except _ChildDied as died:
-            self._deaths += 1
-            self._deaths_in_a_row += 1
-            if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
+        except _ChildFailed as failure:
+            self._failures += 1
+            self._consecutive_failures += 1
+            if self._consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
                 raise InvalidModel(
-                    f"the base model's chat template {died} on {self._deaths_in_a_row} conversations in a row: "
-                    "it cannot be used; import the model with a sound template",
+                    f"the base model's chat template {failure} on {self._consecutive_failures} conversations in a row: "
+                    "it cannot be used; import the model with a working template",
                     location="/base_model",
                 ) from None
-            if self._deaths >= MAX_DEATHS:
+            if self._failures >= MAX_FAILURES:
                 raise InvalidDataset(
-                    f"the base model's chat template {died} on one conversation and failed so on {self._deaths - 1} "
-                    "before it: split the longest conversations into shorter ones, or use another base model",
+                    f"the base model's chat template {failure} on one conversation, after {self._failures - 1} others "
+                    "on which it failed: split the longest conversations into shorter ones, or use another base model",
                     location="/dataset",
                 ) from None
-            return {"error": f"the chat template {died} on this conversation"}
+            return {"error": f"the chat template {failure} on this conversation"}
 
     def _send_rows(self, rows: list[Any], limit_s: float) -> None:
         if self._process is None:
@@ -173,7 +173,7 @@ class TemplateProcess:
         self._send({"rows": rows, "cpu_s": limit_s}, limit_s)
 
     def _start(self) -> None:
-        # An environment of its own: nothing of the service's (keys, tokens) for a template to find.
+        # A minimal environment, so that a template cannot read the service's secrets (keys, tokens).
         self._process = subprocess.Popen(
             [sys.executable, "-m", "qlora_service.data.rendering.chat_template"],
             stdin=subprocess.PIPE,
@@ -185,17 +185,17 @@ class TemplateProcess:
             },
         )
         try:
-            self._send(self._setup, START_S)
-            answer = self._receive(START_S)
-        except _ChildDied as died:
+            self._send(self._setup, START_LIMIT_S)
+            answer = self._receive(START_LIMIT_S)
+        except _ChildFailed as failure:
             raise InvalidModel(
-                f"the base model's chat template {died} while it was compiled", location="/base_model"
+                f"the base model's chat template {failure} while it was compiled", location="/base_model"
             ) from None
         if "error" in answer:
             raise InvalidModel(f"base model: {answer['error']}", location="/base_model")
 
     def _send(self, message: Any, limit_s: float) -> None:
-        """Write one JSON line within `limit_s` seconds. Raises: _ChildDied, with the child gone."""
+        """Writes one JSON line within `limit_s` seconds. Raises: _ChildFailed, after killing the child."""
         assert self._process is not None
         assert self._process.stdin is not None
         pipe = self._process.stdin.fileno()
@@ -205,14 +205,14 @@ class TemplateProcess:
             try:
                 outgoing = outgoing[os.write(pipe, outgoing) :]
             except BrokenPipeError:
-                raise self._died("crashed") from None
+                raise self._killed("crashed") from None
             if not outgoing:
                 return
 
     def _receive(self, limit_s: float) -> Any:
-        """Read one JSON line within `limit_s` seconds. Raises: _ChildDied, with the child gone."""
+        """Reads one JSON line within `limit_s` seconds. Raises: _ChildFailed, after killing the child."""
         if self._process is None:
-            raise _ChildDied("crashed")
+            raise _ChildFailed("crashed")
         assert self._process.stdout is not None
         pipe = self._process.stdout.fileno()
         incoming = bytearray()
@@ -220,26 +220,26 @@ class TemplateProcess:
             chunk = os.read(pipe, 1 << 20)
             incoming += chunk
             if not chunk:
-                raise self._died("crashed")
+                raise self._killed("crashed")
             if len(incoming) > ANSWER_BYTES:
-                raise self._died(f"wrote more than {ANSWER_BYTES >> 20} MiB")
+                raise self._killed(f"wrote more than {ANSWER_BYTES >> 20} MiB")
             if chunk.endswith(b"\n"):
                 break
         return json.loads(incoming)
 
     def _when_ready(self, pipe: int, event: int, limit_s: float) -> Iterator[None]:
-        """Goes on whenever the pipe can be used. Raises: _ChildDied after `limit_s` seconds, with the child gone."""
+        """Yields each time the pipe is ready. Raises: _ChildFailed after `limit_s` seconds, after killing the child."""
         deadline = time.monotonic() + limit_s
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, event)
             while (left := deadline - time.monotonic()) > 0:
                 if selector.select(left):
                     yield
-        raise self._died(f"did not finish within {limit_s:g} s")
+        raise self._killed(f"did not finish within {limit_s:g} s")
 
-    def _died(self, how: str) -> _ChildDied:
+    def _killed(self, failure: str) -> _ChildFailed:
         self._kill()
-        return _ChildDied(how)
+        return _ChildFailed(failure)
 
     def _kill(self) -> None:
         if self._process is not None:
@@ -248,14 +248,8 @@ class TemplateProcess:
             self._process = None
 
 
-def _extra_s(chat: Chat) -> float:
-    """Seconds a long conversation may take beyond the usual: its template may render it four times for each answer."""
-    renderings = 1 + 4 * sum(chat.trained)
-    return renderings * (MESSAGE_S * len(chat.messages) + CHARACTER_S * characters([chat.messages, chat.tools]))
-
-
 def characters(value: Any) -> int:
-    """The characters of all strings in JSON's types, keys left out."""
+    """Number of characters in all strings of a JSON value, keys excluded."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -263,8 +257,14 @@ def characters(value: Any) -> int:
     return sum(map(characters, value)) if isinstance(value, list | tuple) else 0
 
 
-def _as_templates_expect(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with its tool calls' arguments as objects: OpenAI sends JSON text, templates apply `tojson`."""
+def _extra_s(chat: Chat) -> float:
+    """Extra seconds for a long conversation: its template may render the conversation four times for each answer."""
+    renderings = 1 + 4 * sum(chat.trained)
+    return renderings * (MESSAGE_S * len(chat.messages) + CHARACTER_S * characters([chat.messages, chat.tools]))
+
+
+def _with_decoded_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with the arguments of its tool calls as objects: OpenAI sends JSON text, templates apply `tojson`."""
     calls = message.get("tool_calls")
     if not calls:
         return message

@@ -1,6 +1,6 @@
-"""What a base model's small files say about its special tokens and its chat template.
+"""Special tokens and chat template of a base model, read from its small settings files.
 
-They come with the model and may hold anything. This is the one place that reads them, at import and for rendering.
+The files come with the model and may contain anything. Only this module reads them, for import and for rendering.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any, TypeGuard
 
 from qlora_service.errors import Finding, InvalidModel
 
-# The largest in use have some 100 KiB.
+# The largest files in use have about 100 KiB.
 MAX_SETTINGS_BYTES = 4 << 20
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENS_MAP = "special_tokens_map.json"
 MODEL_CONFIG = "config.json"
-# transformers reads these as objects.
+# transformers requires JSON objects in these files.
 OBJECTS = {MODEL_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, TOKENS_MAP}
-# transformers takes nothing but text for these; other keys that end in _token may be switches (add_bos_token).
+# transformers accepts only text for these keys; other keys that end in _token may be switches (add_bos_token).
 SPECIAL_TOKENS = {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}
 
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """Special tokens by the names a template may use, the chat template if there is one, what ends generation."""
+    """Special tokens by their names in templates, the chat template if any, and the token ids that end generation."""
 
     special_tokens: dict[str, str]
     chat_template: str | None
@@ -40,7 +40,7 @@ def read_tokenizer_settings(model_dir: Path) -> TokenizerSettings:
     """The settings of a model in the catalog.
 
     Raises:
-        InvalidModel: with every finding.
+        InvalidModel: with a finding for everything that cannot be used.
     """
     findings: list[str] = []
     documents = {
@@ -51,7 +51,8 @@ def read_tokenizer_settings(model_dir: Path) -> TokenizerSettings:
     settings = tokenizer_settings(documents, model_dir / CHAT_TEMPLATE, findings)
     if findings:
         raise InvalidModel(
-            f"the base model's settings cannot be used: {'; '.join(findings)}: correct the files and import it again",
+            f"the base model's settings cannot be used: {'; '.join(findings)}: "
+            "correct the files and import the model again",
             location="/base_model",
             findings=[Finding(reason) for reason in findings],
         )
@@ -59,17 +60,17 @@ def read_tokenizer_settings(model_dir: Path) -> TokenizerSettings:
 
 
 def tokenizer_settings(documents: Mapping[str, Any], template_file: Path, findings: list[str]) -> TokenizerSettings:
-    """The settings in JSON documents by file name, and in the template's file; what cannot be used is a finding."""
+    """The settings in JSON documents, by file name, and in the template file; appends to `findings`."""
     config, model = documents.get(TOKENIZER_CONFIG, {}), documents.get(MODEL_CONFIG, {})
     generation = documents.get(GENERATION_CONFIG, {})
-    # Older models name their special tokens in a file of their own, some only by number in the model's config.
-    named = _special_tokens(documents.get(TOKENS_MAP, {}), TOKENS_MAP, findings)
+    # Older models list their special tokens in a separate file, some only as ids in the model's config.
+    mapped_tokens = _special_tokens(documents.get(TOKENS_MAP, {}), TOKENS_MAP, findings)
     source = GENERATION_CONFIG if "eos_token_id" in generation else MODEL_CONFIG
     eos = (generation if "eos_token_id" in generation else model).get("eos_token_id")
     bos = model.get("bos_token_id")
     template = _read_template(template_file, findings)
     return TokenizerSettings(
-        named | _special_tokens(config, TOKENIZER_CONFIG, findings),
+        mapped_tokens | _special_tokens(config, TOKENIZER_CONFIG, findings),
         _configured_template(config.get("chat_template"), findings) if template is None else template,
         _eos_token_ids(eos, source, findings),
         bos if type(bos) is int else None,
@@ -77,7 +78,7 @@ def tokenizer_settings(documents: Mapping[str, Any], template_file: Path, findin
 
 
 def read_json(path: Path, name: str, findings: list[str], limit_bytes: int = MAX_SETTINGS_BYTES) -> Any:
-    """The document, or an empty object where it cannot be read or is none but must be; findings say why."""
+    """The document; an empty object and a finding where it cannot be read, or is not an object but must be."""
     content = _read(path, name, findings, limit_bytes)
     if content is None:
         return {}
@@ -115,24 +116,24 @@ def _special_tokens(config: dict[str, Any], name: str, findings: list[str]) -> d
         if key.endswith("_token") and _is_text(token):
             tokens[key] = token
         elif key in SPECIAL_TOKENS and value is not None:
-            findings.append(f"{name} has a {key} that is no text")
+            findings.append(f"{name} has a {key} that is not text")
     return tokens
 
 
 def _configured_template(template: Any, findings: list[str]) -> str | None:
-    """The template of tokenizer_config.json: the one named default, if there are several."""
+    """The template of tokenizer_config.json; of several named templates, the one named default."""
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
         template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
     elif isinstance(template, dict):
         template = template.get("default")
     if template is None or _is_text(template):
         return template
-    findings.append(f"{TOKENIZER_CONFIG} has a chat_template that is no text")
+    findings.append(f"{TOKENIZER_CONFIG} has a chat_template that is not text")
     return None
 
 
-def _eos_token_ids(listed: Any, name: str, findings: list[str]) -> frozenset[int]:
-    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+def _eos_token_ids(value: Any, name: str, findings: list[str]) -> frozenset[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if all(type(token_id) is int for token_id in ids):
         return frozenset(ids)
     findings.append(f"{name} has an eos_token_id that is neither a number nor a list of numbers")
@@ -140,5 +141,5 @@ def _eos_token_ids(listed: Any, name: str, findings: list[str]) -> frozenset[int
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
-    """Whether it is a string of whole characters: JSON's escapes can make half of one, and no tokenizer takes it."""
+    """Whether the value is a string without unpaired surrogates, which JSON can escape and no tokenizer accepts."""
     return isinstance(value, str) and value.encode(errors="ignore").decode() == value

@@ -1,1 +1,1 @@
-"""Raw rows to training examples: the shapes of the field, read into one form."""
+"""Raw rows to training examples: every accepted row shape, read into one form."""

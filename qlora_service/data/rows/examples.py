@@ -1,4 +1,4 @@
-"""What a training row is, whatever file and shape it came from."""
+"""Training examples: the one form of a row, independent of its container and shape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = [
     "Container",
     "Document",
     "Example",
-    "Labelled",
+    "LabeledAnswer",
     "Preference",
     "Shape",
     "SourceRow",
@@ -27,8 +27,8 @@ class Chat:
     """A conversation in OpenAI's form.
 
     Each message is a dict with `role` (system, user, assistant, tool), `content` (a string, or None next to
-    `tool_calls`) and whatever of `name`, `tool_calls`, `tool_call_id`, `reasoning_content` the row had. `trained[i]`
-    says whether message i is learned: assistant messages whose `weight` was 1 or absent.
+    `tool_calls`), and those of `name`, `tool_calls`, `tool_call_id`, `reasoning_content` that the row has. `trained[i]`
+    says whether message i is trained: assistant messages whose `weight` is 1 or absent.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -38,7 +38,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Completion:
-    """Plain text in two parts; only the completion and the stop token are learned."""
+    """Plain text in two parts; only the completion and the stop token are trained."""
 
     prompt: str
     completion: str
@@ -46,38 +46,38 @@ class Completion:
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text; every token is learned."""
+    """Plain text; every token is trained."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to the same conversation, of which the first is better; of each, only the answer is learned from."""
+    """A preference pair: a better and a worse answer to the same prompt. Only the tokens of the answers are trained."""
 
     chosen: Chat | Completion
     rejected: Chat | Completion
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """An answer that is wanted, or not."""
+class LabeledAnswer:
+    """An answer with its label: desirable or undesirable."""
 
     answer: Chat | Completion
     desirable: bool
 
 
 Document = Chat | Completion | Text
-"""What becomes one sequence of tokens."""
-Example = Document | Preference | Labelled
+"""The source of one token sequence."""
+Example = Document | Preference | LabeledAnswer
 
 
 def documents(example: Example) -> tuple[Document, ...]:
-    """The one document of an example, or the two of a pair, the chosen one first."""
+    """The one document of an example, or the chosen and the rejected document of a preference pair."""
     match example:
         case Preference(chosen, rejected):
             return (chosen, rejected)
-        case Labelled(answer):
+        case LabeledAnswer(answer):
             return (answer,)
         case _:
             return (example,)
@@ -85,7 +85,7 @@ def documents(example: Example) -> tuple[Document, ...]:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """An example and where it stands in the upload (see `errors.Finding` for `line`)."""
+    """An example and its place in the upload (see `errors.Finding` for `line` and `byte_offset`)."""
 
     example: Example
     line: int

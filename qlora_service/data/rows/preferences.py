@@ -1,4 +1,4 @@
-"""Rows that judge answers: pairs of a better and a worse one, and answers labelled good or bad."""
+"""Readers of rows with rated answers: preference pairs, and answers labeled desirable or undesirable."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from qlora_service.data.rows.conversation import (
     Dialect,
     Turn,
     as_text,
-    kind_of,
+    json_type_name,
     plain_turns,
     read_tools,
     read_turn,
     read_turns,
-    require_words,
+    require_not_blank,
 )
-from qlora_service.data.rows.examples import Chat, Completion, Labelled, Preference
-from qlora_service.data.rows.supervised import alpaca_question, answered, read_prompt_completion, sharegpt_turns
+from qlora_service.data.rows.examples import Chat, Completion, LabeledAnswer, Preference
+from qlora_service.data.rows.supervised import alpaca_prompt, chat_with_answer, read_prompt_completion, sharegpt_turns
 
 Tools = tuple[dict[str, Any], ...] | None
 
@@ -27,127 +27,142 @@ _LABELS = {"true": True, "false": False}
 
 
 def as_label(value: Any) -> bool | None:
-    """The label a cell holds: a boolean, or its name where the container has only strings; None for anything else.
+    """The label in a cell: a boolean, or its name where the container has only strings; None for any other value.
 
-    0 and 1 are no labels: a column `label` of numbers holds classes or ratings more often, and an answer trained with
-    the wrong sign is found too late.
+    0 and 1 are not labels: a column `label` of numbers more often contains classes or ratings, and an answer trained
+    with the wrong sign is noticed too late.
     """
     if isinstance(value, str):
         return _LABELS.get(value.strip().lower())
     return value if isinstance(value, bool) else None
 
 
-def read_labelled(row: dict[str, Any]) -> Labelled:
+def read_labeled_answer(row: dict[str, Any]) -> LabeledAnswer:
     desirable = as_label(row["label"])
     if desirable is None:
-        raise RowProblem("/label", f"must be true or false, is {kind_of(row['label'])}")
+        raise RowProblem("/label", f"must be true or false, is {json_type_name(row['label'])}")
     if row.get("messages") is None:
-        return Labelled(read_prompt_completion(row), desirable)
+        return LabeledAnswer(read_prompt_completion(row), desirable)
     turns = read_turns(row["messages"], "/messages", OPENAI)
     if not turns or turns[-1][0]["role"] != "assistant":
-        raise RowProblem("/messages", "must end with the assistant message that the label judges")
-    return Labelled(answered(turns[:-1], turns[-1:], "/messages", read_tools(row)), desirable)
+        raise RowProblem("/messages", "must end with the assistant message that the label refers to")
+    return LabeledAnswer(chat_with_answer(turns[:-1], turns[-1:], "/messages", read_tools(row)), desirable)
 
 
 def read_preference(row: dict[str, Any]) -> Preference:
-    """The pair of a row in OpenAI's, TRL's, ShareGPT's or Alpaca's form."""
-    names = ("chosen", "rejected") if "chosen" in row else ("preferred_output", "non_preferred_output")
-    for name in names:
-        if row.get(name) in (None, "", [], {}):
-            raise RowProblem(f"/{name}", "the answer is missing")
-    pair = _openai_pair(row, *names) if names[0] == "preferred_output" else _pair(row, *names)
-    if _words(pair.chosen) == _words(pair.rejected):
-        raise RowProblem(f"/{names[1]}", f"the same answer as /{names[0]}: one of a pair must be better")
+    """The preference pair of a row in OpenAI's, TRL's, ShareGPT's or Alpaca's form."""
+    chosen, rejected = ("chosen", "rejected") if "chosen" in row else ("preferred_output", "non_preferred_output")
+    for column in (chosen, rejected):
+        if row.get(column) in (None, "", [], {}):
+            raise RowProblem(f"/{column}", "the answer is missing")
+    pair = _openai_pair(row, chosen, rejected) if chosen == "preferred_output" else _pair(row, chosen, rejected)
+    if _answer_content(pair.chosen) == _answer_content(pair.rejected):
+        raise _same_answer(chosen, rejected)
     return pair
 
 
 def _openai_pair(row: dict[str, Any], chosen: str, rejected: str) -> Preference:
-    given = row["input"]
-    if not isinstance(given, dict):
-        raise RowProblem("/input", f"must be an object with messages, is {kind_of(given)}")
-    prompt = read_turns(given.get("messages"), "/input/messages", OPENAI)
-    tools = read_tools(given, "/input")
-    return Preference(_reply(row, chosen, prompt, OPENAI, tools), _reply(row, rejected, prompt, OPENAI, tools))
+    """The pair in OpenAI's form, whose column `input` is an object with the prompt and the tools."""
+    request = row["input"]
+    if not isinstance(request, dict):
+        raise RowProblem("/input", f"must be an object with messages, is {json_type_name(request)}")
+    prompt = read_turns(request.get("messages"), "/input/messages", OPENAI)
+    tools = read_tools(request, "/input")
+    return Preference(_chat(row, chosen, prompt, OPENAI, tools), _chat(row, rejected, prompt, OPENAI, tools))
 
 
 def _pair(row: dict[str, Any], chosen: str, rejected: str) -> Preference:
     both_text = isinstance(row[chosen], str) and isinstance(row[rejected], str)
     both_lists = isinstance(row[chosen], list) and isinstance(row[rejected], list)
-    asked = row.get("prompt")
+    prompt_cell = row.get("prompt")
     dialect = OPENAI
-    if isinstance(asked, str):
+    if isinstance(prompt_cell, str):
         if both_text:
             return Preference(_completion(row, chosen), _completion(row, rejected))
-        # Some data sets give the question as text too, beside two whole conversations that begin with it.
+        # Some datasets give the prompt as text in addition to two full conversations that begin with it.
         if both_lists and row[chosen][0] == row[rejected][0]:
-            return _shared_beginning(row, chosen, rejected)
-        prompt = plain_turns([("user", asked)])
-    elif asked is not None:
-        prompt = read_turns(asked, "/prompt", OPENAI)
+            return _pair_of_conversations(row, chosen, rejected)
+        prompt = plain_turns([("user", prompt_cell)])
+    elif prompt_cell is not None:
+        prompt = read_turns(prompt_cell, "/prompt", OPENAI)
     elif row.get("conversations") is not None:
         prompt, dialect = sharegpt_turns(row), SHAREGPT
     elif row.get("instruction") is not None:
-        prompt = alpaca_question(row)
+        prompt = alpaca_prompt(row)
     elif both_lists:
-        return _shared_beginning(row, chosen, rejected)
+        return _pair_of_conversations(row, chosen, rejected)
     else:
         raise RowProblem(
             "/prompt",
-            "nothing says what was asked: add the column prompt, conversations or instruction, "
+            "the prompt is missing: add the column prompt, conversations or instruction, "
             "or give both answers as lists of messages that begin with the same prompt",
         )
     tools = read_tools(row)
-    return Preference(_reply(row, chosen, prompt, dialect, tools), _reply(row, rejected, prompt, dialect, tools))
+    return Preference(_chat(row, chosen, prompt, dialect, tools), _chat(row, rejected, prompt, dialect, tools))
 
 
-def _shared_beginning(row: dict[str, Any], chosen: str, rejected: str) -> Preference:
-    """The pair of two whole conversations: what both begin with is the prompt."""
-    better, worse = (read_turns(row[name], f"/{name}", OPENAI) for name in (chosen, rejected))
-    alike = 0
-    while alike < min(len(better), len(worse)) and better[alike][0] == worse[alike][0]:
-        alike += 1
-    if alike == len(better) == len(worse):
-        raise RowProblem(f"/{rejected}", f"the same answer as /{chosen}: one of a pair must be better")
-    if not alike:
-        raise RowProblem(f"/{rejected}", f"begins with another message than /{chosen}: they share no prompt")
-    for name, turns in ((chosen, better), (rejected, worse)):
-        if len(turns) == alike:
-            raise RowProblem(f"/{name}", "the answer is missing: the other conversation begins with all of this one")
-        _require_own_words(turns[alike:], f"/{name}", alike)
-    prompt, tools = better[:alike], read_tools(row)
+def _pair_of_conversations(row: dict[str, Any], chosen: str, rejected: str) -> Preference:
+    """The pair of two full conversations, whose common prefix is the prompt."""
+    chosen_turns, rejected_turns = (read_turns(row[column], f"/{column}", OPENAI) for column in (chosen, rejected))
+    common = 0
+    while common < min(len(chosen_turns), len(rejected_turns)) and chosen_turns[common][0] == rejected_turns[common][0]:
+        common += 1
+    if common == len(chosen_turns) == len(rejected_turns):
+        raise _same_answer(chosen, rejected)
+    if not common:
+        raise RowProblem(
+            f"/{rejected}", f"the first message differs from that of /{chosen}: the two conversations share no prompt"
+        )
+    for column, turns in ((chosen, chosen_turns), (rejected, rejected_turns)):
+        if len(turns) == common:
+            raise RowProblem(
+                f"/{column}", "the answer is missing: the other conversation begins with this entire conversation"
+            )
+        _require_answer_roles(turns[common:], f"/{column}", common)
+    prompt, tools = chosen_turns[:common], read_tools(row)
     return Preference(
-        answered(prompt, better[alike:], f"/{chosen}", tools), answered(prompt, worse[alike:], f"/{rejected}", tools)
+        chat_with_answer(prompt, chosen_turns[common:], f"/{chosen}", tools),
+        chat_with_answer(prompt, rejected_turns[common:], f"/{rejected}", tools),
     )
 
 
-def _reply(row: dict[str, Any], name: str, prompt: list[Turn], dialect: Dialect, tools: Tools) -> Chat:
-    """The conversation that ends with the answer in the column `name`: a text, a message, or a list of messages."""
-    answer, at = row[name], f"/{name}"
+def _chat(row: dict[str, Any], column: str, prompt: list[Turn], dialect: Dialect, tools: Tools) -> Chat:
+    """The prompt with the answer in the column: a text, a message, or a list of messages."""
+    answer, pointer = row[column], f"/{column}"
     if isinstance(answer, str):
-        require_words(answer, at, "the answer")
+        require_not_blank(answer, pointer, "the answer")
         turns = plain_turns([("assistant", answer)])
     elif isinstance(answer, dict):
-        turns = [read_turn(answer, at, dialect)]
-        _require_own_words(turns, at, None)
+        turns = [read_turn(answer, pointer, dialect)]
+        _require_answer_roles(turns, pointer, None)
     else:
-        turns = read_turns(answer, at, dialect)
-        _require_own_words(turns, at, 0)
-    return answered(prompt, turns, at, tools)
+        turns = read_turns(answer, pointer, dialect)
+        _require_answer_roles(turns, pointer, 0)
+    return chat_with_answer(prompt, turns, pointer, tools)
 
 
-def _require_own_words(turns: list[Turn], at: str, first: int | None) -> None:
-    """Raises RowProblem for a turn that no assistant and no tool wrote; `first` is the first one's place in a list."""
+def _require_answer_roles(turns: list[Turn], pointer: str, first_index: int | None) -> None:
+    """Raises RowProblem for a turn with a role other than assistant and tool.
+
+    `first_index` is the index of the first turn in the list at `pointer`; None for a single message at `pointer`.
+    """
     for index, (message, _) in enumerate(turns):
         if message["role"] not in ("assistant", "tool"):
-            place = at if first is None else f"{at}/{first + index}"
-            raise RowProblem(place, f"an answer is the assistant's, this message is of the {message['role']}")
+            turn_pointer = pointer if first_index is None else f"{pointer}/{first_index + index}"
+            raise RowProblem(
+                turn_pointer, f"an answer has the role assistant or tool, this message has the role {message['role']}"
+            )
 
 
-def _completion(row: dict[str, Any], name: str) -> Completion:
-    answer = as_text(row[name], f"/{name}")
-    require_words(answer, f"/{name}", "the answer")
+def _completion(row: dict[str, Any], column: str) -> Completion:
+    answer = as_text(row[column], f"/{column}")
+    require_not_blank(answer, f"/{column}", "the answer")
     return Completion(as_text(row["prompt"], "/prompt"), answer)
 
 
-def _words(answer: Chat | Completion) -> Any:
+def _answer_content(answer: Chat | Completion) -> Any:
     return answer.messages if isinstance(answer, Chat) else answer.completion
+
+
+def _same_answer(chosen: str, rejected: str) -> RowProblem:
+    return RowProblem(f"/{rejected}", f"the same answer as /{chosen}: the two answers of a pair must differ")

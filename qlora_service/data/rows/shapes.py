@@ -1,4 +1,4 @@
-"""Row shapes: the forms in which the field writes training examples, each turned into an `Example`."""
+"""Row shapes: detection of a row's shape, and the reader of each shape."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_service.data.json.strict import RowProblem
 from qlora_service.data.rows.examples import Example, Shape
-from qlora_service.data.rows.preferences import as_label, read_labelled, read_preference
+from qlora_service.data.rows.preferences import as_label, read_labeled_answer, read_preference
 from qlora_service.data.rows.supervised import (
     read_alpaca,
     read_dolly,
@@ -19,7 +19,7 @@ from qlora_service.data.rows.supervised import (
 
 __all__ = ["COLUMNS", "JSON_COLUMNS", "REQUIRED", "RowProblem", "detect_shape", "objective_misfit", "to_example"]
 
-# The columns that make a row one of a shape, in every form of it; where two shapes fit, the earlier, richer is meant.
+# The required columns of every form of a shape. Of two shapes that fit a row, the earlier, richer one is detected.
 REQUIRED: dict[Shape, tuple[tuple[str, ...], ...]] = {
     "preference": (("chosen", "rejected"), ("input", "preferred_output", "non_preferred_output")),
     "kto": (("messages", "label"), ("prompt", "completion", "label")),
@@ -30,17 +30,17 @@ REQUIRED: dict[Shape, tuple[tuple[str, ...], ...]] = {
     "prompt_completion": (("prompt", "completion"),),
     "text": (("text",),),
 }
-# Columns whose cells hold JSON where the container has only strings (CSV).
+# Columns whose cells are JSON texts where the container has only strings (CSV).
 JSON_COLUMNS = frozenset({"messages", "conversations", "tools", "history"})
-# Every column that some shape reads.
+# Every column that at least one shape reads.
 COLUMNS = frozenset({"system", "history", "input", "context", "tools"}).union(
     *(columns for forms in REQUIRED.values() for columns in forms)
 )
-# What each objective learns from; all others learn from the answers, or the text, of any other shape.
-_JUDGED: dict[str, Shape] = {"dpo": "preference", "orpo": "preference", "kto": "kto"}
+# The shape that an objective requires; every other objective trains on the answers, or the text, of any other shape.
+_REQUIRED_SHAPES: dict[str, Shape] = {"dpo": "preference", "orpo": "preference", "kto": "kto"}
 _READERS: dict[Shape, Callable[[dict[str, Any]], Example]] = {
     "preference": read_preference,
-    "kto": read_labelled,
+    "kto": read_labeled_answer,
     "messages": read_messages,
     "sharegpt": read_sharegpt,
     "alpaca": read_alpaca,
@@ -52,39 +52,39 @@ _READERS: dict[Shape, Callable[[dict[str, Any]], Example]] = {
 
 def detect_shape(value: dict[str, Any]) -> Shape | None:
     """The shape whose columns the row has, or None."""
-    fitting = [shape for shape in REQUIRED if _has_columns(value, shape)]
-    # A header alone has columns and no cells: then the plainest shape that fits will do.
-    return next((shape for shape in fitting if _is_meant(value, shape)), fitting[-1] if fitting else None)
+    candidates = [shape for shape in REQUIRED if _has_columns(value, shape)]
+    # A header alone has columns without cells: then the plainest candidate is enough.
+    return next((shape for shape in candidates if _cells_fit(value, shape)), candidates[-1] if candidates else None)
 
 
 def to_example(value: dict[str, Any], shape: Shape) -> Example:
-    """The training example of a row of the given shape; columns the shape does not know are ignored.
+    """The training example of a row of the given shape; columns unknown to the shape are ignored.
 
     Raises:
         RowProblem: the row has another shape, a wrong type, an empty answer, or nothing to train.
     """
     if not _has_columns(value, shape):
-        raise RowProblem("", _misfit(value, shape))
+        raise RowProblem("", _shape_mismatch(value, shape))
     return _READERS[shape](value)
 
 
 def objective_misfit(objective_type: str, shape: Shape) -> str | None:
-    """Why rows of the shape cannot serve the objective (`specs.Objective`), and what to do; None where they can."""
-    needed = _JUDGED.get(objective_type)
-    if needed == shape:
+    """Why the objective (`specs.Objective`) cannot train on rows of the shape, and what to do; None if it can."""
+    required = _REQUIRED_SHAPES.get(objective_type)
+    if required == shape:
         return None
     if shape == "preference":
         return 'the rows are pairs of a chosen and a rejected answer: set objective.type to "dpo" or "orpo"'
     if shape == "kto":
         return (
-            'the rows are answers labelled good or bad: set objective.type to "kto", '
-            "or add the dataset again with the shape they have without their label"
+            'the rows are answers labeled good or bad: set objective.type to "kto", '
+            "or upload the dataset again and state the shape that its rows have without the label"
         )
-    if needed is None:
+    if required is None:
         return None
-    forms = " or ".join(", ".join(columns) for columns in REQUIRED[needed])
+    forms = " or ".join(", ".join(columns) for columns in REQUIRED[required])
     return (
-        f'the objective "{objective_type}" needs rows of the shape {needed} ({forms}), '
+        f'the objective "{objective_type}" needs rows of the shape {required} ({forms}), '
         f"the dataset has the shape {shape}: "
         'set objective.type to "supervised", or use another dataset'
     )
@@ -94,8 +94,8 @@ def _has_columns(value: dict[str, Any], shape: Shape) -> bool:
     return any(value.keys() >= set(columns) for columns in REQUIRED[shape])
 
 
-def _is_meant(value: dict[str, Any], shape: Shape) -> bool:
-    """Whether the cells of columns that other shapes' rows may have too are those of this shape."""
+def _cells_fit(value: dict[str, Any], shape: Shape) -> bool:
+    """Whether the cells fit the shape too, where rows of other shapes can have the same columns."""
     if shape == "kto":
         return as_label(value["label"]) is not None
     if shape == "preference" and "chosen" in value:
@@ -103,10 +103,10 @@ def _is_meant(value: dict[str, Any], shape: Shape) -> bool:
     return True
 
 
-def _misfit(value: dict[str, Any], shape: Shape) -> str:
+def _shape_mismatch(value: dict[str, Any], shape: Shape) -> str:
     actual = detect_shape(value)
     if actual is not None:
-        return f"this row has the shape {actual}, the dataset has the shape {shape}: split them in two datasets"
+        return f"this row has the shape {actual}, the dataset has the shape {shape}: split them into two datasets"
     keys = ", ".join(repr(key[:40]) for key in list(value)[:10]) or "none"
     accepted = "; ".join(
         f"{name} ({' or '.join(', '.join(columns) for columns in forms)})" for name, forms in REQUIRED.items()

@@ -1,7 +1,7 @@
-"""Rows that are usable beyond doubt, many of them judged at once.
+"""Fast check of many rows at once: whether all of them are certainly usable.
 
-The types here say less than the readers that `shapes` names: what fits them, those readers accept. What does not fit
-may still be usable in another form of its shape; then the readers decide, and theirs are the words if it is not.
+The types here are narrower than the readers in `shapes`: the readers accept every row that fits them. A row that does
+not fit may still be usable in another form of its shape; then its reader decides, and words the finding if it is not.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from qlora_service.data.json.fast import parse_lines
 from qlora_service.data.rows.conversation import OPENAI, SHAREGPT, Dialect
 from qlora_service.data.rows.examples import Shape
 
-# What is blank to `re` is blank to `str.strip`, which the readers use.
-_WORDS: Any = Annotated[str, Meta(pattern=r"\S")]
-_MAYBE_TEXT: Any = str | None
-_MAYBE_TOOLS: Any = list[dict[str, Any]] | None
+# `re` and `str.strip`, which the readers use, agree on what is white space.
+_NOT_BLANK: Any = Annotated[str, Meta(pattern=r"\S")]
+_OPTIONAL_TEXT: Any = str | None
+_OPTIONAL_TOOLS: Any = list[dict[str, Any]] | None
 _ABSENT: Any = None
 
 
@@ -30,35 +30,35 @@ class _Answer(Struct):
     """A turn that is trained."""
 
 
-def _anything(_: Any) -> bool:
+def _accept_all(_: Any) -> bool:
     return True
 
 
 @dataclass(frozen=True)
 class _Form:
-    """One way to write the rows of a shape: their type, and what no type can say of a row."""
+    """One form of a shape: the type of its rows, and a check for the conditions that a type cannot express."""
 
     row: type[Struct]
-    holds: Callable[[Any], bool] = _anything
+    accepts: Callable[[Any], bool] = _accept_all
 
 
-def count_plain(text: bytes, shape: Shape) -> int | None:
-    """How many rows the lines of the text are, if all are usable beyond doubt; None if a reader has to decide."""
+def count_if_all_usable(text: bytes, shape: Shape) -> int | None:
+    """Number of rows on the lines of the text if all of them are certainly usable; None if a reader must decide."""
     values = parse_lines(text)
-    if values is None or not any(_all_have(values, form) for form in _FORMS[shape]):
+    if values is None or not any(_all_fit(values, form) for form in _FORMS[shape]):
         return None
     return len(values)
 
 
-def _all_have(values: list[dict[str, Any]], form: _Form) -> bool:
+def _all_fit(values: list[dict[str, Any]], form: _Form) -> bool:
     try:
-        return all(form.holds(convert(value, form.row)) for value in values)
+        return all(form.accepts(convert(value, form.row)) for value in values)
     except ValidationError:
         return False
 
 
 def _struct(name: str, required: Mapping[str, Any], optional: Mapping[str, Any], **options: Any) -> type[Struct]:
-    """An object with these keys, and any others, at which its reader does not look."""
+    """An object with these keys. Other keys are allowed: its reader ignores them."""
     fields: list[str | tuple[str, Any] | tuple[str, Any, Any]] = [*required.items()]
     fields += ((key, type_, None) for key, type_ in optional.items())
     return defstruct(name, fields, kw_only=True, **options)
@@ -69,20 +69,22 @@ def _row(required: Mapping[str, Any], **optional: Any) -> type[Struct]:
 
 
 def _turns(dialect: Dialect) -> Any:
-    """Turns of a conversation that are words and call no tools."""
-    turns = (_turn(dialect, role, ours) for role, ours in dialect.roles.items() if role != "function_call")
+    """The type of a conversation of text turns without tool calls."""
+    turns = (
+        _turn(dialect, role, openai_role) for role, openai_role in dialect.roles.items() if role != "function_call"
+    )
     return GenericAlias(list, reduce(operator.or_, turns))
 
 
-def _turn(dialect: Dialect, role: str, ours: str) -> Any:
-    is_answer = ours == "assistant"
+def _turn(dialect: Dialect, role: str, openai_role: str) -> Any:
+    is_answer = openai_role == "assistant"
     return _struct(
         role,
-        {dialect.text_key: _WORDS if is_answer else str},
+        {dialect.text_key: _NOT_BLANK if is_answer else str},
         {
             "weight": Literal[1] | None if is_answer else _ABSENT,
             **dict.fromkeys(("tool_calls", "function_call"), _ABSENT),
-            **dict.fromkeys(("name", "tool_call_id", "reasoning_content"), _MAYBE_TEXT),
+            **dict.fromkeys(("name", "tool_call_id", "reasoning_content"), _OPTIONAL_TEXT),
         },
         bases=(_Answer,) if is_answer else None,
         tag_field=dialect.role_key,
@@ -93,11 +95,11 @@ def _turn(dialect: Dialect, role: str, ours: str) -> Any:
 def _ends_with_answer(column: str) -> Callable[[Any], bool]:
     turns_of = operator.attrgetter(column)
 
-    def holds(row: Any) -> bool:
+    def accepts(row: Any) -> bool:
         turns = turns_of(row)
         return bool(turns) and isinstance(turns[-1], _Answer)
 
-    return holds
+    return accepts
 
 
 def _answers_differ(row: Any) -> bool:
@@ -106,25 +108,25 @@ def _answers_differ(row: Any) -> bool:
 
 _MESSAGES = {"messages": _turns(OPENAI)}
 _CONVERSATIONS = {"conversations": _turns(SHAREGPT)}
-_COMPLETION = {"prompt": str, "completion": _WORDS}
-_ALPACA = {"instruction": _WORDS, "output": _WORDS}
+_COMPLETION = {"prompt": str, "completion": _NOT_BLANK}
+_ALPACA = {"instruction": _NOT_BLANK, "output": _NOT_BLANK}
 _LABEL = {"label": bool}
 
 _FORMS: dict[Shape, tuple[_Form, ...]] = {
-    "messages": (_Form(_row(_MESSAGES, tools=_MAYBE_TOOLS), _ends_with_answer("messages")),),
+    "messages": (_Form(_row(_MESSAGES, tools=_OPTIONAL_TOOLS), _ends_with_answer("messages")),),
     "sharegpt": (
         _Form(
-            _row(_CONVERSATIONS, system=_MAYBE_TEXT, tools=_MAYBE_TOOLS, chosen=_ABSENT, rejected=_ABSENT),
+            _row(_CONVERSATIONS, system=_OPTIONAL_TEXT, tools=_OPTIONAL_TOOLS, chosen=_ABSENT, rejected=_ABSENT),
             _ends_with_answer("conversations"),
         ),
     ),
-    "alpaca": (_Form(_row(_ALPACA, input=_MAYBE_TEXT, system=_MAYBE_TEXT, history=_ABSENT)),),
-    "dolly": (_Form(_row({"instruction": _WORDS, "response": _WORDS}, context=_MAYBE_TEXT)),),
+    "alpaca": (_Form(_row(_ALPACA, input=_OPTIONAL_TEXT, system=_OPTIONAL_TEXT, history=_ABSENT)),),
+    "dolly": (_Form(_row({"instruction": _NOT_BLANK, "response": _NOT_BLANK}, context=_OPTIONAL_TEXT)),),
     "prompt_completion": (_Form(_row(_COMPLETION)),),
-    "text": (_Form(_row({"text": _WORDS})),),
-    "preference": (_Form(_row({"prompt": str, "chosen": _WORDS, "rejected": _WORDS}), _answers_differ),),
+    "text": (_Form(_row({"text": _NOT_BLANK})),),
+    "preference": (_Form(_row({"prompt": str, "chosen": _NOT_BLANK, "rejected": _NOT_BLANK}), _answers_differ),),
     "kto": (
         _Form(_row(_COMPLETION | _LABEL, messages=_ABSENT)),
-        _Form(_row(_MESSAGES | _LABEL, tools=_MAYBE_TOOLS), _ends_with_answer("messages")),
+        _Form(_row(_MESSAGES | _LABEL, tools=_OPTIONAL_TOOLS), _ends_with_answer("messages")),
     ),
 }

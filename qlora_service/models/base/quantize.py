@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.pytorch_utils import Conv1D
 
 from qlora_service.errors import InvalidModel
-from qlora_service.process.startup import collecting_nothing
+from qlora_service.process.startup import gc_disabled
 from qlora_service.specs import Quantization
 
 # Any few token ids will do: the same ones at load and at the certificate.
@@ -45,7 +45,7 @@ def load_quantized(directory: Path, compute_dtype: torch.dtype, device: torch.de
     """
     # Its own config says how it is quantized; a second opinion, even None, would be taken instead.
     # Weights stay in their files; a third of the time went into looking for garbage among what describes them.
-    with collecting_nothing():
+    with gc_disabled():
         return _load(directory, compute_dtype, device, {})
 
 

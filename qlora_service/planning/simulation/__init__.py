@@ -1,1 +1,1 @@
-"""A step on tensors without values, replayed through a model of CUDA's caching allocator."""
+"""A step on meta tensors, and a model of CUDA's caching allocator for its allocations."""

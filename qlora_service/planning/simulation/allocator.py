@@ -1,8 +1,8 @@
-"""torch's CUDA caching allocator, as arithmetic: what it reserves to serve a sequence of allocations.
+"""torch's CUDA caching allocator as arithmetic: the bytes that it reserves for a sequence of allocations.
 
-Its default settings: sizes rounded to 512 bytes; a pool of 2 MiB segments for what is at most 1 MiB, one of 20 MiB
-segments for what is below 10 MiB, larger ones of their own in steps of 2 MiB; best fit, blocks split and joined;
-nothing given back to the driver. Source: torch 2.13, c10/cuda/CUDACachingAllocator.cpp.
+Default settings: sizes rounded to 512 bytes; a pool of 2 MiB segments for sizes up to 1 MiB, one of 20 MiB segments for
+sizes below 10 MiB, a segment each for larger ones in steps of 2 MiB; best fit, blocks split and merged; no segment
+returned to the driver. Source: torch 2.13, c10/cuda/CUDACachingAllocator.cpp.
 """
 
 from __future__ import annotations
@@ -18,25 +18,38 @@ SMALL_SEGMENT = 2 * 2**20
 MIDDLE = 10 * 2**20
 MIDDLE_SEGMENT = 20 * 2**20
 LARGE_STEP = 2 * 2**20
+CUBLAS_WORKSPACE_BYTES = (2 * 4096 + 8 * 16) * 1024
+"""Allocated once from torch's allocator, on cards up to Ada (aten/src/ATen/cuda/CublasHandlePool.cpp, 2.13)"""
 
 Event = tuple[int, int]
-"""An allocation's number and its bytes, negative when they are freed"""
+"""(number of an allocation, its bytes), with negative bytes when it is freed"""
 
 
 def rounded(size: int, step: int = ROUNDING) -> int:
-    """The next multiple of `step`."""
+    """The size rounded up to a multiple of `step`."""
     return -(-size // step) * step
+
+
+def reserved_bytes(events: Iterable[Event]) -> int:
+    """The bytes that the allocator holds after the events, which are also its peak."""
+    allocator = CachingAllocator()
+    for number, size in events:
+        if size > 0:
+            allocator.allocate(number, size)
+        elif size < 0:
+            allocator.free(number)
+    return allocator.reserved
 
 
 @dataclass(eq=False)
 class _Block:
-    """A piece of a segment, between its neighbours."""
+    """A piece of a segment, linked to its neighbors."""
 
     size: int
     small: bool
     number: int
-    before: _Block | None = None
-    behind: _Block | None = None
+    previous: _Block | None = None
+    next: _Block | None = None
     free: bool = False
 
     @property
@@ -45,38 +58,38 @@ class _Block:
 
 
 class CachingAllocator:
-    """Serves allocations from segments that it keeps."""
+    """Serves allocations from segments, which it never returns."""
 
     def __init__(self) -> None:
         self.reserved = 0
-        self._numbers = count()
+        self._block_numbers = count()
         self._used: dict[int, _Block] = {}
         self._free: dict[bool, list[tuple[tuple[int, int], _Block]]] = {True: [], False: []}
 
     def allocate(self, number: int, size: int) -> None:
-        """Serve allocation `number`."""
+        """Serves allocation `number`."""
         size = rounded(size)
         block = self._best_fit(size) or self._new_segment(size)
         rest = block.size - size
         if rest >= (ROUNDING if block.small else SMALL + 1):
-            behind = _Block(rest, block.small, next(self._numbers), before=block, behind=block.behind)
-            if block.behind is not None:
-                block.behind.before = behind
-            block.size, block.behind = size, behind
-            self._put(behind)
+            remainder = _Block(rest, block.small, next(self._block_numbers), previous=block, next=block.next)
+            if block.next is not None:
+                block.next.previous = remainder
+            block.size, block.next = size, remainder
+            self._add_free(remainder)
         self._used[number] = block
 
     def free(self, number: int) -> None:
-        """Take allocation `number` back, joined with what is free beside it."""
+        """Frees allocation `number`, and merges its block with free neighbors."""
         block = self._used.pop(number)
-        if (behind := block.behind) is not None and behind.free:
-            self._take(behind)
-            _join(block, behind)
-        if (before := block.before) is not None and before.free:
-            self._take(before)
-            _join(before, block)
-            block = before
-        self._put(block)
+        if (following := block.next) is not None and following.free:
+            self._remove_free(following)
+            _merge(block, following)
+        if (previous := block.previous) is not None and previous.free:
+            self._remove_free(previous)
+            _merge(previous, block)
+            block = previous
+        self._add_free(block)
 
     def _best_fit(self, size: int) -> _Block | None:
         pool = self._free[size <= SMALL]
@@ -89,33 +102,22 @@ class CachingAllocator:
 
     def _new_segment(self, size: int) -> _Block:
         small = size <= SMALL
-        middle = MIDDLE_SEGMENT if size < MIDDLE else rounded(size, LARGE_STEP)
-        block = _Block(SMALL_SEGMENT if small else middle, small, next(self._numbers))
+        large_segment = MIDDLE_SEGMENT if size < MIDDLE else rounded(size, LARGE_STEP)
+        block = _Block(SMALL_SEGMENT if small else large_segment, small, next(self._block_numbers))
         self.reserved += block.size
         return block
 
-    def _put(self, block: _Block) -> None:
+    def _add_free(self, block: _Block) -> None:
         block.free = True
         insort(self._free[block.small], (block.key, block))
 
-    def _take(self, block: _Block) -> None:
+    def _remove_free(self, block: _Block) -> None:
         pool = self._free[block.small]
         del pool[bisect_left(pool, (block.key,))]
         block.free = False
 
 
-def _join(left: _Block, right: _Block) -> None:
-    left.size, left.behind = left.size + right.size, right.behind
-    if right.behind is not None:
-        right.behind.before = left
-
-
-def reserved_bytes(events: Iterable[Event]) -> int:
-    """What the allocator holds after the events: it never gives anything back."""
-    allocator = CachingAllocator()
-    for number, size in events:
-        if size > 0:
-            allocator.allocate(number, size)
-        elif size < 0:
-            allocator.free(number)
-    return allocator.reserved
+def _merge(left: _Block, right: _Block) -> None:
+    left.size, left.next = left.size + right.size, right.next
+    if right.next is not None:
+        right.next.previous = left

@@ -1,6 +1,6 @@
-"""A simulation's process: a request as a line of JSON on stdin, the memory or a reason on stdout.
+"""Child process of a simulation: a request as a line of JSON on stdin, the memory or a reason as JSON on stdout.
 
-Run as `python -m qlora_service.planning.simulation.child` by `planning.simulation`, which sees to its end.
+Run as `python -m qlora_service.planning.simulation.child` by `planning.simulation.run`, which limits its time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> None:
     with importing_torch():
         from qlora_service.planning.simulation.simulated_step import simulated_memory
 
-    # A config.json that somebody made up may ask for a billion layers.
+    # A forged config.json may request a billion layers.
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     request = json.loads(sys.stdin.readline())
     warnings.simplefilter("ignore")
@@ -31,7 +31,7 @@ def main() -> None:
     )
     try:
         answer = simulated_memory(request.pop("config"), spec, step, **request).as_dict()
-    except Exception as error:  # noqa: BLE001 - every reason is told, none is this process's own
+    except Exception as error:  # noqa: BLE001 - the parent reports any error as the reason
         answer = {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
     json.dump(answer, sys.stdout)
 

@@ -1,4 +1,4 @@
-"""A base model from its config.json alone: what `models.nf4.load_base` would load, with shapes in place of values."""
+"""A base model from its config.json alone: the result of `models.base.quantize.load_base` on meta tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora_service.models.base.quantize import bitsandbytes_config, guard_linear
 from qlora_service.specs import Quantization
 
 BLOCK, CONSTANTS_BLOCK = 64, 256
-"""Weights for each constant, and constants for each of theirs: bitsandbytes 0.50, functional.py"""
+"""Weights per constant, and constants per nested constant (bitsandbytes 0.50, functional.py)"""
 CODES, CONSTANT_CODES = 16, 256
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 META = torch.device("meta")
@@ -25,21 +25,21 @@ META = torch.device("meta")
 def simulated_base(
     config: Mapping[str, Any], quantization: Quantization, compute_dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The frozen model on device "meta", its linear layers quantized as asked.
+    """The frozen model on device "meta", with quantized linear layers.
 
     Raises:
-        ValueError: transformers does not know the architecture. What it raises where a config does not fit one
-            is left as it is.
+        ValueError: transformers does not know the architecture. Errors of transformers about an inconsistent config
+            pass unchanged.
     """
-    kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise ValueError(f"transformers {transformers.__version__} does not know the architecture {kind!r}")
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"transformers {transformers.__version__} does not know the architecture {model_type!r}")
     with META:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            CONFIG_MAPPING[kind].from_dict(dict(config)), dtype=compute_dtype, trust_remote_code=False
+            CONFIG_MAPPING[model_type].from_dict(dict(config)), dtype=compute_dtype, trust_remote_code=False
         )
-        if (settings := bitsandbytes_config(quantization, compute_dtype)) is not None:
-            quantizer = AutoHfQuantizer.from_config(settings)
+        if (quantization_config := bitsandbytes_config(quantization, compute_dtype)) is not None:
+            quantizer = AutoHfQuantizer.from_config(quantization_config)
             quantizer.preprocess_model(model=model, device_map={"": META})
             for module in model.modules():
                 if isinstance(module, bnb.nn.Linear4bit):
@@ -55,22 +55,22 @@ def simulated_base(
 
 
 def shortened(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """The config of a model with the first `layers` only."""
+    """The config of the model with only its first `layers`."""
     short = dict(config)
     if isinstance(short.get("text_config"), Mapping):
         short["text_config"] = shortened(short["text_config"], layers)
     name = next((name for name in LAYER_COUNTS if name in short), None)
     if name is None or short[name] <= layers:
         return short
-    total, short[name] = short[name], layers
+    all_layers, short[name] = short[name], layers
     return {
-        key: value[:layers] if isinstance(value, list) and len(value) == total else value
+        key: value[:layers] if isinstance(value, list) and len(value) == all_layers else value
         for key, value in short.items()
     }
 
 
 def _pack_4bit(module: Any, quantization: Quantization) -> None:
-    """Give the layer what quantizing would have given it."""
+    """Gives the layer the packed weight and constants that quantization would have produced."""
     shape = torch.Size((module.out_features, module.in_features))
     blocks = -(-shape.numel() // BLOCK)
     state = QuantState(

@@ -1,4 +1,4 @@
-"""The memory of one step, taken on tensors without values. For a process of its own: `simulation_child`."""
+"""The memory of one step, run on meta tensors in a process of its own (`planning.simulation.child`)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from peft import PeftModel
 from qlora_service.models.adapters import attach
 from qlora_service.planning.largest_step import LargestStep
 from qlora_service.planning.memory import Category, Memory
-from qlora_service.planning.simulation.allocator import LARGE_STEP, ROUNDING, rounded
+from qlora_service.planning.simulation.allocator import CUBLAS_WORKSPACE_BYTES, LARGE_STEP, ROUNDING, rounded
 from qlora_service.planning.simulation.simulated_base import META, shortened, simulated_base
-from qlora_service.planning.simulation.simulated_device import CUBLAS_WORKSPACE_BYTES, simulated_device, workspaces
+from qlora_service.planning.simulation.simulated_device import simulated_device, workspaces
 from qlora_service.planning.simulation.tracked_step import run_largest_step
 from qlora_service.planning.simulation.tracker import Tracker
 from qlora_service.specs import JobSpec
@@ -34,12 +34,12 @@ def simulated_memory(
     checkpointing: bool,
     cuda: bool,
 ) -> Memory:
-    """What the step takes. Raises: whatever transformers, peft or torch do where they cannot."""
+    """The memory of the step. Errors of transformers, peft and torch pass unchanged."""
     dtype: torch.dtype = getattr(torch, compute_dtype)
-    with simulated_device(cuda=cuda) as answers:
-        # Looked for on a few layers of each kind, which have all kinds' ways.
-        paths = Network(*_adapted(shortened(config, PROBED_LAYERS), spec, dtype)).paths
-        model, _ = _adapted(config, spec, dtype, isolation=paths.isolation)
+    with simulated_device(cuda=cuda) as meta_values:
+        # The kernel paths are probed on the first layers, which include every kind of layer.
+        paths = Network(*_with_adapter(shortened(config, PROBED_LAYERS), spec, dtype)).paths
+        model, _ = _with_adapter(config, spec, dtype, isolation=paths.isolation)
         network = Network(
             model,
             paths.isolation,
@@ -47,7 +47,7 @@ def simulated_memory(
             checkpointing=checkpointing,
             neftune_noise_alpha=spec.training.neftune_noise_alpha,
         )
-        answers.truth = paths.isolation != "mask"
+        meta_values.boolean = paths.isolation != "mask"
         tracker = Tracker(
             rounding=ROUNDING if cuda else 1,
             vocabulary=model.config.get_text_config().vocab_size,
@@ -62,10 +62,10 @@ def simulated_memory(
     return Memory(categories, tracker.reserved() + rounded(CUBLAS_WORKSPACE_BYTES, LARGE_STEP), paged_bytes, trained)
 
 
-def _adapted(
+def _with_adapter(
     config: Mapping[str, Any], spec: JobSpec, dtype: torch.dtype, isolation: Isolation | None = None
 ) -> tuple[PeftModel, Isolation]:
-    """The base with its adapter, and how it keeps documents apart: `isolation`, or what is found."""
+    """The base model with its adapter, and its isolation of documents: `isolation`, or the one probed on the model."""
     base = simulated_base(config, spec.quantization, dtype)
     if isolation is None:
         isolation = isolate_documents(base)

@@ -1,4 +1,4 @@
-"""A training step under the tracker: the product's own passes, on real tensors or on ones without values."""
+"""A training step under the tracker: the training's own passes, on real tensors or on meta tensors."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from qlora_service.training.optimizer import make_optimizer
 from qlora_service.training.sizes import FEWEST_PAGED_ELEMENTS
 from qlora_service.training.step import backward_passes
 
-PAGED = ("state1", "state2")
-"""Parameters with fewer never page (bitsandbytes 0.50, optim/optimizer.py, `get_state_buffer`)"""
+PAGED_STATES = ("state1", "state2")
+"""Keys of the optimizer state that can page (bitsandbytes 0.50, optim/optimizer.py, `get_state_buffer`)"""
 
 
 def examples_of(step: LargestStep, objective: Objective) -> list[TrainingExample]:
-    """Examples of these lengths, every token learned: the most that there can be to a loss."""
+    """Examples with the step's lengths; every token is trained, which gives the loss the most rows."""
     rows = [TokenRow(line, [1] * length, [True] * length) for line, length in enumerate(step.lengths, start=1)]
     if step.documents_per_example == 2:
         return [PreferencePair(*pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
@@ -39,27 +39,27 @@ def examples_of(step: LargestStep, objective: Objective) -> list[TrainingExample
     return list(rows)
 
 
-def own_model(tracker: Tracker, model: PeftModel) -> list[RemovableHandle]:
-    """The hooks that show the tracker gradients when they appear; what is there before the first step, it is shown."""
+def register_model(tracker: Tracker, model: PeftModel) -> list[RemovableHandle]:
+    """Registers weights and constants with the tracker; returns the hooks that register gradients."""
     for name, module in model.named_modules():
-        for own_name, parameter in module.named_parameters(recurse=False):
-            tracker.own(parameter, _category(f"{name}.{own_name}", module, parameter))
+        for local_name, parameter in module.named_parameters(recurse=False):
+            tracker.register(parameter, _category(f"{name}.{local_name}", module, parameter))
             for constant in _constants(module, parameter):
-                tracker.own(constant, Category.CONSTANTS)
-        for own_name, buffer in module.named_buffers(recurse=False):
-            tracker.own(buffer, _category(f"{name}.{own_name}", module, buffer))
+                tracker.register(constant, Category.CONSTANTS)
+        for local_name, buffer in module.named_buffers(recurse=False):
+            tracker.register(buffer, _category(f"{name}.{local_name}", module, buffer))
     return [
-        parameter.register_post_accumulate_grad_hook(lambda p: tracker.own(p.grad, Category.GRADIENTS))
+        parameter.register_post_accumulate_grad_hook(lambda p: tracker.register(p.grad, Category.GRADIENTS))
         for parameter in trainable(model)
     ]
 
 
 @contextmanager
 def tracking(model: PeftModel, optimizer: torch.optim.Optimizer) -> Iterator[Tracker]:
-    """The tracker, active over a step of a training on a CPU that is under way. The step computes the same."""
+    """The tracker, active during a step of a running training on a CPU. It does not change the step's results."""
     tracker = Tracker(vocabulary=model.config.get_text_config().vocab_size, workspaces=workspaces(cuda=False))
-    hooks = own_model(tracker, model)
-    _own_state(tracker, optimizer, model, can_page=False)
+    hooks = register_model(tracker, model)
+    _register_optimizer(tracker, optimizer, model, can_page=False)
     try:
         with tracker:
             yield tracker
@@ -69,9 +69,9 @@ def tracking(model: PeftModel, optimizer: torch.optim.Optimizer) -> Iterator[Tra
 
 
 def run_largest_step(network: Network, spec: JobSpec, step: LargestStep, tracker: Tracker, *, cuda: bool) -> int:
-    """Take the step under the tracker, as in the middle of a training; bytes of optimizer state that can page.
+    """Runs the step under the tracker as in the middle of a training; returns bytes of optimizer state that can page.
 
-    Before it the longest row is evaluated, as it is between two steps.
+    The longest row is evaluated first, as between two steps of a training.
     """
     model, training = network.model, spec.training
     objective, examples = make_objective(spec.objective), examples_of(step, spec.objective)
@@ -79,20 +79,20 @@ def run_largest_step(network: Network, spec: JobSpec, step: LargestStep, tracker
     optimizer = make_optimizer(model, training, network.device)
     if training.optim == "adamw_torch":
         for group in optimizer.param_groups:
-            group["foreach"] = cuda  # as torch chooses by the parameters' device
-    _put_gradients(model)
+            group["foreach"] = cuda  # torch's own choice depends on the device of the parameters
+    _set_zero_gradients(model)
     _update(optimizer, model)
     optimizer.zero_grad(set_to_none=True)
-    own_model(tracker, model)
+    register_model(tracker, model)
     can_page = cuda and training.optim.startswith("paged")
-    paged_bytes = _own_state(tracker, optimizer, model, can_page=can_page)
+    paged_bytes = _register_optimizer(tracker, optimizer, model, can_page=can_page)
     with tracker:
         evaluate(network, objective, examples[:1])
         if not step.is_whole_step:
-            _put_gradients(model)
+            _set_zero_gradients(model)
             for parameter in trainable(model):
                 assert parameter.grad is not None
-                tracker.own(parameter.grad, Category.GRADIENTS)
+                tracker.register(parameter.grad, Category.GRADIENTS)
         for _ in backward_passes(network, objective, examples, [range(len(examples))]):
             pass
         with tracker.during(Category.OPTIMIZER):
@@ -101,7 +101,7 @@ def run_largest_step(network: Network, spec: JobSpec, step: LargestStep, tracker
     return paged_bytes
 
 
-def _put_gradients(model: PeftModel) -> None:
+def _set_zero_gradients(model: PeftModel) -> None:
     for parameter in trainable(model):
         parameter.grad = torch.zeros_like(parameter)
 
@@ -111,19 +111,19 @@ def _update(optimizer: torch.optim.Optimizer, model: PeftModel) -> None:
     after_step(model, 1)
 
 
-def _own_state(tracker: Tracker, optimizer: torch.optim.Optimizer, model: PeftModel, *, can_page: bool) -> int:
-    """Show the tracker what the optimizer, and AdaLoRA, keep on the device; the bytes of what they need not."""
+def _register_optimizer(tracker: Tracker, optimizer: torch.optim.Optimizer, model: PeftModel, *, can_page: bool) -> int:
+    """Registers resident state of the optimizer and of AdaLoRA; returns bytes of state that can page."""
     paged = 0
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if not isinstance(value, torch.Tensor):
                 continue
-            if can_page and key in PAGED and parameter.numel() >= FEWEST_PAGED_ELEMENTS:
+            if can_page and key in PAGED_STATES and parameter.numel() >= FEWEST_PAGED_ELEMENTS:
                 paged += value.nbytes
             else:
-                tracker.own(value, Category.OPTIMIZER)
+                tracker.register(value, Category.OPTIMIZER)
     for value in allocation_state(model).values():
-        tracker.own(value, Category.OPTIMIZER)
+        tracker.register(value, Category.OPTIMIZER)
     return paged
 
 
@@ -135,12 +135,12 @@ def _category(name: str, module: torch.nn.Module, tensor: torch.Tensor) -> Categ
 
 
 def _constants(module: torch.nn.Module, parameter: Any) -> list[torch.Tensor]:
-    """What a quantized weight is unpacked with."""
+    """The quantization constants and codes of a quantized weight."""
     if (state := getattr(parameter, "quant_state", None)) is not None:
-        inner = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
-        return [state.absmax, state.code, *inner]
+        nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
+        return [state.absmax, state.code, *nested]
     if isinstance(module, bnb.nn.Linear8bitLt):
-        # Moved from the weight to the layer's state by the first forward pass.
+        # The first forward pass moves them from the weight to the layer's state.
         scales = (getattr(parameter, "SCB", None), module.state.SCB)
         return [scale for scale in scales if isinstance(scale, torch.Tensor)]
     return []

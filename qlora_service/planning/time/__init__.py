@@ -1,1 +1,1 @@
-"""How long a job takes, from earlier jobs or a timed step."""
+"""Duration of a job, estimated from earlier jobs or a timed step."""

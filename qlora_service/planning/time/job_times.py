@@ -1,4 +1,4 @@
-"""How long jobs take on this machine: from its history, from a probe that was timed, or not known yet."""
+"""Durations of jobs on this machine, from finished jobs or from a probe."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from typing import Any
 from sqlalchemy.engine import Connection
 
 from qlora_service.planning.cards import same_device
+from qlora_service.planning.largest_step import STEP_FIELDS
 from qlora_service.planning.time.duration import Kind, Measurement, Work, estimate, estimate_from_probe
 from qlora_service.specs import JobSpec
 from qlora_service.store.history import measured_on
 from qlora_service.store.probes import ask_for, find_probe
 
-PROBED_TRAINING = {"batch_size", "optim", "neftune_noise_alpha"}
-"""Of `Training`, what a step's time and memory depend on; lengths and budgets are given apart"""
-
 
 @dataclass(frozen=True)
 class TimeQuestion:
-    """A job, and what it is to run on: what its time is asked of."""
+    """A job on a device, whose duration is to be estimated."""
 
     spec: JobSpec
     base_weights_sha256: str
@@ -32,7 +30,7 @@ class TimeQuestion:
     checkpointing: bool
     longest_tokens: int
     device: str
-    """What the hardware calls itself"""
+    """Name reported by the hardware"""
     cuda: bool
 
     @property
@@ -42,9 +40,9 @@ class TimeQuestion:
         )
 
     def probe_request(self) -> dict[str, Any]:
-        """What `workers.probe` has to know; in JSON."""
+        """The request for `workers.probe`, as JSON values."""
         spec = self.spec.model_dump(mode="json", include={"base_model", "quantization", "adapter", "objective"})
-        spec["training"] = self.spec.training.model_dump(mode="json", include=PROBED_TRAINING)
+        spec["training"] = self.spec.training.model_dump(mode="json", include=STEP_FIELDS)
         return {
             "spec": spec,
             "base_weights_sha256": self.base_weights_sha256,
@@ -55,53 +53,53 @@ class TimeQuestion:
         }
 
     def probe_key(self) -> str:
-        """The same for every job whose probe would be the same: the base by its weights, not by its name."""
+        """The same key for all jobs with the same probe; the base counts by its weights, not by its name."""
         request = self.probe_request()
         request["spec"] = {**request["spec"], "base_model": None}
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 def job_time(connection: Connection, question: TimeQuestion) -> dict[str, Any]:
-    """An `Estimate` as JSON values; where nothing is known, `seconds` is null and `reason` says why.
+    """An `Estimate` as JSON values; without a basis, `seconds` is null and `reason` tells why.
 
-    A job of the same kind on this device says most, then a probe of this very step, then any job on the same base.
+    The best basis is a job of the same kind on this device, then a probe of the same step, then any job on the base.
     """
     history = measurements(connection, question.base_weights_sha256, question.device)
-    found = estimate(question.work, question.kind, history)
-    if found is None or found.basis == "similar":
+    estimated = estimate(question.work, question.kind, history)
+    if estimated is None or estimated.basis == "similar":
         probe = find_probe(connection, question.probe_key())
         result = None if probe is None else probe.result
         if result is not None and same_device(str(result.get("device")), question.device):
-            found = estimate_from_probe(question.work, result, history)
-        elif found is None and result is not None and "error" in result:
+            estimated = estimate_from_probe(question.work, result, history)
+        elif estimated is None and result is not None and "error" in result:
             return _unknown(question.work, f"its step could not be timed: {result['error']}")
-        elif found is None and probe is not None and result is None:
-            return _unknown(question.work, "its step waits to be timed, as soon as a slot is free")
-    if found is None:
-        where = f"{question.spec.base_model} on {question.device}"
-        return _unknown(question.work, f"no job on {where} has ended yet: ask for a probe to have a step timed")
-    return found.as_dict()
+        elif estimated is None and probe is not None and result is None:
+            return _unknown(question.work, "its step waits to be timed until a slot is free")
+    if estimated is None:
+        reason = f"no job on {question.spec.base_model} has ended on {question.device} yet"
+        return _unknown(question.work, f"{reason}: ask for a probe to have a step timed")
+    return estimated.as_dict()
 
 
 def wants_probe(time: dict[str, Any]) -> bool:
-    """Whether a probe would tell more than what `job_time` said."""
+    """Whether a probe would improve on the answer of `job_time`."""
     return time.get("basis") not in ("history", "probe")
 
 
 def ask_probe(connection: Connection, question: TimeQuestion, now: datetime) -> None:
-    """Have the question's longest step timed when a slot is free; nothing changes where that was asked before."""
+    """Requests a timing of the question's largest step on a free slot; no effect if it was requested before."""
     ask_for(connection, question.probe_key(), question.probe_request(), now)
 
 
 def measurements(connection: Connection, base_weights_sha256: str, device: str) -> list[Measurement]:
-    """What the newest jobs on the base took on the device, newest first."""
+    """The measurements of the newest jobs on the base and the device, newest first."""
     return readable(measured_on(connection, base_weights_sha256), device)
 
 
 def readable(stored: Sequence[dict[str, Any]], device: str) -> list[Measurement]:
-    """Of what jobs measured, all that was on the device and this version understands."""
-    there = [measured for measured in stored if same_device(str(measured.get("device")), device)]
-    return [found for found in map(Measurement.from_dict, there) if found is not None]
+    """The stored measurements from the device in this version's format."""
+    on_device = [measured for measured in stored if same_device(str(measured.get("device")), device)]
+    return [parsed for parsed in map(Measurement.from_dict, on_device) if parsed is not None]
 
 
 def _unknown(work: Work, reason: str) -> dict[str, Any]:

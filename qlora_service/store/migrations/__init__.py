@@ -1,4 +1,4 @@
-"""How the schema came to be, for Alembic."""
+"""Schema migrations (Alembic)."""
 
 HEAD = "0005"
 """The newest revision"""

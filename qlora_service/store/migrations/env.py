@@ -1,4 +1,4 @@
-"""Alembic's entry: runs on the connection that `Database.migrate` opened, inside its transaction."""
+"""Entry point of Alembic: runs in the transaction that `Database.migrate` opened."""
 
 from alembic import context
 

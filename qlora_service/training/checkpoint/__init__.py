@@ -1,1 +1,1 @@
-"""What a resumed training depends on, on the local disk."""
+"""Checkpoints on the local disk: everything that a resumed training depends on."""

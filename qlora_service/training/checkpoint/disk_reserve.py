@@ -12,20 +12,20 @@ RESERVE_FILE = "ballast"
 
 
 class DiskReserve:
-    """An allocated file that occupies disk space, and gives it up piece by piece."""
+    """An allocated file that occupies disk space and releases it in parts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.wanted_bytes = 0
-        """Bytes requested and not given up by `shrink`, also where there was no room for them"""
+        """Bytes requested by `reserve` less those released by `shrink`, also when the disk had no room for them"""
 
     def reserve(self, size_bytes: int) -> None:
-        """Reserve `size_bytes` in place of what was reserved before.
+        """Reserves `size_bytes` in place of the former reserve.
 
-        Free space is checked before it is allocated: a failing allocation would leave other writers none meanwhile.
+        Free space is checked before allocation, because a failing allocation would fill the disk for other writers.
 
         Raises:
-            OSError: ENOSPC, there is too little free space; nothing is reserved then.
+            OSError: too little free space (ENOSPC); nothing is reserved.
         """
         self.release()
         self.wanted_bytes = max(size_bytes, 0)
@@ -42,16 +42,16 @@ class DiskReserve:
                 raise
 
     def shrink(self, by_bytes: int) -> None:
-        """Give up `by_bytes`, or all that is left."""
+        """Releases `by_bytes`, or the rest if it is smaller."""
         self.wanted_bytes = max(self.wanted_bytes - by_bytes, 0)
-        left = self.held_bytes - by_bytes
-        if left > 0:
-            os.truncate(self._path, left)
+        remaining = self.held_bytes - by_bytes
+        if remaining > 0:
+            os.truncate(self._path, remaining)
         else:
             self.release()
 
     def release(self) -> None:
-        """Give up everything."""
+        """Releases the whole reserve."""
         self._path.unlink(missing_ok=True)
 
     @property

@@ -1,4 +1,4 @@
-"""What the next step of a training depends on, as plain values, and as the files of a checkpoint."""
+"""The state of a training after a completed step, as plain values and as the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,51 +13,60 @@ import safetensors.torch
 import torch
 
 from qlora_service.training.evaluation.held_out import HeldOutState
-from qlora_service.training.evaluation.row_losses import State as RowLossesState
+from qlora_service.training.evaluation.row_losses import RowLossesState
 from qlora_service.training.objectives import Evaluation
 from qlora_service.training.optimizer import OptimizerState
 
-REMEMBERED_LOSSES = 20
+RECENT_LOSSES = 20
+"""Most losses in `StepHistory.recent_losses`"""
+PARAMETERS, OPTIMIZER, ALLOCATION, ROW_LOSSES, BEST, VALUES = (
+    "parameters.safetensors",
+    "optimizer.safetensors",
+    "allocation.safetensors",
+    "row_losses.safetensors",
+    "best.safetensors",
+    "state.json",
+)
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class StepHistory:
-    """What the steps so far came to."""
+    """Summary of the completed steps."""
 
     step: int = 0
-    """Steps that were completed, the skipped ones among them"""
+    """Completed steps, the skipped ones included"""
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     recent_losses: tuple[float, ...] = ()
     """Of the last steps that were not skipped"""
     loss: float = 0.0
-    """Of the last step, as is the norm"""
+    """Of the last step, skipped or not, as is `grad_norm`"""
     grad_norm: float = 0.0
 
     def after(self, loss: float, grad_norm: float, skipped: bool) -> StepHistory:
-        """The history with one step more."""
+        """The history with one more step."""
         if skipped:
             return StepHistory(
                 self.step + 1, self.skipped_steps + 1, self.skipped_in_a_row + 1, self.recent_losses, loss, grad_norm
             )
-        recent = (*self.recent_losses, loss)[-REMEMBERED_LOSSES:]
+        recent = (*self.recent_losses, loss)[-RECENT_LOSSES:]
         return StepHistory(self.step + 1, self.skipped_steps, 0, recent, loss, grad_norm)
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a training stands after a completed step: everything that the next one depends on, copied to the CPU.
+    """Everything that the steps after a completed one depend on, copied to the CPU.
 
-    The data order and the learning rate are not part of it: they follow from the step's number.
+    The data order and the learning rate are not part of it, because they follow from the step's number.
     """
 
     history: StepHistory
     parameters: Tensors
-    """The trainable ones, by name"""
+    """The trainable parameters by name"""
     optimizer: OptimizerState
     allocation: Tensors
-    """AdaLoRA's memory (`adapters.allocation_state`)"""
+    """AdaLoRA's rank allocation (`adapters.allocation_state`)"""
     held_out: HeldOutState
     row_losses: RowLossesState
     random_state: dict[str, Any]
@@ -67,12 +76,12 @@ class TrainingState:
 
     @property
     def step(self) -> int:
-        """Steps that were completed."""
+        """Completed steps."""
         return self.history.step
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of every library's random generator, as JSON holds it."""
+    """The state of every library's random generator, as JSON values."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     cuda = torch.cuda.get_rng_state(device).numpy().tobytes().hex() if device.type == "cuda" else None
     return {
@@ -84,7 +93,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put every generator where `random_state` found it; a GPU's only on a GPU."""
+    """Sets every generator to a result of `random_state`; a GPU's generator only on a GPU."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state["numpy"]))
@@ -93,24 +102,8 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
         torch.cuda.set_rng_state(_bytes_tensor(state["cuda"]), device)
 
 
-def _bytes_tensor(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-
-
-# --- as files
-
-PARAMETERS, OPTIMIZER, ALLOCATION, ROW_LOSSES, BEST, VALUES = (
-    "parameters.safetensors",
-    "optimizer.safetensors",
-    "allocation.safetensors",
-    "row_losses.safetensors",
-    "best.safetensors",
-    "state.json",
-)
-
-
 def to_files(state: TrainingState) -> dict[str, bytes]:
-    """The state as file contents by name; `from_files` gives it back, bit for bit."""
+    """File contents by name; `from_files` restores the state bit for bit."""
     held_out = replace(state.held_out, best_weights={})
     values = {
         "history": asdict(state.history),
@@ -127,16 +120,16 @@ def to_files(state: TrainingState) -> dict[str, bytes]:
         ALLOCATION: _tensors_to_bytes(state.allocation),
         ROW_LOSSES: _tensors_to_bytes(row_losses),
         BEST: _tensors_to_bytes(state.held_out.best_weights),
-        VALUES: json.dumps(values).encode(),  # Python writes the shortest text that reads back as the same float
+        VALUES: json.dumps(values).encode(),  # Python writes the shortest text that parses to the same float
     }
 
 
 def from_files(files: Mapping[str, bytes]) -> TrainingState:
-    """The state that `to_files` wrote."""
+    """The state whose `to_files` gave these files."""
     values = json.loads(files[VALUES])
     optimizer: OptimizerState = {}
-    for place, value in safetensors.torch.load(files[OPTIMIZER]).items():
-        key, _, name = place.partition("/")
+    for path, value in safetensors.torch.load(files[OPTIMIZER]).items():
+        key, _, name = path.partition("/")
         optimizer.setdefault(name, {})[key] = value
     history, held_out = values["history"], values["held_out"]
     evaluations = {when: held_out[when] and Evaluation(**held_out[when]) for when in ("before", "best", "chosen")}
@@ -153,6 +146,10 @@ def from_files(files: Mapping[str, bytes]) -> TrainingState:
         micro_batch_tokens=values["micro_batch_tokens"],
         gradient_checkpointing=values["gradient_checkpointing"],
     )
+
+
+def _bytes_tensor(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
 def _tensors_to_bytes(tensors: Tensors) -> bytes:

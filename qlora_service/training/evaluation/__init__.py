@@ -1,1 +1,1 @@
-"""Held-out loss, generated answers, and each row's loss."""
+"""Evaluation of an adapter: held-out loss, generated answers, and the loss of every training row."""

@@ -1,4 +1,4 @@
-"""The same questions to the base and to the adapter, side by side; a child process, because it needs torch.
+"""Answers of the base and of the adapter to the same questions; a child process, because it needs torch.
 
 `python -m qlora_service.training.evaluation.answers` reads one JSON object from stdin: model_dir, adapter_dir,
 questions, max_new_tokens. It writes {"base": [...], "adapter": [...]} to stdout.
@@ -27,7 +27,7 @@ with importing_torch():
 
 
 def compare(model_dir: Path, adapter_dir: Path, questions: list[str], max_new_tokens: int) -> dict[str, list[str]]:
-    """Answers of the NF4 base without and with the adapter."""
+    """Answers of the NF4 base without and with the adapter, by "base" and "adapter"."""
     device = choose_device()
     dtype = compute_dtype("auto", device)
     model = load_adapter(load_base(model_dir, Quantization(), dtype, device), adapter_dir)
@@ -40,7 +40,7 @@ def compare(model_dir: Path, adapter_dir: Path, questions: list[str], max_new_to
 def main() -> None:
     disable_progress_bar()
     request = json.load(sys.stdin)
-    # Libraries print to stdout too; the answer must stand there alone.
+    # Libraries print to stdout too, which may hold nothing but the result.
     stdout, sys.stdout = sys.stdout, sys.stderr
     result = compare(
         Path(request["model_dir"]), Path(request["adapter_dir"]), request["questions"], request["max_new_tokens"]

@@ -1,7 +1,7 @@
-"""What base and adapter answer, side by side, and how near that is to what the data set answers.
+"""Generated answers of base and adapter, and their scores against the dataset's answers.
 
-Decoding is greedy: of the settings that come with a model only its stop tokens are used, so that two answers differ by
-the adapter alone and are the same in every attempt.
+Decoding is greedy. Of a model's own generation settings only the stop tokens are used, so two answers differ by the
+adapter alone, and every attempt generates the same ones.
 """
 
 from __future__ import annotations
@@ -32,43 +32,43 @@ from qlora_service.training.network.micro_batch import (
 )
 from qlora_service.training.network.network import Network
 
-SHOWN_CHARS = 2000
-"""Of a row's question the end is shown: what is asked stands there."""
+QUESTION_CHARS = 2000
+"""Characters of a row's prompt in the report: its last ones, where the question is"""
 ROUGE = ("rouge1", "rouge2", "rougeL")
 KANA_AND_IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{KANA_AND_IDEOGRAPHS}]|[^\W_{KANA_AND_IDEOGRAPHS}]+")
-"""A run of letters and digits; Chinese and Japanese have no spaces between words, so there each sign is one."""
+"""A run of letters and digits; of Chinese and Japanese, which have no spaces between words, a single character"""
 
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """What base and adapter answer to the same prompt."""
+    """Answers of base and adapter to the same prompt."""
 
     base: str
     adapter: str
     base_s: float
     adapter_s: float
     max_new_tokens: int
-    """Longest answer there was room for: the one asked for, or what the prompt leaves of the model's positions"""
+    """Upper bound of the answer's tokens: the requested one, or fewer if the prompt leaves fewer positions"""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How near answers are to their references; means over the answers, but for BLEU."""
+    """Similarity of answers to their references: means over the answers, except BLEU."""
 
     exact_match: float
-    """Share that is the reference but for white space around it"""
+    """Share of answers that equal the reference, ignoring white space around both"""
     bleu: float
     """0 to 100, over all answers"""
     rouge1: float
-    """F-measures, 0 to 1"""
+    """F-measure, 0 to 1, as are the next two"""
     rouge2: float
     rougeL: float
 
 
 @dataclass(frozen=True)
-class AskedRow:
-    """A row's last learned answer, and everything before it."""
+class ReferenceRow:
+    """Token ids of a row's last trained answer, and of everything before it."""
 
     line: int
     prompt: list[int]
@@ -85,15 +85,15 @@ def compare_answers(
     *,
     also_stop: Collection[int] = (),
 ) -> list[AnswerPair]:
-    """Answers to each prompt, without white space around them; `also_stop` are stop tokens besides the model's own.
+    """Answers to each prompt, without white space around them; `also_stop` adds stop tokens to the model's own.
 
-    A prompt that fills the model's positions has no answer: "". `on_answer` is called after every answer of base and
-    adapter and may raise to stop. The model is left as it was.
+    The answer to a prompt that fills the model's positions is "". `on_answer` is called after every answer of base and
+    adapter, and may raise to stop. The model is left as it was.
     """
     pairs = []
-    with _generating(model, sorted(stop_ids(model, tokenizer) | set(also_stop))):
+    with _greedy_generation(model, sorted(stop_ids(model, tokenizer) | set(also_stop))):
         for prompt in prompts:
-            limit = min(max_new_tokens, _room(model, prompt))
+            limit = min(max_new_tokens, _free_positions(model, prompt))
             with model.disable_adapter():
                 base, base_s = _answer(model.get_base_model(), tokenizer, prompt, limit)
             on_answer()
@@ -110,64 +110,66 @@ def evaluate_generation(
     spec: Evaluation,
     on_answer: Callable[[], None],
 ) -> dict[str, Any]:
-    """A report that JSON can hold: scores (None without rows), rows, questions, and the seconds that answers took.
+    """A report of JSON values: scores (None without rows), rows, questions, and the seconds of all answers.
 
-    The rows are the first `spec.generate_rows` held-out ones with a question. Where a prompt left no room for
-    `spec.max_new_tokens`, the entry says for how many it did.
+    The rows are the first `spec.generate_rows` held-out rows with a question. An entry has `max_new_tokens` if its
+    prompt left room for fewer tokens than `spec.max_new_tokens`.
 
     Raises:
         InvalidSpec: the chat template refuses a question.
     """
     model = network.model
     stops = stop_ids(model, tokenizer)
-    asked = (_asked_row(example, tokenizer, stops) for example in held_out)
-    rows = list(islice((row for row in asked if row is not None), spec.generate_rows))
+    reference_rows = (_reference_row(example, tokenizer, stops) for example in held_out)
+    rows = list(islice((row for row in reference_rows if row is not None), spec.generate_rows))
     pairs = compare_answers(
         model,
         tokenizer,
         [row.prompt for row in rows] + [question_ids(tokenizer, question) for question in spec.questions],
         spec.max_new_tokens,
         on_answer,
-        also_stop=_row_endings(held_out, tokenizer),
+        also_stop=_end_ids(held_out, tokenizer),
     )
-    of_rows, of_questions = pairs[: len(rows)], pairs[len(rows) :]
+    row_pairs, question_pairs = pairs[: len(rows)], pairs[len(rows) :]
     references = [_text(tokenizer, row.answer) for row in rows]
-    base = score([(pair.base, reference) for pair, reference in zip(of_rows, references, strict=True)])
-    adapter = score([(pair.adapter, reference) for pair, reference in zip(of_rows, references, strict=True)])
+    base = score([(pair.base, reference) for pair, reference in zip(row_pairs, references, strict=True)])
+    adapter = score([(pair.adapter, reference) for pair, reference in zip(row_pairs, references, strict=True)])
     scores = None if base is None or adapter is None else {"base": asdict(base), "adapter": asdict(adapter)}
     return {
         "scores": scores,
         "rows": [
-            {"line": row.line, "question": _text(tokenizer, row.prompt)[-SHOWN_CHARS:], "reference": reference}
-            | _shown(pair, spec)
-            for row, reference, pair in zip(rows, references, of_rows, strict=True)
+            {"line": row.line, "question": _text(tokenizer, row.prompt)[-QUESTION_CHARS:], "reference": reference}
+            | _report_entry(pair, spec)
+            for row, reference, pair in zip(rows, references, row_pairs, strict=True)
         ],
         "questions": [
-            {"question": question} | _shown(pair, spec)
-            for question, pair in zip(spec.questions, of_questions, strict=True)
+            {"question": question} | _report_entry(pair, spec)
+            for question, pair in zip(spec.questions, question_pairs, strict=True)
         ],
         "seconds": {"base": sum(pair.base_s for pair in pairs), "adapter": sum(pair.adapter_s for pair in pairs)},
     }
 
 
 def score(pairs: Sequence[tuple[str, str]]) -> Scores | None:
-    """Scores of (answer, reference) pairs; None where there are none.
+    """Scores of (answer, reference) pairs; None without pairs.
 
-    BLEU is sacrebleu's with its default tokenizer (13a), to which a run of Chinese or Japanese is one word; n-grams
-    longer than every answer are left out, where they would make it 0 for perfect answers of one word. ROUGE is
-    rouge-score's without stemming. Its own words are runs of a-z and 0-9, which makes every other script 0: here words
-    are runs of any letters and digits, and each Chinese or Japanese sign is one; on ASCII text that is the same.
+    BLEU is sacrebleu's with its default tokenizer (13a), for which a run of Chinese or Japanese is one word. N-grams
+    longer than every answer are left out, because they would make it 0 for perfect answers of one word.
+
+    ROUGE is rouge-score's without stemming. Its own words are runs of a-z and 0-9, which scores every other script 0.
+    Here words are runs of any letters and digits, and each Chinese or Japanese character is a word; on ASCII text the
+    scores are the same.
     """
     if not pairs:
         return None
-    # Where they are needed: with nltk they would be a twentieth of every trainer's start.
+    # Imported here, because with nltk they take a twentieth of every trainer's start.
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
 
     answers, references = ([text.strip() for text in side] for side in zip(*pairs, strict=True))
-    scorer = RougeScorer(list(ROUGE), tokenizer=_Words())
+    scorer = RougeScorer(list(ROUGE), tokenizer=_WordTokenizer())
     rouge = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
-    # force: it would warn of answers that look tokenized already.
+    # force: no warning about answers that look tokenized already.
     bleu = BLEU(effective_order=True, force=True).corpus_score(answers, [references])
     return Scores(
         exact_match=sum(map(str.__eq__, answers, references)) / len(pairs),
@@ -176,17 +178,10 @@ def score(pairs: Sequence[tuple[str, str]]) -> Scores | None:
     )
 
 
-class _Words:
-    """The tokenizer that rouge-score asks for."""
+def prompt_and_answer(row: TokenRow, stops: Collection[int] = ()) -> tuple[list[int], list[int]] | None:
+    """The ids before the row's last trained span, and the ids of that span without the stop tokens at its end.
 
-    def tokenize(self, text: str) -> list[str]:
-        return WORD.findall(text.lower())
-
-
-def question_and_answer(row: TokenRow, stops: Collection[int] = ()) -> tuple[list[int], list[int]] | None:
-    """The ids before the row's last trained span, and those of the span but for the stop tokens at its end.
-
-    None where nothing precedes it.
+    None if nothing precedes the span.
     """
     trained = list(row.trained)
     end = len(trained) - trained[::-1].index(True)
@@ -201,10 +196,10 @@ def question_and_answer(row: TokenRow, stops: Collection[int] = ()) -> tuple[lis
 
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """The prompt of a question asked by a user: by the chat template, or the plain text where there is none.
+    """The prompt of a user's question: rendered by the chat template, or plain text without one.
 
     Raises:
-        InvalidSpec: the chat template refuses it.
+        InvalidSpec: the chat template refuses the question.
     """
     if not tokenizer.chat_template:
         return list(tokenizer(question)["input_ids"])
@@ -220,14 +215,23 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]
 
 
 def stop_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """What ends an answer: the tokenizer's end of text, and what the model's generation settings name."""
-    listed = model.get_base_model().generation_config.eos_token_id
-    named = listed if isinstance(listed, list) else [listed]
-    return {token_id for token_id in [tokenizer.eos_token_id, *named] if token_id is not None}
+    """Ids that end an answer: the tokenizer's end of text, and those in the model's generation settings."""
+    configured = model.get_base_model().generation_config.eos_token_id
+    eos_ids = configured if isinstance(configured, list) else [configured]
+    return {token_id for token_id in [tokenizer.eos_token_id, *eos_ids] if token_id is not None}
 
 
-def _asked_row(example: TrainingExample, tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> AskedRow | None:
-    """None for an answer that is not wanted, and for text, where nothing or only a start token comes first."""
+class _WordTokenizer:
+    """The tokenizer that rouge-score calls."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return WORD.findall(text.lower())
+
+
+def _reference_row(
+    example: TrainingExample, tokenizer: PreTrainedTokenizerBase, stops: set[int]
+) -> ReferenceRow | None:
+    """None for an undesirable answer, and for plain text, which has no prompt or only a start token."""
     match example:
         case PreferencePair():
             row = example.chosen
@@ -237,26 +241,26 @@ def _asked_row(example: TrainingExample, tokenizer: PreTrainedTokenizerBase, sto
                 return None
         case _:
             row = example
-    parts = question_and_answer(row, stops)
+    parts = prompt_and_answer(row, stops)
     if parts is None or not _text(tokenizer, parts[0]):
         return None
-    return AskedRow(row.line, *parts)
+    return ReferenceRow(row.line, *parts)
 
 
-def _row_endings(examples: Sequence[TrainingExample], tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Special tokens that answers of the rows end with: a template may end turns with one that is no end of text."""
+def _end_ids(examples: Sequence[TrainingExample], tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Special tokens that end answers of the rows: a template may end turns with another token than end of text."""
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     last = {document.input_ids[-1] for example in examples for document in example.documents if document.trained[-1]}
     return special & last
 
 
 @contextmanager
-def _generating(model: PeftModel, stops: list[int]) -> Iterator[None]:
-    """The model as it has to be for greedy generation with a cache; afterwards as it was."""
+def _greedy_generation(model: PeftModel, stops: list[int]) -> Iterator[None]:
+    """Inside, the model is set up for greedy generation with a cache; on exit its former settings are restored."""
     base = model.get_base_model()
     was_training, settings = model.training, base.generation_config
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Attention per document knows no mask: a prefix would be cut off, and windows of attention ignored.
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Attention per document takes no mask: it would cut a prefix off, and ignore attention windows.
     per_document = base.config._attn_implementation == PER_DOCUMENT
     model.eval()
     base.generation_config = GenerationConfig(
@@ -266,7 +270,7 @@ def _generating(model: PeftModel, stops: list[int]) -> Iterator[None]:
         base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
     try:
         with warnings.catch_warnings():
-            # transformers gives them along; of a prompt method PEFT leaves them to the cache's length.
+            # transformers passes them; for a prompt method PEFT derives them from the cache's length instead.
             warnings.filterwarnings("ignore", "Position ids are not supported for parameter efficient tuning")
             yield
     finally:
@@ -274,24 +278,24 @@ def _generating(model: PeftModel, stops: list[int]) -> Iterator[None]:
             base.set_attn_implementation(PER_DOCUMENT)
         base.generation_config = settings
         model.train(was_training)
-        # Switching an adapter off and on lets PEFT choose anew what is learned.
+        # PEFT resets which parameters are trainable when an adapter is disabled and enabled.
         model.requires_grad_(False)
-        for parameter in learned:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 def _answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], limit: int) -> tuple[str, float]:
-    """The answer of at most `limit` tokens, and the seconds it took."""
+    """The answer of at most `limit` tokens, and the seconds that it took."""
     if limit == 0:
         return "", 0.0
     started = time.perf_counter()
-    ids = torch.tensor([list(prompt)], device=model.device)
+    ids = torch.tensor([list(prompt)], device=model.device)  # (1, prompt tokens)
     output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit)
     return _text(tokenizer, output[0, len(prompt) :]), time.perf_counter() - started
 
 
-def _room(model: PeftModel, prompt: Sequence[int]) -> int:
-    """Tokens of an answer that the model has positions for; virtual tokens take some."""
+def _free_positions(model: PeftModel, prompt: Sequence[int]) -> int:
+    """Positions that the model has left for an answer; virtual tokens take some."""
     config, adapter = model.get_base_model().config.get_text_config(), model.active_peft_config
     positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     return max(0, positions - len(prompt) - (adapter.num_virtual_tokens if adapter.is_prompt_learning else 0))
@@ -302,6 +306,6 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | torch.Tensor)
     return text.strip()
 
 
-def _shown(pair: AnswerPair, spec: Evaluation) -> dict[str, Any]:
+def _report_entry(pair: AnswerPair, spec: Evaluation) -> dict[str, Any]:
     answers: dict[str, Any] = {"base": pair.base, "adapter": pair.adapter}
     return answers if pair.max_new_tokens == spec.max_new_tokens else answers | {"max_new_tokens": pair.max_new_tokens}

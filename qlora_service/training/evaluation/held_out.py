@@ -1,4 +1,4 @@
-"""The held-out examples while an adapter is trained: how they fare, and which adapter was the best."""
+"""Evaluations of the held-out examples during training, and the adapter with the lowest held-out loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qlora_service.training.objectives import Evaluation, TrainingObjective, eva
 
 @dataclass(frozen=True)
 class EvaluationMetrics:
-    """The held-out examples after `step` steps; step 0 is the adapter as it starts."""
+    """Metrics of the held-out examples after `step` steps; step 0 is the adapter as initialized."""
 
     step: int
     eval_loss: float
@@ -31,24 +31,25 @@ class EvaluationMetrics:
 
 @dataclass(frozen=True)
 class HeldOutState:
-    """What the evaluations so far came to."""
+    """Summary of the evaluations so far."""
 
     before: Evaluation | None = None
-    """Of the adapter as it starts"""
+    """Of the adapter as initialized"""
     best: Evaluation | None = None
+    """The evaluation with the lowest loss"""
     chosen: Evaluation | None = None
     """Of the adapter that would be published now"""
     chosen_step: int = 0
     without_gain: int = 0
     """Evaluations since the best one"""
     measured_step: int | None = None
-    """Steps there were at the last evaluation"""
+    """Steps completed at the last evaluation"""
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    """By name, on the CPU; empty unless the best adapter is to be kept"""
+    """By name, on the CPU; empty without `load_best_model_at_end`"""
 
 
 class HeldOut:
-    """Measures the held-out examples, and remembers which adapter was the best."""
+    """Evaluates the held-out examples, and keeps the best adapter."""
 
     def __init__(
         self,
@@ -72,14 +73,15 @@ class HeldOut:
         """
         result = evaluate(self._network, self._objective, self._examples)
         if not math.isfinite(result.loss):
-            cause = "lower training.learning_rate" if step else "the base model itself gives it: try float32"
+            base_remedy = "the base model itself gives it: set quantization.compute_dtype to float32"
+            remedy = "lower training.learning_rate" if step else base_remedy
             raise JobFailed(
-                f"the held-out loss after step {step} is {result.loss}: {cause}",
+                f"the held-out loss after step {step} is {result.loss}: {remedy}",
                 reason=FailureReason.NOT_FINITE,
                 step=step,
             )
         self.state = self._after(step, result)
-        # Told last: whoever is told may end the training, and this evaluation was made.
+        # Called last, because it may raise to end the training, and the saved state has to include this evaluation.
         self._on_evaluation(
             EvaluationMetrics(
                 step, result.loss, result.accuracy, result.perplexity, peak_memory_bytes(self._network.device)
@@ -87,8 +89,25 @@ class HeldOut:
         )
         return result
 
+    @property
+    def patience_is_exhausted(self) -> bool:
+        """Whether the loss has not improved for `early_stopping_patience` evaluations."""
+        return self._patience is not None and self.state.without_gain >= self._patience
+
+    @property
+    def before(self) -> Evaluation:
+        """The evaluation before the first step; requires that it was made."""
+        assert self.state.before is not None
+        return self.state.before
+
+    def restore_chosen(self) -> Evaluation:
+        """Gives the model the weights of the adapter to publish; the evaluation of that adapter."""
+        assert self.state.chosen is not None
+        restore_trainable(self._network.model, self.state.best_weights)
+        return self.state.chosen
+
     def _after(self, step: int, result: Evaluation) -> HeldOutState:
-        """The state with one evaluation more."""
+        """The state with one more evaluation."""
         state = replace(self.state, measured_step=step, before=self.state.before or result)
         is_better = state.best is None or result.loss < state.best.loss
         if is_better or not self._keeps_best:
@@ -99,23 +118,6 @@ class HeldOut:
             state = replace(state, best_weights=trainable_copies(self._network.model))
         return replace(state, best=result, without_gain=0)
 
-    @property
-    def is_enough(self) -> bool:
-        """Whether the loss has not fallen for as many evaluations as the patience allows."""
-        return self._patience is not None and self.state.without_gain >= self._patience
-
-    @property
-    def before(self) -> Evaluation:
-        """The evaluation of the adapter as it starts, which was made."""
-        assert self.state.before is not None
-        return self.state.before
-
-    def choose(self) -> Evaluation:
-        """The evaluation of the adapter to publish, which the model holds from now on."""
-        assert self.state.chosen is not None
-        restore_trainable(self._network.model, self.state.best_weights)
-        return self.state.chosen
-
 
 def trainable_copies(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The trainable parameters by name, copied to the CPU."""
@@ -124,7 +126,7 @@ def trainable_copies(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def restore_trainable(model: torch.nn.Module, saved: dict[str, torch.Tensor]) -> None:
-    """Give the parameters named in `saved` their saved values, in place."""
+    """Sets the parameters named in `saved` to their saved values, in place."""
     parameters = dict(model.named_parameters())
     for name, value in saved.items():
         parameters[name].copy_(value)

@@ -1,4 +1,4 @@
-"""Every training row's loss when it was first and last seen, so that a user finds the rows the model cannot learn."""
+"""First and last loss of every training row, so that a user finds the rows that the model cannot learn."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from qlora_service.domain.metrics import finite_or_null
 
 PAGE_LINES = 64
-"""Lines kept together: a page of 28 bytes a line is made when one of its lines is first seen, so that neither a million
-rows in order nor a few rows of a long file take much."""
+"""Lines per page. A page of 28 bytes a line is allocated with the first loss of one of its lines, so memory stays small
+both for a million consecutive rows and for a few rows scattered over a long file."""
 RECORD = np.dtype(
     [
         ("first_loss", np.float64),
@@ -24,29 +24,30 @@ RECORD = np.dtype(
         ("times_seen", np.int32),
     ]
 )
-State = dict[str, "np.ndarray[Any, Any]"]
+RowLossesState = dict[str, "np.ndarray[Any, Any]"]
+"""Arrays of equal length: "line", and the fields of `RECORD`"""
 
 
 class RowLosses:
-    """Losses by line of the upload."""
+    """Losses by line of the uploaded dataset."""
 
     def __init__(self) -> None:
-        self._pages = _pages()
+        self._pages = _empty_pages()
 
     def record(self, step: int, lines: Sequence[int], losses: Sequence[float]) -> None:
-        """Note that `step` saw the rows at `lines` (counted from 1), each with its loss."""
+        """Records the loss in step `step` of each of the rows at `lines` (counted from 1)."""
         for line, loss in zip(lines, losses, strict=True):
-            page, place = divmod(line, PAGE_LINES)
-            seen = self._pages[page][place]
-            if seen["times_seen"] == 0:
-                seen["first_loss"], seen["first_step"] = loss, step
-            seen["last_loss"], seen["last_step"] = loss, step
-            seen["times_seen"] += 1
+            page, offset = divmod(line, PAGE_LINES)
+            record = self._pages[page][offset]
+            if record["times_seen"] == 0:
+                record["first_loss"], record["first_step"] = loss, step
+            record["last_loss"], record["last_step"] = loss, step
+            record["times_seen"] += 1
 
     def write(self, path: Path) -> None:
-        """One JSON object a line: the rows that were seen, those with the highest last loss first.
+        """Writes one JSON object per line and row: the rows with a recorded loss, the highest last loss first.
 
-        A loss that is no finite number is written as null, and its row stands before all others.
+        A loss that is not finite is written as null; rows whose last loss is not finite come first.
         """
         state = self.state()
         last, lines = state["last_loss"], state["line"]
@@ -55,33 +56,33 @@ class RowLosses:
             for record in _records(state, worst_first):
                 file.write(json.dumps(record) + "\n")
 
-    def state(self) -> State:
-        """Arrays of equal length, one entry for each line seen, in the order of the lines."""
+    def state(self) -> RowLossesState:
+        """The recorded rows, in the order of their lines."""
         numbers = sorted(self._pages)
         table = np.concatenate([np.zeros(0, RECORD), *(self._pages[number] for number in numbers)])
         starts = np.array(numbers, np.int64)[:, None] * PAGE_LINES
         lines = (starts + np.arange(PAGE_LINES)).ravel()
-        seen = table["times_seen"] > 0
-        return {"line": lines[seen]} | {name: table[name][seen] for name in RECORD.names or ()}
+        is_recorded = table["times_seen"] > 0
+        return {"line": lines[is_recorded]} | {name: table[name][is_recorded] for name in RECORD.names or ()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Become what `state` describes: its arrays, or lists of the same numbers."""
-        pages, places = np.divmod(np.asarray(state["line"], np.int64), PAGE_LINES)
+        """Replaces all losses by those of `state`, given as arrays or as lists."""
+        pages, offsets = np.divmod(np.asarray(state["line"], np.int64), PAGE_LINES)
         table = np.zeros(len(pages), RECORD)
         for name in RECORD.names or ():
             table[name] = state[name]
-        self._pages = _pages()
-        # Lines ascend, so that those of a page stand together.
+        self._pages = _empty_pages()
+        # Lines ascend, so the rows of a page are adjacent.
         starts = np.flatnonzero(np.diff(pages, prepend=-1))
         for first, last in zip(starts, np.append(starts, len(pages))[1:], strict=True):
-            self._pages[int(pages[first])][places[first:last]] = table[first:last]
+            self._pages[int(pages[first])][offsets[first:last]] = table[first:last]
 
 
-def _pages() -> defaultdict[int, np.ndarray[Any, Any]]:
+def _empty_pages() -> defaultdict[int, np.ndarray[Any, Any]]:
     return defaultdict(lambda: np.zeros(PAGE_LINES, RECORD))
 
 
-def _records(state: State, order: np.ndarray[Any, Any]) -> Iterator[dict[str, Any]]:
+def _records(state: RowLossesState, order: np.ndarray[Any, Any]) -> Iterator[dict[str, Any]]:
     names = ("line", "first_loss", "first_step", "last_loss", "last_step", "times_seen")
     for index in order.tolist():
         yield finite_or_null({name: state[name][index].item() for name in names})

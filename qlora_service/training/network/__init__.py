@@ -1,1 +1,1 @@
-"""A model with its adapter: documents in, the loss of each trained token out."""
+"""Losses of a model with its adapter: documents in, the loss of each trained token out."""

@@ -1,7 +1,7 @@
-"""The general path's levers: modules of any architecture that get a forward which keeps less for the backward pass.
+"""The general path's savings: a forward that keeps less for the backward pass, for modules of any architecture.
 
-A forward set here belongs to the module object, and reads the module's children when it runs: unloading the adapter
-leaves a model that computes what it did before.
+The replaced forward belongs to the module object and reads the module's children when it runs. A model whose adapter
+has been unloaded therefore computes the same as before.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def fuse(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def unfuse(modules: list[torch.nn.Module]) -> None:
-    """Give the modules their class's forward back."""
+    """Restores the forward of each module's class."""
     for module in modules:
         del module.forward
 
 
 def frozen_norm(module: torch.nn.Module) -> Norm | None:
-    """An RMSNorm that nobody trains; None for anything else."""
+    """The weight and epsilon of a frozen RMSNorm; None for any other module."""
     eps, weight = getattr(module, "variance_epsilon", None), getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or eps is None or weight is None or weight.requires_grad:
         return None
@@ -43,7 +43,7 @@ def frozen_norm(module: torch.nn.Module) -> Norm | None:
 
 
 def is_silu(activation: Any) -> bool:
-    """Whether it is the activation of a SwiGLU."""
+    """Whether the module is SiLU, the activation of a SwiGLU."""
     return type(activation).__name__ in {"SiLU", "SiLUActivation"}
 
 

@@ -1,6 +1,6 @@
-"""Packed documents kept apart: attention runs document by document, or, where that cannot be, under a mask.
+"""Isolation of packed documents: attention runs document by document or, where it cannot, under a block mask.
 
-Which way a model takes is measured on the model itself when it is loaded, not believed.
+The mechanism is measured on the model when it is loaded: packed logits must equal those of the separate document.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora_service.errors import InvalidModel
+from qlora_service.training.device import is_simulated
 from qlora_service.training.network.micro_batch import DOCUMENT_LENGTHS, PER_DOCUMENT, TokenRow, collate, forward
 from qlora_service.training.network.varlen_attention import AttentionShape, document_attention
 
-# Gemma 2's cap, gpt-oss's sinks, T5's bias: what transformers' attention functions take besides a mask.
-SCORE_CHANGES = ("softcap", "s_aux", "position_bias")
+SCORE_ARGUMENTS = ("softcap", "s_aux", "position_bias")
+"""Arguments of transformers' attention functions, besides a mask, that change scores: Gemma 2's cap, gpt-oss's sinks,
+T5's bias. `per_document_attention` implements none of them."""
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-"""transformers' names of layers without a state that runs through the row"""
+"""transformers' names of layers without a recurrent state"""
 Isolation = Literal["per_document", "mask", "alone"]
 PROBE_TOKENS = 12
 # float32 kernels of different shapes differ by about 1e-6 of the largest logit, bfloat16 ones by 1e-2, and float64 ones
@@ -39,19 +41,19 @@ def per_document_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of each document with itself alone, (1, tokens, heads, head_dim); no work is done across documents.
+    """Attention of each document with itself alone, (1, tokens, heads, head_dim); nothing is computed across documents.
 
-    query, key and value are (1, heads, tokens, head_dim). The documents' lengths come as the model's keyword
-    argument DOCUMENT_LENGTHS; without it, as in generation, this is transformers' own attention.
+    query, key and value are (1, heads, tokens, head_dim). The model's keyword argument DOCUMENT_LENGTHS carries the
+    documents' lengths; without it, as in generation, this is transformers' own attention.
 
     Raises:
-        ValueError: the architecture does something else to its scores.
+        ValueError: the architecture changes its scores in another way than by a mask.
     """
     lengths: Sequence[int] | None = kwargs.pop(DOCUMENT_LENGTHS, None)
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if special := [name for name in SCORE_CHANGES if kwargs.get(name) is not None]:
-        raise ValueError(f"attention with {', '.join(special)} is not known here")
+    if unsupported := [name for name in SCORE_ARGUMENTS if kwargs.get(name) is not None]:
+        raise ValueError(f"attention with {', '.join(unsupported)} is not supported")
     shape = AttentionShape(
         heads=query.shape[1],
         kv_heads=key.shape[1],
@@ -67,79 +69,84 @@ AttentionInterface.register(PER_DOCUMENT, per_document_attention)
 
 @torch.no_grad()
 def isolate_documents(model: PreTrainedModel) -> Isolation:
-    """Choose and set the model's attention, by what keeps a document's logits those of the lone document.
+    """The isolation of packed documents, chosen by their logits; also sets the model's attention accordingly.
 
-    "alone": nothing does (state-space and recurrent layers know no boundaries); each document needs a row of its own.
+    "alone" means that no mechanism isolates packed documents (state-space and recurrent layers know no boundaries):
+    each document needs a row of its own.
+
+    Raises:
+        InvalidModel: the model's forward does not accept the arguments of a packed row.
     """
     was_training = model.training
     model.eval()
     first, second = probe_documents(model)
     device = next(model.parameters()).device
     try:
-        alone = forward(model, collate([second], device))
+        alone = forward(model, collate([second], device))  # (N, vocabulary)
     except TypeError as error:
         raise InvalidModel(
-            f"{type(model).__name__} cannot be trained here: its forward pass takes other arguments ({error})"
+            f"{type(model).__name__} cannot be trained here: its forward pass does not accept the required arguments "
+            f"({error})"
         ) from error
     chosen: Isolation = "alone"
-    own = model.config._attn_implementation
-    ways: list[tuple[Isolation, str]] = [("per_document", PER_DOCUMENT), ("mask", own)]
-    if _sees_whole_row(model):
-        ways = []
+    original = model.config._attn_implementation
+    candidates: list[tuple[Isolation, str]] = [("per_document", PER_DOCUMENT), ("mask", original)]
+    if _ignores_document_bounds(model):
+        candidates = []
     elif not _causal_layers_only(model):
-        ways = ways[1:]
-    for isolation, implementation in ways:
+        candidates = candidates[1:]
+    for isolation, implementation in candidates:
         try:
             model.set_attn_implementation(implementation)
-            packed = forward(model, collate([first, second], device))[-alone.shape[0] :]
+            packed = forward(model, collate([first, second], device))[-alone.shape[0] :]  # (N, vocabulary)
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, KeyError, RuntimeError):
-            continue  # the architecture takes neither the argument nor the implementation
-        if are_same(packed, alone, alone.dtype):
+            continue  # the architecture accepts neither the argument nor the implementation
+        if logits_match(packed, alone, alone.dtype):
             chosen = isolation
             break
     else:
-        model.set_attn_implementation(own)
+        model.set_attn_implementation(original)
     model.train(was_training)
     return chosen
 
 
-def are_same(logits: torch.Tensor, expected: torch.Tensor, computed_in: torch.dtype) -> bool:
-    """Whether they differ by no more than two ways to compute them in this precision do.
+def logits_match(logits: torch.Tensor, expected: torch.Tensor, computed_in: torch.dtype) -> bool:
+    """Whether the logits differ by no more than two kernels of this precision do.
 
-    Without values (device "meta") nothing speaks against it.
+    Simulated logits have no values: equal shapes suffice.
     """
-    if logits.is_meta:
+    if is_simulated(logits):
         return logits.shape == expected.shape
     tolerance = TOLERANCE.get(computed_in, LOW_PRECISION_TOLERANCE)
     return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
 
 
-def use_own_attention(model: PreTrainedModel) -> None:
-    """Set what transformers would choose: for documents that run alone, perhaps behind learned keys and values."""
+def use_default_attention(model: PreTrainedModel) -> None:
+    """Sets transformers' default attention, for documents that run alone, possibly after trained keys and values."""
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
 
 def probe_documents(model: PreTrainedModel, tokens: int = PROBE_TOKENS) -> tuple[TokenRow, TokenRow]:
-    """Two documents of any tokens, all of them learned."""
+    """Two documents of arbitrary tokens, all of them trained."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = [(7 * index + 3) % min(vocabulary, 1000) for index in range(2 * tokens)]
-    learned = [True] * tokens
-    return TokenRow(0, ids[:tokens], learned), TokenRow(1, ids[tokens:], learned)
+    trained = [True] * tokens
+    return TokenRow(0, ids[:tokens], trained), TokenRow(1, ids[tokens:], trained)
 
 
 def _causal_layers_only(model: PreTrainedModel) -> bool:
-    """Whether every layer's mask is causal or a causal window: what `per_document_attention` knows to do."""
+    """Whether every layer's mask is causal or a causal window, the two masks of `per_document_attention`."""
     chunked = getattr(model.config.get_text_config(), "attention_chunk_size", None) is not None
     return _layer_types(model) <= {"full_attention", "sliding_attention"} and not chunked
 
 
-def _sees_whole_row(model: PreTrainedModel) -> bool:
-    """Whether something in it is known to look at the row as one, whatever masks say.
+def _ignores_document_bounds(model: PreTrainedModel) -> bool:
+    """Whether the model has parts that are known to process the row as one document, whatever the mask.
 
-    Recurrent layers do, and rotations that follow the row's largest position (dynamic NTK, LongRoPE): a short document
-    packed beside a long one would be rotated as the long one is.
+    Recurrent layers do, and so do rotations that depend on the row's largest position (dynamic NTK, LongRoPE): a short
+    document packed with a long one would be rotated like the long one.
     """
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]  # by layer type, as in Gemma 3

@@ -1,4 +1,4 @@
-"""A micro-batch: several examples as one row without padding, each a document of its own."""
+"""A micro-batch: several examples packed into one row without padding, each isolated as a document of its own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 PER_DOCUMENT = "per_document"
-"""The attention implementation that `attention` registers."""
+"""Name of the attention implementation that `isolation` registers with transformers"""
 DOCUMENT_LENGTHS = "document_lengths"
-"""The keyword argument that carries `MicroBatch.lengths` through a model to its attention."""
+"""Keyword argument that carries `MicroBatch.lengths` through a model to its attention"""
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Token ids of an example and which of them are learned."""
+    """Token ids of an example, and which of them are trained."""
 
     line: int
     input_ids: Sequence[int]
@@ -24,7 +24,7 @@ class TokenRow:
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens with a loss; the first is predicted from nothing and has none."""
+        """Number of tokens with a loss; the first token has no context, and no loss."""
         return sum(self.trained[1:])
 
     @property
@@ -34,7 +34,7 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two answers to the same conversation, of which the first is better."""
+    """Two answers to the same conversation: the chosen one is better than the rejected one."""
 
     chosen: TokenRow
     rejected: TokenRow
@@ -50,7 +50,7 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """An answer that is wanted, or not."""
+    """An answer labelled desirable or undesirable."""
 
     answer: TokenRow
     desirable: bool
@@ -69,22 +69,22 @@ TrainingExample = TokenRow | PreferencePair | LabelledRow
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """T tokens of one or more documents in one row, of which N are learned."""
+    """T tokens of one or more documents packed into one row; N of them are trained."""
 
     input_ids: torch.Tensor
     """(1, T)"""
     position_ids: torch.Tensor
-    """(1, T); starts again at 0 with every document"""
+    """(1, T); restarts at 0 with every document"""
     lengths: tuple[int, ...]
     """tokens of each document; they sum to T"""
     predictors: torch.Tensor
-    """(N,) positions whose next token is learned"""
+    """(N,) positions whose next token is trained"""
     targets: torch.Tensor
     """(N,) those next tokens"""
 
 
 def collate(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
-    """The rows one behind the other. A row's first token is never a target: no document predicts the next one."""
+    """The rows, concatenated. A row's first token is never a target: no document predicts a token of the next one."""
     ids: list[int] = []
     positions: list[int] = []
     predictors: list[int] = []
@@ -107,11 +107,11 @@ def collate(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
 
 
 def isolating_arguments(model: torch.nn.Module, batch: MicroBatch) -> dict[str, Any]:
-    """What a forward pass of the model, or of its decoder, has to be given so that documents never see each other.
+    """Keyword arguments for a forward pass of the model, or of its decoder, that isolate the documents.
 
-    They are kept apart as `attention.isolate_documents` chose for this model: by their lengths, or by transformers'
-    own block mask. That one exists only without an attention mask and without a cache (`find_packed_sequence_indices`
-    in its masking_utils, 5.23): either of them lets documents leak into each other.
+    `isolation.isolate_documents` has chosen the mechanism for this model: the documents' lengths, or transformers' own
+    block mask. That mask exists only without an attention mask and without a cache (`find_packed_sequence_indices` in
+    its masking_utils, 5.23): with either of them, documents leak into each other.
     """
     arguments: dict[str, Any] = {"position_ids": batch.position_ids, "attention_mask": None, "use_cache": False}
     if getattr(model.config, "_attn_implementation", None) == PER_DOCUMENT:
@@ -120,7 +120,7 @@ def isolating_arguments(model: torch.nn.Module, batch: MicroBatch) -> dict[str, 
 
 
 def forward(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Logits (N, vocabulary) at the positions whose next token is learned."""
+    """Logits (N, vocabulary) at the positions whose next token is trained."""
     output = model(input_ids=batch.input_ids, logits_to_keep=batch.predictors, **isolating_arguments(model, batch))
-    logits: torch.Tensor = output.logits
+    logits: torch.Tensor = output.logits  # (1, N, vocabulary)
     return logits[0]

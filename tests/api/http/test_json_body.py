@@ -27,7 +27,7 @@ def test_json_document_is_parsed() -> None:
         (b'{"a": 1e999}', "too large", None),
         (b'{"a": ' + b"9" * 5000 + b"}", "too many digits", None),
         (b'{"a": 1, "a": 2}', "'a' is used twice", None),
-        (b'{"a": {"b": "\\ud800"}}', "half a surrogate pair", "/a/b"),
+        (b'{"a": {"b": "\\ud800"}}', "an unpaired surrogate", "/a/b"),
         (b'{"a": ["\\u0000"]}', "NUL", "/a/0"),
         (b"[" * 65 + b"]" * 65, "deeper than 64", None),
         (b"[" * 100_000, "deeper than 64", None),

@@ -1,4 +1,4 @@
-"""Chat on OpenAI's wire. The desk of `tests.speaking_desk` says what it is asked; models are in `tests/integration`."""
+"""Completion endpoints, with an echo server in place of a model. Real models are in `tests/integration`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.main import create_app
-from qlora_service.chat import reception
+from qlora_service.chat import dispatch
 from qlora_service.chat.wire import AdapterRef, Sampling
 from qlora_service.queue.claim import Progress
 from qlora_service.queue.queue import Queue
@@ -26,17 +26,18 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.fixture
-def desk(client: TestClient, settings: Settings, tmp_path: Path) -> Iterator[SpeakingDesk]:
-    with SpeakingDesk(settings.resolved_database_url, tmp_path / "inference") as desk:
-        yield desk
+def echo_server(client: TestClient, settings: Settings, tmp_path: Path) -> Iterator[SpeakingDesk]:
+    """An inference process that answers with the text of the request."""
+    with SpeakingDesk(settings.resolved_database_url, tmp_path / "inference") as echo_server:
+        yield echo_server
 
 
-def asked(content: str = "Say it again.", **changes: Any) -> dict[str, Any]:
+def chat_body(content: str = "Say it again.", **changes: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": [{"role": "user", "content": content}]} | changes
 
 
 def events(body: str) -> list[Any]:
-    """The data of a stream's events."""
+    """The data of the events of a stream."""
     assert body.endswith("\n\n")
     return [
         line if line == "[DONE]" else json.loads(line)
@@ -44,8 +45,8 @@ def events(body: str) -> list[Any]:
     ]
 
 
-def test_an_answer_is_a_chat_completion(client: TestClient, desk: SpeakingDesk) -> None:
-    response = client.post(CHAT, json=asked())
+def test_response_is_a_chat_completion(client: TestClient, echo_server: SpeakingDesk) -> None:
+    response = client.post(CHAT, json=chat_body())
     assert response.status_code == 200, response.text
     answer = response.json()
     assert answer["object"] == "chat.completion"
@@ -58,14 +59,16 @@ def test_an_answer_is_a_chat_completion(client: TestClient, desk: SpeakingDesk) 
 
 
 @pytest.mark.parametrize("usage", [True, False])
-def test_a_stream_is_the_same_answer_in_chunks(client: TestClient, desk: SpeakingDesk, usage: bool) -> None:
-    response = client.post(CHAT, json=asked(stream=True, stream_options={"include_usage": usage}))
+def test_stream_contains_the_same_completion_in_chunks(
+    client: TestClient, echo_server: SpeakingDesk, usage: bool
+) -> None:
+    response = client.post(CHAT, json=chat_body(stream=True, stream_options={"include_usage": usage}))
     assert response.headers["content-type"].startswith("text/event-stream")
     *chunks, last = events(response.text)
     assert last == "[DONE]"
     if usage:
-        counted = chunks.pop()
-        assert (counted["choices"], counted["usage"]["total_tokens"]) == ([], 10)
+        usage_chunk = chunks.pop()
+        assert (usage_chunk["choices"], usage_chunk["usage"]["total_tokens"]) == ([], 10)
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
     choices = [chunk["choices"][0] for chunk in chunks]
@@ -79,18 +82,18 @@ def test_a_stream_is_the_same_answer_in_chunks(client: TestClient, desk: Speakin
     assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
 
 
-def test_a_text_is_continued(client: TestClient, desk: SpeakingDesk) -> None:
+def test_completion_continues_plain_text(client: TestClient, echo_server: SpeakingDesk) -> None:
     answer = client.post(TEXT, json={"model": "tiny", "prompt": ["once more"]}).json()
     assert (answer["object"], answer["choices"][0]["text"]) == ("text_completion", "once more")
-    assert desk.asked[-1].messages is None
-    assert desk.asked[-1].sampling.max_tokens == 16
+    assert echo_server.asked[-1].messages is None
+    assert echo_server.asked[-1].sampling.max_tokens == 16
     body = client.post(TEXT, json={"model": "tiny", "prompt": "once more", "stream": True}).text
     *chunks, last = events(body)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "once more"
     assert last == "[DONE]"
 
 
-def test_what_is_asked_reaches_the_model(client: TestClient, desk: SpeakingDesk) -> None:
+def test_request_parameters_reach_the_model(client: TestClient, echo_server: SpeakingDesk) -> None:
     messages = [
         {"role": "developer", "content": "Be brief."},
         {"role": "assistant", "content": ""},
@@ -99,7 +102,7 @@ def test_what_is_asked_reaches_the_model(client: TestClient, desk: SpeakingDesk)
     tool = {"type": "function", "function": {"name": "now", "parameters": {}}}
     settings = {"temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": "x", "max_completion_tokens": 9}
     client.post(CHAT, json={"model": "tiny", "messages": messages, "tools": [tool], **settings})
-    request = desk.asked[-1]
+    request = echo_server.asked[-1]
     assert request.messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "assistant", "content": ""},
@@ -107,18 +110,18 @@ def test_what_is_asked_reaches_the_model(client: TestClient, desk: SpeakingDesk)
     ]
     assert request.tools == [tool]
     assert request.sampling == Sampling(max_tokens=9, temperature=0.5, top_p=0.9, seed=3, stop=("x",))
-    client.post(CHAT, json=asked(tools=[tool], tool_choice="none", max_tokens=4, stop=["a", "b"]))
-    assert desk.asked[-1].tools is None
-    assert desk.asked[-1].sampling == Sampling(max_tokens=4, stop=("a", "b"))
+    client.post(CHAT, json=chat_body(tools=[tool], tool_choice="none", max_tokens=4, stop=["a", "b"]))
+    assert echo_server.asked[-1].tools is None
+    assert echo_server.asked[-1].sampling == Sampling(max_tokens=4, stop=("a", "b"))
 
 
-def test_what_changes_nothing_is_accepted(client: TestClient, desk: SpeakingDesk) -> None:
+def test_neutral_parameters_are_accepted(client: TestClient, echo_server: SpeakingDesk) -> None:
     neutral = {
         "n": 1, "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "me",
         "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "response_format": {"type": "text"},
         "modalities": ["text"], "parallel_tool_calls": True, "tool_choice": "auto", "stream": False,
     }  # fmt: skip
-    response = client.post(CHAT, json=asked(**neutral))
+    response = client.post(CHAT, json=chat_body(**neutral))
     assert response.status_code == 200, response.text
 
 
@@ -141,74 +144,70 @@ def test_what_changes_nothing_is_accepted(client: TestClient, desk: SpeakingDesk
         ({"stop": ["x"] * 17}, "stop"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
-        ({"messages": [{"role": "nobody", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "unknown", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
     ],
 )
-def test_what_would_change_the_answer_and_is_not_supported_is_refused(
-    bare_client: TestClient, changes: dict[str, Any], param: str
-) -> None:
-    response = bare_client.post(CHAT, json=asked(**changes))
+def test_unsupported_parameters_are_refused(bare_client: TestClient, changes: dict[str, Any], param: str) -> None:
+    response = bare_client.post(CHAT, json=chat_body(**changes))
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
 
 
 @pytest.mark.parametrize("prompt", [[], ["one", "two"], [1, 2], 3])
-def test_what_is_not_one_text_to_continue_is_refused(bare_client: TestClient, prompt: object) -> None:
+def test_prompt_other_than_one_text_is_refused(bare_client: TestClient, prompt: object) -> None:
     response = bare_client.post(TEXT, json={"model": "tiny", "prompt": prompt})
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, "prompt")
     assert "one text, or a list of one" in error["message"]
 
 
-def test_a_model_that_is_not_there_is_not_found(
-    bare_client: TestClient, client: TestClient, submit: Callable[..., str]
-) -> None:
-    for name in ("nobody", "ft:tiny:local::0123456789abcdef012345", "job_0123456789abcdef012345", "../tiny", "-"):
-        error = bare_client.post(CHAT, json=asked(model=name)).json()["error"]
+def test_unknown_model_is_not_found(bare_client: TestClient, client: TestClient, submit: Callable[..., str]) -> None:
+    for name in ("unknown", "ft:tiny:local::0123456789abcdef012345", "job_0123456789abcdef012345", "../tiny", "-"):
+        error = bare_client.post(CHAT, json=chat_body(model=name)).json()["error"]
         assert (error["code"], error["param"]) == ("model_not_found", "model")
-    unfinished = client.post(CHAT, json=asked(model=submit()))
-    assert unfinished.status_code == 404
-    assert "is queued" in unfinished.json()["error"]["message"]
+    queued = client.post(CHAT, json=chat_body(model=submit()))
+    assert queued.status_code == 404
+    assert "is queued" in queued.json()["error"]["message"]
 
 
-def test_an_adapter_is_asked_for_by_the_models_name_or_the_jobs_id(
-    client: TestClient, desk: SpeakingDesk, finished_job: str
+def test_adapter_is_selected_by_model_name_or_job_id(
+    client: TestClient, echo_server: SpeakingDesk, finished_job: str
 ) -> None:
     job = client.get(f"/v1/fine_tuning/jobs/{finished_job}").json()
     for name in (finished_job, job["fine_tuned_model"]):
-        answer = client.post(CHAT, json=asked(model=name))
+        answer = client.post(CHAT, json=chat_body(model=name))
         assert answer.json()["model"] == name
-        assert desk.asked[-1].adapter == AdapterRef(job_id=finished_job, attempt=1)
-    client.post(CHAT, json=asked())
-    assert desk.asked[-1].adapter is None
+        assert echo_server.asked[-1].adapter == AdapterRef(job_id=finished_job, attempt=1)
+    client.post(CHAT, json=chat_body())
+    assert echo_server.asked[-1].adapter is None
 
 
-def test_a_deleted_adapter_is_not_found(client: TestClient, desk: SpeakingDesk, finished_job: str) -> None:
+def test_deleted_adapter_is_not_found(client: TestClient, echo_server: SpeakingDesk, finished_job: str) -> None:
     name = client.get(f"/v1/fine_tuning/jobs/{finished_job}").json()["fine_tuned_model"]
     assert client.delete(f"/v1/models/{name}").status_code == 200
     for model in (name, finished_job):
-        response = client.post(CHAT, json=asked(model=model))
+        response = client.post(CHAT, json=chat_body(model=model))
         assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_prompt_that_is_too_long_is_refused_by_the_status(
-    client: TestClient, desk: SpeakingDesk, stream: bool
+def test_too_long_prompt_is_refused_with_an_error_status(
+    client: TestClient, echo_server: SpeakingDesk, stream: bool
 ) -> None:
-    response = client.post(CHAT, json=asked(TOO_LONG, stream=stream))
+    response = client.post(CHAT, json=chat_body(TOO_LONG, stream=stream))
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
-def test_while_a_job_has_the_slot_chats_are_refused_with_its_eta(
+def test_chat_is_refused_with_the_eta_of_the_job_in_the_slot(
     client: TestClient, submit: Callable[..., str], queue: Queue
 ) -> None:
     job_id = submit()
     claimed = queue.claim("worker")
     assert claimed is not None
     queue.report(claimed[0], Progress(step=3, eta_s=42.4))
-    response = client.post(CHAT, json=asked())
+    response = client.post(CHAT, json=chat_body())
     assert response.status_code == 503
     assert response.headers["Retry-After"] == "42"
     error = response.json()["error"]
@@ -216,43 +215,43 @@ def test_while_a_job_has_the_slot_chats_are_refused_with_its_eta(
     assert (error["details"]["job_id"], error["details"]["eta_s"]) == (job_id, 42.4)
 
 
-def test_where_jobs_make_way_a_chat_waits_for_that(
+def test_chat_waits_for_the_preemption_of_a_job(
     settings: Settings, dataset_id: str, queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reception, "BEHIND_JOB_S", 0.0)
+    monkeypatch.setattr(dispatch, "JOB_WAIT_S", 0.0)
     preempting = settings.model_copy(update={"chat_preempts": True})
     with TestClient(create_app(preempting), URL) as client, ThreadPoolExecutor(1) as pool:
         assert client.post("/jobs", json=spec_of(dataset_id)).status_code == 201
         assert queue.claim("worker") is not None
-        asking = pool.submit(client.post, CHAT, json=asked())
+        response = pool.submit(client.post, CHAT, json=chat_body())
         time.sleep(1)
         with SpeakingDesk(settings.resolved_database_url, tmp_path / "inference"):
-            assert asking.result(30).status_code == 200
+            assert response.result(30).status_code == 200
 
 
-def test_an_answer_that_is_broken_off_ends_with_an_error(client: TestClient, desk: SpeakingDesk) -> None:
-    response = client.post(CHAT, json=asked(BROKEN_OFF))
+def test_interrupted_completion_ends_with_an_error(client: TestClient, echo_server: SpeakingDesk) -> None:
+    response = client.post(CHAT, json=chat_body(BROKEN_OFF))
     assert response.status_code == 503
     assert "has ended" in response.json()["error"]["message"]
-    *chunks, last = events(client.post(CHAT, json=asked(BROKEN_OFF, stream=True)).text)
+    *chunks, last = events(client.post(CHAT, json=chat_body(BROKEN_OFF, stream=True)).text)
     assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == BROKEN_OFF
     assert last["error"]["code"] == "unavailable"
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_hangs_up_ends_the_generation(
+def test_client_disconnect_cancels_the_generation(
     settings: Settings, tmp_path: Path, start_server: Callable[..., Server], stream: bool
 ) -> None:
     server = start_server()
-    with SpeakingDesk(settings.resolved_database_url, tmp_path / "inference") as desk:
-        body = json.dumps(asked(ENDLESS, stream=stream)).encode()
+    with SpeakingDesk(settings.resolved_database_url, tmp_path / "inference") as echo_server:
+        body = json.dumps(chat_body(ENDLESS, stream=stream)).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         port = int(server.url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             received, deadline = b"", time.monotonic() + 60
-            while not desk.asked or (stream and b"data:" not in received):
+            while not echo_server.asked or (stream and b"data:" not in received):
                 assert time.monotonic() < deadline
                 received += connection.recv(65536) if stream else b""
                 time.sleep(0.02)
-        assert desk.broken_off.wait(60)
+        assert echo_server.broken_off.wait(60)

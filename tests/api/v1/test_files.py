@@ -13,7 +13,7 @@ from qlora_service.queue.claim import Progress
 from qlora_service.queue.queue import Queue
 from tests.api.conftest import chat_rows
 
-BAD = b'{"x": 1}\n'
+BAD_ROW = b'{"x": 1}\n'
 
 
 def upload(client: TestClient, content: bytes = chat_rows(4), name: str = "train.jsonl", **form: str) -> Any:
@@ -22,7 +22,7 @@ def upload(client: TestClient, content: bytes = chat_rows(4), name: str = "train
 
 
 def succeed(queue: Queue) -> None:
-    """Ends the next job with two steps and an evaluation behind it."""
+    """Claims the next job, reports two steps and an evaluation, and marks it as succeeded."""
     claimed = queue.claim("worker")
     assert claimed is not None
     for step, loss in ((1, 2.5), (2, 1.5)):
@@ -31,13 +31,13 @@ def succeed(queue: Queue) -> None:
     queue.succeed(claimed[0], {"attempt": claimed[0].token})
 
 
-def ids(client: TestClient, **query: object) -> list[str]:
+def file_ids(client: TestClient, **query: object) -> list[str]:
     answer = client.get("/v1/files", params=query)  # type: ignore[arg-type]
     assert answer.status_code == 200, answer.text
     return [file["id"] for file in answer.json()["data"]]
 
 
-def test_file_is_the_dataset_of_the_same_bytes(client: TestClient, dataset_id: str) -> None:
+def test_upload_of_the_same_bytes_returns_the_same_dataset(client: TestClient, dataset_id: str) -> None:
     file = upload(client, chat_rows(8)).json()
     assert file["id"] == dataset_id.replace("ds_", "file-")
     assert (file["object"], file["purpose"], file["status"]) == ("file", "fine-tune", "processed")
@@ -46,14 +46,14 @@ def test_file_is_the_dataset_of_the_same_bytes(client: TestClient, dataset_id: s
     assert client.get(f"/v1/files/{file['id']}/content").content == chat_rows(8)
 
 
-def test_rows_that_are_left_out_are_told(client: TestClient) -> None:
-    assert "1 of 5 rows are left out. First: line 5" in upload(client, chat_rows(4) + BAD).json()["status_details"]
+def test_status_details_report_rows_that_are_left_out(client: TestClient) -> None:
+    assert "1 of 5 rows are left out. First: line 5" in upload(client, chat_rows(4) + BAD_ROW).json()["status_details"]
 
 
 def test_file_without_a_usable_row_is_refused_with_its_findings(
     bare_client: TestClient, nothing_stored: Callable[[], None]
 ) -> None:
-    answer = upload(bare_client, BAD)
+    answer = upload(bare_client, BAD_ROW)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_dataset", "file")
     assert error["findings"][0]["line"] == 1
@@ -67,7 +67,7 @@ def test_file_without_a_usable_row_is_refused_with_its_findings(
         ({"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}, "expires_after"),
     ],
 )
-def test_what_is_not_offered_is_refused(
+def test_unsupported_purpose_and_expiry_are_refused(
     bare_client: TestClient, nothing_stored: Callable[[], None], form: dict[str, str], param: str
 ) -> None:
     answer = upload(bare_client, **form)
@@ -80,9 +80,7 @@ def test_form_without_a_file_or_a_purpose_is_refused(bare_client: TestClient) ->
         assert bare_client.post("/v1/files", **form).status_code == 400  # type: ignore[arg-type]
 
 
-def test_results_are_a_file_once_the_job_has_succeeded(
-    client: TestClient, queue: Queue, submit: Callable[..., str]
-) -> None:
+def test_succeeded_job_has_a_results_file(client: TestClient, queue: Queue, submit: Callable[..., str]) -> None:
     job_id = submit()
     file_id = job_id.replace("job_", "file-") + "-results"
     assert client.get(f"/v1/files/{file_id}").status_code == 404
@@ -97,17 +95,17 @@ def test_results_are_a_file_once_the_job_has_succeeded(
     assert (refused.status_code, refused.headers["x-should-retry"]) == (409, "false")
 
 
-def test_pages_hold_every_file_once_in_either_order(
+def test_pages_contain_every_file_once_in_either_order(
     client: TestClient, queue: Queue, submit: Callable[..., str]
 ) -> None:
     for number in range(2):
         upload(client, chat_rows(1, f"answer {number}"))
         submit()
         succeed(queue)
-    everything = ids(client)
-    assert len(everything) == 5
-    assert ids(client, order="asc") == everything[::-1]
-    for order, expected in (("desc", everything), ("asc", everything[::-1])):
+    newest_first = file_ids(client)
+    assert len(newest_first) == 5
+    assert file_ids(client, order="asc") == newest_first[::-1]
+    for order, expected in (("desc", newest_first), ("asc", newest_first[::-1])):
         seen: list[str] = []
         more = True
         while more:
@@ -120,13 +118,13 @@ def test_pages_hold_every_file_once_in_either_order(
         assert seen == expected
     whole = client.get("/v1/files", params={"limit": 5}).json()
     assert (len(whole["data"]), whole["has_more"]) == (5, False)
-    assert len(ids(client, purpose="fine-tune")) == 3
-    assert len(ids(client, purpose="fine-tune-results")) == 2
-    assert ids(client, purpose="batch") == []
+    assert len(file_ids(client, purpose="fine-tune")) == 3
+    assert len(file_ids(client, purpose="fine-tune-results")) == 2
+    assert file_ids(client, purpose="batch") == []
 
 
 @pytest.mark.parametrize("after", ["file-1", "ds_019a9c2f8d31c4e55f0a7b", "x y"])
-def test_cursor_that_is_no_files_id_is_refused(bare_client: TestClient, after: str) -> None:
+def test_cursor_that_is_not_a_file_id_is_refused(bare_client: TestClient, after: str) -> None:
     answer = bare_client.get("/v1/files", params={"after": after})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "after")
 
@@ -146,7 +144,7 @@ def test_unknown_file_is_not_found(bare_client: TestClient, file_id: str) -> Non
         assert error["message"].startswith(f"there is no file '{file_id}'")
 
 
-def test_deleted_file_is_gone_from_both_wires(client: TestClient, settings: Any) -> None:
+def test_deleted_file_is_gone_from_both_apis(client: TestClient, settings: Any) -> None:
     file_id = upload(client).json()["id"]
     assert client.delete(f"/v1/files/{file_id}").json() == {"id": file_id, "object": "file", "deleted": True}
     assert client.get(f"/v1/files/{file_id}").status_code == 404
@@ -154,10 +152,12 @@ def test_deleted_file_is_gone_from_both_wires(client: TestClient, settings: Any)
     again = upload(client).json()["id"]
     dataset_id = again.replace("file-", "ds_")
     assert client.delete(f"/datasets/{dataset_id}").json()["deleted"] is True
-    assert ids(client) == []
+    assert file_ids(client) == []
 
 
-def test_file_that_a_job_needs_is_kept(client: TestClient, submit: Callable[..., str], dataset_id: str) -> None:
+def test_file_of_an_unfinished_job_is_not_deleted(
+    client: TestClient, submit: Callable[..., str], dataset_id: str
+) -> None:
     job_id = submit()
     file_id = dataset_id.replace("ds_", "file-")
     refused = client.delete(f"/v1/files/{file_id}")
@@ -170,6 +170,6 @@ def test_file_that_a_job_needs_is_kept(client: TestClient, submit: Callable[...,
     assert client.get(f"/v1/fine_tuning/jobs/{job_id}").json()["training_file"] == file_id
 
 
-def test_list_is_empty_where_nothing_is(bare_client: TestClient) -> None:
+def test_list_without_files_is_empty(bare_client: TestClient) -> None:
     page = json.loads(bare_client.get("/v1/files").content)
     assert page == {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}

@@ -24,7 +24,7 @@ def file_id(dataset_id: str) -> str:
 
 @pytest.fixture
 def create(client: TestClient, file_id: str) -> Callable[..., Any]:
-    """Posts a job on the stored file; the answer."""
+    """Posts a job on the stored file and returns the response."""
 
     def post(headers: dict[str, str] | None = None, **fields: Any) -> Any:
         body = {"model": "tiny", "training_file": file_id, "qlora": LENGTH} | fields
@@ -35,8 +35,8 @@ def create(client: TestClient, file_id: str) -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def refuse(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[Callable[..., Any]]:
-    """Posts a job that must not come about, to one application for all of them; status and error."""
-    with TestClient(create_app(settings_in(tmp_path_factory.mktemp("refusing"), models_dir)), URL) as client:
+    """Posts a job that must be refused, to an application that all tests share. Returns status and error."""
+    with TestClient(create_app(settings_in(tmp_path_factory.mktemp("refusals"), models_dir)), URL) as client:
         form = {"file": ("train.jsonl", chat_rows(8))}
         file_id = client.post("/v1/files", data={"purpose": "fine-tune"}, files=form).json()["id"]
 
@@ -53,7 +53,7 @@ def supervised(**hyperparameters: object) -> dict[str, Any]:
     return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
 
 
-def test_job_is_reported_with_what_auto_came_to(create: Callable[..., Any], file_id: str) -> None:
+def test_job_reports_the_values_that_auto_resolved_to(create: Callable[..., Any], file_id: str) -> None:
     answer = create(suffix="orders", metadata={"team": "a"}, method=supervised(n_epochs="auto"))
     job = answer.json()
     assert answer.status_code == 200, answer.text
@@ -70,27 +70,27 @@ def test_job_is_reported_with_what_auto_came_to(create: Callable[..., Any], file
     assert (spec["name"], spec["validation"]["fraction"], spec["training"]["seed"]) == ("orders", 0.0, job["seed"])
 
 
-def test_both_wires_have_the_same_jobs(
+def test_both_apis_list_the_same_jobs(
     client: TestClient, create: Callable[..., Any], submit: Callable[..., str]
 ) -> None:
-    here, there = create(suffix="a").json()["id"], submit(objective={"type": "supervised"}, name="b")
-    assert [job["id"] for job in client.get(JOBS).json()["data"]] == [there, here]
-    assert [job["id"] for job in client.get("/jobs").json()["data"]] == [there, here]
-    assert client.get(f"{JOBS}/{there}").json()["qlora"] == client.get(f"/jobs/{there}").json()
+    first, second = create(suffix="a").json()["id"], submit(objective={"type": "supervised"}, name="b")
+    assert [job["id"] for job in client.get(JOBS).json()["data"]] == [second, first]
+    assert [job["id"] for job in client.get("/jobs").json()["data"]] == [second, first]
+    assert client.get(f"{JOBS}/{second}").json()["qlora"] == client.get(f"/jobs/{second}").json()
 
 
-def test_seeds_are_chosen_anew_unless_given(create: Callable[..., Any]) -> None:
-    chosen = {create().json()["seed"] for _ in range(2)}
-    assert len(chosen) == 2
+def test_seed_is_random_unless_given(create: Callable[..., Any]) -> None:
+    seeds = {create().json()["seed"] for _ in range(2)}
+    assert len(seeds) == 2
     assert create(seed=0).json()["seed"] == 0
 
 
-def test_validation_file_judges_the_job(client: TestClient, create: Callable[..., Any]) -> None:
-    form = {"file": ("judged.jsonl", chat_rows(3, "Lyon"))}
-    judged = client.post("/v1/files", data={"purpose": "fine-tune"}, files=form).json()["id"]
-    job = create(validation_file=judged).json()
-    assert job["validation_file"] == judged
-    assert job["qlora"]["spec"]["validation"]["dataset_id"] == judged.replace("file-", "ds_")
+def test_validation_file_becomes_the_validation_dataset(client: TestClient, create: Callable[..., Any]) -> None:
+    form = {"file": ("validation.jsonl", chat_rows(3, "Lyon"))}
+    validation_id = client.post("/v1/files", data={"purpose": "fine-tune"}, files=form).json()["id"]
+    job = create(validation_file=validation_id).json()
+    assert job["validation_file"] == validation_id
+    assert job["qlora"]["spec"]["validation"]["dataset_id"] == validation_id.replace("file-", "ds_")
 
 
 def test_preferences_are_trained_with_dpo(client: TestClient) -> None:
@@ -137,11 +137,11 @@ def test_preferences_are_trained_with_dpo(client: TestClient) -> None:
         ({"qlora": {"recipe": "magic"}}, 400, "invalid_spec", "qlora.recipe"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_refused_with_its_place(
+def test_invalid_field_is_refused_with_its_location(
     refuse: Callable[..., Any], fields: dict[str, Any], status: int, code: str, param: str
 ) -> None:
-    answered, error = refuse(**fields)
-    assert (answered, error["code"], error["param"]) == (status, code, param), error
+    actual_status, error = refuse(**fields)
+    assert (actual_status, error["code"], error["param"]) == (status, code, param), error
     if status == 404:
         assert error["message"].startswith(f"there is no file '{fields[param]}'")
 
@@ -161,7 +161,7 @@ def test_what_cannot_work_is_refused_with_its_place(
         ({"method": {}}, "method.type: this field is required"),
     ],
 )
-def test_field_that_there_is_not_is_answered_in_words_that_help(
+def test_unknown_or_missing_field_is_explained(
     refuse: Callable[..., Any], fields: dict[str, Any], message: str
 ) -> None:
     _, error = refuse(**fields)
@@ -170,7 +170,7 @@ def test_field_that_there_is_not_is_answered_in_words_that_help(
 
 
 @pytest.mark.parametrize("body", ["null", "[]", '"job"'])
-def test_body_that_is_no_object_is_told_so(bare_client: TestClient, body: str) -> None:
+def test_body_that_is_not_an_object_is_refused(bare_client: TestClient, body: str) -> None:
     headers = {"Content-Type": "application/json"}
     answer = bare_client.post("/v1/fine_tuning/jobs", content=body, headers=headers)
     error = answer.json()["error"]
@@ -179,7 +179,7 @@ def test_body_that_is_no_object_is_told_so(bare_client: TestClient, body: str) -
 
 
 @pytest.mark.parametrize(
-    ("fields", "places"),
+    ("fields", "conflicts"),
     [
         ({"seed": 3, "qlora": {"training": {"seed": 3}}}, {"seed": "training.seed"}),
         ({"suffix": "a", "qlora": {"name": "b"}}, {"suffix": "name"}),
@@ -191,21 +191,23 @@ def test_body_that_is_no_object_is_told_so(bare_client: TestClient, body: str) -
         ({"method": {"type": "supervised"}, "qlora": {"objective": {"type": "kto"}}}, {"type": "objective.type"}),
     ],
 )  # fmt: skip
-def test_what_is_said_twice_is_refused_with_both_places(
-    refuse: Callable[..., Any], fields: dict[str, Any], places: dict[str, str]
+def test_setting_given_twice_is_refused_with_both_locations(
+    refuse: Callable[..., Any], fields: dict[str, Any], conflicts: dict[str, str]
 ) -> None:
     status, error = refuse(**fields)
     assert status == 400
     findings = error["findings"]
-    assert [finding["pointer"] for finding in findings] == [f"/qlora/{p.replace('.', '/')}" for p in places.values()]
-    for finding, (theirs, ours) in zip(findings, places.items(), strict=True):
-        assert f"{theirs} and qlora.{ours} say the same" in finding["reason"]
+    assert [finding["pointer"] for finding in findings] == [
+        f"/qlora/{path.replace('.', '/')}" for path in conflicts.values()
+    ]
+    for finding, (field, path) in zip(findings, conflicts.items(), strict=True):
+        assert f"{field} and qlora.{path} give the same setting" in finding["reason"]
 
 
-def test_auto_leaves_room_for_our_own_settings(create: Callable[..., Any]) -> None:
+def test_auto_yields_to_settings_in_qlora(create: Callable[..., Any]) -> None:
     method = supervised(n_epochs="auto", batch_size="auto", learning_rate_multiplier=2)
-    ours = {"recipe": "lit-llama-alpaca", "training": {"batch_size": 8}, "validation": {"fraction": 0.25}}
-    job = create(method=method, qlora=ours).json()
+    qlora = {"recipe": "lit-llama-alpaca", "training": {"batch_size": 8}, "validation": {"fraction": 0.25}}
+    job = create(method=method, qlora=qlora).json()
     spec = job["qlora"]["spec"]
     assert (spec["training"]["batch_size"], spec["training"]["epochs"], spec["training"]["learning_rate"]) == (
         8,
@@ -216,7 +218,7 @@ def test_auto_leaves_room_for_our_own_settings(create: Callable[..., Any]) -> No
     assert job["hyperparameters"] == {"n_epochs": 5.0, "batch_size": 8, "learning_rate_multiplier": 2.0, "beta": None}
 
 
-def test_steps_asked_for_leave_no_number_of_epochs(create: Callable[..., Any]) -> None:
+def test_job_with_max_steps_reports_no_epochs(create: Callable[..., Any]) -> None:
     job = create(qlora={"training": {"max_steps": 3, "max_seq_len_tokens": 128}}).json()
     assert job["hyperparameters"]["n_epochs"] is None
 
@@ -227,14 +229,18 @@ def test_jobs_are_paged_and_filtered(client: TestClient, create: Callable[..., A
     assert ([job["id"] for job in first["data"]], first["has_more"], first["last_id"]) == (ids[:3], True, ids[2])
     last = client.get(JOBS, params={"limit": 3, "after": ids[2]}).json()
     assert ([job["id"] for job in last["data"]], last["has_more"]) == (ids[3:], False)
-    for query, found in (("metadata[team]=a", [ids[1], ids[3]]), ("metadata[team]=c", []), ("metadata=null", ids[:1])):
-        assert [job["id"] for job in client.get(f"{JOBS}?{query}").json()["data"]] == found
+    for query, expected in (
+        ("metadata[team]=a", [ids[1], ids[3]]),
+        ("metadata[team]=c", []),
+        ("metadata=null", ids[:1]),
+    ):
+        assert [job["id"] for job in client.get(f"{JOBS}?{query}").json()["data"]] == expected
 
 
 @pytest.mark.parametrize(
     "query", ["metadata=x", "metadata[a]=1&metadata=null", "metadata[a]=1&metadata[a]=2", "metadata[]=1", "after=%00"]
 )
-def test_filter_that_says_nothing_is_refused(bare_client: TestClient, query: str) -> None:
+def test_invalid_filter_is_refused(bare_client: TestClient, query: str) -> None:
     assert bare_client.get(f"{JOBS}?{query}").status_code == 400
 
 
@@ -247,7 +253,7 @@ def test_job_is_paused_resumed_and_cancelled(client: TestClient, create: Callabl
     assert (refused.status_code, refused.headers["x-should-retry"]) == (409, "false")
 
 
-def test_rows_that_are_trained_on_are_no_validation(
+def test_loss_on_training_rows_is_not_reported_as_validation(
     client: TestClient, create: Callable[..., Any], queue: Queue
 ) -> None:
     job_id = create().json()["id"]
@@ -256,12 +262,12 @@ def test_rows_that_are_trained_on_are_no_validation(
     queue.report(claimed[0], Progress(), ("metrics", {"step": 1, "loss": float("nan")}))
     queue.report(claimed[0], Progress(), ("evaluation", {"step": 1, "eval_loss": 2.25, "eval_accuracy": 0.5}))
     evaluation, step = client.get(f"{JOBS}/{job_id}/events?limit=2").json()["data"]
-    assert evaluation["message"] == "Step 1: loss on rows that are trained on=2.2500"
+    assert evaluation["message"] == "Step 1: loss on training rows=2.2500"
     assert evaluation["data"] == {"step": 1, "total_steps": None}
     assert step["message"] == "Step 1: training loss is not finite"
 
 
-def test_events_are_told_newest_first_in_pages(client: TestClient, create: Callable[..., Any], queue: Queue) -> None:
+def test_events_are_listed_newest_first_in_pages(client: TestClient, create: Callable[..., Any], queue: Queue) -> None:
     job_id = create(qlora=LENGTH | {"validation": {"fraction": 0.25}}).json()["id"]
     claimed = queue.claim("worker")
     assert claimed is not None
@@ -275,8 +281,8 @@ def test_events_are_told_newest_first_in_pages(client: TestClient, create: Calla
     assert 60 <= job["estimated_finish"] - job["created_at"] <= 80
     (checkpoint,) = client.get(f"{JOBS}/{job_id}/checkpoints").json()["data"]
     assert checkpoint["fine_tuned_model_checkpoint"].endswith(":ckpt-step-1")
-    behind = client.get(f"{JOBS}/{job_id}/checkpoints", params={"after": checkpoint["id"]}).json()
-    assert (behind["data"], behind["has_more"]) == ([], False)
+    next_page = client.get(f"{JOBS}/{job_id}/checkpoints", params={"after": checkpoint["id"]}).json()
+    assert (next_page["data"], next_page["has_more"]) == ([], False)
     assert (checkpoint["metrics"]["train_loss"], checkpoint["metrics"]["full_valid_loss"]) == (2.5, 2.25)
     queue.fail(claim, {"code": "job_failed", "message": "it broke", "details": {"reason": "not_finite"}})
 
@@ -300,28 +306,28 @@ def test_events_are_told_newest_first_in_pages(client: TestClient, create: Calla
     assert client.get(f"{JOBS}/{job_id}/checkpoints").json()["data"] == []
 
 
-@pytest.mark.parametrize("what", ["", "/events", "/checkpoints"])
-def test_unknown_job_is_not_found(bare_client: TestClient, what: str) -> None:
-    answer = bare_client.get(f"{JOBS}/job_none{what}")
+@pytest.mark.parametrize("subpath", ["", "/events", "/checkpoints"])
+def test_unknown_job_is_not_found(bare_client: TestClient, subpath: str) -> None:
+    answer = bare_client.get(f"{JOBS}/job_none{subpath}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
 
 
-def test_retry_of_a_create_is_the_same_job(client: TestClient, create: Callable[..., Any]) -> None:
-    def sent(count: int, **fields: Any) -> Any:
+def test_retry_of_a_create_returns_the_same_job(client: TestClient, create: Callable[..., Any]) -> None:
+    def send(count: int, **fields: Any) -> Any:
         return create(headers={"X-Stainless-Retry-Count": str(count)}, **fields)
 
-    first = sent(0)
-    again = sent(1)
-    assert (again.json(), again.headers["Idempotent-Replayed"]) == (first.json(), "true")
-    assert sent(2).json() == first.json()
-    meant = sent(0).json()  # the same once more, on purpose
-    assert meant["id"] != first.json()["id"]
-    assert sent(1).json()["id"] == meant["id"]
-    assert sent(1, suffix="else").json()["id"] not in {meant["id"], first.json()["id"]}
+    first = send(0)
+    retry = send(1)
+    assert (retry.json(), retry.headers["Idempotent-Replayed"]) == (first.json(), "true")
+    assert send(2).json() == first.json()
+    second = send(0).json()  # a new request with the same content, not a retry
+    assert second["id"] != first.json()["id"]
+    assert send(1).json()["id"] == second["id"]
+    assert send(1, suffix="else").json()["id"] not in {second["id"], first.json()["id"]}
     assert RETRIED_FOR.total_seconds() == 600
 
 
-def test_retry_of_a_delete_is_answered_as_the_first(client: TestClient, file_id: str) -> None:
+def test_retry_of_a_delete_gets_the_first_response(client: TestClient, file_id: str) -> None:
     answers = [
         client.delete(f"/v1/files/{file_id}", headers={"X-Stainless-Retry-Count": count}) for count in ("0", "1")
     ]
@@ -329,7 +335,7 @@ def test_retry_of_a_delete_is_answered_as_the_first(client: TestClient, file_id:
     assert answers[0].json() == answers[1].json()
 
 
-def test_own_spec_posted_to_jobs_may_judge_with_a_dataset(client: TestClient, dataset_id: str) -> None:
-    judged = client.post("/datasets", content=chat_rows(3, "Lyon")).json()["id"]
-    job = client.post("/jobs", json=spec_of(dataset_id, validation={"dataset_id": judged})).json()
-    assert client.get(f"{JOBS}/{job['id']}").json()["validation_file"] == judged.replace("ds_", "file-")
+def test_validation_dataset_of_a_native_job_is_its_validation_file(client: TestClient, dataset_id: str) -> None:
+    validation_id = client.post("/datasets", content=chat_rows(3, "Lyon")).json()["id"]
+    job = client.post("/jobs", json=spec_of(dataset_id, validation={"dataset_id": validation_id})).json()
+    assert client.get(f"{JOBS}/{job['id']}").json()["validation_file"] == validation_id.replace("ds_", "file-")

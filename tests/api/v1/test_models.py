@@ -30,13 +30,13 @@ def test_deleted_model_is_gone_with_its_files(client: TestClient, finished_job: 
     assert client.get(f"/v1/fine_tuning/jobs/{finished_job}/checkpoints").json()["data"] == []
 
 
-def test_base_model_is_the_operators(client: TestClient) -> None:
+def test_base_model_cannot_be_deleted(client: TestClient) -> None:
     answer = client.delete("/v1/models/tiny")
     assert answer.status_code == 409
     assert "qlora models remove tiny" in answer.json()["error"]["message"]
 
 
-def test_model_of_a_job_under_way_is_not_there(client: TestClient, submit: Callable[..., str], queue: Queue) -> None:
+def test_unfinished_job_has_no_model(client: TestClient, submit: Callable[..., str], queue: Queue) -> None:
     name = f"ft:tiny:local::{submit().removeprefix('job_')}"
     assert client.get(f"/v1/models/{name}").status_code == 404
     assert client.get("/v1/models/org%2Fname").status_code == 404

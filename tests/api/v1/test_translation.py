@@ -14,5 +14,5 @@ def test_auto_epochs_follow_the_number_of_rows(rows: int, epochs: int) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "rate"), [(None, 2e-4), ("lit-llama-alpaca", 3e-4), ("no such", 2e-4), (3, 2e-4)])
-def test_multiplier_is_of_the_recipes_rate(recipe: object, rate: float) -> None:
+def test_default_rate_is_that_of_the_recipe(recipe: object, rate: float) -> None:
     assert default_rate(recipe) == rate

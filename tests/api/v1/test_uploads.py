@@ -50,7 +50,7 @@ def test_cancelled_upload_takes_no_parts(client: TestClient) -> None:
         ({"surprise": 1}, 400, "surprise"),
     ],
 )
-def test_what_cannot_be_uploaded_is_refused_at_once(
+def test_invalid_upload_is_refused_before_its_parts(
     bare_client: TestClient, changes: dict[str, object], status: int, param: str
 ) -> None:
     answer = begin(bare_client, **changes)
@@ -81,7 +81,7 @@ def test_unknown_upload_is_not_found(bare_client: TestClient) -> None:
         (b'{"part_ids": []}', "application/json", 400, "invalid_request"),
     ],
 )
-def test_body_that_is_no_strict_json_is_refused(
+def test_body_that_is_not_strict_json_is_refused(
     bare_client: TestClient, content: bytes, content_type: str, status: int, code: str
 ) -> None:
     answer = bare_client.post("/v1/uploads/upload_1/complete", content=content, headers={"Content-Type": content_type})

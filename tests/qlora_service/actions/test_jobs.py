@@ -275,8 +275,8 @@ BAD_INPUT = {
         InvalidDataset, "none of its 20 rows is usable as alpaca", None,
         {"dataset": {"rows": ROWS, "shape": "alpaca"}}, line=1,
     ),
-    "half a surrogate pair": BadInput(
-        InvalidDataset, "half a surrogate pair", None, {"dataset": {"rows": [{"text": "\ud800"}]}}, line=1
+    "unpaired surrogate": BadInput(
+        InvalidDataset, "an unpaired surrogate", None, {"dataset": {"rows": [{"text": "\ud800"}]}}, line=1
     ),
     "every row too long": BadInput(
         InvalidDataset, "all rows of the dataset are longer than max_seq_len_tokens = 128", "/dataset",

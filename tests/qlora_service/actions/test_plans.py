@@ -132,7 +132,8 @@ def test_what_was_predicted_is_kept_with_the_job(on: Open) -> None:
 
 def test_a_job_that_does_not_fit_is_refused_and_nothing_is_stored(on: Open) -> None:
     service = on(FITS_NOTHING)
-    with pytest.raises(InvalidSpec, match=r"needs .* at least, a card of 1 GB has 0 MiB for it.*force: true") as caught:
+    reason = r"needs at least .*, a card of 1 GB has 0 MiB available.*force: true"
+    with pytest.raises(InvalidSpec, match=reason) as caught:
         service.jobs.submit(spec())
     assert caught.value.location == "/base_model"
     details = caught.value.details

@@ -31,11 +31,11 @@ def test_manifest_survives_json() -> None:
     assert Manifest.model_validate_json(MANIFEST.model_dump_json(indent=2)) == MANIFEST
 
 
-def test_manifest_says_which_version_of_the_format_it_is() -> None:
+def test_manifest_contains_its_format_version() -> None:
     assert MANIFEST.model_dump()["version"] == 1
 
 
-def test_manifest_cannot_be_changed() -> None:
+def test_manifest_is_immutable() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         MANIFEST.attempt = 3  # type: ignore[misc]
 

@@ -53,7 +53,7 @@ def test_tags_name_the_method_and_the_objective(groups: dict[str, Any], tags: li
     assert front(card(**groups))["tags"] == tags
 
 
-def test_card_tells_the_losses_and_what_they_were_measured_on() -> None:
+def test_card_contains_the_losses_and_their_rows() -> None:
     assert table(card()) == [
         "|  | before | after |",
         "| --- | --- | --- |",
@@ -66,23 +66,23 @@ def test_card_tells_the_losses_and_what_they_were_measured_on() -> None:
     ("objective", "loss", "accuracy"),
     [
         ("supervised", "(nats per token)", "token accuracy"),
-        ("dpo", "(DPO, per pair)", "pairs ranked right"),
-        ("orpo", "(ORPO, per pair)", "pairs ranked right"),
-        ("kto", "(KTO, per example)", "answers judged right"),
+        ("dpo", "(DPO, per pair)", "pairs ranked correctly"),
+        ("orpo", "(ORPO, per pair)", "pairs ranked correctly"),
+        ("kto", "(KTO, per example)", "answers classified correctly"),
     ],
 )
-def test_card_tells_the_accuracy_of_the_objective(objective: str, loss: str, accuracy: str) -> None:
+def test_card_contains_the_accuracy_of_the_objective(objective: str, loss: str, accuracy: str) -> None:
     rows = table(card(held_out=HELD_OUT | ACCURACY, objective={"type": objective}))
     assert f"| loss on 12 held-out rows {loss} |" in rows[2]
     assert rows[-1] == f"| {accuracy} | 50.0% | 71.2% |"
     assert any("perplexity" in row for row in rows) is (objective == "supervised")
 
 
-def test_card_of_a_loss_beyond_all_perplexities_is_written() -> None:
+def test_card_caps_the_perplexity_of_a_huge_loss() -> None:
     assert "| perplexity | over 1e304 | 4.482 |" in card(held_out=HELD_OUT | {"loss_before": 800.0})
 
 
-def test_card_tells_where_the_adapter_comes_from() -> None:
+def test_card_names_base_dataset_and_settings() -> None:
     text = card(HUB_BASE, name="Waves", training={"learning_rate": 1e-3}, adapter={"r": 4, "lora_alpha": 8})
     assert "# Waves\n" in text
     assert "at revision `c0ffee`" in text
@@ -109,19 +109,19 @@ def test_card_tells_where_the_adapter_comes_from() -> None:
         ({"method": "llama_adapter"}, "A LLaMA-Adapter for", "prompt length 10."),
     ],
 )
-def test_card_tells_the_method_and_its_size(adapter: dict[str, Any], sentence: str, size: str) -> None:
+def test_card_names_the_method_and_its_size(adapter: dict[str, Any], sentence: str, size: str) -> None:
     text = card(adapter=adapter)
     assert f"\n{sentence} `tiny`" in text
     assert f" {size} `manifest.json`" in text
     assert ("rank" in text.split("Trained on")[1]) is ("rank" in size)
 
 
-def test_card_tells_how_preferences_were_learned() -> None:
+def test_card_names_the_preference_objective() -> None:
     text = card(objective={"type": "orpo", "beta": 0.3})
     assert "alpha 32.0, ORPO with beta 0.3." in text
 
 
-def test_card_without_a_name_is_headed_by_the_job() -> None:
+def test_card_without_a_name_has_the_job_id_as_title() -> None:
     assert "# job_1\n" in card()
     assert "revision" not in card().split("## Load it")[0].split("---\n")[2]
 
@@ -136,7 +136,7 @@ def test_card_without_a_name_is_headed_by_the_job() -> None:
         ({"type": "none"}, "unquantized"),
     ],
 )
-def test_card_tells_how_the_base_was_stored(quantization: dict[str, Any], storage: str) -> None:
+def test_card_names_the_storage_of_the_base(quantization: dict[str, Any], storage: str) -> None:
     assert f"trained over the {storage} base." in card(quantization=quantization)
 
 
@@ -153,7 +153,7 @@ def test_example_for_an_unquantized_base_does_not_quantize() -> None:
 
 @pytest.fixture(scope="module")
 def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A published adapter's directory, as far as loading it goes."""
+    """A directory with the files of a published adapter that loading requires."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -173,14 +173,14 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"type": "none"}, "Linear"),
     ],
 )
-def test_example_loads_the_base_as_it_was_and_the_adapter_over_it(
+def test_example_loads_the_base_in_its_format_and_the_adapter(
     quantization: dict[str, Any], layer: str, tiny_model: Path, adapter: Path
 ) -> None:
     code = example(card(quantization=quantization, dtype="float32"))
     code = code.replace("PATH_OR_ID_OF_THE_BASE", str(tiny_model)).replace("DIRECTORY_OF_THIS_FILE", str(adapter))
-    found: dict[str, Any] = {}
-    exec(code, found)
-    projection = found["model"].get_base_model().model.layers[0].self_attn.q_proj
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    projection = namespace["model"].get_base_model().model.layers[0].self_attn.q_proj
     assert "default" in projection.lora_A
     assert type(projection.base_layer).__name__ == layer
     if layer == "Linear4bit":
@@ -188,4 +188,4 @@ def test_example_loads_the_base_as_it_was_and_the_adapter_over_it(
         assert (state.quant_type, state.nested) == (quantization["type"], quantization.get("double_quant", True))
     if layer == "Linear8bitLt":
         assert projection.base_layer.state.threshold == 0.0
-    assert found["tokenizer"].chat_template
+    assert namespace["tokenizer"].chat_template

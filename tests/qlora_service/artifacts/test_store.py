@@ -9,13 +9,13 @@ import pytest
 from qlora_service.artifacts.store import READ_CHUNK_BYTES, ArtifactStore, dataset_key, job_key
 from qlora_service.errors import Conflict, NotFound
 
-# Two full chunks and a bit.
+# Two full chunks and a partial one.
 CONTENT = random.Random(0).randbytes(2 * READ_CHUNK_BYTES + 12_345)
 
 
 @pytest.fixture(params=["directory", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
-    """A local directory, and a store that is none (as S3 is none)."""
+    """A local directory, and a store without one (as with S3)."""
     return ArtifactStore((tmp_path / "store").as_uri() if request.param == "directory" else "memory:///")
 
 
@@ -40,7 +40,7 @@ def content(chunks: Iterator[bytes]) -> bytes:
     return b"".join(chunks)
 
 
-def test_file_comes_back_whole(store: ArtifactStore, source: Path, tmp_path: Path) -> None:
+def test_stored_file_is_read_back_whole(store: ArtifactStore, source: Path, tmp_path: Path) -> None:
     store.put_file("jobs/a/1/adapter", source)
     assert store.size("jobs/a/1/adapter") == len(CONTENT)
     assert content(store.read("jobs/a/1/adapter")) == CONTENT
@@ -49,7 +49,7 @@ def test_file_comes_back_whole(store: ArtifactStore, source: Path, tmp_path: Pat
     assert store.local_copy("jobs/a/1/adapter", tmp_path).read_bytes() == CONTENT
 
 
-def test_empty_file_comes_back_empty(store: ArtifactStore, source: Path, tmp_path: Path) -> None:
+def test_empty_file_is_read_back_empty(store: ArtifactStore, source: Path, tmp_path: Path) -> None:
     source.write_bytes(b"")
     store.put_file("empty", source)
     assert store.size("empty") == 0
@@ -73,9 +73,7 @@ def test_empty_file_comes_back_empty(store: ArtifactStore, source: Path, tmp_pat
         (len(CONTENT), None),
     ],
 )
-def test_range_is_the_bytes_from_start_to_before_end(
-    store: ArtifactStore, source: Path, start: int, end: int | None
-) -> None:
+def test_range_excludes_its_end(store: ArtifactStore, source: Path, start: int, end: int | None) -> None:
     store.put_file("a", source)
     chunks = list(store.read("a", start, end))
     assert b"".join(chunks) == CONTENT[start:end]
@@ -110,7 +108,7 @@ def test_one_of_many_creators_wins(store: ArtifactStore) -> None:
     assert content(store.read("a")) == winners[0]
 
 
-def test_what_is_not_there_is_not_found_before_the_first_byte(store: ArtifactStore, tmp_path: Path) -> None:
+def test_missing_object_is_not_found_before_the_first_byte(store: ArtifactStore, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="nothing"):
         store.size("nothing")
     with pytest.raises(NotFound, match="nothing"):
@@ -124,7 +122,7 @@ def test_what_is_not_there_is_not_found_before_the_first_byte(store: ArtifactSto
 
 
 @pytest.mark.parametrize("key", ["../secret", "jobs/../../secret", "..", "./secret", "jobs//secret"])
-def test_key_that_leads_elsewhere_is_refused(local: ArtifactStore, root: Path, key: str, tmp_path: Path) -> None:
+def test_key_outside_the_store_is_refused(local: ArtifactStore, root: Path, key: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
     with pytest.raises(ValueError, match="parse path"):
         local.create(key, b"mine")
@@ -137,18 +135,18 @@ def test_key_that_leads_elsewhere_is_refused(local: ArtifactStore, root: Path, k
 
 
 @pytest.mark.parametrize("verb", ["put_file", "create"])
-def test_object_and_its_directories_are_flushed_once_it_has_its_name(
+def test_object_and_its_directories_are_flushed_after_the_rename(
     local: ArtifactStore, root: Path, source: Path, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[Path] = []
     flush = os.fsync
 
-    def watched(descriptor: int) -> None:
+    def record_flush(descriptor: int) -> None:
         flush(descriptor)
         assert (root / "jobs/a/1/weights").stat().st_size
         flushed.append(Path(f"/proc/self/fd/{descriptor}").resolve())
 
-    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(os, "fsync", record_flush)
     if verb == "put_file":
         local.put_file("jobs/a/1/weights", source)
     else:
@@ -156,7 +154,7 @@ def test_object_and_its_directories_are_flushed_once_it_has_its_name(
     assert flushed == [root / name for name in ("jobs/a/1/weights", "jobs/a/1", "jobs/a", "jobs", "")]
 
 
-def test_directory_serves_its_objects_without_a_copy(local: ArtifactStore, root: Path, tmp_path: Path) -> None:
+def test_local_copy_in_a_directory_is_the_object(local: ArtifactStore, root: Path, tmp_path: Path) -> None:
     local.create("datasets/1", b"rows")
     assert local.local_copy("datasets/1", tmp_path / "scratch") == root / "datasets/1"
     assert not (tmp_path / "scratch").exists()
@@ -186,7 +184,7 @@ def test_only_old_unfinished_files_are_removed(tmp_path: Path) -> None:
     assert [path.exists() for path in (old, new, whole)] == [False, True, True]
 
 
-def test_datasets_are_listed_by_when_they_were_stored(tmp_path: Path) -> None:
+def test_datasets_are_listed_by_storage_time(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path.as_uri())
     assert store.datasets_since(0, 0) == []
     (tmp_path / "datasets").mkdir()
@@ -197,14 +195,14 @@ def test_datasets_are_listed_by_when_they_were_stored(tmp_path: Path) -> None:
     assert sorted(store.datasets_since(100, 3600)) == ["a", "b"]
 
 
-def test_of_a_jobs_attempts_one_is_kept_and_without_what_was_left_unfinished(tmp_path: Path) -> None:
+def test_remove_attempts_keeps_one_attempt_without_its_unfinished_files(tmp_path: Path) -> None:
     store = ArtifactStore((tmp_path / "store").as_uri())
     (tmp_path / "file").write_text("bytes")
     for token in (1, 2):
         store.put_file(job_key("job_1", token, "README.md"), tmp_path / "file")
     store.put_file(job_key("job_2", 1, "README.md"), tmp_path / "file")
-    left = tmp_path / "store" / "jobs" / "job_1" / "2" / "manifest.json#1"
-    left.write_text("half")
+    unfinished = tmp_path / "store" / "jobs" / "job_1" / "2" / "manifest.json#1"
+    unfinished.write_text("half")
     store.remove_attempts("job_1", keep=2)
     remaining = sorted(str(path.relative_to(tmp_path / "store")) for path in tmp_path.glob("store/**/*.*"))
     assert remaining == ["jobs/job_1/2/README.md", "jobs/job_2/1/README.md"]

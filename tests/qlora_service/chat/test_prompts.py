@@ -1,4 +1,4 @@
-"""Prompts, compared with transformers' own rendering and with training rows."""
+"""Prompts, compared with the rendering of transformers and with training rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from qlora_service.chat.prompts import KEPT_TEMPLATES, Prompts
+from qlora_service.chat.prompts import MAX_TEMPLATE_PROCESSES, Prompts
 from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules
 from qlora_service.data.rows.examples import Chat, Completion, SourceRow
 from qlora_service.errors import InvalidRequest
@@ -26,7 +26,7 @@ def prompts(tiny_model: Path) -> Iterator[Prompts]:
         yield prompts
 
 
-def trained_row(model_dir: Path, example: Any) -> RenderedRow:
+def training_row(model_dir: Path, example: Any) -> RenderedRow:
     with Renderer(model_dir, RenderRules(1000), NOW) as renderer:
         (row,) = renderer.render([SourceRow(example, 1, None)])
     assert isinstance(row, RenderedRow)
@@ -37,35 +37,35 @@ def before_answer(row: RenderedRow) -> list[int]:
     return list(row.input_ids[: row.trained.index(True)])
 
 
-def test_a_prompt_is_what_transformers_makes(prompts: Prompts, tiny_model: Path) -> None:
+def test_prompt_equals_the_rendering_of_transformers(prompts: Prompts, tiny_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     expected = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert list(prompts.chat(QUESTION, None).ids) == expected
 
 
 @pytest.mark.parametrize("chat_template", [CHATML, None])
-def test_a_prompt_is_what_stands_before_the_answer_in_training(chat_template: str | None, tmp_path: Path) -> None:
+def test_prompt_equals_the_training_prefix(chat_template: str | None, tmp_path: Path) -> None:
     model = build_tiny_model(tmp_path / "model", chat_template=chat_template)
-    row = trained_row(model, Chat((*QUESTION, {"role": "assistant", "content": "Paris."}), (False, False, True)))
+    row = training_row(model, Chat((*QUESTION, {"role": "assistant", "content": "Paris."}), (False, False, True)))
     with Prompts(model) as prompts:
         prompt = prompts.chat(QUESTION, None)
     assert list(prompt.ids) == before_answer(row)
     assert row.input_ids[len(row.input_ids) - 1 - row.trained[::-1].index(True)] in prompt.stop_ids
 
 
-def test_plain_text_begins_as_in_training(tiny_model: Path, prompts: Prompts) -> None:
-    row = trained_row(tiny_model, Completion("The capital of France is", " Paris."))
+def test_plain_text_prompt_equals_the_training_prefix(tiny_model: Path, prompts: Prompts) -> None:
+    row = training_row(tiny_model, Completion("The capital of France is", " Paris."))
     assert list(prompts.text("The capital of France is").ids) == before_answer(row)
 
 
-def test_the_token_that_ends_a_turn_stops_though_the_model_has_another_end_of_text(prompts: Prompts) -> None:
+def test_token_that_ends_a_turn_is_a_stop_token_besides_eos(prompts: Prompts) -> None:
     template = CHATML.replace("<|im_end|>", "<|endoftext|>")
     stops = {prompts.tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")}
     assert prompts.chat(QUESTION, None, template).stop_ids == stops
     assert prompts.chat(QUESTION, None).stop_ids == {prompts.tokenizer.token_to_id("<|im_end|>")}
 
 
-def test_an_adapters_own_template_is_used(prompts: Prompts) -> None:
+def test_template_of_an_adapter_is_used(prompts: Prompts) -> None:
     template = (
         "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -81,14 +81,14 @@ def test_tools_reach_the_template(prompts: Prompts) -> None:
     assert text.startswith('[{"type": "function", "function": {"name": "now"}}]|Be brief.')
 
 
-def test_a_conversation_that_the_template_refuses_is_a_bad_request(prompts: Prompts) -> None:
+def test_conversation_that_the_template_refuses_is_an_invalid_request(prompts: Prompts) -> None:
     template = "{{ raise_exception('no system message, please') }}"
     with pytest.raises(InvalidRequest, match="no system message, please") as refused:
         prompts.chat(QUESTION, None, template)
     assert refused.value.location == "messages"
 
 
-def test_few_templates_are_kept_and_they_show_the_days_date(tiny_model: Path) -> None:
+def test_template_processes_are_limited_and_follow_the_date(tiny_model: Path) -> None:
     now = NOW
     template = "{{ strftime_now('%d %b') }}{% for message in messages %} {{ message.content }}{% endfor %}"
     with Prompts(tiny_model, lambda: now) as prompts:
@@ -96,8 +96,8 @@ def test_few_templates_are_kept_and_they_show_the_days_date(tiny_model: Path) ->
         now = datetime(2026, 1, 3, tzinfo=UTC)
         assert prompts.tokenizer.decode(list(prompts.chat(QUESTION, None, template).ids)).startswith("03 Jan")
         children = {process._process for process in prompts._processes.values()}
-        for number in range(KEPT_TEMPLATES + 1):
+        for number in range(MAX_TEMPLATE_PROCESSES + 1):
             prompts.chat(QUESTION, None, f"{number}{template}")
-        assert len(prompts._processes) == KEPT_TEMPLATES
-        # What is not kept leaves no process behind.
+        assert len(prompts._processes) == MAX_TEMPLATE_PROCESSES
+        # The processes of evicted templates have ended.
         assert [child is not None and child.poll() is not None for child in children] == [True, True]

@@ -1,4 +1,4 @@
-"""Text that is shown while tokens come."""
+"""Incremental detokenization."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer()
 
 
-def shown(tokenizer: Tokenizer, text: str, stop: tuple[str, ...] = ()) -> list[str]:
-    """The pieces in which the text would be shown, without the empty ones."""
+def streamed(tokenizer: Tokenizer, text: str, stop: tuple[str, ...] = ()) -> list[str]:
+    """The pieces in which the text is emitted, without empty ones."""
     stream = TextStream(tokenizer, stop)
     pieces = []
     for token_id in tokenizer.encode(text, add_special_tokens=False).ids:
@@ -35,37 +35,37 @@ def shown(tokenizer: Tokenizer, text: str, stop: tuple[str, ...] = ()) -> list[s
         "",
     ],
 )
-def test_the_pieces_are_the_text(tokenizer: Tokenizer, text: str) -> None:
-    assert "".join(shown(tokenizer, text)) == text
+def test_pieces_join_to_the_text(tokenizer: Tokenizer, text: str) -> None:
+    assert "".join(streamed(tokenizer, text)) == text
 
 
-def test_no_piece_ends_within_a_character(tokenizer: Tokenizer) -> None:
-    pieces = shown(tokenizer, "👍東")
+def test_pieces_contain_whole_characters(tokenizer: Tokenizer) -> None:
+    pieces = streamed(tokenizer, "👍東")
     assert len(tokenizer.encode("👍東", add_special_tokens=False).ids) > len(pieces)
     assert pieces == ["👍", "東"]
 
 
-def test_bytes_that_never_become_a_character_are_shown_at_the_end(tokenizer: Tokenizer) -> None:
+def test_incomplete_character_is_emitted_at_the_end(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer)
-    first_of_two = tokenizer.encode("é", add_special_tokens=False).ids[:1]
-    if tokenizer.decode(first_of_two) == "é":  # the tokenizer has it whole
-        first_of_two = tokenizer.encode("👍", add_special_tokens=False).ids[:1]
-    assert stream.add(first_of_two[0]) == ""
+    first_ids = tokenizer.encode("é", add_special_tokens=False).ids[:1]
+    if tokenizer.decode(first_ids) == "é":  # the character is one token
+        first_ids = tokenizer.encode("👍", add_special_tokens=False).ids[:1]
+    assert stream.add(first_ids[0]) == ""
     assert stream.end() == "�"
 
 
-def test_special_tokens_are_not_shown(tokenizer: Tokenizer) -> None:
-    assert "".join(shown(tokenizer, "Paris.<|im_end|>")) == "Paris."
+def test_special_tokens_are_not_emitted(tokenizer: Tokenizer) -> None:
+    assert "".join(streamed(tokenizer, "Paris.<|im_end|>")) == "Paris."
 
 
 @pytest.mark.parametrize("stop", ["France", " of Fr", "."])
-def test_nothing_is_shown_of_a_stop_string_nor_behind_it(tokenizer: Tokenizer, stop: str) -> None:
+def test_text_from_a_stop_string_on_is_not_emitted(tokenizer: Tokenizer, stop: str) -> None:
     text = "The capital of France is Paris. Yes."
-    pieces = shown(tokenizer, text, (stop,))
+    pieces = streamed(tokenizer, text, (stop,))
     assert "".join(pieces) == text.partition(stop)[0]
 
 
-def test_nothing_is_shown_of_a_stop_string_that_comes_letter_by_letter(tokenizer: Tokenizer) -> None:
+def test_stop_string_is_not_emitted_letter_by_letter(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer, ("END",))
     letters = [tokenizer.encode(letter, add_special_tokens=False).ids for letter in "an ENEND"]
     pieces = [stream.add(token_id) for (token_id,) in letters]
@@ -73,13 +73,13 @@ def test_nothing_is_shown_of_a_stop_string_that_comes_letter_by_letter(tokenizer
     assert pieces == ["a", "n", " ", "", "", "EN", "", ""]
 
 
-def test_the_first_of_several_stop_strings_counts(tokenizer: Tokenizer) -> None:
-    assert "".join(shown(tokenizer, "one two three four", ("three", "two"))) == "one "
-    # Both are there at once.
-    assert "".join(shown(tokenizer, "xab", ("b", "ab"))) == "x"
+def test_first_of_several_stop_strings_ends_the_text(tokenizer: Tokenizer) -> None:
+    assert "".join(streamed(tokenizer, "one two three four", ("three", "two"))) == "one "
+    # Both occur with the same token.
+    assert "".join(streamed(tokenizer, "xab", ("b", "ab"))) == "x"
 
 
-def test_what_only_began_like_a_stop_string_is_shown(tokenizer: Tokenizer) -> None:
+def test_prefix_of_a_stop_string_alone_is_emitted(tokenizer: Tokenizer) -> None:
     text = "a story about a river"
-    assert "".join(shown(tokenizer, text, ("river and",))) == text
-    assert "".join(shown(tokenizer, text, ("a stork",))) == text
+    assert "".join(streamed(tokenizer, text, ("river and",))) == text
+    assert "".join(streamed(tokenizer, text, ("a stork",))) == text

@@ -17,7 +17,7 @@ from qlora_service.cli import app
 from qlora_service.cli.exit_codes import MEANINGS, ExitCode
 from qlora_service.client import Client
 
-README = Path(__file__).parents[3] / "README.md"
+PAGE = Path(__file__).parents[3] / "docs" / "api.md"
 TALKERS = {("serve",), ("demo",)}
 """Commands that tell a story while they run, and answer nothing."""
 
@@ -68,10 +68,10 @@ def test_exit_codes_are_those_that_help_and_readme_promise(run: Any) -> None:
         "INTERRUPTED": 130,
     }
     helped = " ".join(run("--help").stdout.split())
-    readme = " ".join(README.read_text(encoding="utf-8").split())
+    page = " ".join(PAGE.read_text(encoding="utf-8").split())
     for code, meaning in MEANINGS.items():
         assert f"{code.value} {meaning}" in helped
-        assert f"| {code.value} | {meaning} |" in readme
+        assert f"| {code.value} | {meaning} |" in page
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_key_given_in_place_of_its_id_is_not_shown(keys: Run, access: Access) ->
     ("arguments", "message"),
     [
         (("revoke", "key_none"), "there is no key 'key_none'"),
-        (("create", "--project", "Team A"), "'Team A' cannot be a project's name"),
+        (("create", "--project", "Team A"), "'Team A' is not a valid project name"),
         (("create", "--name", ""), "a key's name has 1 to 64 printable characters"),
     ],
 )

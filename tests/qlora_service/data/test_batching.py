@@ -17,9 +17,6 @@ def all_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None, 
     return [step_rows(step, rows, batch_size, epochs, max_steps, seed) for step in range(steps)]
 
 
-# --- the split
-
-
 @given(st.integers(2, 500), st.floats(0.0, 0.5), st.integers(1, 50), SEEDS)
 def test_split_puts_every_row_on_one_side(rows: int, fraction: float, max_held_out: int, seed: int) -> None:
     split = split_rows(rows, fraction, max_held_out, seed)
@@ -41,14 +38,14 @@ def test_split_puts_every_row_on_one_side(rows: int, fraction: float, max_held_o
         (5, 1.0, 256, 4),
     ],
 )
-def test_split_holds_out_the_share_asked_for(rows: int, fraction: float, max_held_out: int, held_out: int) -> None:
+def test_split_holds_out_the_requested_fraction(rows: int, fraction: float, max_held_out: int, held_out: int) -> None:
     assert len(split_rows(rows, fraction, max_held_out, 0).held_out) == held_out
 
 
 def test_split_is_random_and_follows_the_seed() -> None:
     splits = {split_rows(1000, 0.1, 256, seed).held_out for seed in range(10)}
     assert len(splits) == 10
-    # Neither the head nor the tail of the file: 100 of 1000 rows have a mean place near the middle.
+    # Neither the start nor the end of the file: the mean position of 100 of 1000 rows is near the middle.
     assert all(350 < sum(held_out) / 100 < 650 for held_out in splits)
 
 
@@ -64,11 +61,8 @@ def test_no_rows_cannot_be_split(fraction: float) -> None:
         split_rows(0, fraction, 256, 0)
 
 
-# --- the steps
-
-
 @given(ROWS, st.integers(1, 64), st.integers(1, 3), SEEDS)
-def test_steps_of_whole_epochs_see_every_row_once_an_epoch(rows: int, batch_size: int, epochs: int, seed: int) -> None:
+def test_whole_epochs_contain_every_row_once(rows: int, batch_size: int, epochs: int, seed: int) -> None:
     order = [row for step in all_steps(rows, batch_size, epochs, None, seed) for row in step]
     assert len(order) == epochs * rows
     for epoch in range(epochs):
@@ -76,7 +70,7 @@ def test_steps_of_whole_epochs_see_every_row_once_an_epoch(rows: int, batch_size
 
 
 @given(ROWS, st.integers(1, 64), st.floats(0.001, 3.0), SEEDS)
-def test_no_step_of_an_epoch_count_is_empty_and_only_the_last_is_short(
+def test_without_max_steps_only_the_last_step_is_short_and_none_is_empty(
     rows: int, batch_size: int, epochs: float, seed: int
 ) -> None:
     steps = all_steps(rows, batch_size, epochs, None, seed)
@@ -86,25 +80,27 @@ def test_no_step_of_an_epoch_count_is_empty_and_only_the_last_is_short(
 
 
 @pytest.mark.parametrize(("rows", "epochs", "batch_size", "steps"), [(10, 0.1 * 3, 1, 3), (41, 0.4, 16, 1)])
-def test_a_fraction_of_an_example_makes_no_step(rows: int, epochs: float, batch_size: int, steps: int) -> None:
+def test_fraction_of_an_example_adds_no_step(rows: int, epochs: float, batch_size: int, steps: int) -> None:
     assert total_steps(rows, batch_size, epochs, None) == steps
 
 
 @given(ROWS, st.integers(1, 64), st.integers(1, 20), SEEDS)
-def test_steps_of_a_step_count_are_all_full_and_go_round_evenly(
+def test_with_max_steps_all_steps_are_full_and_rows_repeat_evenly(
     rows: int, batch_size: int, max_steps: int, seed: int
 ) -> None:
     steps = all_steps(rows, batch_size, 1.0, max_steps, seed)
     assert [len(step) for step in steps] == [batch_size] * max_steps
-    seen = Counter(row for step in steps for row in step)
-    times = [seen[row] for row in range(rows)]
-    assert max(times) - min(times) <= 1
+    counts = Counter(row for step in steps for row in step)
+    repeats = [counts[row] for row in range(rows)]
+    assert max(repeats) - min(repeats) <= 1
 
 
 @given(ROWS, st.integers(1, 64), SEEDS, st.randoms(use_true_random=False))
-def test_any_step_is_found_again_alone(rows: int, batch_size: int, seed: int, chance: random.Random) -> None:
+def test_any_step_is_computed_independently_of_the_others(
+    rows: int, batch_size: int, seed: int, rng: random.Random
+) -> None:
     steps = all_steps(rows, batch_size, 2.0, None, seed)
-    step = chance.randrange(len(steps))
+    step = rng.randrange(len(steps))
     assert step_rows(step, rows, batch_size, 2.0, None, seed) == steps[step]
 
 
@@ -115,13 +111,13 @@ def test_order_differs_between_epochs_and_seeds() -> None:
 
 
 def test_order_of_a_seed_is_the_same_in_every_version() -> None:
-    """A job is resumed and repeated by it; the numbers are what CPython's Mersenne Twister gives since 3.2."""
+    """Resumed and repeated jobs depend on it. The numbers come from CPython's Mersenne Twister, unchanged since 3.2."""
     assert step_rows(0, 8, 8, 1.0, None, 0) == [4, 6, 1, 3, 2, 5, 7, 0]
     assert step_rows(1, 10, 8, 3.0, None, 7) == [8, 2, 7, 6, 9, 2, 5, 8]
     assert split_rows(8, 0.25, 256, 0).held_out == (0, 6)
 
 
-def test_later_steps_of_an_epoch_do_not_shuffle_it_again() -> None:
+def test_later_steps_of_an_epoch_reuse_its_permutation() -> None:
     def seconds(steps: range) -> float:
         start = time.thread_time()
         for step in steps:
@@ -130,9 +126,6 @@ def test_later_steps_of_an_epoch_do_not_shuffle_it_again() -> None:
 
     first = seconds(range(1))
     assert seconds(range(1, 20)) < first
-
-
-# --- micro-batches
 
 
 @given(st.lists(st.integers(1, 300), max_size=80), st.integers(1, 400))
@@ -146,55 +139,55 @@ def test_pack_covers_every_position_once_within_the_budget(lengths: list[int], b
 
 
 @given(st.lists(st.integers(1, 100), min_size=2, max_size=40), st.integers(100, 300))
-def test_no_two_groups_of_a_pack_would_fit_into_one(lengths: list[int], budget: int) -> None:
+def test_no_two_micro_batches_fit_into_one(lengths: list[int], budget: int) -> None:
     loads = sorted(sum(lengths[position] for position in group) for group in pack(lengths, budget))
     assert len(loads) < 2 or loads[0] + loads[1] > budget
 
 
 def first_fit_decreasing(lengths: list[int], budget: int) -> int:
-    """The micro-batches that the simpler rule needs."""
-    rooms: list[int] = []
+    """Number of micro-batches with the simpler first-fit rule."""
+    free: list[int] = []
     for length in sorted(lengths, reverse=True):
-        fitting = next((index for index, room in enumerate(rooms) if room >= length), None)
+        fitting = next((index for index, room in enumerate(free) if room >= length), None)
         if fitting is None:
-            rooms.append(budget - length)
+            free.append(budget - length)
         else:
-            rooms[fitting] -= length
-    return len(rooms)
+            free[fitting] -= length
+    return len(free)
 
 
 @given(st.lists(st.integers(1, 300), max_size=200), st.integers(1, 400))
-def test_pack_needs_hardly_more_groups_than_first_fit_would(lengths: list[int], budget: int) -> None:
-    # Both rules need at most 11/9 of the best packing and 6/9 more, and first-fit no less than the best.
+def test_pack_needs_at_most_slightly_more_micro_batches_than_first_fit(lengths: list[int], budget: int) -> None:
+    # Best-fit needs at most 11/9 of the best packing plus 6/9, and first-fit at least the best packing.
     assert len(pack(lengths, budget)) <= 11 / 9 * first_fit_decreasing(lengths, budget) + 6 / 9
 
 
-def test_pack_puts_an_example_where_the_least_room_is_left() -> None:
-    # Before the 1 is placed there is room of 4 beside the 8, and of 1 beside the 6 and the 5.
+def test_pack_puts_an_example_where_it_leaves_the_least_room() -> None:
+    # Before the 1 is placed, 4 tokens are free beside the 8, and 1 token beside the 6 and the 5.
     assert pack([8, 6, 5, 1], 12) == [[0], [1, 2, 3]]
 
 
-def test_pack_of_many_examples_takes_no_quadratic_time() -> None:
-    chance = random.Random(0)
-    lengths = [chance.randint(1500, 2048) for _ in range(30_000)]
+def test_pack_time_is_not_quadratic() -> None:
+    rng = random.Random(0)
+    lengths = [rng.randint(1500, 2048) for _ in range(30_000)]
     start = time.thread_time()
     assert len(pack(lengths, 2048)) == 30_000
     assert time.thread_time() - start < 1.5
 
 
-def test_example_over_the_budget_is_alone() -> None:
+def test_example_over_the_budget_gets_its_own_micro_batch() -> None:
     assert pack([3, 50, 2], 10) == [[1], [0, 2]]
 
 
-def test_pack_of_nothing_is_nothing() -> None:
+def test_pack_without_examples_is_empty() -> None:
     assert pack([], 10) == []
 
 
-def test_budget_of_one_token_means_one_example_at_a_time() -> None:
+def test_budget_of_one_token_gives_one_example_per_micro_batch() -> None:
     assert sorted(pack([5, 1, 1], 1)) == [[0], [1], [2]]
 
 
-def test_sample_is_of_distinct_rows_in_order_and_the_seeds_own() -> None:
+def test_sample_has_distinct_rows_in_order_and_depends_on_the_seed() -> None:
     sample = sample_rows(100, 10, seed=1)
     assert len(sample) == len(set(sample)) == 10
     assert list(sample) == sorted(sample)

@@ -21,11 +21,11 @@ JOBS = [
     ),
     measured(GPU, {"memory": {"allocated": 100, "reserved": 200}}, {"memory": {"allocated": 99, "reserved": 201}}),
     measured(CPU, {"memory": {"allocated": 100}}, {"memory": {"allocated": 101}, "time": {"seconds": 3}}),
-    measured(CPU, {}, {}),  # cancelled before its first step, or another version's
+    measured(CPU, {}, {}),  # cancelled before its first step, or another version's format
 ]
 
 
-def test_each_device_has_distributions_of_what_its_jobs_have_both_of() -> None:
+def test_distributions_of_a_device_are_over_jobs_with_predicted_and_observed_values() -> None:
     gpu, cpu = accuracies(JOBS)
     assert (gpu.device, gpu.jobs, cpu.device, cpu.jobs) == (GPU, 2, CPU, 2)
     assert gpu.allocated is not None
@@ -40,8 +40,8 @@ def test_each_device_has_distributions_of_what_its_jobs_have_both_of() -> None:
     assert accuracies([]) == []
 
 
-def test_margin_is_learned_from_what_the_allocator_reserved_on_that_device() -> None:
+def test_margin_is_learned_from_reserved_bytes_on_the_device() -> None:
     assert learned_margin(GPU, JOBS) == pytest.approx(1.15)
-    assert learned_margin("RTX 3090", JOBS) == pytest.approx(1.15)  # as people call it
+    assert learned_margin("RTX 3090", JOBS) == pytest.approx(1.15)  # a short name of the same card
     assert learned_margin(CPU, JOBS) == 1.03
     assert learned_margin("a new card", JOBS) == 1.03

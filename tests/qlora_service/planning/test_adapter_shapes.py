@@ -1,4 +1,4 @@
-"""Adapters have the tensors that PEFT gives them, and bitsandbytes the state for them."""
+"""Predicted adapter tensors are those of PEFT, and predicted optimizer state is that of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ADAPTERS: list[dict[str, Any]] = [
 
 
 def attached(model_dir: Path, adapter: dict[str, Any]) -> tuple[Any, Any]:
-    """The tiny model with the adapter, and the shapes that were foretold."""
+    """The tiny model with the adapter, and the predicted shapes."""
     spec = JobSpec.model_validate({"base_model": "tiny", "adapter": adapter})
     base = load_base(model_dir, Quantization(type="none"), torch.float32, CPU)
     shape = ModelShape.from_config(json.loads((model_dir / "config.json").read_text()))
@@ -43,26 +43,26 @@ def attached(model_dir: Path, adapter: dict[str, Any]) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: "-".join(map(str, adapter.values())))
-def test_trained_tensors_are_pefts(tiny_model: Path, tmp_path: Path, adapter: dict[str, Any]) -> None:
-    model, foretold = attached(tiny_model, adapter)
+def test_tensors_equal_those_of_peft(tiny_model: Path, tmp_path: Path, adapter: dict[str, Any]) -> None:
+    model, predicted = attached(tiny_model, adapter)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    assert sorted(trained) == sorted(foretold.tensors)
+    assert sorted(trained) == sorted(predicted.tensors)
     buffers = {
         tensor.data_ptr(): tensor.numel()
         for name, tensor in model.named_buffers()
         if NAME in name.split(".") and tensor.is_floating_point()
     }
-    assert foretold.frozen == sum(buffers.values())
+    assert predicted.frozen == sum(buffers.values())
     save_adapter(model, tmp_path, "tiny", None)
     on_disk = (tmp_path / "adapter_model.safetensors").stat().st_size
-    assert foretold.stored_bytes == pytest.approx(on_disk, rel=0.2, abs=8192)  # names, and AdaLoRA's ranks
+    assert predicted.stored_bytes == pytest.approx(on_disk, rel=0.2, abs=8192)  # header with names, and AdaLoRA's ranks
 
 
 @pytest.mark.parametrize(
     "optim",
     ["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw_torch", "paged_lion_32bit", "paged_lion_8bit"],
 )
-def test_optimizer_state_is_bitsandbytes(optim: Any) -> None:
+def test_optimizer_state_has_the_size_of_bitsandbytes_state(optim: Any) -> None:
     training = Training(optim=optim)
     sizes = [64 * 16, 4096, 100_000, 700 * 300]
     model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(size, 1)) for size in sizes])

@@ -20,7 +20,7 @@ from qlora_service.planning.memory import GIB, MIB
         ("4060 Ti", "RTX 4060 Ti 16GB"),
     ],
 )
-def test_card_is_found_by_the_name_that_people_write(name: str, card: str) -> None:
+def test_card_is_found_by_common_spellings_of_its_name(name: str, card: str) -> None:
     assert named_device(name).name == card
 
 
@@ -30,7 +30,7 @@ def test_every_card_is_found_by_its_own_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["24GB", "24 GB", "24g", "24GiB"])
-def test_a_card_may_be_named_by_its_size(name: str) -> None:
+def test_device_can_be_a_memory_size(name: str) -> None:
     assert named_device(name).total_bytes == 24 * GIB
 
 
@@ -41,7 +41,7 @@ def test_unknown_card_is_refused_with_the_nearest_names() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "0GB", "9999GB", "abacus", "24", "x" * 5000])
-def test_what_is_no_card_is_refused_in_a_short_message(name: str) -> None:
+def test_invalid_name_is_refused_with_a_short_message(name: str) -> None:
     with pytest.raises(InvalidRequest, match="24GB") as caught:
         named_device(name)
     assert len(caught.value.message) < 1000
@@ -52,11 +52,11 @@ def test_cards_before_ampere_compute_in_float32() -> None:
     assert dtypes == {"GTX 1080 Ti": "float32", "RTX 2080 Ti": "float32", "T4": "float32", "RTX 3060": "bfloat16"}
 
 
-def test_context_workspace_and_the_drivers_share_are_not_the_jobs() -> None:
+def test_usable_bytes_exclude_context_workspace_and_the_drivers_share() -> None:
     card = named_device("24GB")
     assert card.usable_bytes == int(24 * GIB * 0.98) - GIB
 
 
-def test_what_others_hold_is_not_the_jobs_either() -> None:
+def test_usable_bytes_exclude_memory_of_other_processes() -> None:
     assert Device("card", 24 * GIB, free_bytes=5 * GIB).usable_bytes == 4 * GIB
     assert Device("card", 24 * GIB, free_bytes=0).usable_bytes == 0

@@ -1,4 +1,4 @@
-"""The closed form against the simulator, on models of few layers; of full depth: `python -m tests.benchmarks plan`."""
+"""The closed form against the simulator, on models with few layers; full depth: `python -m tests.benchmarks plan`."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ JOBS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-def both(model: str, spec: dict[str, Any], how: dict[str, Any]) -> tuple[Memory, Memory]:
-    """Simulated and by the formula."""
+def simulated_and_estimated(model: str, spec: dict[str, Any], options: dict[str, Any]) -> tuple[Memory, Memory]:
+    """(simulated memory, memory by the formula)."""
     values = MODELS[model] | {"num_hidden_layers": LAYERS}
     job = JobSpec.model_validate({"base_model": model} | spec)
     sizes: dict[str, Any] = {
@@ -43,7 +43,7 @@ def both(model: str, spec: dict[str, Any], how: dict[str, Any]) -> tuple[Memory,
         "longest_tokens": 1024,
         "checkpointing": True,
         "cuda": True,
-    } | how
+    } | options
     step = largest_step(job, micro_batch_tokens=sizes["micro_batch_tokens"], longest_tokens=sizes["longest_tokens"])
     dtype = "bfloat16" if sizes["cuda"] else "float32"
     simulated = simulated_memory(
@@ -52,13 +52,13 @@ def both(model: str, spec: dict[str, Any], how: dict[str, Any]) -> tuple[Memory,
     return simulated, memory(ModelShape.from_config(values), job, **sizes)
 
 
-@pytest.mark.parametrize(("model", "spec", "how"), JOBS)
-def test_it_is_the_simulators(model: str, spec: dict[str, Any], how: dict[str, Any]) -> None:
-    simulated, estimated = both(model, spec, how)
+@pytest.mark.parametrize(("model", "spec", "options"), JOBS)
+def test_formula_agrees_with_the_simulator(model: str, spec: dict[str, Any], options: dict[str, Any]) -> None:
+    simulated, estimated = simulated_and_estimated(model, spec, options)
     assert estimated.allocated == pytest.approx(simulated.allocated, rel=0.02)
     assert (estimated.host, estimated.trained_parameters) == (simulated.host, simulated.trained_parameters)
-    if how.get("cuda", True):  # a CPU's sizes are not rounded
-        # What is there at any time is exact; what comes and goes may be of another moment.
+    if options.get("cuda", True):  # sizes are not rounded on a CPU
+        # Resident categories are exact; temporary ones may be of another moment.
         for category in (Category.WEIGHTS, Category.CONSTANTS, Category.ADAPTER):
             assert estimated.categories[category] == simulated.categories[category]
     assert estimated.categories[Category.UNQUANTIZED] == pytest.approx(
@@ -66,12 +66,12 @@ def test_it_is_the_simulators(model: str, spec: dict[str, Any], how: dict[str, A
     )
 
 
-def test_dropout_is_near_enough() -> None:
-    simulated, estimated = both("Llama-2-7B", {"adapter": {"lora_dropout": 0.1}}, {})
+def test_formula_with_dropout_agrees_within_five_percent() -> None:
+    simulated, estimated = simulated_and_estimated("Llama-2-7B", {"adapter": {"lora_dropout": 0.1}}, {})
     assert estimated.allocated == pytest.approx(simulated.allocated, rel=0.05)
 
 
-def test_it_answers_at_once() -> None:
+def test_formula_takes_less_than_ten_milliseconds() -> None:
     case = Case("Llama-2-7B")
     case.estimated()
     started = time.process_time()

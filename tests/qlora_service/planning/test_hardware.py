@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_service.planning.hardware import choose_visible, gpus, this_cpu, trains_here
+from qlora_service.planning.hardware import choose_visible, gpus, has_torch, this_cpu
 from qlora_service.process import cgroup
 from qlora_service.training.device import has_bf16
 
@@ -25,15 +25,15 @@ CARDS: list[str | None] = ["GPU-aaa", None, "GPU-ccc", "GPU-cdd"]
         ("-1", []),
     ],
 )
-def test_what_the_operator_hid_stays_hidden(visible: str | None, chosen: list[str]) -> None:
+def test_gpus_are_selected_like_cuda_visible_devices(visible: str | None, chosen: list[str]) -> None:
     assert choose_visible(CARDS, visible) == chosen
 
 
-def test_hidden_gpus_are_none() -> None:
+def test_empty_selection_hides_all_gpus() -> None:
     assert gpus("") == []
 
 
-def test_a_containers_limit_is_all_the_memory_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_the_cpu_is_limited_by_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(cgroup, "CGROUP", tmp_path)
     machine = this_cpu()
@@ -44,9 +44,9 @@ def test_a_containers_limit_is_all_the_memory_there_is(tmp_path: Path, monkeypat
     assert this_cpu().total_bytes == 2**30 < machine.total_bytes
 
 
-def test_bfloat16_is_where_torch_says_it_is() -> None:
+def test_bfloat16_support_equals_that_of_torch() -> None:
     assert this_cpu().bf16 == has_bf16(torch.device("cpu"))
 
 
-def test_trainers_run_where_torch_is() -> None:
-    assert trains_here()
+def test_torch_is_installed_here() -> None:
+    assert has_torch()

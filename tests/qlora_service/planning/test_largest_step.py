@@ -1,4 +1,4 @@
-"""Which micro-batch is the largest."""
+"""The largest micro-batch of a job."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def job(batch_size: int = 16, **groups: Any) -> JobSpec:
     [
         (16, 2048, 1024, (1024, 1024), False),
         (16, 2500, 1024, (1024, 1024, 452), False),
-        (16, 2050, 1024, (1024, 1024), False),  # two tokens are no example
-        (16, 512, 1024, (1024,), False),  # longer than the budget: alone
+        (16, 2050, 1024, (1024, 1024), False),  # the rest of two tokens is too short for an example
+        (16, 512, 1024, (1024,), False),  # longer than the budget: a micro-batch of its own
         (1, 2048, 1024, (1024,), True),
         (2, 2048, 1024, (1024, 1024), True),
         (3, 4096, 1024, (1024, 1024, 1024), True),
     ],
 )
-def test_it_is_packed_as_full_as_it_goes(
+def test_largest_micro_batch_is_as_full_as_the_budget_allows(
     batch_size: int, budget: int, longest: int, lengths: tuple[int, ...], whole: bool
 ) -> None:
     step = largest_step(job(batch_size), micro_batch_tokens=budget, longest_tokens=longest)
@@ -35,7 +35,7 @@ def test_it_is_packed_as_full_as_it_goes(
     assert len(pack(step.lengths, budget)) == 1
 
 
-def test_both_sides_of_a_pair_are_in_it() -> None:
+def test_largest_micro_batch_has_both_sides_of_each_pair() -> None:
     step = largest_step(job(objective={"type": "dpo"}), micro_batch_tokens=2100, longest_tokens=500)
     assert step.lengths == (500, 500, 500, 500, 50, 50)
     assert not step.is_whole_step

@@ -1,4 +1,4 @@
-"""Shapes are those of the models that transformers builds from the same config.json."""
+"""Shapes equal those of the models that transformers builds from the same config.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.planning_models import MODELS, config
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_matrices_and_parameters_are_the_models(name: str) -> None:
+def test_matrices_and_parameters_equal_those_of_the_model(name: str) -> None:
     values = MODELS[name]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[values["model_type"]].from_dict(dict(values)))
@@ -34,17 +34,17 @@ def test_matrices_and_parameters_are_the_models(name: str) -> None:
         ({"text_config": config(64, 128, 2, 4, 2, 512), "vision_config": {}}, (64, 2, 128, 131072)),
     ],
 )
-def test_other_names_and_nested_sizes_are_found(values: dict[str, Any], expected: tuple[int, ...]) -> None:
+def test_alternative_names_and_nested_sizes_are_read(values: dict[str, Any], expected: tuple[int, ...]) -> None:
     shape = ModelShape.from_config(values)
     assert (shape.hidden, shape.layers, shape.intermediate, shape.max_positions) == expected
 
 
 def test_a_missing_size_is_named() -> None:
-    with pytest.raises(InvalidModel, match=r"config\.json has no vocab_size: without it no memory can be planned"):
+    with pytest.raises(InvalidModel, match=r"config\.json has no vocab_size: memory cannot be planned without it"):
         ModelShape.from_config({"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4})
 
 
-def test_rows_are_no_longer_than_the_model_handles() -> None:
+def test_longest_row_is_limited_by_the_model() -> None:
     job = JobSpec.model_validate({"base_model": "m", "training": {"max_seq_len_tokens": 4096}})
     assert ModelShape.from_config(config(64, 128, 2, 4, 2, 512, max_position_embeddings=512)).longest_tokens(job) == 512
     assert ModelShape.from_config(config(64, 128, 2, 4, 2, 512)).longest_tokens(job) == 4096

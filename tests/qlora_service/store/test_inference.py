@@ -142,4 +142,4 @@ def test_a_job_is_asked_once_to_make_way_and_not_while_another_stops(
     with database.read() as connection:
         assert get_job(connection, first).stop_request is StopRequest.PREEMPT
         assert get_job(connection, second).stop_request is None
-    assert "somebody waits to chat" in job_events(database, first)[-1].data["message"]
+    assert "a chat is waiting: the job is preempted" in job_events(database, first)[-1].data["message"]

@@ -1,8 +1,7 @@
-"""Every adapter method on every quantization: trained for real, saved, and loaded onto a fresh base."""
+"""Every adapter method on every quantization: trained, saved, and loaded onto a fresh base."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from qlora_service.models.adapters import (
     checkpoint_activations,
     load_adapter,
     save_adapter,
-    trainable,
 )
 from qlora_service.models.base.quantize import base_fingerprint, load_base
 from qlora_service.models.catalog.catalog import BaseModel, Catalog
@@ -36,7 +34,7 @@ from qlora_service.specs import (
     parse_spec,
 )
 from qlora_service.training.network.isolation import isolate_documents
-from tests.tiny_training import CPU, network, rows, run
+from tests.tiny_training import CPU, frozen_hash, network, rows, run, weights
 
 METHODS: dict[str, Adapter] = {
     "lora": Lora(r=4),
@@ -64,12 +62,13 @@ QUANTIZATIONS = {
     "int8": Quantization(type="int8"),
     "none": Quantization(type="none"),
 }
-STARTS_AS_THE_BASE = ["lora", "rslora", "gaussian", "adalora", "ia3", "vera", "oft", "llama_adapter"]
+IDENTITY_AT_START = ["lora", "rslora", "gaussian", "adalora", "ia3", "vera", "oft", "llama_adapter"]
 STEPS = 2
+HELD_OUT = rows(3, seed=5)
 
 
 @pytest.fixture(scope="module")
-def catalogued(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[BaseModel, Modules]:
+def catalogued_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[BaseModel, Modules]:
     catalog = Catalog(tmp_path_factory.mktemp("models"))
     model = catalog.import_model("tiny", tiny_model)
     return model, catalog.module_shapes(model)
@@ -80,46 +79,33 @@ def training(method: str) -> Training:
     return Training(batch_size=2, learning_rate=0.01, loraplus_lr_ratio=ratio, max_seq_len_tokens=64)
 
 
-def refused(method: str, quantization: str, catalogued: tuple[BaseModel, Modules]) -> bool:
-    """Whether a job that asks for this is refused when it is posted."""
+def refused(method: str, quantization: str, catalogued_model: tuple[BaseModel, Modules]) -> bool:
+    """Whether the API refuses a job with this method and quantization."""
     parts = {"quantization": QUANTIZATIONS[quantization], "adapter": METHODS[method], "training": training(method)}
     try:
         spec = parse_spec({"base_model": "tiny"} | {name: part.model_dump() for name, part in parts.items()})
     except InvalidSpec:
         return True
-    return bool(misfits(spec, *catalogued))
+    return bool(misfits(spec, *catalogued_model))
 
 
-def attached(directory: Path, method: str, quantization: str) -> PeftModel:
+def load_attached(directory: Path, method: str, quantization: str) -> PeftModel:
     base = load_base(directory, QUANTIZATIONS[quantization], torch.bfloat16, CPU)
     isolate_documents(base)
     return attach(base, METHODS[method], seed=0, total_steps=STEPS)
 
 
-def frozen_hash(model: PeftModel) -> str:
-    """Of everything in the model that is not trained, scales of quantized weights included."""
-    learned = {parameter.data_ptr() for parameter in trainable(model)}
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.data_ptr() not in learned:
-            digest.update(name.encode() + tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-JUDGED = rows(3, seed=5)
-
-
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_and_reloads_on_a_quantization(
-    method: str, quantization: str, tiny_model: Path, tmp_path: Path, catalogued: tuple[BaseModel, Modules]
+    method: str, quantization: str, tiny_model: Path, tmp_path: Path, catalogued_model: tuple[BaseModel, Modules]
 ) -> None:
-    if refused(method, quantization, catalogued):
+    if refused(method, quantization, catalogued_model):
         with pytest.raises(AttributeError):  # PEFT reads scales that bitsandbytes has moved
-            run(attached(tiny_model, method, quantization), rows(4), training(method), steps=STEPS)
+            run(load_attached(tiny_model, method, quantization), rows(4), training(method), steps=STEPS)
         return
-    model = attached(tiny_model, method, quantization)
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    model = load_attached(tiny_model, method, quantization)
+    before = weights(model)
     frozen = frozen_hash(model)
 
     run(model, rows(4), training(method), steps=STEPS)
@@ -129,23 +115,23 @@ def test_a_method_trains_and_reloads_on_a_quantization(
     assert [name for name, start in before.items() if torch.equal(after[name], start)] == []
     assert {after[name].dtype for name in before} == {torch.float32}
 
-    trained = network(model)
-    expected = trained.evaluate(JUDGED).nll
+    net = network(model)
+    expected = net.evaluate(HELD_OUT).nll
     save_adapter(model, tmp_path, "tiny", None)
     fresh = load_base(tiny_model, QUANTIZATIONS[quantization], torch.bfloat16, CPU)
     isolate_documents(fresh)
-    reloaded = network(load_adapter(fresh, tmp_path), paths=trained.paths)
-    assert torch.equal(reloaded.evaluate(JUDGED).nll, expected)
+    reloaded = network(load_adapter(fresh, tmp_path), paths=net.paths)
+    assert torch.equal(reloaded.evaluate(HELD_OUT).nll, expected)
 
 
-def test_only_dora_on_int8_is_refused(catalogued: tuple[BaseModel, Modules]) -> None:
-    found = {(m, q) for m in METHODS for q in QUANTIZATIONS if refused(m, q, catalogued)}
-    assert found == {("dora", "int8")}
+def test_only_dora_on_int8_is_refused(catalogued_model: tuple[BaseModel, Modules]) -> None:
+    refusals = {(m, q) for m in METHODS for q in QUANTIZATIONS if refused(m, q, catalogued_model)}
+    assert refusals == {("dora", "int8")}
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-@pytest.mark.parametrize("method", STARTS_AS_THE_BASE)
-def test_the_first_outputs_are_the_bases_bit_for_bit(method: str, quantization: str, tiny_model: Path) -> None:
+@pytest.mark.parametrize("method", IDENTITY_AT_START)
+def test_initial_outputs_equal_those_of_the_base_bit_for_bit(method: str, quantization: str, tiny_model: Path) -> None:
     base = load_base(tiny_model, QUANTIZATIONS[quantization], torch.bfloat16, CPU)
     before = base_fingerprint(base)
     assert base_fingerprint(attach(base, METHODS[method], seed=0)) == before
@@ -153,12 +139,12 @@ def test_the_first_outputs_are_the_bases_bit_for_bit(method: str, quantization: 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_recomputed_activations_give_the_same_gradients(method: str, tiny_model: Path) -> None:
-    losses = []
+    gradients = []
     for recompute in (False, True):
-        model = attached(tiny_model, method, "nf4").train()
+        model = load_attached(tiny_model, method, "nf4").train()
         if recompute:
             assert checkpoint_activations(model) is (method != "prefix_tuning")
         batch = torch.arange(5, 25)[None]
         model(batch).logits.float().square().mean().backward()
-        losses.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    assert all(torch.equal(one, other) for one, other in zip(*losses, strict=True))
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

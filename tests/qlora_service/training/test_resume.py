@@ -1,4 +1,4 @@
-"""A training that was stopped anywhere, any number of times, ends with the same bytes as one that was not."""
+"""A training that was interrupted anywhere, any number of times, ends with the same bytes as one that was not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.tiny_training import CPU, Keeper, Recorder, load, rows, run
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 6
-# 64 x 64 elements and more: bitsandbytes keeps smaller states in 32 bits.
+# At least 64 x 64 elements: bitsandbytes keeps smaller state in 32 bits.
 LORA = Lora(r=64, lora_dropout=0.1)
 TRAINING = Training(batch_size=4, learning_rate=1e-2, micro_batch_tokens=96, lr_scheduler_type="cosine")
 
@@ -45,7 +45,7 @@ def labelled(count: int, seed: int = 0) -> list[LabelledRow]:
 
 @dataclass(frozen=True)
 class Case:
-    """A job; its examples are rows, pairs or labelled rows, as its objective asks for."""
+    """A job; its objective determines whether examples are rows, pairs or labelled rows."""
 
     changes: dict[str, Any]
     adapter: Adapter = LORA
@@ -78,8 +78,8 @@ CASES = PAGED | OTHERS
 
 
 @dataclass
-class Ended:
-    """Everything that a training leaves behind."""
+class Result:
+    """Everything that a training leaves: weights, outcome, row losses, metrics."""
 
     weights: dict[str, torch.Tensor]
     outcome: Outcome
@@ -89,12 +89,12 @@ class Ended:
 
 def attempt(
     tiny_model: Path, case: Case, recorder: Recorder, control: Keeper | None = None, resume: Checkpoints | None = None
-) -> Ended:
-    """Train from the beginning, or from the last checkpoint there is."""
+) -> Result:
+    """Trains from the beginning, or from the last checkpoint."""
     start = None
-    found = resume.latest() if resume else None
-    if found is not None:
-        start, recorder.earlier, _ = found
+    latest = resume.latest() if resume else None
+    if latest is not None:
+        start, recorder.earlier, _ = latest
     row_losses = RowLosses()
     model = load(tiny_model, adapter=case.adapter, total_steps=STEPS)
     outcome, _ = run(
@@ -110,20 +110,20 @@ def attempt(
         start=start,
         control=control,
     )
-    return Ended(trainable_copies(model), outcome, row_losses.state(), recorder.lines())
+    return Result(trainable_copies(model), outcome, row_losses.state(), recorder.lines())
 
 
-def assert_same(found: Ended, expected: Ended) -> None:
+def assert_same(result: Result, expected: Result) -> None:
     for name, weight in expected.weights.items():
-        assert torch.equal(found.weights[name], weight), name
-    assert found.outcome == expected.outcome
-    assert found.metrics == expected.metrics
+        assert torch.equal(result.weights[name], weight), name
+    assert result.outcome == expected.outcome
+    assert result.metrics == expected.metrics
     for name, column in expected.row_losses.items():
-        assert column.tobytes() == found.row_losses[name].tobytes(), name
+        assert column.tobytes() == result.row_losses[name].tobytes(), name
 
 
 class EachState(Keeper):
-    """Keeps every state that it is offered in a directory of its own."""
+    """A control that saves every state in a directory of its own."""
 
     def __init__(self, directory: Path, recorder: Recorder) -> None:
         super().__init__(Checkpoints(directory / "0", 1), recorder)
@@ -136,8 +136,8 @@ class EachState(Keeper):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_resumed_after_any_step_it_ends_with_the_same_bytes(tiny_model: Path, tmp_path: Path, name: str) -> None:
-    """After every step of the paged optimizers and AdaLoRA; of the others after one, some and all."""
+def test_training_resumed_after_any_step_ends_with_the_same_bytes(tiny_model: Path, tmp_path: Path, name: str) -> None:
+    """Every state of the paged optimizers and of AdaLoRA; of the others an early, a middle and the last one."""
     case, recorder = CASES[name], Recorder()
     keeper = EachState(tmp_path, recorder)
     expected = attempt(tiny_model, case, recorder, keeper)
@@ -172,25 +172,25 @@ spec = importlib.util.spec_from_file_location("resumer", {__file__!r})
 module = importlib.util.module_from_spec(spec)
 sys.modules["resumer"] = module
 spec.loader.exec_module(module)
-module.end(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
+module.resume_in_new_process(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", script, tiny_model, tmp_path], check=True, env=environment, cwd=ROOT)
-    for name, ended in expected.items():
+    for name, result in expected.items():
         weights, metrics = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        assert metrics == ended.metrics
-        for parameter, weight in ended.weights.items():
+        assert metrics == result.metrics
+        for parameter, weight in result.weights.items():
             assert torch.equal(weights[parameter], weight), parameter
 
 
-def end(tiny_model: Path, directory: Path) -> None:
-    """What the new process does."""
+def resume_in_new_process(tiny_model: Path, directory: Path) -> None:
+    """Main function of the new process."""
     for name, case in PAGED.items():
-        ended = attempt(tiny_model, case, Recorder(), resume=Checkpoints(directory / name, 2))
-        torch.save((ended.weights, ended.metrics), directory / f"{name}.pt")
+        result = attempt(tiny_model, case, Recorder(), resume=Checkpoints(directory / name, 2))
+        torch.save((result.weights, result.metrics), directory / f"{name}.pt")
 
 
-def test_interrupted_at_any_check_nothing_is_lost(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_interruption_at_any_check_loses_no_completed_step(tiny_model: Path, tmp_path: Path) -> None:
     """Before the first step, at a layer of a forward or a backward pass, in an evaluation, after the last step."""
     case, recorder = CASES["early stopping"], Recorder()
     counting = Keeper(Checkpoints(tmp_path / "whole", 1), recorder)
@@ -200,33 +200,33 @@ def test_interrupted_at_any_check_nothing_is_lost(tiny_model: Path, tmp_path: Pa
         directory, recorder = tmp_path / str(number), Recorder()
         with pytest.raises(Interrupted):
             attempt(tiny_model, case, recorder, Keeper(Checkpoints(directory, 1), recorder, at_check=number))
-        kept = Checkpoints(directory, 2)
-        found = kept.latest()
-        assert found is not None
-        assert found[0].step == len(recorder.steps)
-        again = Recorder()
-        assert_same(attempt(tiny_model, case, again, resume=kept), expected)
-        # Nothing is done twice, but the turn that was not finished.
-        assert len(recorder.steps) + len(again.steps) == expected.outcome.steps
-        assert len(recorder.evaluations) + len(again.evaluations) == expected.outcome.steps + 1
+        checkpoints = Checkpoints(directory, 2)
+        latest = checkpoints.latest()
+        assert latest is not None
+        assert latest[0].step == len(recorder.steps)
+        resumed = Recorder()
+        assert_same(attempt(tiny_model, case, resumed, resume=checkpoints), expected)
+        # Only the unfinished turn is repeated.
+        assert len(recorder.steps) + len(resumed.steps) == expected.outcome.steps
+        assert len(recorder.evaluations) + len(resumed.evaluations) == expected.outcome.steps + 1
 
 
-def test_interrupted_again_and_again_it_ends_with_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
+def test_training_interrupted_many_times_ends_with_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
     case = CASES["KTO"]
     expected = attempt(tiny_model, case, Recorder())
     for token in range(1, 20):
         recorder, checkpoints = Recorder(), Checkpoints(tmp_path, token)
         try:
-            ended = attempt(tiny_model, case, recorder, Keeper(checkpoints, recorder, at_check=100), checkpoints)
+            result = attempt(tiny_model, case, recorder, Keeper(checkpoints, recorder, at_check=100), checkpoints)
         except Interrupted:
             continue
         assert token > 3
-        return assert_same(ended, expected)
+        return assert_same(result, expected)
     pytest.fail("it never ended")
 
 
-class Holding(Unattended):
-    """Keeps every state that it is offered, and what its files were then."""
+class StateCollector(Unattended):
+    """A control that keeps every state, and its files at that time."""
 
     def __init__(self) -> None:
         self.states: list[TrainingState] = []
@@ -241,27 +241,27 @@ class Holding(Unattended):
 
 
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_torch", "AdaLoRA", "early stopping"])
-def test_every_state_stays_as_it_was_handed_over_and_follows_from_the_one_before(tiny_model: Path, name: str) -> None:
-    """States are written while the next steps are taken."""
+def test_a_saved_state_never_changes_and_leads_to_the_next_ones(tiny_model: Path, name: str) -> None:
+    """States are written in the background while the next steps run."""
     case = CASES[name]
 
-    def states(start: TrainingState | None = None) -> Holding:
-        model, control = load(tiny_model, adapter=case.adapter, total_steps=STEPS), Holding()
+    def states(start: TrainingState | None = None) -> StateCollector:
+        model, control = load(tiny_model, adapter=case.adapter, total_steps=STEPS), StateCollector()
         training = TRAINING.model_copy(update=case.changes)
         run(model, rows(16), training, steps=STEPS, evaluate_every=1, start=start, control=control)
         return control
 
-    whole = states()
-    assert [to_files(state) for state in whole.states] == whole.files
-    # Three: after the first step, and before its evaluation.
-    assert (whole.states[2].step, whole.states[2].held_out.measured_step) == (1, 0)
+    uninterrupted = states()
+    assert [to_files(state) for state in uninterrupted.states] == uninterrupted.files
+    # The third state: after the first step, before its evaluation.
+    assert (uninterrupted.states[2].step, uninterrupted.states[2].held_out.measured_step) == (1, 0)
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    assert states(from_files(whole.files[2])).files == whole.files[3:]
+    assert states(from_files(uninterrupted.files[2])).files == uninterrupted.files[3:]
 
 
-def test_an_evaluation_that_was_told_is_not_made_again(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_reported_evaluation_is_not_repeated(tiny_model: Path, tmp_path: Path) -> None:
     case = PAGED["paged_adamw_32bit"]
     expected = attempt(tiny_model, case, Recorder())
 
@@ -271,11 +271,11 @@ def test_an_evaluation_that_was_told_is_not_made_again(tiny_model: Path, tmp_pat
             if metrics.step == 2:
                 raise Interrupted("enough")
 
-    recorder, again = Stopping(), Recorder()
+    recorder, resumed = Stopping(), Recorder()
     with pytest.raises(Interrupted):
         attempt(tiny_model, case, recorder, Keeper(Checkpoints(tmp_path, 1), recorder))
-    assert_same(attempt(tiny_model, case, again, resume=Checkpoints(tmp_path, 2)), expected)
-    assert [metrics.step for metrics in [*recorder.evaluations, *again.evaluations]] == [0, 2, 4, 6]
+    assert_same(attempt(tiny_model, case, resumed, resume=Checkpoints(tmp_path, 2)), expected)
+    assert [metrics.step for metrics in [*recorder.evaluations, *resumed.evaluations]] == [0, 2, 4, 6]
 
 
 def test_an_observer_interrupts_after_a_completed_step(tiny_model: Path, tmp_path: Path) -> None:
@@ -291,10 +291,10 @@ def test_an_observer_interrupts_after_a_completed_step(tiny_model: Path, tmp_pat
     recorder = Stopping()
     with pytest.raises(Interrupted):
         attempt(tiny_model, case, recorder, Keeper(Checkpoints(tmp_path, 1), recorder))
-    kept = Checkpoints(tmp_path, 2)
-    assert kept.latest() is not None
-    assert kept.durable_step == 3
-    assert_same(attempt(tiny_model, case, Recorder(), resume=kept), expected)
+    checkpoints = Checkpoints(tmp_path, 2)
+    assert checkpoints.latest() is not None
+    assert checkpoints.durable_step == 3
+    assert_same(attempt(tiny_model, case, Recorder(), resume=checkpoints), expected)
 
 
 def test_a_cancelled_training_saves_nothing(tiny_model: Path, tmp_path: Path) -> None:
@@ -311,25 +311,25 @@ def test_a_cancelled_training_saves_nothing(tiny_model: Path, tmp_path: Path) ->
     assert keeper.saves == 0
 
 
-def test_the_state_at_the_end_is_kept_and_goes_straight_to_the_adapter(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_final_state_is_saved_and_resumes_without_a_step(tiny_model: Path, tmp_path: Path) -> None:
     """Publishing may be interrupted too."""
     case, recorder = CASES["early stopping"], Recorder()
     expected = attempt(tiny_model, case, recorder, Keeper(Checkpoints(tmp_path, 1), recorder))
-    chance = random_state(CPU)
-    assert (random.random(), np.random.rand(), float(torch.rand(()))) != (0, 0, 0)  # the generators move on
-    recorder, kept = Recorder(), Checkpoints(tmp_path, 2)
-    keeper = Keeper(kept, recorder)
-    assert_same(attempt(tiny_model, case, recorder, keeper, resume=kept), expected)
-    assert random_state(CPU) == chance
+    rng_state = random_state(CPU)
+    assert (random.random(), np.random.rand(), float(torch.rand(()))) != (0, 0, 0)  # advances the generators
+    recorder, checkpoints = Recorder(), Checkpoints(tmp_path, 2)
+    keeper = Keeper(checkpoints, recorder)
+    assert_same(attempt(tiny_model, case, recorder, keeper, resume=checkpoints), expected)
+    assert random_state(CPU) == rng_state
     assert (recorder.steps, recorder.evaluations, keeper.saves) == ([], [], 0)
 
 
-def test_resumed_after_the_third_skipped_step_it_fails_for_the_same_reason(tiny_model: Path, tmp_path: Path) -> None:
-    """It is stopped in the evaluation of the adapter that is left."""
+def test_training_resumed_after_third_skipped_step_fails_with_the_same_error(tiny_model: Path, tmp_path: Path) -> None:
+    """Interrupted in the evaluation of the adapter of the last finite step."""
     training = TRAINING.model_copy(update={"optim": "adamw_torch"})
 
     def failing(recorder: Recorder, keeper: Keeper | None = None, start: TrainingState | None = None) -> None:
-        """Gradients are poisoned from the third step on."""
+        """Gradients are NaN from the third step on."""
         model = load(tiny_model)
         poisoned = next(p for p in model.parameters() if p.requires_grad)
         poisoned.register_hook(lambda gradient: gradient * (float("nan") if len(recorder.steps) >= 2 else 1.0))
@@ -343,7 +343,7 @@ def test_resumed_after_the_third_skipped_step_it_fails_for_the_same_reason(tiny_
 
         def check(self) -> None:
             super().check()
-            # The turn after the fifth step begins with one check; those after it are of the evaluation.
+            # The turn after the fifth step begins with one check; later checks belong to the evaluation.
             if self.turns_after_five == 1:
                 raise Interrupted("enough")
 
@@ -355,11 +355,11 @@ def test_resumed_after_the_third_skipped_step_it_fails_for_the_same_reason(tiny_
     keeper = InTheLastEvaluation(Checkpoints(tmp_path, 1), recorder)
     with pytest.raises(Interrupted):
         failing(recorder, keeper)
-    found = Checkpoints(tmp_path, 2).latest()
-    assert found is not None
-    assert found[0].history.skipped_in_a_row == 3
+    latest = Checkpoints(tmp_path, 2).latest()
+    assert latest is not None
+    assert latest[0].history.skipped_in_a_row == 3
     with pytest.raises(LossNotFinite) as resumed:
-        failing(Recorder(), start=found[0])
+        failing(Recorder(), start=latest[0])
     assert (resumed.value.message, resumed.value.details) == (expected.value.message, expected.value.details)
     assert resumed.value.outcome == expected.value.outcome
 

@@ -19,12 +19,12 @@ from tests.receiver import Receiver, receiving
 __all__ = ["database"]
 
 TYPES = ["fine_tuning.job.succeeded", "fine_tuning.job.failed"]
-PUBLIC = "https://told.example/"
+PUBLIC = "https://receiver.example/"
 
 
 @pytest.fixture
 def webhooks(database: Database) -> Webhooks:
-    """Everything has a public address, and nothing answers there."""
+    """Every host resolves to a public address, at which no server listens."""
     return Webhooks(database, Sender(resolve=lambda *_: ["192.88.99.1"]), clock=lambda: START)
 
 
@@ -35,44 +35,49 @@ def receiver() -> Iterator[Receiver]:
 
 
 def test_endpoints_are_listed_changed_and_deleted(webhooks: Webhooks) -> None:
-    made = [webhooks.create(f"number {number}", PUBLIC, [TYPES[0]] * 2) for number in range(3)]
-    assert made[0].event_types == TYPES[:1]
-    assert webhooks.list_endpoints() == made[::-1]
-    assert webhooks.list_endpoints(before=made[2].id, limit=1) == [made[1]]
-    changed = webhooks.update(made[0].id, name="other", event_types=TYPES)
-    assert (changed.name, changed.url, changed.event_types, changed.secret) == ("other", PUBLIC, TYPES, made[0].secret)
-    assert webhooks.get(made[0].id) == changed
-    assert webhooks.update(made[0].id, url=PUBLIC + "more").url == PUBLIC + "more"
-    webhooks.delete(made[0].id)
-    assert webhooks.list_endpoints() == made[:0:-1]
+    created = [webhooks.create(f"number {number}", PUBLIC, [TYPES[0]] * 2) for number in range(3)]
+    assert created[0].event_types == TYPES[:1]
+    assert webhooks.list_endpoints() == created[::-1]
+    assert webhooks.list_endpoints(before=created[2].id, limit=1) == [created[1]]
+    changed = webhooks.update(created[0].id, name="other", event_types=TYPES)
+    assert (changed.name, changed.url, changed.event_types, changed.secret) == (
+        "other",
+        PUBLIC,
+        TYPES,
+        created[0].secret,
+    )
+    assert webhooks.get(created[0].id) == changed
+    assert webhooks.update(created[0].id, url=PUBLIC + "more").url == PUBLIC + "more"
+    webhooks.delete(created[0].id)
+    assert webhooks.list_endpoints() == created[:0:-1]
 
 
 def test_rotated_secret_is_a_new_one(webhooks: Webhooks) -> None:
-    made = webhooks.create("told", PUBLIC, TYPES)
-    rotated = webhooks.rotate_secret(made.id)
-    assert rotated.secret != made.secret
-    assert webhooks.get(made.id) == rotated
+    created = webhooks.create("receiver", PUBLIC, TYPES)
+    rotated = webhooks.rotate_secret(created.id)
+    assert rotated.secret != created.secret
+    assert webhooks.get(created.id) == rotated
     assert rotated.secrets_at(START) == [rotated.secret]
 
 
-def test_secret_of_before_may_stay_for_a_day(webhooks: Webhooks) -> None:
-    made = webhooks.create("told", PUBLIC, TYPES)
-    second = webhooks.rotate_secret(made.id, keep_old=True)
-    assert second.secrets_at(START) == [second.secret, made.secret]
+def test_old_secret_can_be_kept_for_a_day(webhooks: Webhooks) -> None:
+    created = webhooks.create("receiver", PUBLIC, TYPES)
+    second = webhooks.rotate_secret(created.id, keep_old=True)
+    assert second.secrets_at(START) == [second.secret, created.secret]
     assert second.secrets_at(START + timedelta(hours=24)) == [second.secret]
-    assert webhooks.get(made.id) == second
-    third = webhooks.rotate_secret(made.id, keep_old=True)
+    assert webhooks.get(created.id) == second
+    third = webhooks.rotate_secret(created.id, keep_old=True)
     assert third.secrets_at(START) == [third.secret, second.secret]
-    last = webhooks.rotate_secret(made.id)
+    last = webhooks.rotate_secret(created.id)
     assert last.secrets_at(START) == [last.secret]
 
 
-def test_endpoint_that_was_disabled_is_told_again_once_it_is_changed(webhooks: Webhooks, database: Database) -> None:
-    made = webhooks.create("told", PUBLIC, TYPES)
+def test_change_enables_a_disabled_endpoint(webhooks: Webhooks, database: Database) -> None:
+    created = webhooks.create("receiver", PUBLIC, TYPES)
     with database.write() as connection:
-        disable_endpoint(connection, made.id, START)
-    assert webhooks.get(made.id).disabled_at == START
-    assert webhooks.update(made.id).disabled_at is None
+        disable_endpoint(connection, created.id, START)
+    assert webhooks.get(created.id).disabled_at == START
+    assert webhooks.update(created.id).disabled_at is None
 
 
 @pytest.mark.parametrize(
@@ -83,86 +88,86 @@ def test_endpoint_that_was_disabled_is_told_again_once_it_is_changed(webhooks: W
         ({"name": "a\nb"}, "/name"),
         ({"event_types": []}, "/event_types"),
         ({"event_types": ["batch.completed"]}, "/event_types"),
-        ({"url": "http://told.example/"}, "/url"),
-        ({"url": "https://user@told.example/"}, "/url"),
+        ({"url": "http://receiver.example/"}, "/url"),
+        ({"url": "https://user@receiver.example/"}, "/url"),
     ],
 )
-def test_what_cannot_be_used_is_refused_when_made_and_when_changed(
+def test_invalid_values_are_refused_on_create_and_update(
     webhooks: Webhooks, changes: dict[str, Any], location: str
 ) -> None:
-    good: dict[str, Any] = {"name": "told", "url": PUBLIC, "event_types": TYPES}
-    made = webhooks.create(**good)
-    for action in (lambda: webhooks.create(**good | changes), lambda: webhooks.update(made.id, **changes)):
+    valid: dict[str, Any] = {"name": "receiver", "url": PUBLIC, "event_types": TYPES}
+    created = webhooks.create(**valid)
+    for action in (lambda: webhooks.create(**valid | changes), lambda: webhooks.update(created.id, **changes)):
         with pytest.raises(InvalidRequest) as caught:
             action()
         assert caught.value.location == location
-    assert webhooks.list_endpoints() == [made]
+    assert webhooks.list_endpoints() == [created]
 
 
-def test_private_address_is_refused_when_made_and_when_changed(database: Database, webhooks: Webhooks) -> None:
-    made = webhooks.create("told", PUBLIC, TYPES)
-    inside = Webhooks(database, Sender(resolve=lambda *_: ["10.0.0.1"]))
-    for action in (lambda: inside.create("told", PUBLIC, TYPES), lambda: inside.update(made.id, url=PUBLIC)):
+def test_private_address_is_refused_on_create_and_update(database: Database, webhooks: Webhooks) -> None:
+    created = webhooks.create("receiver", PUBLIC, TYPES)
+    private = Webhooks(database, Sender(resolve=lambda *_: ["10.0.0.1"]))
+    for action in (lambda: private.create("receiver", PUBLIC, TYPES), lambda: private.update(created.id, url=PUBLIC)):
         with pytest.raises(InvalidRequest, match="not on the public internet"):
             action()
 
 
-def test_only_so_many_endpoints_may_be(webhooks: Webhooks) -> None:
+def test_endpoints_of_a_project_are_limited(webhooks: Webhooks) -> None:
     for _ in range(MAX_ENDPOINTS):
-        webhooks.create("told", PUBLIC, TYPES)
-    with pytest.raises(NoRoom, match="delete one"):
-        webhooks.create("told", PUBLIC, TYPES)
-    assert webhooks.within("other").create("told", PUBLIC, TYPES).project == "other"
+        webhooks.create("receiver", PUBLIC, TYPES)
+    with pytest.raises(NoRoom, match="delete or change one"):
+        webhooks.create("receiver", PUBLIC, TYPES)
+    assert webhooks.within("other").create("receiver", PUBLIC, TYPES).project == "other"
 
 
-def test_another_projects_endpoint_is_not_there(webhooks: Webhooks) -> None:
-    made = webhooks.create("told", PUBLIC, TYPES)
+def test_endpoint_of_another_project_is_not_found(webhooks: Webhooks) -> None:
+    created = webhooks.create("receiver", PUBLIC, TYPES)
     other = webhooks.within("other")
     actions: list[Callable[[], object]] = [
-        lambda: other.get(made.id),
-        lambda: other.update(made.id, name="mine"),
-        lambda: other.delete(made.id),
-        lambda: other.rotate_secret(made.id),
-        lambda: other.test(made.id, TYPES[0]),
-        lambda: other.deliveries(made.id),
+        lambda: other.get(created.id),
+        lambda: other.update(created.id, name="mine"),
+        lambda: other.delete(created.id),
+        lambda: other.rotate_secret(created.id),
+        lambda: other.test(created.id, TYPES[0]),
+        lambda: other.deliveries(created.id),
     ]
     for action in actions:
-        with pytest.raises(NotFound, match=made.id) as caught:
+        with pytest.raises(NotFound, match=created.id) as caught:
             action()
         assert caught.value.location == "webhook_endpoint_id"
     assert other.list_endpoints() == []
-    assert webhooks.get(made.id) == made
+    assert webhooks.get(created.id) == created
 
 
-def test_sample_is_sent_once_and_logged(database: Database, receiver: Receiver) -> None:
+def test_sample_event_is_sent_once_and_logged(database: Database, receiver: Receiver) -> None:
     webhooks = Webhooks(database, Sender(private=True), clock=lambda: START)
-    made = webhooks.create("told", receiver.url(), TYPES)
+    created = webhooks.create("receiver", receiver.url(), TYPES)
     receiver.answers = [418]
     for status in (418, 200):
-        delivery = webhooks.test(made.id, "fine_tuning.job.failed")
+        delivery = webhooks.test(created.id, "fine_tuning.job.failed")
         assert (delivery.last_status, delivery.attempts, delivery.due_at) == (status, 1, None)
         assert (delivery.delivered_at is not None) == (status == 200)
-        assert webhooks.deliveries(made.id)[0] == delivery
+        assert webhooks.deliveries(created.id)[0] == delivery
     assert delivery.body["data"] == {"id": SAMPLE_JOB}
     assert len(receiver.received) == 2
 
 
-def test_sample_that_nobody_takes_says_why(database: Database, receiver: Receiver) -> None:
+def test_refused_sample_event_reports_the_reason(database: Database, receiver: Receiver) -> None:
     webhooks = Webhooks(database, Sender(private=True))
-    made = webhooks.create("told", "http://127.0.0.1:1/", TYPES)
-    with pytest.raises(InvalidRequest, match="did not take the message: Connection refused"):
-        webhooks.test(made.id, TYPES[0])
+    created = webhooks.create("receiver", "http://127.0.0.1:1/", TYPES)
+    with pytest.raises(InvalidRequest, match="did not accept the message: Connection refused"):
+        webhooks.test(created.id, TYPES[0])
     with pytest.raises(InvalidRequest, match=r"batch\.completed"):
-        webhooks.test(made.id, "batch.completed")
-    (delivery,) = webhooks.deliveries(made.id)
+        webhooks.test(created.id, "batch.completed")
+    (delivery,) = webhooks.deliveries(created.id)
     assert (delivery.attempts, delivery.due_at, delivery.last_status, delivery.delivered_at) == (1, None, None, None)
     assert "Connection refused" in (delivery.last_error or "")
 
 
-def test_request_that_is_repeated_makes_one_endpoint(webhooks: Webhooks) -> None:
+def test_repeated_request_creates_one_endpoint(webhooks: Webhooks) -> None:
     once: Once[Endpoint] = Once("key", "local", "f" * 64, lambda endpoint: {"id": endpoint.id})
-    made = webhooks.create("told", PUBLIC, TYPES, once=once)
+    created = webhooks.create("receiver", PUBLIC, TYPES, once=once)
     with pytest.raises(Replay) as caught:
-        webhooks.create("told", PUBLIC, TYPES, once=once)
-    assert caught.value.answer == {"id": made.id}
-    assert webhooks.list_endpoints() == [made]
+        webhooks.create("receiver", PUBLIC, TYPES, once=once)
+    assert caught.value.answer == {"id": created.id}
+    assert webhooks.list_endpoints() == [created]

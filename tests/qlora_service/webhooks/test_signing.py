@@ -5,8 +5,8 @@ import base64
 from qlora_service.webhooks.signing import new_secret, signed_headers
 
 
-def test_signature_is_that_of_the_standard() -> None:
-    # Secret, message and signature of the reference libraries' own tests (github.com/standard-webhooks).
+def test_signature_matches_the_standard() -> None:
+    # Secret, message and signature from the tests of the reference libraries (github.com/standard-webhooks).
     headers = signed_headers(
         ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"],
         "msg_p5jXN8AQM9LWM0D4loKWxJek",
@@ -20,15 +20,15 @@ def test_signature_is_that_of_the_standard() -> None:
     }
 
 
-def test_message_of_two_secrets_has_the_signature_of_each() -> None:
-    one, other = new_secret(), new_secret()
-    alone = [signed_headers([secret], "msg", 1, b"{}")["webhook-signature"] for secret in (one, other)]
-    assert signed_headers([one, other], "msg", 1, b"{}")["webhook-signature"] == " ".join(alone)
-    assert alone[0] != alone[1]
+def test_two_secrets_give_two_signatures() -> None:
+    first, second = new_secret(), new_secret()
+    single = [signed_headers([secret], "msg", 1, b"{}")["webhook-signature"] for secret in (first, second)]
+    assert signed_headers([first, second], "msg", 1, b"{}")["webhook-signature"] == " ".join(single)
+    assert single[0] != single[1]
 
 
-def test_secrets_are_long_and_never_the_same() -> None:
-    one, other = new_secret(), new_secret()
-    assert one != other
-    assert one.startswith("whsec_")
-    assert len(base64.b64decode(one.removeprefix("whsec_"), validate=True)) == 32
+def test_secrets_are_long_and_unique() -> None:
+    first, second = new_secret(), new_secret()
+    assert first != second
+    assert first.startswith("whsec_")
+    assert len(base64.b64decode(first.removeprefix("whsec_"), validate=True)) == 32

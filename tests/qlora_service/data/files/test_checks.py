@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qlora_service.data.files.checks import MAX_FINDINGS, check_dataset, check_rows, read_examples
 from qlora_service.data.files.formats import read_rows
 from qlora_service.data.files.splitting import MAX_ROW_BYTES
-from qlora_service.data.rows.examples import Completion, Container, Labelled, Shape, SourceRow, Text
+from qlora_service.data.rows.examples import Completion, Container, LabeledAnswer, Shape, SourceRow, Text
 from qlora_service.data.rows.shapes import REQUIRED
 from qlora_service.domain.datasets import DatasetReport
 from qlora_service.errors import Finding, InvalidDataset
@@ -28,7 +28,7 @@ BROKEN = '{"text": '
 
 
 def write(path: Path, *rows: Any) -> Path:
-    """A JSONL file of the rows; a string is a line as it stands."""
+    """Writes a JSONL file of the rows; a string is written as a line unchanged."""
     lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
@@ -39,7 +39,7 @@ def upload(tmp_path: Path) -> Path:
     return tmp_path / "upload"
 
 
-def test_report_counts_every_row_and_says_what_is_wrong(upload: Path) -> None:
+def test_report_counts_every_row_and_lists_findings(upload: Path) -> None:
     write(upload, ALPACA, BROKEN, "", TEXT, {**ALPACA, "output": " "}, ALPACA)
     second = len(json.dumps(ALPACA, ensure_ascii=False).encode()) + 1
     fourth = second + len(BROKEN) + 2
@@ -54,7 +54,7 @@ def test_report_counts_every_row_and_says_what_is_wrong(upload: Path) -> None:
         finding_count=3,
         findings=report.findings,
     )
-    assert [(found.line, found.byte_offset, found.pointer) for found in report.findings] == [
+    assert [(finding.line, finding.byte_offset, finding.pointer) for finding in report.findings] == [
         (2, second, ""),
         (4, fourth, ""),
         (5, fifth, "/output"),
@@ -71,10 +71,10 @@ def test_examples_are_the_usable_rows_with_their_places(upload: Path) -> None:
     ]
 
 
-def test_findings_are_capped_and_their_count_is_exact(upload: Path) -> None:
+def test_findings_are_limited_and_their_count_is_exact(upload: Path) -> None:
     report = check_dataset(write(upload, TEXT, *[BROKEN] * (MAX_FINDINGS + 50)))
     assert (report.rows, report.usable_rows, report.finding_count) == (MAX_FINDINGS + 51, 1, MAX_FINDINGS + 50)
-    assert [found.line for found in report.findings] == list(range(2, MAX_FINDINGS + 2))
+    assert [finding.line for finding in report.findings] == list(range(2, MAX_FINDINGS + 2))
 
 
 def test_report_survives_json(upload: Path) -> None:
@@ -82,13 +82,13 @@ def test_report_survives_json(upload: Path) -> None:
     assert DatasetReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
 
 
-def test_shape_is_that_of_most_of_the_first_readable_rows(upload: Path) -> None:
+def test_shape_is_the_most_frequent_of_the_first_readable_rows(upload: Path) -> None:
     write(upload, *[BROKEN] * 30, *[ALPACA] * 9, *[TEXT] * 11, *[ALPACA] * 50)
     report = check_dataset(upload)
     assert (report.shape, report.usable_rows, report.finding_count) == ("text", 11, 89)
 
 
-def test_stated_shape_and_container_are_taken(upload: Path) -> None:
+def test_stated_shape_and_container_are_used(upload: Path) -> None:
     both = {**ALPACA, **TEXT}
     assert check_dataset(write(upload, both)).shape == "alpaca"
     assert check_dataset(write(upload, both), shape="text").shape == "text"
@@ -96,7 +96,7 @@ def test_stated_shape_and_container_are_taken(upload: Path) -> None:
     assert (report.container, report.shape, report.rows) == ("text", "text", 1)
 
 
-def test_name_is_held_against_the_content(upload: Path) -> None:
+def test_name_must_match_the_content(upload: Path) -> None:
     write(upload, TEXT)
     assert check_dataset(upload, filename="data.jsonl").container == "jsonl"
     with pytest.raises(InvalidDataset, match=r"'data.parquet' seems to be JSON Lines"):
@@ -168,7 +168,7 @@ def test_labels_are_read_from_every_container(upload: Path) -> None:
         report = check_dataset(upload)
         assert (report.container, report.shape) == (container, "kto")
         examples = [row.example for row in read_examples(upload, container, "kto")]
-        assert examples == [Labelled(Completion("a", "b"), True), Labelled(Completion("a", "b"), False)]
+        assert examples == [LabeledAnswer(Completion("a", "b"), True), LabeledAnswer(Completion("a", "b"), False)]
 
 
 def test_pairs_are_read_from_csv_and_from_parquet(upload: Path) -> None:
@@ -201,7 +201,7 @@ def test_memory_grows_neither_with_the_file_nor_with_its_longest_row(
     with upload.open("wb") as file:
         file.write(opening)
         file.writelines([line, between] * 48)
-        # One row of 48 MiB; only a text document may spread over lines.
+        # One row of 48 MiB; only a text document may span several lines.
         file.writelines([line, b"\n" if container == "text" else b"x"] * 48)
         file.write(closing)
     tracemalloc.start()
@@ -219,25 +219,25 @@ def test_every_planted_error_is_found_at_its_line_and_byte(upload: Path) -> None
     good, blank, offsets = chat_line('Grüße? "👋"\n', "Ja"), b" \r\n", []
     with upload.open("wb") as file:
         for number, planted in enumerate(PLANTED):
-            # One blank line more each time: the errors fall on other places in the blocks of lines.
+            # One more blank line each time, so that the errors are at different places in the blocks of lines.
             file.writelines([good, b"\n", blank] * 200 + [blank] * number)
             offsets.append(file.tell())
             file.writelines([planted.line, b"\n"])
         file.write(good)
-    data, verdicts = upload.read_bytes(), list(check_rows(upload, "jsonl", "messages"))
-    found = [verdict for verdict in verdicts if isinstance(verdict, Finding)]
-    for planted, offset, finding in zip(PLANTED, offsets, found, strict=True):
+    data, results = upload.read_bytes(), list(check_rows(upload, "jsonl", "messages"))
+    findings = [result for result in results if isinstance(result, Finding)]
+    for planted, offset, finding in zip(PLANTED, offsets, findings, strict=True):
         assert planted.reason in finding.reason
         place = (finding.line, finding.byte_offset, finding.pointer)
         assert place == (data.count(b"\n", 0, offset) + 1, offset, planted.pointer)
-    assert sum(verdict for verdict in verdicts if isinstance(verdict, int)) == 200 * len(PLANTED) + 1
+    assert sum(result for result in results if isinstance(result, int)) == 200 * len(PLANTED) + 1
 
 
 def test_rows_are_counted_together_only_up_to_the_next_finding(upload: Path) -> None:
     write(upload, *[TEXT] * 3, BROKEN, TEXT)
-    verdicts = list(check_rows(upload, "jsonl", "text"))
-    at = next(place for place, verdict in enumerate(verdicts) if isinstance(verdict, Finding))
-    assert (verdicts[:at], verdicts[at + 1 :]) == ([1, 1, 1], [1])
+    results = list(check_rows(upload, "jsonl", "text"))
+    at = next(index for index, result in enumerate(results) if isinstance(result, Finding))
+    assert (results[:at], results[at + 1 :]) == ([1, 1, 1], [1])
 
 
 ROW = st.sampled_from([ALPACA, TEXT, {"messages": conversation("a", "b")}, {"messages": []}, {"prompt": 1}]).map(
@@ -247,8 +247,8 @@ ROW = st.sampled_from([ALPACA, TEXT, {"messages": conversation("a", "b")}, {"mes
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(ROW | st.binary(max_size=12), max_size=8), st.sampled_from([b"\n", b"\r\n", b","]))
-def test_any_file_is_reported_on_or_refused(upload: Path, rows: list[bytes], between: bytes) -> None:
-    upload.write_bytes(between.join(rows))
+def test_any_file_is_reported_on_or_refused(upload: Path, rows: list[bytes], separator: bytes) -> None:
+    upload.write_bytes(separator.join(rows))
     try:
         report = check_dataset(upload)
     except InvalidDataset as error:
@@ -268,13 +268,13 @@ PLANTED_LINE = st.sampled_from([planted.line for planted in PLANTED if len(plant
     st.sampled_from([b"\n", b"\r\n", b"\n\n", b"\n \r\n"]),
     st.sampled_from(sorted(REQUIRED)),
 )
-def test_rows_that_are_counted_are_the_examples_that_are_read(
-    upload: Path, rows: list[bytes], between: bytes, shape: Shape
+def test_counted_rows_are_the_examples_that_are_read(
+    upload: Path, rows: list[bytes], separator: bytes, shape: Shape
 ) -> None:
-    upload.write_bytes(between.join(rows))
-    verdicts = list(check_rows(upload, "jsonl", shape))
-    counted = sum(verdict for verdict in verdicts if isinstance(verdict, int))
-    refused = {verdict.line for verdict in verdicts if isinstance(verdict, Finding)}
+    upload.write_bytes(separator.join(rows))
+    results = list(check_rows(upload, "jsonl", shape))
+    counted = sum(result for result in results if isinstance(result, int))
+    refused = {result.line for result in results if isinstance(result, Finding)}
     examples = [row.line for row in read_examples(upload, "jsonl", shape)]
     assert len(examples) == counted
     assert refused == {row.line for row in read_rows(upload, "jsonl")} - set(examples)

@@ -36,7 +36,7 @@ def parquet(rows: list[dict[str, Any]], **options: Any) -> bytes:
 
 @pytest.fixture
 def upload(tmp_path: Path) -> Path:
-    """Where an upload lies: under a name that says nothing."""
+    """The path of an upload, a name without an extension."""
     return tmp_path / "upload"
 
 
@@ -79,7 +79,7 @@ def reasons(rows: list[RawRow]) -> list[str]:
         (parquet([{"text": "a"}]), "x.parquet", "parquet"),
     ],
 )
-def test_container_is_told_by_content(
+def test_container_is_detected_by_content(
     upload: Path, data: bytes | str, filename: str | None, container: Container
 ) -> None:
     upload.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -111,7 +111,7 @@ def test_container_is_told_by_content(
         ('{\n "text": "a"\n}\n', "x.json", "objects that span lines"),
     ],
 )
-def test_file_that_is_not_what_it_should_be_is_refused(
+def test_file_in_an_unexpected_format_is_refused(
     upload: Path, data: bytes | str, filename: str | None, message: str
 ) -> None:
     upload.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -119,7 +119,7 @@ def test_file_that_is_not_what_it_should_be_is_refused(
         detect_container(upload, filename)
 
 
-def test_jsonl_row_stands_at_its_line_and_byte(upload: Path) -> None:
+def test_jsonl_row_has_the_right_line_and_byte_offset(upload: Path) -> None:
     data = f'\ufeff{{"text": "{GREETINGS}"}}\r\n\n{{"text": "b"}}'.encode()
     first, second = read(upload, data, "jsonl")
     assert (first.value, first.line, first.byte_offset) == ({"text": GREETINGS}, 1, 3)
@@ -135,7 +135,7 @@ def test_jsonl_row_stands_at_its_line_and_byte(upload: Path) -> None:
         (b'["text"]', "must be a JSON object"),
         (b'{"text": NaN}', "NaN"),
         (b'{"text": "a", "text": "b"}', "used twice"),
-        (b'{"text": "\\ud800"}', "surrogate"),
+        (b'{"text": "\\ud800"}', "unpaired surrogate"),
         (b'{"text": "\\u0000"}', "NUL"),
         (b'{"text": ' + b"[" * 64 + b"]" * 64 + b"}", "nested deeper"),
         (b'{"text": "' + b"x" * 2**24 + b'"}', "longer than 16 MiB"),
@@ -145,7 +145,7 @@ def test_jsonl_row_stands_at_its_line_and_byte(upload: Path) -> None:
     ("container", "template"),
     [("jsonl", b'{"text": "a"}\n %b\n{"text": "b"}\n'), ("json", b'[{"text": "a"},%b,{"text": "b"}]')],
 )
-def test_bad_row_is_a_finding_and_the_next_is_read(
+def test_bad_row_is_a_finding_and_the_next_row_is_read(
     upload: Path, bad: bytes, reason: str, container: Container, template: bytes
 ) -> None:
     data = template % bad
@@ -153,7 +153,7 @@ def test_bad_row_is_a_finding_and_the_next_is_read(
     assert (first.value, middle.value, last.value) == ({"text": "a"}, None, {"text": "b"})
     finding = middle.finding
     assert finding is not None
-    # In JSONL the row begins with its line, one blank before the object.
+    # In JSONL a row begins with its line, here one space before the object.
     assert (finding.line, finding.byte_offset) == (2, data.index(bad) - (container == "jsonl"))
     assert reason.replace("column 10", f"column {10 + (container == 'jsonl')}") in finding.reason
 
@@ -230,7 +230,7 @@ def test_csv_reads_any_delimiter(upload: Path, delimiter: str) -> None:
     assert second.byte_offset == upload.read_bytes().rindex(b"d" + delimiter.encode())
 
 
-def test_csv_row_of_another_width_is_a_finding(upload: Path) -> None:
+def test_csv_row_with_another_number_of_columns_is_a_finding(upload: Path) -> None:
     rows = read(upload, "prompt,completion\na\nb,c,d\ne,f\n", "csv")
     assert values(rows) == [None, None, {"prompt": "e", "completion": "f"}]
     assert reasons(rows) == [
@@ -245,7 +245,7 @@ def test_csv_cells_of_conversations_are_json(upload: Path) -> None:
     assert [row.finding.pointer for row in rows if row.finding is not None] == ["/messages", "/messages"]
 
 
-def test_csv_header_is_trimmed_and_a_column_without_a_name_left_out(upload: Path) -> None:
+def test_csv_header_is_trimmed_and_columns_without_a_name_are_ignored(upload: Path) -> None:
     assert values(read(upload, ", text \n0,a\n", "csv")) == [{"text": "a"}]
 
 
@@ -269,13 +269,13 @@ def test_parquet_rows_are_numbered_across_row_groups(upload: Path) -> None:
     assert [(row.line, row.byte_offset) for row in rows] == [(n, None) for n in range(1, 51)]
 
 
-def test_parquet_columns_of_no_shape_keep_only_their_names(upload: Path) -> None:
+def test_parquet_columns_that_no_shape_reads_keep_only_their_names(upload: Path) -> None:
     table = pa.table({"text": ["a"], "seen": pa.array([1], pa.timestamp("ns")), "raw": [b"\xff"]})
     pq.write_table(table, upload)
     assert values(list(read_rows(upload, "parquet"))) == [{"text": "a", "seen": None, "raw": None}]
 
 
-def test_parquet_text_that_no_model_can_read_is_a_finding(upload: Path) -> None:
+def test_parquet_string_with_invalid_utf8_or_nul_is_a_finding(upload: Path) -> None:
     latin = pa.array([b"a", b"caf\xe9", b"nul\0"]).view(pa.string())
     pq.write_table(pa.table({"text": latin}), upload)
     rows = list(read_rows(upload, "parquet"))
@@ -283,7 +283,7 @@ def test_parquet_text_that_no_model_can_read_is_a_finding(upload: Path) -> None:
     assert reasons(rows) == ["a string is not valid UTF-8", "contains a NUL character"]
 
 
-def test_parquet_row_over_the_cap_is_a_finding(upload: Path) -> None:
+def test_parquet_row_over_the_limit_is_a_finding(upload: Path) -> None:
     rows = read(upload, parquet([{"text": "x" * (2**24 + 1)}, {"text": "b"}]), "parquet")
     assert values(rows) == [None, {"text": "b"}]
     assert reasons(rows) == ["longer than 16 MiB: split it into shorter rows"]
@@ -298,14 +298,14 @@ def test_damaged_parquet_is_refused(upload: Path) -> None:
         read(upload, damaged, "parquet")
 
 
-def test_text_documents_are_parted_by_blank_lines(upload: Path) -> None:
+def test_text_documents_are_separated_by_blank_lines(upload: Path) -> None:
     data = f"{GREETINGS}\r\nsecond line\r\n\r\n \n\nthird".encode()
     rows = read(upload, data, "text")
     assert values(rows) == [{"text": f"{GREETINGS}\nsecond line"}, {"text": "third"}]
     assert [(row.line, row.byte_offset) for row in rows] == [(1, 0), (6, len(data) - 5)]
 
 
-def test_text_document_that_cannot_be_read_is_a_finding(upload: Path) -> None:
+def test_unreadable_text_document_is_a_finding(upload: Path) -> None:
     rows = read(upload, b"a\nb\xff\n\nc\0\n\nd", "text")
     assert values(rows) == [None, None, {"text": "d"}]
     assert reasons(rows) == [

@@ -34,8 +34,8 @@ def test_reads_back_any_value_without_nul(value: Any, ensure_ascii: bool) -> Non
         ('{"a":\n 1,}', r"at line 2 of the row, column 4"),
         ("", "not valid JSON"),
         ('{"a": 1} x', "Extra data"),
-        ('{"a": NaN}', "NaN is not a number"),
-        ('{"a": -Infinity}', "-Infinity is not a number"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": -Infinity}', "-Infinity is not a JSON number"),
         ('{"a": 1e999}', "too large for a 64-bit float"),
         ('{"a": %s}' % ("9" * 5000), "too many digits"),
         ('{"a": {"b": 1, "c": 2, "b": 3}}', "the key 'b' is used twice"),
@@ -44,7 +44,7 @@ def test_reads_back_any_value_without_nul(value: Any, ensure_ascii: bool) -> Non
         ("[" * 100_000 + "]" * 100_000, "nested deeper"),
     ],
 )
-def test_refuses_what_is_not_json(text: str, reason: str) -> None:
+def test_refuses_text_that_is_not_strict_json(text: str, reason: str) -> None:
     with pytest.raises(RowProblem, match=reason) as caught:
         parse_json(text, "/at")
     assert caught.value.pointer == "/at"
@@ -54,14 +54,14 @@ def test_refuses_what_is_not_json(text: str, reason: str) -> None:
     ("text", "pointer", "reason"),
     [
         (r'{"a": [{"b~c/d": "x\u0000"}]}', "/a/0/b~0c~1d", "NUL"),
-        (r'{"a": "\ud83d"}', "/a", "surrogate"),
-        (r'{"a": "\uDE00\uD83D"}', "/a", "surrogate"),
-        (r'{"a": "\uDFFF"}', "/a", "surrogate"),
-        (r'{"a": {"\ud83d": 1}}', "/a", "surrogate"),
-        (r'{"a": {"%s": "\ud83d"}}' % ("k" * 300), "", "surrogate"),
+        (r'{"a": "\ud83d"}', "/a", "unpaired surrogate"),
+        (r'{"a": "\uDE00\uD83D"}', "/a", "unpaired surrogate"),
+        (r'{"a": "\uDFFF"}', "/a", "unpaired surrogate"),
+        (r'{"a": {"\ud83d": 1}}', "/a", "unpaired surrogate"),
+        (r'{"a": {"%s": "\ud83d"}}' % ("k" * 300), "", "unpaired surrogate"),
     ],
 )
-def test_points_to_text_that_no_file_can_hold(text: str, pointer: str, reason: str) -> None:
+def test_points_to_text_that_utf8_cannot_encode(text: str, pointer: str, reason: str) -> None:
     with pytest.raises(RowProblem, match=reason) as caught:
         parse_json(text)
     assert caught.value.pointer == pointer

@@ -13,7 +13,8 @@ SPECIAL = {TOKENIZER.token_to_id(token) for token in ("<|endoftext|>", "<|im_sta
 STOP = {TOKENIZER.token_to_id("<|im_end|>")}
 
 
-def changed(**parts: object) -> Tokenizer:
+def tokenizer_with(**parts: object) -> Tokenizer:
+    """A copy of the tokenizer with some parts replaced."""
     tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
     for name, part in parts.items():
         setattr(tokenizer, name, part)
@@ -22,8 +23,8 @@ def changed(**parts: object) -> Tokenizer:
 
 TOKENIZERS = {
     "byte level": TOKENIZER,
-    "trimmed offsets": changed(post_processor=processors.ByteLevel(trim_offsets=True)),
-    "spaces dropped": changed(
+    "trimmed offsets": tokenizer_with(post_processor=processors.ByteLevel(trim_offsets=True)),
+    "spaces dropped": tokenizer_with(
         pre_tokenizer=pre_tokenizers.Sequence(
             [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
@@ -38,42 +39,42 @@ def encode(tokenizer: Tokenizer, text: str) -> Encoding:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def words(text: str, *answers: str, in_order: bool = True) -> str:
-    """The trained part of a text in which each answer is a span."""
+def trained_text(text: str, *answers: str, in_order: bool = True) -> str:
+    """The trained part of a text, where each answer is a span."""
     encoding = encode(TOKENIZER, text)
     spans = [(text.index(answer), text.index(answer) + len(answer)) for answer in answers]
-    marks = trained_tokens(encoding, text, spans, special_ids=SPECIAL, stop_ids=STOP, in_order=in_order)
-    ids = [token for token, on in zip(encoding.ids, marks, strict=True) if on]
+    trained = trained_tokens(encoding, text, spans, special_ids=SPECIAL, stop_ids=STOP, in_order=in_order)
+    ids = [token for token, is_trained in zip(encoding.ids, trained, strict=True) if is_trained]
     return str(TOKENIZER.decode(ids, skip_special_tokens=False))
 
 
 @pytest.mark.parametrize("in_order", [True, False])
-def test_a_span_takes_its_tokens_and_the_stop_token_behind_it(in_order: bool) -> None:
+def test_tokens_of_a_span_and_the_stop_token_after_it_are_trained(in_order: bool) -> None:
     text = "<|im_start|>question<|im_end|>\n<|im_start|>answer<|im_end|>\n"
-    assert words(text, "answer", in_order=in_order) == "answer<|im_end|>"
-    assert words(text, "answer<|im_end|>\n", in_order=in_order) == "answer<|im_end|>"
-    assert words(text, "question", "answer", in_order=in_order) == "question<|im_end|>answer<|im_end|>"
+    assert trained_text(text, "answer", in_order=in_order) == "answer<|im_end|>"
+    assert trained_text(text, "answer<|im_end|>\n", in_order=in_order) == "answer<|im_end|>"
+    assert trained_text(text, "question", "answer", in_order=in_order) == "question<|im_end|>answer<|im_end|>"
 
 
-def test_a_character_of_several_tokens_is_trained_whole() -> None:
-    assert words("a 語 b", "語", in_order=True) == words("a 語 b", "語", in_order=False) == "語"
+def test_all_tokens_of_a_character_are_trained() -> None:
+    assert trained_text("a 語 b", "語", in_order=True) == trained_text("a 語 b", "語", in_order=False) == "語"
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(st.lists(PIECES, max_size=12).map("".join), st.data())
-def test_one_span_is_found_as_among_many(name: str, text: str, data: st.DataObject) -> None:
-    """Tokens are found in the library where its offsets are known to go forward, else by searching them."""
+def test_library_lookup_of_one_span_equals_the_search(name: str, text: str, data: st.DataObject) -> None:
+    """The library looks tokens up where its offsets are known to ascend; otherwise the offsets are searched."""
     places = st.integers(0, len(text))
     start, end = sorted((data.draw(places), data.draw(places)))
     encoding = encode(TOKENIZERS[name], text)
-    fast, searched = (
+    looked_up, searched = (
         trained_tokens(encoding, text, [(start, end)], special_ids=SPECIAL, stop_ids=STOP, in_order=in_order)
         for in_order in (True, False)
     )
-    assert fast == searched
+    assert looked_up == searched
 
 
-def test_places_that_go_back_are_searched_by_the_furthest_reached() -> None:
+def test_descending_offsets_are_replaced_by_running_extremes() -> None:
     starts, ends = _ascending([(0, 1), (4, 6), (1, 4), (6, 7)])
     assert (list(starts), list(ends)) == ([0, 1, 1, 6], [1, 6, 6, 7])
     starts, ends = _ascending([(0, 1), (1, 4), (1, 4), (4, 6)])

@@ -1,4 +1,4 @@
-"""Hostile templates are killed, and cost nobody else's row."""
+"""Hostile templates are killed, without an effect on other rows."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def chat(question: str) -> Chat:
 
 @pytest.fixture
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_process, "BATCH_S", 2.0)
-    monkeypatch.setattr(template_process, "ROW_S", 0.5)
+    monkeypatch.setattr(template_process, "BATCH_LIMIT_S", 2.0)
+    monkeypatch.setattr(template_process, "ROW_LIMIT_S", 0.5)
 
 
 def test_conversations_are_rendered_in_order() -> None:
@@ -48,7 +48,7 @@ def test_conversations_are_rendered_in_order() -> None:
 
 
 @pytest.mark.usefixtures("short_limits")
-def test_a_row_that_hangs_the_template_is_named_and_the_others_are_rendered() -> None:
+def test_row_that_hangs_the_template_is_an_error_and_the_others_are_rendered() -> None:
     with TemplateProcess(HANG + PLAIN, {}, NOW) as templates:
         results = list(templates.render([chat("one"), chat("hang"), chat("three")]))
     assert [result.text for result in results] == ["one|answer|", "", "three|answer|"]
@@ -56,7 +56,7 @@ def test_a_row_that_hangs_the_template_is_named_and_the_others_are_rendered() ->
 
 
 @pytest.mark.usefixtures("short_limits")
-def test_a_template_that_always_hangs_is_refused() -> None:
+def test_template_that_always_hangs_is_refused() -> None:
     template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with (
         TemplateProcess(template, {}, NOW) as templates,
@@ -66,11 +66,11 @@ def test_a_template_that_always_hangs_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("short_limits")
-def test_rows_that_hang_among_rows_that_do_not_are_findings_until_they_are_too_many(
+def test_hanging_rows_among_others_are_errors_until_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(template_process, "BATCH_S", 0.5)
-    monkeypatch.setattr(template_process, "MAX_DEATHS", 4)
+    monkeypatch.setattr(template_process, "BATCH_LIMIT_S", 0.5)
+    monkeypatch.setattr(template_process, "MAX_FAILURES", 4)
     with TemplateProcess(HANG + PLAIN, {}, NOW) as templates:
         results = templates.render([chat(question) for question in ["hang", "fine"] * 3])
         assert [bool(result.error) for result in results] == [True, False] * 3
@@ -78,27 +78,25 @@ def test_rows_that_hang_among_rows_that_do_not_are_findings_until_they_are_too_m
             templates.render([chat("hang"), chat("fine")])
 
 
-@pytest.mark.parametrize("beside", [[], ["hang"]], ids=["in its batch", "alone after another hung"])
-def test_a_long_conversation_may_take_longer_than_a_short_one(
-    monkeypatch: pytest.MonkeyPatch, beside: list[str]
-) -> None:
-    # Without marks an answer is found by rendering what stands before it: 400 answers, 801 renderings.
+@pytest.mark.parametrize("others", [[], ["hang"]], ids=["in its batch", "alone after another hung"])
+def test_long_conversation_has_more_time_than_a_short_one(monkeypatch: pytest.MonkeyPatch, others: list[str]) -> None:
+    # Without marks, an answer is located by rendering the messages before it: 400 answers, 801 renderings.
     turns = Chat(chat("a question").messages * 400, (False, True) * 400)
-    for name, limit_s in {"BATCH_S": 0.02, "ROW_S": 0.02, "MAX_EXTRA_S": 2.0}.items():
+    for name, limit_s in {"BATCH_LIMIT_S": 0.02, "ROW_LIMIT_S": 0.02, "MAX_EXTRA_S": 2.0}.items():
         monkeypatch.setattr(template_process, name, limit_s)
     with TemplateProcess(HANG + PLAIN, {}, NOW) as templates:
         templates._start()
         assert templates._process is not None
         pid = templates._process.pid
-        *_, result = templates.render([*map(chat, beside), turns])
-        assert (templates._process.pid == pid) is not bool(beside)
+        *_, result = templates.render([*map(chat, others), turns])
+        assert (templates._process.pid == pid) is not bool(others)
     assert result.error is None
     assert len(result.spans) == 400
 
 
 @contextmanager
 def serving(template: str, cpu_s: float) -> Iterator[subprocess.Popen[bytes]]:
-    """The child process that has compiled the template, with nobody who watches it."""
+    """The child process after compiling the template, without a parent that watches it."""
     setup = {"template": template, "special_tokens": {}, "now": NOW.isoformat(), "cpu_s": cpu_s}
     with subprocess.Popen(
         [sys.executable, "-m", "qlora_service.data.rendering.chat_template"],
@@ -127,25 +125,25 @@ def batch(question: str, cpu_s: float) -> dict[str, Any]:
     return {"rows": [[row.messages, row.trained, None]], "cpu_s": cpu_s}
 
 
-def test_a_hung_child_is_ended_by_the_kernel_when_nobody_else_does() -> None:
+def test_kernel_ends_a_hung_child_without_a_parent() -> None:
     with serving(HANG + PLAIN, cpu_s=20) as process:
         send(process, batch("hang", cpu_s=1))
         assert process.wait(timeout=60) == -signal.SIGXCPU
 
 
-def test_each_batch_has_processor_time_of_its_own() -> None:
+def test_each_batch_has_its_own_processor_time() -> None:
     work = "{% for a in range(99999) %}{% for b in range(20) %}{% endfor %}{% endfor %}"
     with serving(work + PLAIN, cpu_s=20) as process:
         limits = set()
         while len(limits) < 3:
-            # A child that gets no more time dies within two seconds of it and answers nothing.
+            # A child without additional time would die within two seconds of processor time, before it answers.
             assert exchange(process, batch("fine", cpu_s=1))[0]["text"] == "fine|answer|"
             limits.add(resource.prlimit(process.pid, resource.RLIMIT_CPU)[0])
 
 
-@pytest.mark.parametrize("half", ["{{ '\\ud800' }}", "{{ raise_exception('\\ud800' * 9999) }}"])
-def test_half_a_character_from_a_template_becomes_a_short_finding(half: str) -> None:
-    with TemplateProcess(half + PLAIN, {}, NOW) as templates:
+@pytest.mark.parametrize("surrogate", ["{{ '\\ud800' }}", "{{ raise_exception('\\ud800' * 9999) }}"])
+def test_unpaired_surrogate_from_a_template_becomes_a_short_error(surrogate: str) -> None:
+    with TemplateProcess(surrogate + PLAIN, {}, NOW) as templates:
         (result,) = templates.render([chat("one")])
     assert result.error is not None
     assert len(result.error.encode()) < 4000
@@ -153,18 +151,18 @@ def test_half_a_character_from_a_template_becomes_a_short_finding(half: str) -> 
 
 @pytest.mark.usefixtures("short_limits")
 @pytest.mark.parametrize("bomb", ["{{ 'x' * 10**9 }}", "{{ 'x' * (2 * 10**9) }}", "{{ '%099999999d' | format(1) }}"])
-def test_a_template_that_floods_is_stopped(bomb: str) -> None:
-    # Jinja computes constants while it compiles: some bombs go off then, some when a row is rendered.
+def test_template_that_exceeds_memory_or_output_is_stopped(bomb: str) -> None:
+    # Jinja evaluates constants at compile time: some bombs fail then, others when a row is rendered.
     with TemplateProcess(bomb + PLAIN, {}, NOW) as templates:
         try:
-            problem = templates.render([chat("one")])[0].error
-        except InvalidModel as refused:
-            problem = refused.message
-    assert problem
-    assert "template" in problem
+            error = templates.render([chat("one")])[0].error
+        except InvalidModel as refusal:
+            error = refusal.message
+    assert error
+    assert "template" in error
 
 
-def test_a_template_sees_nothing_of_the_services_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_does_not_inherit_the_environment_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_SECRET", "canary")
     with TemplateProcess(PLAIN, {}, NOW) as templates:
         templates.render([chat("one")])
@@ -173,7 +171,7 @@ def test_a_template_sees_nothing_of_the_services_environment(monkeypatch: pytest
     assert b"canary" not in environment
 
 
-def test_leaving_the_context_ends_the_child() -> None:
+def test_end_of_the_context_ends_the_child() -> None:
     with TemplateProcess(PLAIN, {}, NOW) as templates:
         templates.render([chat("one")])
         assert templates._process is not None
@@ -182,27 +180,27 @@ def test_leaving_the_context_ends_the_child() -> None:
         os.kill(pid, 0)
 
 
-def test_the_next_batch_is_rendered_before_it_is_asked_for() -> None:
+def test_next_batch_is_rendered_before_it_is_requested() -> None:
     batches = [("first", [chat("one")]), ("none", []), ("last", [chat("two"), chat("three")])]
-    asked: list[str] = []
+    sent: list[str] = []
 
-    def ask() -> Iterator[tuple[str, list[Chat]]]:
+    def send_batches() -> Iterator[tuple[str, list[Chat]]]:
         for name, chats in batches:
-            asked.append(name)
+            sent.append(name)
             yield name, chats
 
     with TemplateProcess(PLAIN, {}, NOW) as templates:
-        results = templates.render_ahead(ask())
+        results = templates.render_ahead(send_batches())
         name, (result,) = next(results)
         assert (name, result.text) == ("first", "one|answer|")
-        assert asked == ["first", "none"]
+        assert sent == ["first", "none"]
         assert [(name, [result.text for result in rendered]) for name, rendered in results] == [
             ("none", []),
             ("last", ["two|answer|", "three|answer|"]),
         ]
 
 
-def test_a_child_that_dies_between_two_batches_costs_no_row() -> None:
+def test_child_that_dies_between_two_batches_loses_no_row() -> None:
     with TemplateProcess(PLAIN, {}, NOW) as templates:
         results = templates.render_ahead([(1, [chat("one")]), (2, [chat("two")]), (3, [chat("three")])])
         next(results)

@@ -1,4 +1,4 @@
-"""Settings of strangers: what is usable is read, everything else is refused with the file's name."""
+"""Untrusted settings files: usable settings are read, everything else is refused with the name of the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write(directory: Path, name: str, content: Any) -> Path:
     return directory
 
 
-def test_special_tokens_are_text_or_objects_with_text_and_switches_are_left_out(tmp_path: Path) -> None:
+def test_special_tokens_are_text_or_objects_with_text_and_switches_are_ignored(tmp_path: Path) -> None:
     config = {
         "bos_token": {"content": "<s>", "special": True},
         "eos_token": "</s>",
@@ -40,19 +40,19 @@ def test_special_tokens_are_text_or_objects_with_text_and_switches_are_left_out(
         (None, None),
     ],
 )
-def test_template_of_the_config_is_the_one_named_default(tmp_path: Path, template: Any, expected: str | None) -> None:
+def test_template_named_default_is_used(tmp_path: Path, template: Any, expected: str | None) -> None:
     settings = read_tokenizer_settings(write(tmp_path, "tokenizer_config.json", {"chat_template": template}))
     assert settings.chat_template == expected
 
 
-def test_template_in_its_own_file_comes_before_the_configs(tmp_path: Path) -> None:
+def test_template_file_has_precedence_over_the_config(tmp_path: Path) -> None:
     write(tmp_path, "tokenizer_config.json", {"chat_template": "config's"})
     assert read_tokenizer_settings(write(tmp_path, "chat_template.jinja", "für 你".encode())).chat_template == "für 你"
 
 
-@pytest.mark.parametrize(("listed", "ids"), [(2, {2}), ([1, 2], {1, 2}), ([], set()), (None, set())])
-def test_generation_ends_with_one_token_or_any_of_several(tmp_path: Path, listed: Any, ids: set[int]) -> None:
-    settings = read_tokenizer_settings(write(tmp_path, "generation_config.json", {"eos_token_id": listed}))
+@pytest.mark.parametrize(("value", "ids"), [(2, {2}), ([1, 2], {1, 2}), ([], set()), (None, set())])
+def test_one_token_or_several_end_generation(tmp_path: Path, value: Any, ids: set[int]) -> None:
+    settings = read_tokenizer_settings(write(tmp_path, "generation_config.json", {"eos_token_id": value}))
     assert settings.eos_token_ids == ids
 
 
@@ -86,7 +86,7 @@ def test_model_without_settings_has_empty_ones(tmp_path: Path) -> None:
         ("chat_template.jinja", b"x" * (5 << 20), "larger than 4 MiB"),
     ],
 )
-def test_unusable_settings_are_refused_by_name(tmp_path: Path, name: str, content: Any, reason: str) -> None:
+def test_unusable_settings_are_refused_with_the_file_name(tmp_path: Path, name: str, content: Any, reason: str) -> None:
     with pytest.raises(InvalidModel) as caught:
         read_tokenizer_settings(write(tmp_path, name, content))
     (finding,) = caught.value.findings
@@ -94,7 +94,7 @@ def test_unusable_settings_are_refused_by_name(tmp_path: Path, name: str, conten
     assert reason in finding.reason
 
 
-def test_every_finding_is_gathered(tmp_path: Path) -> None:
+def test_all_findings_are_collected(tmp_path: Path) -> None:
     write(tmp_path, "generation_config.json", {"eos_token_id": "2"})
     write(tmp_path, "chat_template.jinja", b"\xff")
     with pytest.raises(InvalidModel) as caught:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_service.data.files.checks import check_dataset, read_examples
-from qlora_service.data.rows.examples import Chat, Completion, Labelled, Preference, documents
+from qlora_service.data.rows.examples import Chat, Completion, LabeledAnswer, Preference, documents
 from qlora_service.data.rows.shapes import RowProblem, to_example
 
 SHARED = Path(__file__).parents[5] / "shared" / "data" / "dpo_en_demo.json"
@@ -27,14 +27,14 @@ def pair(value: dict[str, Any]) -> Preference:
     return example
 
 
-def labelled(value: dict[str, Any]) -> Labelled:
+def labeled(value: dict[str, Any]) -> LabeledAnswer:
     example = to_example(value, "kto")
-    assert isinstance(example, Labelled)
+    assert isinstance(example, LabeledAnswer)
     return example
 
 
 def chats(*prompt: dict[str, Any], tools: Any = None) -> Preference:
-    """The pair of the good and the bad answer to the prompt, of which only the answers are trained."""
+    """The pair of the good and the bad answer to the prompt; only the answers are trained."""
     trained = (False,) * len(prompt) + (True,)
     return Preference(Chat((*prompt, GOOD), trained, tools), Chat((*prompt, BAD), trained, tools))
 
@@ -96,9 +96,9 @@ def test_every_form_of_a_pair_is_read(value: dict[str, Any], expected: Any) -> N
     assert pair(value) == expected
 
 
-def test_an_answer_may_call_tools_and_go_on() -> None:
-    calling = [{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "12:00"}, GOOD]
-    chosen = pair({"prompt": [USER], "chosen": calling, "rejected": [BAD]}).chosen
+def test_answer_may_call_tools_and_continue() -> None:
+    answer = [{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "12:00"}, GOOD]
+    chosen = pair({"prompt": [USER], "chosen": answer, "rejected": [BAD]}).chosen
     assert isinstance(chosen, Chat)
     assert chosen.trained == (False, True, False, True)
 
@@ -118,19 +118,23 @@ def test_an_answer_may_call_tools_and_go_on() -> None:
             "/chosen/0/content",
             "the answer is empty",
         ),
-        ({"prompt": [USER], "chosen": [GOOD], "rejected": [USER]}, "/rejected/0", "this message is of the user"),
-        ({"prompt": [USER], "chosen": USER, "rejected": BAD}, "/chosen", "this message is of the user"),
-        ({"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": BAD}, "/chosen/1", "this message is of the user"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [USER]}, "/rejected/0", "this message has the role user"),
+        ({"prompt": [USER], "chosen": USER, "rejected": BAD}, "/chosen", "this message has the role user"),
+        (
+            {"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": BAD},
+            "/chosen/1",
+            "this message has the role user",
+        ),
         (
             {"chosen": [USER, GOOD], "rejected": [USER, BAD, SYSTEM]},
             "/rejected/2",
-            "this message is of the system",
+            "this message has the role system",
         ),
         ({"prompt": [USER], "chosen": [{**GOOD, "weight": 0}], "rejected": BAD}, "/chosen", "no assistant message"),
         ({"prompt": [USER], "chosen": 3, "rejected": BAD}, "/chosen", "must be a list, is a number"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "/prompt", "must be a list, is a number"),
-        ({"chosen": "Paris.", "rejected": "Lyon."}, "/prompt", "nothing says what was asked"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "/rejected", "they share no prompt"),
+        ({"chosen": "Paris.", "rejected": "Lyon."}, "/prompt", "the prompt is missing"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "/rejected", "the two conversations share no prompt"),
         ({"chosen": [USER, GOOD], "rejected": [USER, GOOD, BAD]}, "/chosen", "the answer is missing"),
         ({"chosen": ["a"], "rejected": ["b"]}, "/chosen/0", "must be an object"),
         (
@@ -140,7 +144,7 @@ def test_an_answer_may_call_tools_and_go_on() -> None:
                 "rejected": "c",
             },
             "/chosen",
-            "this message is of the user",
+            "this message has the role user",
         ),
         (
             {"input": "a", "preferred_output": [GOOD], "non_preferred_output": [BAD]},
@@ -161,29 +165,29 @@ def test_an_answer_may_call_tools_and_go_on() -> None:
         ({"prompt": "a", "completion": "b"}, "", "this row has the shape prompt_completion"),
     ],
 )
-def test_a_pair_that_cannot_be_judged_is_pointed_to(value: dict[str, Any], pointer: str, reason: str) -> None:
+def test_unusable_pair_is_a_problem_at_its_pointer(value: dict[str, Any], pointer: str, reason: str) -> None:
     with pytest.raises(RowProblem) as caught:
         to_example(value, "preference")
     assert (caught.value.pointer, reason in caught.value.reason) == (pointer, True), caught.value.reason
 
 
 @pytest.mark.parametrize("label", [True, "true", " True ", "TRUE"])
-def test_a_label_is_a_boolean_or_its_name(label: Any) -> None:
+def test_label_is_a_boolean_or_its_name(label: Any) -> None:
     answer = Completion("a", "b")
-    assert labelled({"prompt": "a", "completion": "b", "label": label}) == Labelled(answer, True)
-    assert labelled({"prompt": "a", "completion": "b", "label": False}) == Labelled(answer, False)
+    assert labeled({"prompt": "a", "completion": "b", "label": label}) == LabeledAnswer(answer, True)
+    assert labeled({"prompt": "a", "completion": "b", "label": False}) == LabeledAnswer(answer, False)
 
 
-def test_only_the_last_answer_of_a_labelled_conversation_is_judged() -> None:
+def test_only_the_last_answer_of_a_labeled_conversation_is_trained() -> None:
     value = {"messages": [USER, BAD, USER, GOOD], "label": "false", "tools": [TOOL]}
     expected = Chat((USER, BAD, USER, GOOD), (False, False, False, True), (TOOL,))
-    assert labelled(value) == Labelled(expected, False)
+    assert labeled(value) == LabeledAnswer(expected, False)
 
 
-def test_a_labelled_answer_may_be_given_as_messages() -> None:
+def test_labeled_answer_may_be_a_list_of_messages() -> None:
     value = {"prompt": [USER, BAD, USER], "completion": [GOOD], "label": True, "messages": None}
     expected = Chat((USER, BAD, USER, GOOD), (False, False, False, True))
-    assert labelled(value) == Labelled(expected, True)
+    assert labeled(value) == LabeledAnswer(expected, True)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +203,7 @@ def test_a_labelled_answer_may_be_given_as_messages() -> None:
         ({"messages": [USER, {**GOOD, "weight": 0}], "label": True}, "/messages", "no assistant message to train"),
     ],
 )
-def test_a_labelled_row_that_cannot_be_judged_is_pointed_to(value: dict[str, Any], pointer: str, reason: str) -> None:
+def test_unusable_labeled_row_is_a_problem_at_its_pointer(value: dict[str, Any], pointer: str, reason: str) -> None:
     with pytest.raises(RowProblem) as caught:
         to_example(value, "kto")
     assert (caught.value.pointer, reason in caught.value.reason) == (pointer, True), caught.value.reason
@@ -220,11 +224,12 @@ COLUMNS = ("prompt", "conversations", "instruction", "input", "system", "history
 
 @given(st.dictionaries(st.sampled_from(COLUMNS), CELLS), CELLS, CELLS, st.booleans())
 def test_any_cells_are_a_pair_with_trained_answers_or_a_problem(
-    columns: dict[str, Any], better: Any, worse: Any, as_openai: bool
+    columns: dict[str, Any], chosen_cell: Any, rejected_cell: Any, as_openai: bool
 ) -> None:
     names = ("preferred_output", "non_preferred_output") if as_openai else ("chosen", "rejected")
     try:
-        example = to_example({"input": None} | columns | dict(zip(names, (better, worse), strict=True)), "preference")
+        answers = dict(zip(names, (chosen_cell, rejected_cell), strict=True))
+        example = to_example({"input": None} | columns | answers, "preference")
     except RowProblem:
         return
     chosen, rejected = documents(example)
@@ -236,7 +241,7 @@ def test_any_cells_are_a_pair_with_trained_answers_or_a_problem(
 
 
 @pytest.mark.skipif(not SHARED.is_file(), reason=f"no {SHARED.name} in ../shared/data")
-def test_the_pairs_of_llama_factory_are_all_usable() -> None:
+def test_all_pairs_of_llama_factory_are_usable() -> None:
     report = check_dataset(SHARED)
     assert (report.shape, report.rows, report.usable_rows) == ("preference", 300, 300)
     first = next(read_examples(SHARED, "json", "preference")).example

@@ -48,7 +48,7 @@ def chat(value: dict[str, Any], shape: Shape) -> Chat:
         ("", None),
     ],
 )
-def test_shape_is_told_by_the_columns(columns: str, shape: Shape | None) -> None:
+def test_shape_is_detected_by_the_columns(columns: str, shape: Shape | None) -> None:
     assert detect_shape(dict.fromkeys(columns.split())) == shape
 
 
@@ -69,12 +69,12 @@ def test_shape_is_told_by_the_columns(columns: str, shape: Shape | None) -> None
         ({"text": "a", "label": True}, "text"),
     ],
 )
-def test_shape_of_judged_answers_is_told_by_the_cells_too(value: dict[str, Any], shape: Shape) -> None:
+def test_shape_of_pairs_and_labels_is_detected_by_the_cells_too(value: dict[str, Any], shape: Shape) -> None:
     assert detect_shape(value) == shape
 
 
 @pytest.mark.parametrize(
-    ("objective", "shape", "says"),
+    ("objective", "shape", "advice"),
     [
         ("supervised", "messages", None),
         ("supervised", "text", None),
@@ -89,9 +89,9 @@ def test_shape_of_judged_answers_is_told_by_the_cells_too(value: dict[str, Any],
         ("kto", "prompt_completion", "needs rows of the shape kto (messages, label or prompt, completion, label)"),
     ],
 )
-def test_objective_fits_the_rows_or_is_told_what_to_do(objective: str, shape: Shape, says: str | None) -> None:
+def test_objective_fits_the_rows_or_gets_advice(objective: str, shape: Shape, advice: str | None) -> None:
     misfit = objective_misfit(objective, shape)
-    assert misfit is says if says is None else says in str(misfit)
+    assert misfit is advice if advice is None else advice in str(misfit)
 
 
 def test_messages_are_kept_and_assistant_turns_trained() -> None:
@@ -118,8 +118,8 @@ def test_messages_are_kept_and_assistant_turns_trained() -> None:
 
 
 def test_untrained_answer_may_be_empty() -> None:
-    silent = {"role": "assistant", "content": ""}
-    assert chat(messages(USER, {**silent, "weight": 0}, ANSWER), "messages").messages == (USER, silent, ANSWER)
+    empty = {"role": "assistant", "content": ""}
+    assert chat(messages(USER, {**empty, "weight": 0}, ANSWER), "messages").messages == (USER, empty, ANSWER)
 
 
 def test_content_parts_are_joined() -> None:
@@ -155,9 +155,9 @@ def test_older_function_call_becomes_a_tool_call() -> None:
     assert example.messages[2]["role"] == "tool"
 
 
-@pytest.mark.parametrize("none", [None, [], "", "[]"])
-def test_no_tools_are_none(none: Any) -> None:
-    assert chat(messages(USER, ANSWER, tools=none), "messages").tools is None
+@pytest.mark.parametrize("tools", [None, [], "", "[]"])
+def test_empty_tools_are_none(tools: Any) -> None:
+    assert chat(messages(USER, ANSWER, tools=tools), "messages").tools is None
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_no_tools_are_none(none: Any) -> None:
         (messages(USER, ANSWER, tools=["x"]), "/tools/0", "must be an object"),
     ],
 )
-def test_message_that_cannot_be_trained_is_pointed_to(value: dict[str, Any], pointer: str, reason: str) -> None:
+def test_unusable_message_is_a_problem_at_its_pointer(value: dict[str, Any], pointer: str, reason: str) -> None:
     with pytest.raises(RowProblem) as caught:
         to_example(value, "messages")
     assert caught.value.pointer == pointer
@@ -259,12 +259,12 @@ def test_conversations_may_hold_openai_messages() -> None:
         (sharegpt(("human", None)), "/conversations/0/value", "must be a string"),
         (sharegpt(("human", "a")), "/conversations", "no assistant message to train"),
         (sharegpt(("function_call", "now()")), "/conversations/0/value", "not valid JSON"),
-        (sharegpt(("function_call", "[]")), "/conversations/0/value", "names no function"),
+        (sharegpt(("function_call", "[]")), "/conversations/0/value", "contains no function call"),
         (sharegpt(("function_call", '"now"')), "/conversations/0/value", 'must be {"name"'),
         (sharegpt(("human", "a"), ("gpt", "b"), chosen={}, rejected={}), "/chosen", "a preference pair"),
     ],
 )
-def test_sharegpt_turn_that_cannot_be_trained_is_pointed_to(value: dict[str, Any], pointer: str, reason: str) -> None:
+def test_unusable_sharegpt_turn_is_a_problem_at_its_pointer(value: dict[str, Any], pointer: str, reason: str) -> None:
     with pytest.raises(RowProblem) as caught:
         to_example(value, "sharegpt")
     assert caught.value.pointer == pointer
@@ -282,7 +282,7 @@ def test_alpaca_joins_instruction_and_input(given_input: str | None, question: s
     )
 
 
-def test_alpaca_history_is_trained_too() -> None:
+def test_answers_in_alpaca_history_are_trained() -> None:
     value = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"], ["x", "y"]]}
     example = chat(value, "alpaca")
     assert [message["content"] for message in example.messages] == ["s", "a", "b", "x", "y", "c", "d"]
@@ -307,7 +307,7 @@ def test_prompt_and_completion_of_messages_train_only_the_completion() -> None:
     assert example == Chat((USER, ANSWER, USER, ANSWER), (False, False, False, True))
 
 
-def test_text_is_kept_as_it_is() -> None:
+def test_text_is_kept_unchanged() -> None:
     assert to_example({"text": " a\n", "meta": {}}, "text") == Text(" a\n")
 
 
@@ -342,7 +342,9 @@ def test_text_is_kept_as_it_is() -> None:
         ("text", {}, "", "Found: none."),
     ],
 )
-def test_row_that_cannot_be_used_is_pointed_to(shape: Shape, value: dict[str, Any], pointer: str, reason: str) -> None:
+def test_unusable_row_is_a_problem_at_its_pointer(
+    shape: Shape, value: dict[str, Any], pointer: str, reason: str
+) -> None:
     with pytest.raises(RowProblem) as caught:
         to_example(value, shape)
     assert caught.value.pointer == pointer

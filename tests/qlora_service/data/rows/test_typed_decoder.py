@@ -11,14 +11,14 @@ import pytest
 from qlora_service.data.rows.conversation import OPENAI, SHAREGPT
 from qlora_service.data.rows.examples import Shape
 from qlora_service.data.rows.shapes import COLUMNS, REQUIRED, RowProblem, to_example
-from qlora_service.data.rows.typed_decoder import count_plain
+from qlora_service.data.rows.typed_decoder import count_if_all_usable
 
 USER = {"role": "user", "content": ""}
 ANSWER = {"role": "assistant", "content": "Ja"}
 HUMAN = {"from": "human", "value": "Geht das?"}
 GPT = {"from": "gpt", "value": "Ja"}
 
-PLAIN: list[tuple[Shape, dict[str, Any]]] = [
+CERTAINLY_USABLE: list[tuple[Shape, dict[str, Any]]] = [
     ("messages", {"messages": [USER, ANSWER], "id": 7, "score": 0.5}),
     ("messages", {"messages": [{"role": "system", "content": "a"}, USER, {**ANSWER, "weight": 1}], "tools": None}),
     ("messages", {"messages": [USER, ANSWER, USER, ANSWER], "tools": [{"type": "function"}]}),
@@ -42,8 +42,8 @@ TURN_KEYS = ("weight", "tool_calls", "function_call", "name", "tool_call_id", "r
 IN_TURNS = {"role": ROLES, "from": ROLES, "content": CONTENTS, "value": CONTENTS} | dict.fromkeys(TURN_KEYS, CELLS)
 
 
-def changed(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The row with one cell, or one cell of one turn, left out or replaced."""
+def changed_rows(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Copies of the row with one cell, or one cell of one turn, removed or replaced."""
     for column in COLUMNS | row.keys():
         yield {name: cell for name, cell in row.items() if name != column}
         yield from (row | {column: cell} for cell in CELLS)
@@ -63,36 +63,37 @@ def is_usable(row: dict[str, Any], shape: Shape) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("shape", "row"), PLAIN)
-def test_rows_with_one_thing_changed_are_plain_only_if_usable(shape: Shape, row: dict[str, Any]) -> None:
-    judged = [(count_plain(json.dumps(other).encode(), shape), other) for other in changed(row)]
-    assert [other for plain, other in judged if plain is not None and not is_usable(other, shape)] == []
-    assert {plain for plain, _ in judged} == {1, None}
+@pytest.mark.parametrize(("shape", "row"), CERTAINLY_USABLE)
+def test_changed_row_is_counted_only_if_usable(shape: Shape, row: dict[str, Any]) -> None:
+    counts = [(count_if_all_usable(json.dumps(other).encode(), shape), other) for other in changed_rows(row)]
+    assert [other for count, other in counts if count is not None and not is_usable(other, shape)] == []
+    assert {count for count, _ in counts} == {1, None}
 
 
-@pytest.mark.parametrize(("shape", "row"), PLAIN)
-def test_rows_as_the_field_writes_them_are_plain(shape: Shape, row: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("shape", "row"), CERTAINLY_USABLE)
+def test_ordinary_rows_of_every_shape_are_counted(shape: Shape, row: dict[str, Any]) -> None:
     line = json.dumps(row).encode() + b"\n"
-    assert count_plain(line * 3, shape) == 3
+    assert count_if_all_usable(line * 3, shape) == 3
 
 
-def test_one_row_that_is_not_plain_leaves_all_to_the_readers() -> None:
+def test_one_uncertain_row_leaves_all_rows_to_the_readers() -> None:
     good, bad = b'{"text": "a"}\n', b'{"text": ""}\n'
-    assert count_plain(good + good, "text") == 2
-    assert count_plain(good + bad + good, "text") is None
+    assert count_if_all_usable(good + good, "text") == 2
+    assert count_if_all_usable(good + bad + good, "text") is None
 
 
-def test_conversation_of_a_pair_of_answers_is_not_plain() -> None:
+def test_conversation_of_a_preference_pair_is_not_counted() -> None:
     row = {"conversations": [HUMAN, GPT], "chosen": GPT, "rejected": GPT}
     assert not is_usable(row, "sharegpt")
-    assert count_plain(json.dumps(row).encode(), "sharegpt") is None
+    assert count_if_all_usable(json.dumps(row).encode(), "sharegpt") is None
 
 
-def test_lines_without_rows_are_no_rows() -> None:
-    assert [count_plain(b"\n \r\n", shape) for shape in REQUIRED] == [0] * len(REQUIRED)
+def test_blank_lines_are_not_counted() -> None:
+    assert [count_if_all_usable(b"\n \r\n", shape) for shape in REQUIRED] == [0] * len(REQUIRED)
 
 
-def test_blank_answers_of_any_character_are_not_plain() -> None:
+def test_blank_answer_of_any_white_space_is_not_counted() -> None:
     blanks = [chr(code) for code in range(1, sys.maxunicode + 1) if chr(code).isspace()]
     assert len(blanks) > 20
-    assert [count_plain(json.dumps({"text": blank}).encode(), "text") for blank in blanks] == [None] * len(blanks)
+    counts = [count_if_all_usable(json.dumps({"text": blank}).encode(), "text") for blank in blanks]
+    assert counts == [None] * len(blanks)

@@ -1,4 +1,4 @@
-"""The child process: what it needs, what it refuses, what is kept of its answers."""
+"""The child process: its input, its errors, and the stored results."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ TINY = config(64, 128, 2, 4, 2, 512)
 JOB = JobSpec(base_model="tiny")
 
 
-def ask(values: dict[str, Any], job: JobSpec = JOB, timeout_s: float = 240, **options: Any) -> Memory:
+def simulate(values: dict[str, Any], job: JobSpec = JOB, timeout_s: float = 240, **options: Any) -> Memory:
     simulator = Simulator(timeout_s, options.pop("cache_dir", None))
     return simulator.simulate(values, job, micro_batch_tokens=256, checkpointing=True, **options)
 
 
-def test_a_config_is_enough_and_answers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = ask(TINY, cache_dir=tmp_path)
+def test_config_is_enough_and_results_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = simulate(TINY, cache_dir=tmp_path)
     assert first.reserved >= first.allocated > first.categories[Category.WEIGHTS] > 0
     renamed = JobSpec(base_model="other", name="memory does not depend on it")
-    assert ask(TINY, renamed, timeout_s=0.001, cache_dir=tmp_path) == first
+    assert simulate(TINY, renamed, timeout_s=0.001, cache_dir=tmp_path) == first
     with pytest.raises(CannotSimulate, match=r"did not finish within 0\.001 s"):
-        ask(TINY, JobSpec.model_validate({"base_model": "tiny", "adapter": {"r": 9}}), 0.001, cache_dir=tmp_path)
+        simulate(TINY, JobSpec.model_validate({"base_model": "tiny", "adapter": {"r": 9}}), 0.001, cache_dir=tmp_path)
     with pytest.raises(CannotSimulate, match="did not finish"):
-        ask(TINY | {"num_hidden_layers": 3}, timeout_s=0.001, cache_dir=tmp_path)
+        simulate(TINY | {"num_hidden_layers": 3}, timeout_s=0.001, cache_dir=tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("qlora_service.planning.simulation.run.version", lambda _: "another")
         with pytest.raises(CannotSimulate, match="did not finish"):
-            ask(TINY, timeout_s=0.001, cache_dir=tmp_path)
-    (kept,) = tmp_path.iterdir()
-    kept.write_text("half a")
+            simulate(TINY, timeout_s=0.001, cache_dir=tmp_path)
+    (stored,) = tmp_path.iterdir()
+    stored.write_text("half a")
     with pytest.raises(CannotSimulate):
-        ask(TINY, timeout_s=0.001, cache_dir=tmp_path)
+        simulate(TINY, timeout_s=0.001, cache_dir=tmp_path)
 
 
-def test_an_unknown_architecture_is_named() -> None:
+def test_unknown_architecture_is_named() -> None:
     with pytest.raises(CannotSimulate, match="does not know the architecture 'llama9'"):
-        ask(TINY | {"model_type": "llama9"})
+        simulate(TINY | {"model_type": "llama9"})
 
 
 @pytest.mark.parametrize("row", [ROWS[0], ROWS[2], ROWS[6]], ids=lambda row: row.name)
-def test_what_others_measured_on_gpus_is_found_by_emulating_their_code(row: Any) -> None:
+def test_published_gpu_measurements_are_reproduced_by_emulation(row: Any) -> None:
     assert emulated_bytes(row) == pytest.approx(row.bytes, rel=0.02)

@@ -1,4 +1,4 @@
-"""What the tracker counts, on real tensors."""
+"""The tracker's figures, on real tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def kib(number: int) -> torch.Tensor:
     return torch.zeros(number * KIB, dtype=torch.uint8)
 
 
-def test_the_peak_is_the_most_there_was_at_one_time() -> None:
+def test_peak_is_the_maximum_of_live_bytes() -> None:
     tracker = Tracker()
     with tracker:
         first = kib(3)
@@ -31,7 +31,7 @@ def test_the_peak_is_the_most_there_was_at_one_time() -> None:
     assert tracker.peak == 8 * KIB
 
 
-def test_views_and_operations_in_place_take_nothing() -> None:
+def test_views_and_in_place_operations_allocate_nothing() -> None:
     tracker = Tracker()
     with tracker:
         whole = kib(4)
@@ -41,7 +41,7 @@ def test_views_and_operations_in_place_take_nothing() -> None:
     assert tracker.peak == 4 * KIB
 
 
-def test_tensors_without_values_count_like_real_ones() -> None:
+def test_meta_tensors_count_like_real_ones() -> None:
     tracker = Tracker(rounding=512)
     with tracker:
         kept = torch.empty(1000, 1000, device="meta") @ torch.empty(1000, 10, device="meta")
@@ -49,11 +49,11 @@ def test_tensors_without_values_count_like_real_ones() -> None:
     assert tracker.peak == 4_000_256 + 40_448 + 40_448
 
 
-def test_what_is_made_while_going_backward_is_told_from_what_was_saved() -> None:
+def test_allocations_in_the_backward_pass_count_as_recomputation() -> None:
     weight = torch.randn(64, 64, requires_grad=True)
-    weight.register_post_accumulate_grad_hook(lambda p: tracker.own(p.grad, Category.GRADIENTS))
+    weight.register_post_accumulate_grad_hook(lambda p: tracker.register(p.grad, Category.GRADIENTS))
     tracker = Tracker()
-    tracker.own(weight, Category.ADAPTER)
+    tracker.register(weight, Category.ADAPTER)
     with tracker:
         hidden = torch.ones(8, 64) @ weight
         loss = hidden.square().sum()
@@ -64,7 +64,7 @@ def test_what_is_made_while_going_backward_is_told_from_what_was_saved() -> None
     assert at_peak[Category.RECOMPUTATION] >= hidden.nbytes
 
 
-def test_logits_are_known_by_their_columns() -> None:
+def test_logits_are_recognized_by_their_columns() -> None:
     tracker = Tracker(vocabulary=100)
     with tracker, tracker.during(Category.OPTIMIZER):
         logits, other = torch.ones(4, 100), torch.ones(4, 99)
@@ -72,7 +72,7 @@ def test_logits_are_known_by_their_columns() -> None:
     assert (at_peak[Category.LOGITS], at_peak[Category.OPTIMIZER]) == (logits.nbytes, other.nbytes)
 
 
-def test_a_kernels_workspace_counts_while_it_runs() -> None:
+def test_workspace_counts_while_its_kernel_runs() -> None:
     def size(args: Any) -> int:
         return 10 * KIB
 
@@ -87,7 +87,7 @@ def test_a_kernels_workspace_counts_while_it_runs() -> None:
     assert after.nbytes == KIB
 
 
-def test_reserved_bytes_are_the_allocators() -> None:
+def test_reserved_bytes_are_those_of_the_caching_allocator() -> None:
     tracker = Tracker(rounding=512)
     with tracker:
         kept = [kib(1) for _ in range(3)]
@@ -96,10 +96,10 @@ def test_reserved_bytes_are_the_allocators() -> None:
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_owning_a_tensor_counts_it_once(again: bool) -> None:
+def test_registered_tensor_is_counted_once(again: bool) -> None:
     tracker, tensor = Tracker(), kib(5)
-    tracker.own(tensor, Category.UNQUANTIZED)
+    tracker.register(tensor, Category.UNQUANTIZED)
     if again:
-        tracker.own(tensor.view(5, KIB), Category.ADAPTER)
+        tracker.register(tensor.view(5, KIB), Category.ADAPTER)
     category = Category.ADAPTER if again else Category.UNQUANTIZED
     assert {name: size for name, size in tracker.at_peak().items() if size} == {category: 5 * KIB}

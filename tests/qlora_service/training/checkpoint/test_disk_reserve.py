@@ -1,3 +1,5 @@
+"""Reserved disk space: allocated, released in parts, and refused on a full disk."""
+
 from __future__ import annotations
 
 import errno
@@ -12,7 +14,7 @@ from qlora_service.training.checkpoint.disk_reserve import DiskReserve
 MIB = 2**20
 
 
-def test_ballast_takes_up_blocks_of_the_disk_and_gives_them_up_piece_by_piece(tmp_path: Path) -> None:
+def test_reserve_occupies_disk_blocks_and_releases_them_in_parts(tmp_path: Path) -> None:
     path = tmp_path / "new" / "reserve"
     reserve = DiskReserve(path)
     assert reserve.held_bytes == 0
@@ -27,7 +29,7 @@ def test_ballast_takes_up_blocks_of_the_disk_and_gives_them_up_piece_by_piece(tm
     reserve.release()
 
 
-def test_reserving_again_replaces_what_was_held(tmp_path: Path) -> None:
+def test_reserving_again_replaces_the_former_reserve(tmp_path: Path) -> None:
     reserve = DiskReserve(tmp_path / "reserve")
     reserve.reserve(2 * MIB)
     reserve.reserve(MIB)
@@ -36,27 +38,25 @@ def test_reserving_again_replaces_what_was_held(tmp_path: Path) -> None:
     assert not (tmp_path / "reserve").exists()
 
 
-def test_more_than_the_disk_has_is_an_error_and_nothing_is_held_but_what_is_wanted_is_known(
+def test_a_reserve_beyond_the_free_space_is_an_error_and_keeps_only_the_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken: list[int] = []
-    monkeypatch.setattr(os, "posix_fallocate", lambda _file, _offset, size: taken.append(size))
+    allocated: list[int] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda _file, _offset, size: allocated.append(size))
     reserve = DiskReserve(tmp_path / "reserve")
-    wanted = 2 * shutil.disk_usage(tmp_path).free
+    size = 2 * shutil.disk_usage(tmp_path).free
     with pytest.raises(OSError, match="No space left"):
-        reserve.reserve(wanted)
-    assert taken == []  # to fill the disk in order to find out would take the room from others
+        reserve.reserve(size)
+    assert allocated == []  # trying would fill the disk for other writers
     assert not (tmp_path / "reserve").exists()
-    assert reserve.wanted_bytes == wanted
+    assert reserve.wanted_bytes == size
 
 
-def test_room_that_others_take_meanwhile_is_an_error_and_nothing_is_held(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def taken_by_others(*_: int) -> None:
+def test_a_failing_allocation_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", taken_by_others)
+    monkeypatch.setattr(os, "posix_fallocate", fail)
     with pytest.raises(OSError, match="No space left"):
         DiskReserve(tmp_path / "reserve").reserve(MIB)
     assert not (tmp_path / "reserve").exists()

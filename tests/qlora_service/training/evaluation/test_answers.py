@@ -1,3 +1,5 @@
+"""The child process that answers questions with base and adapter."""
+
 from __future__ import annotations
 
 import json
@@ -15,14 +17,14 @@ from qlora_service.training.network.micro_batch import TokenRow
 from tests.tiny_training import load, run
 
 
-def test_the_child_prints_what_base_and_adapter_answer_and_nothing_else(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_child_prints_the_answers_of_base_and_adapter_alone(tiny_model: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(tiny_model), local_files_only=True)
-    learned = []
+    train_rows = []
     for line, (question, answer) in enumerate([("one", "Paris is the capital"), ("two", "a little house")], start=1):
-        prompt, reply = question_ids(tokenizer, question), tokenizer(f"{answer}<|im_end|>")["input_ids"]
-        learned.append(TokenRow(line, prompt + reply, [False] * len(prompt) + [True] * len(reply)))
+        prompt, answer_ids = question_ids(tokenizer, question), tokenizer(f"{answer}<|im_end|>")["input_ids"]
+        train_rows.append(TokenRow(line, prompt + answer_ids, [False] * len(prompt) + [True] * len(answer_ids)))
     model = load(tiny_model, adapter=Lora(r=16, target_modules=["embed_tokens", "q_proj", "v_proj"]))
-    run(model, learned, Training(batch_size=2, learning_rate=0.01, max_grad_norm=1.0), steps=40)
+    run(model, train_rows, Training(batch_size=2, learning_rate=0.01, max_grad_norm=1.0), steps=40)
     save_adapter(model, tmp_path, "tiny", None)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(tiny_model / name, tmp_path / name)

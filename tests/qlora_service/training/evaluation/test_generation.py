@@ -1,3 +1,5 @@
+"""Generated answers against a greedy reference, their scores, and the report."""
+
 from __future__ import annotations
 
 import json
@@ -26,7 +28,7 @@ from qlora_service.specs import (
 from qlora_service.training.evaluation.generation import (
     compare_answers,
     evaluate_generation,
-    question_and_answer,
+    prompt_and_answer,
     question_ids,
     score,
     stop_ids,
@@ -48,7 +50,7 @@ NEW_TOKENS = 16
 
 @pytest.fixture(scope="module")
 def vivid_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with layers twelve times as strong: its answers have many words, where its own repeat one."""
+    """The tiny model with layer weights times twelve: its answers have many words, not one repeated."""
     path = tmp_path_factory.mktemp("vivid")
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -66,7 +68,7 @@ def tokenizer(vivid_model: Path) -> PreTrainedTokenizerBase:
 
 
 def adapted(directory: Path, method: str = "lora", quantization: Quantization = FLOAT64) -> PeftModel:
-    """An adapter far from where it starts, in float32."""
+    """A model whose float32 adapter is far from its initial weights."""
     model = load(directory, quantization=quantization, adapter=ADAPTERS[method])
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
@@ -77,7 +79,7 @@ def adapted(directory: Path, method: str = "lora", quantization: Quantization = 
 
 @torch.no_grad()
 def most_likely(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> list[int]:
-    """The reference: the most likely token, over and over, each time from the whole text and without a cache."""
+    """The reference: one most likely token after the other, each from the whole text, without a cache."""
     answer: list[int] = []
     while len(answer) < NEW_TOKENS and not stop_ids(model, tokenizer) & set(answer):
         answer.append(int(model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, -1].argmax()))
@@ -91,49 +93,49 @@ def text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def answers(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]] = PROMPTS, **options: Any
 ) -> list[str]:
-    """The adapter's."""
+    """Answers of the adapter."""
     pairs = compare_answers(model, tokenizer, prompts, NEW_TOKENS, lambda: None, **options)
     return [pair.adapter for pair in pairs]
 
 
 def row(tokenizer: PreTrainedTokenizerBase, line: int, *turns: str, ending: str = "<|im_end|>") -> TokenRow:
-    """A conversation, user first; every answer is learned, with the token that ends it."""
+    """A conversation that starts with the user; every answer is trained, with the token that ends it."""
     ids: list[int] = []
     trained: list[bool] = []
     for index, turn in enumerate(turns):
         is_answer = index % 2 == 1
-        whole = f"{turn}{ending}" if is_answer else f"<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n"
-        part = tokenizer(whole)["input_ids"]
+        rendered = f"{turn}{ending}" if is_answer else f"<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n"
+        part = tokenizer(rendered)["input_ids"]
         ids, trained = ids + part, trained + [is_answer] * len(part)
     return TokenRow(line, ids, trained)
 
 
 @pytest.mark.parametrize("quantization", [FLOAT64, NF4], ids=["none", "nf4"])
 @pytest.mark.parametrize("method", ADAPTERS)
-def test_answers_are_those_of_an_untouched_peft_model(
+def test_answers_equal_those_of_an_unmodified_peft_model(
     method: str, quantization: Quantization, vivid_model: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Beside the tokens' caching, this holds what training changes in the model against what it was."""
-    untouched = adapted(vivid_model, method, quantization).eval()
-    untouched.get_base_model().set_attn_implementation("sdpa")
+    """Compares a model prepared for training, with fused modules and a token cache, with one that is not."""
+    unmodified = adapted(vivid_model, method, quantization).eval()
+    unmodified.get_base_model().set_attn_implementation("sdpa")
     trained = network(adapted(vivid_model, method, quantization)).model
     trained.get_base_model().set_attn_implementation(PER_DOCUMENT)
 
     pairs = compare_answers(trained, tokenizer, PROMPTS, NEW_TOKENS, lambda: None)
 
-    expected = [text(tokenizer, most_likely(untouched, tokenizer, prompt)) for prompt in PROMPTS]
+    expected = [text(tokenizer, most_likely(unmodified, tokenizer, prompt)) for prompt in PROMPTS]
     assert [pair.adapter for pair in pairs] == expected
-    with untouched.disable_adapter():
-        expected = [text(tokenizer, most_likely(untouched, tokenizer, prompt)) for prompt in PROMPTS]
+    with unmodified.disable_adapter():
+        expected = [text(tokenizer, most_likely(unmodified, tokenizer, prompt)) for prompt in PROMPTS]
     assert [pair.base for pair in pairs] == expected
     assert all(pair.base != pair.adapter for pair in pairs)
-    assert all(len(set(pair.adapter)) > 4 for pair in pairs), "answers of one letter would prove little"
+    assert all(len(set(pair.adapter)) > 4 for pair in pairs), "answers of one repeated letter would prove little"
 
 
 def state(model: PeftModel) -> tuple[Any, ...]:
     base = model.get_base_model()
-    learned = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return model.training, base.config._attn_implementation, base.config.use_cache, base.generation_config, learned
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return model.training, base.config._attn_implementation, base.config.use_cache, base.generation_config, trainable
 
 
 def cancel() -> None:
@@ -147,7 +149,7 @@ def test_the_model_is_left_as_it_was(
 ) -> None:
     model = load(vivid_model).train(training)
     if not training:
-        model.requires_grad_(False)  # as an adapter is that was loaded; PEFT would let it learn
+        model.requires_grad_(False)  # as in a loaded adapter, which PEFT would make trainable
     before = state(model)
     try:
         compare_answers(model, tokenizer, PROMPTS[:1], 2, on_answer)
@@ -156,20 +158,22 @@ def test_the_model_is_left_as_it_was(
     assert state(model) == before
 
 
-def test_every_answer_is_told_of_and_may_be_the_last(vivid_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_on_answer_is_called_after_every_answer_and_may_stop(
+    vivid_model: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     model = adapted(vivid_model)
-    told: list[int] = []
+    calls: list[int] = []
 
     def count() -> None:
-        told.append(1)
-        if len(told) == 5:
+        calls.append(1)
+        if len(calls) == 5:
             cancel()
 
-    compare_answers(model, tokenizer, PROMPTS[:2], 2, lambda: told.append(0))
-    assert told == [0] * 4
+    compare_answers(model, tokenizer, PROMPTS[:2], 2, lambda: calls.append(0))
+    assert calls == [0] * 4
     with pytest.raises(JobCancelled):
         compare_answers(model, tokenizer, PROMPTS, 2, count)
-    assert len(told) == 5
+    assert len(calls) == 5
 
 
 def test_dropout_is_off(vivid_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -187,7 +191,7 @@ def test_an_answer_ends_with_a_stop_token(vivid_model: Path, tokenizer: PreTrain
     assert answers(model, tokenizer, PROMPTS[:1], also_stop={ids[3]}) == [text(tokenizer, ids[: ids.index(ids[3]) + 1])]
 
 
-def test_the_models_own_sampling_is_left_out(vivid_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_models_own_sampling_settings_are_not_used(vivid_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model = adapted(vivid_model)
     greedy = answers(model, tokenizer)
     sampling = GenerationConfig(do_sample=True, temperature=2.0, repetition_penalty=9.0, num_beams=2, eos_token_id=2)
@@ -199,7 +203,7 @@ def test_the_models_own_sampling_is_left_out(vivid_model: Path, tokenizer: PreTr
     ("method", "prompt_tokens", "room"),
     [("lora", MAX_POSITIONS - 3, 3), ("lora", MAX_POSITIONS + 5, 0), ("prompt_tuning", MAX_POSITIONS - 6, 2)],
 )
-def test_an_answer_has_what_the_prompt_leaves_of_the_positions(
+def test_an_answer_is_limited_to_the_free_positions(
     method: str, prompt_tokens: int, room: int, vivid_model: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = adapted(vivid_model, method)
@@ -208,31 +212,33 @@ def test_an_answer_has_what_the_prompt_leaves_of_the_positions(
     assert (pair.adapter == "") is (room == 0)
 
 
-def test_the_question_is_all_before_the_last_answer() -> None:
+def test_the_prompt_is_everything_before_the_last_answer() -> None:
     ids, trained = [1, 5, 6, 7, 2, 8, 9, 10, 2, 2], [0, 0, 1, 1, 1, 0, 0, 1, 1, 1]
     document = TokenRow(1, ids, [bool(flag) for flag in trained])
-    assert question_and_answer(document, {2}) == ([1, 5, 6, 7, 2, 8, 9], [10])
-    assert question_and_answer(document) == ([1, 5, 6, 7, 2, 8, 9], [10, 2, 2])
+    assert prompt_and_answer(document, {2}) == ([1, 5, 6, 7, 2, 8, 9], [10])
+    assert prompt_and_answer(document) == ([1, 5, 6, 7, 2, 8, 9], [10, 2, 2])
     ends_with_a_question = TokenRow(1, [*ids, 3, 4], [*document.trained, False, False])
-    assert question_and_answer(ends_with_a_question, {2}) == ([1, 5, 6, 7, 2, 8, 9], [10])
-    assert question_and_answer(TokenRow(1, [1, 2], [True, True])) is None
+    assert prompt_and_answer(ends_with_a_question, {2}) == ([1, 5, 6, 7, 2, 8, 9], [10])
+    assert prompt_and_answer(TokenRow(1, [1, 2], [True, True])) is None
 
 
-def test_scores_are_those_of_the_libraries_on_english() -> None:
+def test_scores_equal_those_of_the_libraries_on_english() -> None:
     references = ["The capital of France is Paris.", "There are 7 days in a week, aren't there?", "state-of_the art"]
-    given = ["The capital of France is Rome.\n", "There are 7 days in every week!", "state of the art it is"]
-    scores = score(list(zip(given, references, strict=True)))
+    answers = ["The capital of France is Rome.\n", "There are 7 days in every week!", "state of the art it is"]
+    scores = score(list(zip(answers, references, strict=True)))
     assert scores is not None
     rouge = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
     for kind in ("rouge1", "rouge2", "rougeL"):
-        measured = [rouge.score(r, g)[kind].fmeasure for g, r in zip(given, references, strict=True)]
+        measured = [
+            rouge.score(reference, answer)[kind].fmeasure for answer, reference in zip(answers, references, strict=True)
+        ]
         assert getattr(scores, kind) == pytest.approx(sum(measured) / 3)
-    assert scores.bleu == pytest.approx(corpus_bleu([g.strip() for g in given], [references]).score)
+    assert scores.bleu == pytest.approx(corpus_bleu([answer.strip() for answer in answers], [references]).score)
     assert 0 < scores.bleu < 100
     assert scores.exact_match == 0
 
 
-def test_exact_match_is_the_share_that_is_the_same_but_for_white_space() -> None:
+def test_exact_match_is_the_share_of_equal_answers_ignoring_outer_white_space() -> None:
     scores = score([(" Paris\n", "Paris"), ("paris", "Paris"), ("Paris!", "Paris"), ("a\nb", "a\nb ")])
     assert scores is not None
     assert scores.exact_match == 0.5
@@ -246,13 +252,13 @@ def test_a_perfect_answer_has_a_perfect_score_in_any_script(words: str) -> None:
     assert scores.bleu == pytest.approx(100)
 
 
-def test_each_chinese_sign_counts() -> None:
+def test_each_chinese_character_is_a_word() -> None:
     scores = score([("首都是巴黎abc", "首都是罗马abc")])
     assert scores is not None
     assert scores.rouge1 == pytest.approx(4 / 6)
 
 
-def test_nothing_to_score_has_no_scores_and_empty_answers_have_the_lowest() -> None:
+def test_no_answers_have_no_scores_and_empty_answers_have_the_lowest() -> None:
     assert score([]) is None
     scores = score([("", "Paris")])
     assert scores is not None
@@ -260,20 +266,20 @@ def test_nothing_to_score_has_no_scores_and_empty_answers_have_the_lowest() -> N
 
 
 @pytest.mark.parametrize("ending", ["<|im_end|>", "<|endoftext|>"], ids=["the model's end", "the template's own end"])
-def test_an_adapter_that_learned_its_rows_scores_higher_than_the_base(
+def test_an_adapter_trained_on_the_rows_scores_higher_than_the_base(
     ending: str, tiny_model: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Answers end where the rows' do, also where no setting of the model names that token."""
-    learned = [
+    """Answers end with the rows' last token, even if no setting of the model has it as a stop token."""
+    train_rows = [
         row(tokenizer, 4, "one", "Paris is the capital", ending=ending),
         row(tokenizer, 2, "two", "seven days in the week", "three", "a little house", ending=ending),
     ]
     model = load(tiny_model, adapter=Lora(r=16, target_modules=["embed_tokens", "q_proj", "v_proj"]))
-    run(model, learned, Training(batch_size=2, learning_rate=0.01, max_grad_norm=1.0), steps=40)
+    run(model, train_rows, Training(batch_size=2, learning_rate=0.01, max_grad_norm=1.0), steps=40)
     spec = Evaluation(generate_rows=5, questions=["one", "x" * 3000], max_new_tokens=12)
-    told: list[int] = []
+    calls: list[int] = []
 
-    report = evaluate_generation(network(model), tokenizer, learned, spec, lambda: told.append(1))
+    report = evaluate_generation(network(model), tokenizer, train_rows, spec, lambda: calls.append(1))
 
     assert json.loads(json.dumps(report)) == report
     assert report["scores"]["adapter"]["exact_match"] == 1.0
@@ -284,15 +290,15 @@ def test_an_adapter_that_learned_its_rows_scores_higher_than_the_base(
     assert (second["line"], second["reference"], second["adapter"]) == (2, "a little house", "a little house")
     assert second["question"] == "user\ntwo\nassistant\nseven days in the weekuser\nthree\nassistant"
     assert "max_new_tokens" not in first
-    asked, too_long = report["questions"]
-    assert (asked["question"], asked["adapter"]) == ("one", "Paris is the capital")
+    answered, too_long = report["questions"]
+    assert (answered["question"], answered["adapter"]) == ("one", "Paris is the capital")
     assert (too_long["question"], too_long["max_new_tokens"]) == ("x" * 3000, 0)
     assert report["seconds"]["base"] > 0
     assert report["seconds"]["adapter"] > 0
-    assert len(told) == 8
+    assert len(calls) == 8
 
 
-def test_rows_without_a_question_and_unwanted_answers_are_left_out(
+def test_rows_without_a_question_and_undesirable_answers_are_left_out(
     vivid_model: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     story = tokenizer("Once upon a time")["input_ids"]
@@ -324,9 +330,9 @@ def test_text_alone_has_no_scores(vivid_model: Path, tokenizer: PreTrainedTokeni
     assert report == {"scores": None, "rows": [], "questions": [], "seconds": {"base": 0, "adapter": 0}}
 
 
-def test_a_question_is_asked_through_the_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    asked = tokenizer.decode(question_ids(tokenizer, "How many days?"))
-    assert asked == "<|im_start|>user\nHow many days?<|im_end|>\n<|im_start|>assistant\n"
+def test_a_question_is_rendered_by_the_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = tokenizer.decode(question_ids(tokenizer, "How many days?"))
+    assert prompt == "<|im_start|>user\nHow many days?<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_without_a_template_a_question_is_plain_text(vivid_model: Path) -> None:

@@ -1,4 +1,4 @@
-"""Losses and gradients are those of cross-entropy over full logits, which are never made."""
+"""Losses and gradients equal those of cross-entropy over full logits, which are never created."""
 
 from __future__ import annotations
 
@@ -20,41 +20,42 @@ def inputs(count: int, dtype: torch.dtype = torch.float64, vocabulary: int = VOC
     hidden = torch.randn(count, HIDDEN, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     weight = torch.randn(vocabulary, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
     targets = torch.randint(vocabulary, (count,), generator=generator)
-    of_nll = torch.randn(count, generator=generator, dtype=torch.float64)
-    return hidden, weight, targets, of_nll
+    grad_nll = torch.randn(count, generator=generator, dtype=torch.float64)
+    return hidden, weight, targets, grad_nll
 
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_a_frozen_head_gives_the_losses_and_gradients_of_cross_entropy(count: int) -> None:
-    """Each loss has a gradient of its own, as a preference objective gives it."""
-    hidden, weight, targets, of_nll = inputs(count)
+    """Each loss has its own incoming gradient, as from a preference objective."""
+    hidden, weight, targets, grad_nll = inputs(count)
     logits = hidden @ weight.t()
     expected = F.cross_entropy(logits, targets, reduction="none")
-    (expected_gradient,) = torch.autograd.grad(expected, hidden, of_nll)
+    (expected_gradient,) = torch.autograd.grad(expected, hidden, grad_nll)
     losses = fused_losses(hidden, weight, targets)
     assert (losses.nll - expected).abs().max() < 1e-12
     assert torch.equal(losses.hits, logits.argmax(-1) == targets)
-    (gradient,) = torch.autograd.grad(losses.nll, hidden, of_nll)
+    (gradient,) = torch.autograd.grad(losses.nll, hidden, grad_nll)
     assert (gradient - expected_gradient).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_a_trained_head_gets_its_gradients_too(count: int) -> None:
-    hidden, weight, targets, of_nll = inputs(count)
+    hidden, weight, targets, grad_nll = inputs(count)
     weight.requires_grad_()
     bias = torch.randn(VOCABULARY, dtype=torch.float64, requires_grad=True)
     logits = 0.5 * F.linear(hidden, weight, bias)
     expected = F.cross_entropy(logits, targets, reduction="none")
-    learned = (hidden, weight, bias)
-    expected_gradients = torch.autograd.grad(expected, learned, of_nll)
+    inputs_with_gradient = (hidden, weight, bias)
+    expected_gradients = torch.autograd.grad(expected, inputs_with_gradient, grad_nll)
     losses = chunked_losses(hidden, lambda states: 0.5 * F.linear(states, weight, bias), targets)
     assert (losses.nll - expected).abs().max() < 1e-12
     assert torch.equal(losses.hits, logits.argmax(-1) == targets)
-    for gradient, other in zip(torch.autograd.grad(losses.nll, learned, of_nll), expected_gradients, strict=True):
-        assert (gradient - other).abs().max() < 1e-12
+    gradients = torch.autograd.grad(losses.nll, inputs_with_gradient, grad_nll)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - expected_gradient).abs().max() < 1e-12
 
 
-def test_of_logits() -> None:
+def test_logit_losses_equal_cross_entropy() -> None:
     hidden, weight, targets, _ = inputs(20)
     logits = hidden @ weight.t()
     losses = logit_losses(logits, targets)
@@ -64,7 +65,7 @@ def test_of_logits() -> None:
 
 
 def test_float32_losses_are_within_1e_5_of_float64() -> None:
-    """Over 49,152 words torch's own cross_entropy in float32 is low by about as much."""
+    """For comparison: over 49,152 words, torch's own cross_entropy in float32 is too low by about as much."""
     hidden, weight, targets, _ = inputs(300, vocabulary=49_152)
     exact = fused_losses(hidden, weight, targets).nll
     nll = fused_losses(hidden.float(), weight.float(), targets).nll
@@ -73,15 +74,15 @@ def test_float32_losses_are_within_1e_5_of_float64() -> None:
 
 
 def test_bfloat16_losses_are_float32_and_close() -> None:
-    hidden, weight, targets, of_nll = inputs(300, torch.bfloat16, vocabulary=5_000)
+    hidden, weight, targets, grad_nll = inputs(300, torch.bfloat16, vocabulary=5_000)
     exact_hidden = hidden.detach().double().requires_grad_()
     expected = F.cross_entropy(exact_hidden @ weight.double().t(), targets, reduction="none")
-    (expected_gradient,) = torch.autograd.grad(expected, exact_hidden, of_nll)
+    (expected_gradient,) = torch.autograd.grad(expected, exact_hidden, grad_nll)
     losses = fused_losses(hidden, weight, targets)
     assert losses.nll.dtype is torch.float32
     assert (losses.nll - expected).abs().max() < 0.15  # logits up to 30 are rounded by up to 2⁻⁴, twice
     assert abs(losses.nll.mean() - expected.mean()) < 2e-3
-    (gradient,) = torch.autograd.grad(losses.nll, hidden, of_nll.float())
+    (gradient,) = torch.autograd.grad(losses.nll, hidden, grad_nll.float())
     assert gradient.dtype is torch.bfloat16
     assert (gradient - expected_gradient).abs().max() < 3e-2 * expected_gradient.abs().max()
 
@@ -96,7 +97,7 @@ def test_enormous_logits_do_not_overflow() -> None:
     assert large.grad.isfinite().all()
 
 
-def test_a_state_that_is_not_a_number_has_a_loss_that_is_none() -> None:
+def test_a_nan_state_has_a_nan_loss() -> None:
     hidden, weight, targets, _ = inputs(3, torch.float32)
     poisoned = hidden.detach().clone()
     poisoned[1] = float("nan")
@@ -116,7 +117,7 @@ def test_logits_never_exist_for_more_than_a_chunk(is_trained: bool) -> None:
     assert largest.elements <= HEAD_CHUNK * vocabulary
 
 
-def test_without_gradients_nothing_is_kept() -> None:
+def test_losses_of_states_without_gradient_have_none() -> None:
     hidden, weight, targets, _ = inputs(5)
     for losses in (
         fused_losses(hidden.detach(), weight, targets),
@@ -125,7 +126,7 @@ def test_without_gradients_nothing_is_kept() -> None:
         assert not losses.nll.requires_grad
 
 
-def test_joined_losses_stand_behind_each_other() -> None:
+def test_joined_losses_are_concatenated() -> None:
     hidden, weight, targets, _ = inputs(7)
     whole = fused_losses(hidden, weight, targets)
     parts = [fused_losses(hidden[:3], weight, targets[:3]), fused_losses(hidden[3:], weight, targets[3:])]

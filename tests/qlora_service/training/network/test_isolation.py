@@ -1,4 +1,4 @@
-"""Whatever the architecture, a packed document's logits are the lone document's, or it is said to need its own row."""
+"""A packed document has the logits of the separate document, or the architecture is reported as not packable."""
 
 from __future__ import annotations
 
@@ -16,28 +16,15 @@ from qlora_service.training.network.isolation import (
     _causal_layers_only,
     isolate_documents,
     probe_documents,
-    use_own_attention,
+    use_default_attention,
 )
 from qlora_service.training.network.micro_batch import PER_DOCUMENT, collate, forward
 from tests.judges import GAIN, SMALL, build
+from tests.network_cases import MAMBA, config_of
 from tests.tiny_training import CPU, rows
 
-MAMBA = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "use_mambapy": False}
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}
-
-
-@torch.no_grad()
-def largest_leak(model: PreTrainedModel) -> float:
-    """How far packed logits are from the lone documents', at most."""
-    documents = rows(5)
-    packed = forward(model, collate(documents, CPU))
-    alone = torch.cat([forward(model, collate([document], CPU)) for document in documents])
-    return float((packed - alone).abs().max())
-
-
-def small(kind: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
-    return build(CONFIG_MAPPING[kind](**(SMALL | fields)), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,7 +36,7 @@ def test_llama_runs_document_by_document(tiny_model: Path, dtype: torch.dtype, q
 
 
 @pytest.mark.parametrize("window", [8, 14, 40])
-def test_a_sliding_window_is_kept(window: int) -> None:
+def test_a_sliding_window_is_respected(window: int) -> None:
     model = small("mistral", sliding_window=window)
     long = collate(rows(1, low=50, high=60), CPU)
     expected = forward(model, long)
@@ -77,14 +64,14 @@ def test_chunked_layers_are_left_to_their_own_mask() -> None:
 @pytest.mark.parametrize(("dtype", "gain"), [(torch.float32, GAIN), (torch.bfloat16, 1.0)])
 @pytest.mark.parametrize("kind", ["mamba", "qwen3_next"])
 def test_recurrent_layers_need_documents_alone(kind: str, dtype: torch.dtype, gain: float) -> None:
-    """Also where weights are small and bfloat16's rounding nearly hides the leak."""
+    """Also with small weights, where bfloat16's rounding nearly hides the leak."""
     fields = MAMBA if kind == "mamba" else SMALL | {"head_dim": 8, "layer_types": ["linear_attention"] * 4}
     assert isolate_documents(build(CONFIG_MAPPING[kind](**fields), dtype, gain)) == "alone"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_softcapped_scores_are_left_to_the_models_own_attention(dtype: torch.dtype) -> None:
-    """No kernel here caps scores, and near zero a cap changes little: too little for a look at the logits."""
+    """No kernel of this service caps scores. Near zero a cap changes little, too little for a comparison of logits."""
     model = small("gemma2", dtype, head_dim=8, attn_logit_softcapping=5.0)
     assert isolate_documents(model) == "mask"
 
@@ -96,7 +83,7 @@ def test_attention_sinks_are_left_to_the_models_own_attention(dtype: torch.dtype
 
 
 def test_a_rotation_that_follows_the_longest_document_keeps_them_alone() -> None:
-    """LongRoPE and dynamic NTK rotate a row by its largest position: packed, a short document as the longest one."""
+    """LongRoPE and dynamic NTK rotate a row by its largest position: packed, a short document like the longest one."""
     long = {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 32, "max_position_embeddings": 128}
     dynamic = {"rope_parameters": DYNAMIC_ROPE, "max_position_embeddings": 32}
     for model in (small("phi3", **long), small("llama", **dynamic)):
@@ -114,7 +101,7 @@ def test_without_lengths_attention_is_transformers_own() -> None:
     assert torch.equal(model.generate(ids[:, :8], max_new_tokens=5, do_sample=False), generated)
 
 
-def test_an_architecture_with_other_arguments_is_refused() -> None:
+def test_an_architecture_without_the_required_arguments_is_refused() -> None:
     class Odd(LlamaForCausalLM):
         def forward(self, input_ids: torch.Tensor) -> Any:  # type: ignore[override]
             return super().forward(input_ids)
@@ -131,13 +118,13 @@ def test_the_probe_leaves_the_mode_as_it_was() -> None:
     assert not model.training
 
 
-def test_the_probe_is_made_without_dropout() -> None:
+def test_the_probe_runs_without_dropout() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4)).train()
     assert isolate_documents(model) != "alone"
     assert model.training
 
 
-def test_the_probes_documents_differ_and_stay_in_a_small_vocabulary() -> None:
+def test_probe_documents_differ_and_stay_in_a_small_vocabulary() -> None:
     model = LlamaForCausalLM(LlamaConfig(**(SMALL | {"vocab_size": 20})))
     first, second = probe_documents(model)
     assert first.input_ids != second.input_ids
@@ -152,9 +139,22 @@ def test_layers_of_another_kind_are_not_run_per_document() -> None:
     assert not _causal_layers_only(model)
 
 
-def test_own_attention_is_what_transformers_would_choose() -> None:
-    for kind, own in (("llama", "sdpa"), ("gemma2", "eager")):
+def test_default_attention_is_the_choice_of_transformers() -> None:
+    for kind, default in (("llama", "sdpa"), ("gemma2", "eager")):
         model = small(kind)
         model.set_attn_implementation(PER_DOCUMENT)
-        use_own_attention(model)
-        assert model.config._attn_implementation == own
+        use_default_attention(model)
+        assert model.config._attn_implementation == default
+
+
+@torch.no_grad()
+def largest_leak(model: PreTrainedModel) -> float:
+    """The largest difference between packed logits and those of separate documents."""
+    documents = rows(5)
+    packed = forward(model, collate(documents, CPU))
+    separate = torch.cat([forward(model, collate([document], CPU)) for document in documents])
+    return float((packed - separate).abs().max())
+
+
+def small(kind: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
+    return build(config_of(kind, **fields), dtype)

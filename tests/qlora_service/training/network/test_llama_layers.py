@@ -1,16 +1,14 @@
-"""The fast path gives the numbers of untouched transformers, and leaves alone what only looks like a Llama."""
+"""The fast path gives the numbers of plain transformers, and leaves lookalikes of Llama to the general path."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from qlora_service.specs import Lora
 from qlora_service.training.network.llama_layers import llama_decoder
-from tests.judges import SMALL, adapted, assert_same_step, build, pair
+from tests.judges import adapted, assert_same_step, build, pair
+from tests.network_cases import config_of
 from tests.tiny_training import rows
 
 LLAMA3_ROPE = {
@@ -18,15 +16,12 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+MISTRAL3_ROPE = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
 DOCUMENTS = rows(4, low=20, high=60)
-
-
-def config_of(kind: str, **fields: Any) -> PretrainedConfig:
-    config: PretrainedConfig = CONFIG_MAPPING[kind](**(SMALL | fields))
-    return config
-
-
-TAKEN = {
+FAST_CASES = {
     "llama": (config_of("llama"), Lora(r=4)),
     "llama, tied embeddings": (config_of("llama", tie_word_embeddings=True), Lora(r=4)),
     "llama, one key for all heads": (config_of("llama", num_key_value_heads=1), Lora(r=4)),
@@ -47,48 +42,9 @@ TAKEN = {
     "rslora": (config_of("llama"), Lora(r=3, lora_alpha=5.0, use_rslora=True)),
     "olora": (config_of("llama"), Lora(r=4, init_lora_weights="olora")),
 }
-
-
-@pytest.mark.parametrize("case", TAKEN)
-def test_the_fast_path_gives_the_numbers_of_transformers(case: str) -> None:
-    """Documents are longer than the probe that chooses the path, and than every window."""
-    config, adapter = TAKEN[case]
-    network, plain = pair(config, adapter, torch.float64)
-    assert (network.layers, network.head) == ("llama", "fused")
-    assert_same_step(network, plain, DOCUMENTS, 1e-9, 1e-9)
-
-
-@pytest.mark.parametrize("case", TAKEN)
-def test_the_general_path_gives_them_too(case: str) -> None:
-    config, adapter = TAKEN[case]
-    network, plain = pair(config, adapter, torch.float64, fast=False)
-    assert (network.layers, network.head) == ("general", "fused")
-    assert_same_step(network, plain, DOCUMENTS, 1e-9, 1e-9)
-
-
-@pytest.mark.parametrize("case", ["llama", "qwen3, q/k norms", "only q and v"])
-def test_recomputed_activations_give_the_same_numbers(case: str) -> None:
-    config, adapter = TAKEN[case]
-    network, plain = pair(config, adapter, torch.float64)
-    assert network.checkpoint()
-    assert network.layers == "llama"
-    assert_same_step(network, plain, DOCUMENTS, 1e-9, 1e-9)
-
-
-def test_a_gradient_reaches_no_base_weight_and_no_embedding() -> None:
-    network, _ = pair(config_of("llama"))
-    network.losses(DOCUMENTS).nll.sum().backward()
-    with_gradient = {name for name, p in network.model.named_parameters() if p.grad is not None}
-    assert with_gradient == {name for name, p in network.model.named_parameters() if "lora_" in name}
-
-
-MISTRAL3_ROPE = {
-    "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16,
-    "llama_4_scaling_beta": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
-}  # fmt: skip
 LOOKALIKES = {
     "granite": config_of("granite", residual_multiplier=0.5, logits_scaling=8.0, embedding_multiplier=2.0),
-    "granite, hardly": config_of("granite", residual_multiplier=0.9),
+    "granite, nearly llama": config_of("granite", residual_multiplier=0.9),
     "smollm3, layers without rotation": config_of("smollm3"),
     "smollm3, half of them": config_of("smollm3", no_rope_layers=[1, 0, 1, 0]),
     "helium, interleaved rotation": config_of("helium", head_dim=8),
@@ -103,16 +59,49 @@ LOOKALIKES = {
 }
 
 
+@pytest.mark.parametrize("case", FAST_CASES)
+def test_the_fast_path_gives_the_numbers_of_transformers(case: str) -> None:
+    """Documents are longer than the probe document that chooses the path, and than every window."""
+    config, adapter = FAST_CASES[case]
+    network, plain = pair(config, adapter, torch.float64)
+    assert (network.layers, network.head) == ("llama", "fused")
+    assert_same_step(network, plain, DOCUMENTS, 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize("case", FAST_CASES)
+def test_the_general_path_gives_the_numbers_of_transformers(case: str) -> None:
+    config, adapter = FAST_CASES[case]
+    network, plain = pair(config, adapter, torch.float64, fast=False)
+    assert (network.layers, network.head) == ("general", "fused")
+    assert_same_step(network, plain, DOCUMENTS, 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3, q/k norms", "only q and v"])
+def test_recomputed_activations_give_the_same_numbers(case: str) -> None:
+    config, adapter = FAST_CASES[case]
+    network, plain = pair(config, adapter, torch.float64)
+    assert network.checkpoint()
+    assert network.layers == "llama"
+    assert_same_step(network, plain, DOCUMENTS, 1e-9, 1e-9)
+
+
+def test_a_gradient_reaches_no_base_weight_and_no_embedding() -> None:
+    network, _ = pair(config_of("llama"))
+    network.losses(DOCUMENTS).nll.sum().backward()
+    with_gradient = {name for name, p in network.model.named_parameters() if p.grad is not None}
+    assert with_gradient == {name for name, p in network.model.named_parameters() if "lora_" in name}
+
+
 @pytest.mark.parametrize("case", LOOKALIKES)
-def test_what_only_looks_like_a_llama_stays_on_the_general_path_with_right_numbers(case: str) -> None:
+def test_lookalikes_of_llama_stay_on_the_general_path_with_correct_numbers(case: str) -> None:
     network, plain = pair(LOOKALIKES[case])
     assert network.layers == "general"
     assert_same_step(network, plain, DOCUMENTS, 1e-5, 1e-3)
 
 
 @pytest.mark.parametrize("case", LOOKALIKES)
-def test_what_only_looks_like_a_llama_is_left_alone_in_bfloat16_too(case: str) -> None:
-    """Where rounding hides the difference from a look at a few losses."""
+def test_lookalikes_of_llama_stay_on_the_general_path_in_bfloat16_too(case: str) -> None:
+    """In bfloat16, rounding would hide the difference if only a few losses were compared."""
     network, _ = pair(LOOKALIKES[case], dtype=torch.bfloat16)
     assert network.layers == "general"
 
@@ -129,7 +118,7 @@ def test_adapters_that_are_not_plain_lora_stay_on_the_general_path(adapter: Lora
     assert_same_step(network, plain, DOCUMENTS, 1e-5, 1e-3)
 
 
-def test_a_layer_of_another_kind_among_llamas_keeps_the_whole_model_on_the_general_path() -> None:
+def test_one_layer_of_another_kind_keeps_the_whole_model_on_the_general_path() -> None:
     base = build(config_of("llama"))
     base.model.layers[2].mlp.act_fn = torch.nn.GELU()
     model = adapted(base, Lora(r=4))
@@ -138,7 +127,7 @@ def test_a_layer_of_another_kind_among_llamas_keeps_the_whole_model_on_the_gener
     assert llama_decoder(model.get_base_model()) is not None
 
 
-def test_a_norm_that_is_trained_is_not_taken_for_frozen() -> None:
+def test_a_trained_norm_keeps_the_model_on_the_general_path() -> None:
     base = build(config_of("llama"))
     model = adapted(base, Lora(r=4))
     base.model.layers[0].input_layernorm.weight.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""One fused linear layer against PEFT's own forward, bias, dropout, quantization and all."""
+"""A fused linear layer against PEFT's own forward, with bias, dropout and quantization."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IN, OUT = 64, 48
 def lora_layer(
     dtype: torch.dtype = torch.float64, *, bias: bool = False, quantized: bool = False, **config: Any
 ) -> Any:
-    """A LoRA layer of PEFT's whose B is not zero, in training mode."""
+    """A LoRA layer of PEFT with a B that is not zero, in training mode."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(IN, OUT, bias=bias, dtype=torch.float32)
     if quantized:
@@ -52,42 +52,43 @@ def step(layer: Any, forward: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(1)  # dropout
     x = x.detach().clone().requires_grad_()
     y = forward(x)
-    learned = (x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(y.dtype)
-    return y, *torch.autograd.grad(y, learned, upstream)
+    inputs = (x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(y.dtype)
+    return y, *torch.autograd.grad(y, inputs, grad_y)
 
 
-def assert_alike(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], bound: float) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype is other.dtype
-        assert one.shape == other.shape
-        assert (one - other).abs().max() <= bound * other.abs().max()
+def assert_close(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], bound: float) -> None:
+    """Same dtypes and shapes, and values within `bound` of each expected tensor's largest."""
+    for tensor, reference in zip(actual, expected, strict=True):
+        assert tensor.dtype is reference.dtype
+        assert tensor.shape == reference.shape
+        assert (tensor - reference).abs().max() <= bound * reference.abs().max()
 
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"lora_dropout": 0.4}, {"r": 1, "lora_alpha": 1}])
 @pytest.mark.parametrize("bias", [False, True])
-def test_it_is_pefts_layer(bias: bool, config: dict[str, Any]) -> None:
-    """With dropout too: the same masks are drawn."""
+def test_fused_forward_equals_pefts_layer(bias: bool, config: dict[str, Any]) -> None:
+    """Also with dropout: both draw the same masks."""
     layer = lora_layer(bias=bias, **config)
     x = torch.randn(2, 5, IN, dtype=torch.float64)
     fused = fused_forward(layer)
     assert fused is not None
-    assert_alike(step(layer, fused, x), step(layer, layer.forward, x), 1e-12)
+    assert_close(step(layer, fused, x), step(layer, layer.forward, x), 1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_it_is_pefts_layer_on_nf4(dtype: torch.dtype, bound: float) -> None:
+def test_fused_forward_equals_pefts_layer_on_nf4(dtype: torch.dtype, bound: float) -> None:
     """A and B stay float32, and so do their gradients, whatever the compute dtype."""
     layer = lora_layer(dtype, bias=True, quantized=True)
     x = torch.randn(7, IN, dtype=dtype)
     fused = fused_forward(layer)
     assert fused is not None
-    found = step(layer, fused, x)
-    assert_alike(found, step(layer, layer.forward, x), bound)
-    assert [one.dtype for one in found] == [dtype, dtype, torch.float32, torch.float32]
+    actual = step(layer, fused, x)
+    assert_close(actual, step(layer, layer.forward, x), bound)
+    assert [tensor.dtype for tensor in actual] == [dtype, dtype, torch.float32, torch.float32]
 
 
-def test_dropout_draws_only_while_training() -> None:
+def test_dropout_draws_masks_only_while_training() -> None:
     layer = lora_layer(lora_dropout=0.5)
     fused = fused_forward(layer)
     assert fused is not None
@@ -110,31 +111,30 @@ def test_with_the_adapter_off_it_is_the_frozen_layer() -> None:
 
 
 def side_by_side() -> list[Any]:
-    """Layers that read the same input: with LoRA and a bias, without either, with LoRA of another rank."""
+    """Layers that read the same input: one with LoRA and a bias, one without both, one with LoRA of another rank."""
     plain = torch.nn.Linear(IN, 10, bias=False, dtype=torch.float64).requires_grad_(False)
     return [lora_layer(bias=True), plain, lora_layer(r=5)]
 
 
 def test_layers_of_the_same_input_are_projected_together() -> None:
     layers = side_by_side()
-    found = [projection_of(layer) for layer in layers]
-    parts = tuple(part for part in found if part is not None)
+    parts = tuple(part for part in map(projection_of, layers) if part is not None)
     assert len(parts) == 3
     lora = lora_weights(parts)
-    learned = [weight for weight in lora if weight is not None]
-    assert len(learned) == 4
+    trained = [weight for weight in lora if weight is not None]
+    assert len(trained) == 4
     x = torch.randn(6, IN, dtype=torch.float64, requires_grad=True)
     expected = [layer(x) for layer in layers]
-    upstream = [torch.randn_like(y) for y in expected]
-    of_x, *of_learned = torch.autograd.grad(expected, [x, *learned], upstream)
+    grad_outputs = [torch.randn_like(y) for y in expected]
+    expected_gradients = torch.autograd.grad(expected, [x, *trained], grad_outputs)
     with torch.no_grad():
         outputs, inner = project(x, parts, lora)
-        through_frozen, of_inner, of_lora = project_backward(upstream, x, inner, parts, lora)
-        gradient = add_through_lora(through_frozen, of_inner, lora)
-    assert_alike(tuple(outputs), tuple(expected), 1e-12)
-    assert gradient is not None
-    assert_alike((gradient, *(one for one in of_lora if one is not None)), (of_x, *of_learned), 1e-12)
-    assert [one is None for one in of_lora] == [False, False, True, True, False, False]
+        grad_through_frozen, grad_inner, grad_lora = project_backward(grad_outputs, x, inner, parts, lora)
+        grad_x = add_through_lora(grad_through_frozen, grad_inner, lora)
+    assert_close(tuple(outputs), tuple(expected), 1e-12)
+    assert grad_x is not None
+    assert_close((grad_x, *(gradient for gradient in grad_lora if gradient is not None)), expected_gradients, 1e-12)
+    assert [gradient is None for gradient in grad_lora] == [False, False, True, True, False, False]
 
 
 def test_a_residual_is_added_and_gets_the_gradient() -> None:
@@ -143,14 +143,14 @@ def test_a_residual_is_added_and_gets_the_gradient() -> None:
     assert part is not None
     x, residual = (torch.randn(6, width, dtype=torch.float64, requires_grad=True) for width in (IN, OUT))
     y, expected = FusedLinear.apply(x, None, residual, part, part.a, part.b), layer(x) + residual
-    upstream = torch.randn_like(y)
+    grad_y = torch.randn_like(y)
     assert (y - expected).abs().max() < 1e-12
-    learned = (x, residual, part.a, part.b)
-    assert_alike(torch.autograd.grad(y, learned, upstream), torch.autograd.grad(expected, learned, upstream), 1e-12)
+    inputs = (x, residual, part.a, part.b)
+    assert_close(torch.autograd.grad(y, inputs, grad_y), torch.autograd.grad(expected, inputs, grad_y), 1e-12)
 
 
-def test_nothing_is_computed_for_an_input_without_a_gradient() -> None:
-    """The first layer reads frozen embeddings: no product goes back through its weights."""
+def test_no_gradient_is_computed_for_an_input_without_one() -> None:
+    """The first layer reads frozen embeddings: its backward needs no product with its frozen weights."""
     layer = lora_layer()
     part = projection_of(layer)
     assert part is not None
@@ -169,7 +169,7 @@ def test_nothing_is_computed_for_an_input_without_a_gradient() -> None:
     assert len(dequantized) == 3
 
 
-def test_the_input_is_kept_once_and_the_weights_not_at_all() -> None:
+def test_only_the_input_is_saved_and_only_once() -> None:
     layer = lora_layer(torch.bfloat16, quantized=True)
     fused = fused_forward(layer)
     assert fused is not None
@@ -228,7 +228,7 @@ def test_two_adapters_at_once_are_left_to_peft() -> None:
     ],
     ids=["trained", "embedding", "int8", "convolution"],
 )
-def test_other_layers_are_not_taken(layer: torch.nn.Module) -> None:
+def test_other_layers_are_no_projections(layer: torch.nn.Module) -> None:
     assert projection_of(layer) is None
     assert fused_forward(layer) is None
 

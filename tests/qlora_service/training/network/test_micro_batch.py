@@ -1,4 +1,4 @@
-"""Packed documents never see each other, and the first token of a document is nobody's target."""
+"""Packed documents never see each other, and the first token of a document is never a target."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlora_service.training.network.micro_batch import (
 from tests.tiny_training import CPU, load, rows
 
 
-def test_collate_lays_documents_behind_each_other() -> None:
+def test_collate_concatenates_documents() -> None:
     batch = collate([TokenRow(1, [5, 6, 7], [True, False, True]), TokenRow(2, [8, 9], [True, True])], CPU)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
@@ -48,20 +48,20 @@ def test_packed_logits_equal_the_lone_documents(tiny_model: Path, training_mode:
     model.get_base_model().set_attn_implementation(attention)
     documents = rows(5)
     packed = forward(model, collate(documents, CPU))
-    alone = torch.cat([forward(model, collate([document], CPU)) for document in documents])
-    assert (packed - alone).abs().max() < 1e-5
+    separate = torch.cat([forward(model, collate([document], CPU)) for document in documents])
+    assert (packed - separate).abs().max() < 1e-5
 
 
 def test_logits_are_those_of_the_model_at_the_predictors(tiny_model: Path) -> None:
     model = load(tiny_model, perturb_b=0.05).eval()
     (document,) = rows(1)
     whole = model(input_ids=torch.tensor([document.input_ids])).logits[0]
-    learned = torch.tensor(document.trained[1:])
-    assert (forward(model, collate([document], CPU)) - whole[:-1][learned]).abs().max() < 1e-5
+    trained = torch.tensor(document.trained[1:])
+    assert (forward(model, collate([document], CPU)) - whole[:-1][trained]).abs().max() < 1e-5
 
 
-def test_the_trap_is_real_with_a_mask_documents_leak(tiny_model: Path) -> None:
-    """What `forward` guards against: if transformers ever isolates here too, the guard can go."""
+def test_with_an_attention_mask_transformers_leaks_between_documents(tiny_model: Path) -> None:
+    """The reason for `isolating_arguments`: if transformers ever isolates in this case too, they can be removed."""
     model = load(tiny_model, perturb_b=0.05).eval()
     model.get_base_model().set_attn_implementation("sdpa")
     documents = rows(5)
@@ -73,5 +73,5 @@ def test_the_trap_is_real_with_a_mask_documents_leak(tiny_model: Path) -> None:
         use_cache=False,
         logits_to_keep=batch.predictors,
     ).logits[0]
-    alone = torch.cat([forward(model, collate([document], CPU)) for document in documents])
-    assert (leaking - alone).abs().max() > 0.01
+    separate = torch.cat([forward(model, collate([document], CPU)) for document in documents])
+    assert (leaking - separate).abs().max() > 0.01

@@ -1,4 +1,4 @@
-"""Attention of each document with itself alone, against a softmax over a mask written out."""
+"""Attention of each document with itself alone, against a softmax under an explicit mask."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from qlora_service.training.network.varlen_attention import (
     BLOCK,
     AttentionShape,
     BlockAttention,
+    _block_by_block,
     _document_by_document,
-    _in_blocks,
     document_attention,
 )
 
@@ -25,7 +25,7 @@ LENGTHS = {
 
 
 def plain_attention(qkv: torch.Tensor, lengths: Sequence[int], shape: AttentionShape) -> torch.Tensor:
-    """One mask over all documents, one softmax, heads repeated."""
+    """(tokens, heads, head_dim) with one mask over all documents, one softmax, and repeated keys and values."""
     q, k, v = qkv.transpose(0, 1).split([shape.heads, shape.kv_heads, shape.kv_heads])
     k, v = (x.repeat_interleave(shape.heads // shape.kv_heads, 0) for x in (k, v))
     document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
@@ -44,15 +44,15 @@ def attend(
     shape: AttentionShape,
     attention: Callable[..., torch.Tensor] = document_attention,
 ) -> torch.Tensor:
-    """Of queries, keys and values that lie side by side, as they leave a projection."""
+    """Attention of queries, keys and values that are slices of one tensor, like the output of one projection."""
     return attention(*qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], 1), lengths, shape)
 
 
-def in_blocks(
+def block_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], shape: AttentionShape
 ) -> torch.Tensor:
-    """What the fast layers run, whatever this CPU is faster at."""
-    output: torch.Tensor = BlockAttention.apply(q, k, v, tuple(lengths), shape, _in_blocks)
+    """The kernel of the fast path, even on a CPU that prefers the other one."""
+    output: torch.Tensor = BlockAttention.apply(q, k, v, tuple(lengths), shape, _block_by_block)
     return output
 
 
@@ -71,17 +71,17 @@ def test_outputs_and_gradients_are_those_of_a_masked_softmax(
     lengths, shape = LENGTHS[case], AttentionShape(*heads, scale=0.3, window=window)
     qkv = random_qkv(lengths, shape)
     expected = plain_attention(qkv, lengths, shape)
-    upstream = torch.randn_like(expected)
-    (expected_gradient,) = torch.autograd.grad(expected, qkv, upstream)
-    # CUDA devices without flash attention run the second, CPUs without AMX the third; nothing in them needs one.
-    for attention in (document_attention, _document_by_document, in_blocks):
+    grad_output = torch.randn_like(expected)
+    (expected_gradient,) = torch.autograd.grad(expected, qkv, grad_output)
+    # The second runs on CUDA devices without flash attention, the third on CPUs without AMX; both run on any device.
+    for attention in (document_attention, _document_by_document, block_attention):
         output = attend(qkv, lengths, shape, attention)
         assert (output - expected).abs().max() < 1e-12
-        (gradient,) = torch.autograd.grad(output, qkv, upstream)
+        (gradient,) = torch.autograd.grad(output, qkv, grad_output)
         assert (gradient - expected_gradient).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("attention", [document_attention, in_blocks])
+@pytest.mark.parametrize("attention", [document_attention, block_attention])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_lower_precision_stays_close(dtype: torch.dtype, bound: float, attention: Callable[..., torch.Tensor]) -> None:
     lengths, shape = [200, 30], AttentionShape(4, 2, scale=8**-0.5)
@@ -102,8 +102,8 @@ def test_large_scores_do_not_overflow() -> None:
     assert torch.autograd.grad(output.sum(), qkv)[0].isfinite().all()
 
 
-def test_a_document_is_not_moved_by_its_neighbours() -> None:
-    """Neither forwards nor backwards: bit for bit."""
+def test_a_document_is_independent_of_its_neighbors() -> None:
+    """Bit for bit, forward and backward."""
     shape = AttentionShape(4, 2, scale=0.3)
     qkv = random_qkv([40, 50, 60], shape, torch.float32)
     other = qkv.detach().clone()
@@ -112,13 +112,13 @@ def test_a_document_is_not_moved_by_its_neighbours() -> None:
     other.requires_grad_()
     outputs = [attend(x, [40, 50, 60], shape) for x in (qkv, other)]
     assert torch.equal(outputs[0][40:90], outputs[1][40:90])
-    gradients = [torch.autograd.grad(o[40:90].sum(), x)[0] for o, x in zip(outputs, (qkv, other), strict=True)]
+    gradients = [torch.autograd.grad(y[40:90].sum(), x)[0] for y, x in zip(outputs, (qkv, other), strict=True)]
     assert torch.equal(gradients[0], gradients[1])
     assert not gradients[0][:40].any()
     assert not gradients[0][90:].any()
 
 
-def test_what_is_kept_grows_with_the_tokens_of_a_document_not_with_their_square() -> None:
+def test_saved_bytes_grow_linearly_with_the_tokens_of_a_document() -> None:
     shape = AttentionShape(4, 2, scale=0.3)
 
     def kept(tokens: int) -> int:
