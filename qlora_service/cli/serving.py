@@ -71,7 +71,7 @@ def pick_port(host: str) -> int:
 def child_environment() -> dict[str, str]:
     """This process's environment, with one core left free for other work.
 
-    Threads that compete for the last core are up to ten times slower.
+    With threads on all cores, which other processes interrupt, training is up to ten times slower.
     """
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) - 1)), **os.environ}
 
