@@ -52,9 +52,7 @@ def submit(  # noqa: PLR0913 - an argument per option of the command
     lora_alpha: Annotated[
         float | None, typer.Option(help="The update is scaled by lora_alpha / r.", rich_help_panel=TRAINING)
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Queue the job even if it should not fit into the device's memory.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Queue the job even if it is not predicted to fit.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
     url: Url = None,
     as_json: AsJson = False,

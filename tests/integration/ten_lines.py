@@ -14,10 +14,8 @@ nf4 = BitsAndBytesConfig(
 )
 base = AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=nf4, dtype=dtype)
 model = PeftModel.from_pretrained(base, adapter_dir).eval()
-for fast in (
-    False,
-    has_avx512bf16(),
-):  # without, then with bitsandbytes' faster CPU kernel, whose results differ slightly
+# Without, then with the faster CPU kernel of bitsandbytes, whose results differ slightly.
+for fast in (False, has_avx512bf16()):
     for module in base.modules():
         module.support_avx512bf16_for_cpu = fast
     loss, tokens = 0.0, 0

@@ -30,7 +30,7 @@ def claim(client: Client, queue: Queue, rows: Path) -> Claim:
     return claimed[0]
 
 
-def step(queue: Queue, claim: Claim, number: int) -> None:
+def report_step(queue: Queue, claim: Claim, number: int) -> None:
     queue.report(claim, Progress(step=number), ("metrics", {"loss": 1 / 3, "step": number, "eval_loss": None}))
 
 
@@ -39,7 +39,7 @@ def fail(queue: Queue, claim: Claim) -> None:
 
 
 def test_logs_are_a_line_per_event_up_to_the_latest(run: Any, queue: Queue, claim: Claim) -> None:
-    step(queue, claim, 1)
+    report_step(queue, claim, 1)
     outcome = run("logs", claim.job_id)
     assert outcome.code == 0
     lines = outcome.stdout.splitlines()
@@ -56,7 +56,7 @@ def test_logs_are_a_line_per_event_up_to_the_latest(run: Any, queue: Queue, clai
 
 
 def test_logs_as_json_start_after_the_given_number(run: Any, queue: Queue, claim: Claim) -> None:
-    step(queue, claim, 1)
+    report_step(queue, claim, 1)
     events = [json.loads(line) for line in run("logs", claim.job_id, "--json").stdout.splitlines()]
     assert [event["type"] for event in events] == ["status", "status", "metrics"]
     later = run("logs", claim.job_id, "--json", "--after", events[1]["seq"]).stdout
@@ -67,14 +67,14 @@ def test_logs_as_json_start_after_the_given_number(run: Any, queue: Queue, claim
 def test_followed_logs_survive_a_restart_and_exit_with_the_jobs_outcome(
     api: RunningApi, queue: Queue, claim: Claim
 ) -> None:
-    step(queue, claim, 1)
+    report_step(queue, claim, 1)
     command = [sys.executable, "-m", "qlora_service.cli", "logs", claim.job_id, "-f", "--json", "--url", api.url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as following:
         assert following.stdout is not None
         assert following.stderr is not None
         lines = [following.stdout.readline() for _ in range(3)]
         api.stop(signal.SIGKILL)
-        step(queue, claim, 2)
+        report_step(queue, claim, 2)
         note = following.stderr.readline()
         api.start()
         fail(queue, claim)
