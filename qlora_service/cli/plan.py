@@ -41,8 +41,8 @@ def plan(  # noqa: PLR0913 - an argument per option of the command
     device: Annotated[
         str | None,
         typer.Option(
-            help="A card such as \"RTX 3090\", or a size such as 24GB; default: the service's device, or this machine's "
-            "with --config."
+            help='A card such as "RTX 3090", or a size such as 24GB; default: the device of the service, or of this '
+            "machine with --config."
         ),
     ] = None,
     dataset_id: Annotated[str | None, typer.Option(help="Stored dataset; the plan is for its longest row.")] = None,
