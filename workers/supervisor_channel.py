@@ -68,7 +68,7 @@ class SupervisorChannel:
         self._yield_slot: Callable[[], object] | None = None
 
     def start(self) -> None:
-        """Starts to receive; SIGUSR1, which the supervisor sends before SIGKILL, now prints the stack of every thread."""
+        """Starts to receive. From now on SIGUSR1, sent before SIGKILL, prints the stacks of all threads."""
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         threading.Thread(target=self._receive, name="supervisor", daemon=True).start()
 
@@ -85,7 +85,7 @@ class SupervisorChannel:
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
-        """Context in which an outcome is written: if the supervisor ends meanwhile, the process exits only afterwards."""
+        """Context for writing an outcome: if the supervisor ends meanwhile, the process exits only afterwards."""
         self._is_finishing = True
         try:
             yield
@@ -96,7 +96,7 @@ class SupervisorChannel:
 
     @contextmanager
     def on_yield_request(self, yield_slot: Callable[[], object]) -> Iterator[None]:
-        """Context in which a request for the slot calls `yield_slot`; at once if the request arrived before."""
+        """Context in which the supervisor's request for the slot calls `yield_slot`; also one that arrived before."""
         with self._yield_lock:
             self._yield_slot = yield_slot
             if self._is_yield_requested:

@@ -40,12 +40,12 @@ ERROR_PAUSE_S = 5.0
 CHILD_POLL_S = 0.1
 REQUEST_POLL_S = 2.0
 STOP_GRACE_S = 7.0
-"""Seconds between SIGTERM and SIGKILL for a trainer; a killed trainer's job goes back to the queue. A worker stops within
-8 s; the last second is for the database."""
+"""Seconds between SIGTERM and SIGKILL for a trainer; the job of a killed one goes back to the queue. A worker stops
+within 8 s: the last second is for the database."""
 
 End = Literal["idle", "ended", "stopped", "overdue", "lost"]
-"""Why the supervisor stopped waiting for an attempt: the trainer finished it and is idle, or exited; the worker is being
-stopped; the trainer did not obey a request in time; or a newer claim owns the job."""
+"""Why the supervisor stopped waiting for an attempt: the trainer finished it and is idle; the trainer exited; the
+worker is being stopped; the trainer did not obey a request in time; the claim was lost."""
 
 
 @dataclass(frozen=True)

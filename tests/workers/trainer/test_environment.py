@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from workers.trainer.environment import change_note, describe_environment, environment_changes, take_over
+from workers.trainer.environment import change_note, describe_environment, environment_changes, inherit_plan
 
 HERE = {"device": "x86_64 CPU", "threads": 2, "versions": {"torch": "2.13.0", "peft": "0.21.2"}}
 PLAN = {
@@ -17,16 +17,16 @@ PLAN = {
 
 
 def test_the_first_attempt_plans_from_nothing() -> None:
-    assert take_over(None, HERE) == {"changes": []}
+    assert inherit_plan(None, HERE) == {"changes": []}
 
 
 def test_the_same_environment_takes_the_whole_plan_over() -> None:
-    assert take_over(PLAN, HERE) == PLAN
+    assert inherit_plan(PLAN, HERE) == PLAN
 
 
 def test_elsewhere_kernels_are_chosen_anew_and_memory_is_used_as_before() -> None:
     elsewhere = HERE | {"device": "NVIDIA GeForce RTX 4090"}
-    assert take_over(PLAN, elsewhere) == {
+    assert inherit_plan(PLAN, elsewhere) == {
         "micro_batch_tokens": 512,
         "gradient_checkpointing": True,
         "compute_dtype": "bfloat16",
