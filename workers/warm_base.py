@@ -43,7 +43,7 @@ class ProbedAdapter:
     """Results of the probes with an adapter on the base."""
 
     paths: KernelPaths
-    """How losses are computed"""
+    """Kernels that compute the losses"""
     activation_bytes_per_token: float | None
     """None: not measured yet"""
 

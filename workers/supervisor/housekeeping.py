@@ -101,6 +101,6 @@ class Housekeeping:
         except NotFound:
             return  # the directory belongs to another database
         if job.status.terminal:
-            # The directory is deleted last: while it exists, a crash here is made up for by the next pass.
+            # The directory is deleted last: as long as it exists, the next pass repeats what a crash interrupted.
             self._artifacts.remove_attempts(job_id, keep=job.published_attempt)
             shutil.rmtree(directory, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Chat on OpenAI's wire. The desk of `tests.speaking_desk` says what it is asked; models are in `tests/integration`."""
+"""Chat on OpenAI's wire, answered by the echo of `tests.chat_process`; real models are in `tests/integration`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from qlora_service.queue.claim import Progress
 from qlora_service.queue.queue import Queue
 from qlora_service.settings import Settings
 from tests.api.conftest import URL, Server, spec_of
-from tests.speaking_desk import BROKEN_OFF, ENDLESS, TOO_LONG, SpeakingDesk
+from tests.chat_process import BROKEN_OFF, ENDLESS, TOO_LONG, EchoProcess
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.fixture
-def desk(client: TestClient, settings: Settings, tmp_path: Path) -> Iterator[SpeakingDesk]:
-    with SpeakingDesk(settings.resolved_database_url, tmp_path / "inference") as desk:
-        yield desk
+def echo(client: TestClient, settings: Settings, tmp_path: Path) -> Iterator[EchoProcess]:
+    with EchoProcess(settings.resolved_database_url, tmp_path / "inference") as echo:
+        yield echo
 
 
 def asked(content: str = "Say it again.", **changes: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def events(body: str) -> list[Any]:
     ]
 
 
-def test_an_answer_is_a_chat_completion(client: TestClient, desk: SpeakingDesk) -> None:
+def test_an_answer_is_a_chat_completion(client: TestClient, echo: EchoProcess) -> None:
     response = client.post(CHAT, json=asked())
     assert response.status_code == 200, response.text
     answer = response.json()
@@ -58,7 +58,7 @@ def test_an_answer_is_a_chat_completion(client: TestClient, desk: SpeakingDesk) 
 
 
 @pytest.mark.parametrize("usage", [True, False])
-def test_a_stream_is_the_same_answer_in_chunks(client: TestClient, desk: SpeakingDesk, usage: bool) -> None:
+def test_a_stream_is_the_same_answer_in_chunks(client: TestClient, echo: EchoProcess, usage: bool) -> None:
     response = client.post(CHAT, json=asked(stream=True, stream_options={"include_usage": usage}))
     assert response.headers["content-type"].startswith("text/event-stream")
     *chunks, last = events(response.text)
@@ -79,18 +79,18 @@ def test_a_stream_is_the_same_answer_in_chunks(client: TestClient, desk: Speakin
     assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
 
 
-def test_a_text_is_continued(client: TestClient, desk: SpeakingDesk) -> None:
+def test_a_text_is_continued(client: TestClient, echo: EchoProcess) -> None:
     answer = client.post(TEXT, json={"model": "tiny", "prompt": ["once more"]}).json()
     assert (answer["object"], answer["choices"][0]["text"]) == ("text_completion", "once more")
-    assert desk.asked[-1].messages is None
-    assert desk.asked[-1].sampling.max_tokens == 16
+    assert echo.received[-1].messages is None
+    assert echo.received[-1].sampling.max_tokens == 16
     body = client.post(TEXT, json={"model": "tiny", "prompt": "once more", "stream": True}).text
     *chunks, last = events(body)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "once more"
     assert last == "[DONE]"
 
 
-def test_what_is_asked_reaches_the_model(client: TestClient, desk: SpeakingDesk) -> None:
+def test_what_is_asked_reaches_the_model(client: TestClient, echo: EchoProcess) -> None:
     messages = [
         {"role": "developer", "content": "Be brief."},
         {"role": "assistant", "content": ""},
@@ -99,7 +99,7 @@ def test_what_is_asked_reaches_the_model(client: TestClient, desk: SpeakingDesk)
     tool = {"type": "function", "function": {"name": "now", "parameters": {}}}
     settings = {"temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": "x", "max_completion_tokens": 9}
     client.post(CHAT, json={"model": "tiny", "messages": messages, "tools": [tool], **settings})
-    request = desk.asked[-1]
+    request = echo.received[-1]
     assert request.messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "assistant", "content": ""},
@@ -108,11 +108,11 @@ def test_what_is_asked_reaches_the_model(client: TestClient, desk: SpeakingDesk)
     assert request.tools == [tool]
     assert request.sampling == Sampling(max_tokens=9, temperature=0.5, top_p=0.9, seed=3, stop=("x",))
     client.post(CHAT, json=asked(tools=[tool], tool_choice="none", max_tokens=4, stop=["a", "b"]))
-    assert desk.asked[-1].tools is None
-    assert desk.asked[-1].sampling == Sampling(max_tokens=4, stop=("a", "b"))
+    assert echo.received[-1].tools is None
+    assert echo.received[-1].sampling == Sampling(max_tokens=4, stop=("a", "b"))
 
 
-def test_what_changes_nothing_is_accepted(client: TestClient, desk: SpeakingDesk) -> None:
+def test_what_changes_nothing_is_accepted(client: TestClient, echo: EchoProcess) -> None:
     neutral = {
         "n": 1, "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "me",
         "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "response_format": {"type": "text"},
@@ -173,18 +173,18 @@ def test_a_model_that_is_not_there_is_not_found(
 
 
 def test_an_adapter_is_asked_for_by_the_models_name_or_the_jobs_id(
-    client: TestClient, desk: SpeakingDesk, finished_job: str
+    client: TestClient, echo: EchoProcess, finished_job: str
 ) -> None:
     job = client.get(f"/v1/fine_tuning/jobs/{finished_job}").json()
     for name in (finished_job, job["fine_tuned_model"]):
         answer = client.post(CHAT, json=asked(model=name))
         assert answer.json()["model"] == name
-        assert desk.asked[-1].adapter == AdapterRef(job_id=finished_job, attempt=1)
+        assert echo.received[-1].adapter == AdapterRef(job_id=finished_job, attempt=1)
     client.post(CHAT, json=asked())
-    assert desk.asked[-1].adapter is None
+    assert echo.received[-1].adapter is None
 
 
-def test_a_deleted_adapter_is_not_found(client: TestClient, desk: SpeakingDesk, finished_job: str) -> None:
+def test_a_deleted_adapter_is_not_found(client: TestClient, echo: EchoProcess, finished_job: str) -> None:
     name = client.get(f"/v1/fine_tuning/jobs/{finished_job}").json()["fine_tuned_model"]
     assert client.delete(f"/v1/models/{name}").status_code == 200
     for model in (name, finished_job):
@@ -194,7 +194,7 @@ def test_a_deleted_adapter_is_not_found(client: TestClient, desk: SpeakingDesk, 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_prompt_that_is_too_long_is_refused_by_the_status(
-    client: TestClient, desk: SpeakingDesk, stream: bool
+    client: TestClient, echo: EchoProcess, stream: bool
 ) -> None:
     response = client.post(CHAT, json=asked(TOO_LONG, stream=stream))
     assert response.status_code == 400
@@ -226,11 +226,11 @@ def test_where_jobs_make_way_a_chat_waits_for_that(
         assert queue.claim("worker") is not None
         asking = pool.submit(client.post, CHAT, json=asked())
         time.sleep(1)
-        with SpeakingDesk(settings.resolved_database_url, tmp_path / "inference"):
+        with EchoProcess(settings.resolved_database_url, tmp_path / "inference"):
             assert asking.result(30).status_code == 200
 
 
-def test_an_answer_that_is_broken_off_ends_with_an_error(client: TestClient, desk: SpeakingDesk) -> None:
+def test_an_answer_that_is_broken_off_ends_with_an_error(client: TestClient, echo: EchoProcess) -> None:
     response = client.post(CHAT, json=asked(BROKEN_OFF))
     assert response.status_code == 503
     assert "has ended" in response.json()["error"]["message"]
@@ -244,15 +244,15 @@ def test_who_hangs_up_ends_the_generation(
     settings: Settings, tmp_path: Path, start_server: Callable[..., Server], stream: bool
 ) -> None:
     server = start_server()
-    with SpeakingDesk(settings.resolved_database_url, tmp_path / "inference") as desk:
+    with EchoProcess(settings.resolved_database_url, tmp_path / "inference") as echo:
         body = json.dumps(asked(ENDLESS, stream=stream)).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         port = int(server.url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             received, deadline = b"", time.monotonic() + 60
-            while not desk.asked or (stream and b"data:" not in received):
+            while not echo.received or (stream and b"data:" not in received):
                 assert time.monotonic() < deadline
                 received += connection.recv(65536) if stream else b""
                 time.sleep(0.02)
-        assert desk.broken_off.wait(60)
+        assert echo.client_gone.wait(60)

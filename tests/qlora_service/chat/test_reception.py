@@ -18,8 +18,8 @@ from qlora_service.errors import NotFound, QLoRAError, QuotaExceeded, Unavailabl
 from qlora_service.store import inference
 from qlora_service.store.database import Database
 from qlora_service.store.inference import Holder
+from tests.chat_process import ENDLESS, TINY, TOO_LONG, EchoProcess
 from tests.control_plane import database
-from tests.speaking_desk import ENDLESS, TINY, TOO_LONG, SpeakingDesk
 
 __all__ = ["database"]
 
@@ -35,7 +35,7 @@ def answers(database: Database, text: str = "once more", preempts: bool = False)
 
 
 def test_what_the_process_says_is_passed_on(database: Database, tmp_path: Path) -> None:
-    with SpeakingDesk(database.url, tmp_path / "inference"):
+    with EchoProcess(database.url, tmp_path / "inference"):
         heard = answers(database)
     finished = Finished(reason="stop", prompt_tokens=7, completion_tokens=2)
     assert heard == [Answer(text="once"), Answer(text=" more"), Answer(finished=finished)]
@@ -51,7 +51,7 @@ def test_who_waits_for_a_base_asks_for_it_and_is_answered_when_it_comes(database
                 break
             await asyncio.sleep(0.01)
         assert wanted == TINY
-        with SpeakingDesk(database.url, tmp_path / "inference"):
+        with EchoProcess(database.url, tmp_path / "inference"):
             return await asking
 
     assert asyncio.run(come_late())[0] == Answer(text="once")
@@ -74,18 +74,18 @@ def test_a_socket_that_nobody_listens_on_is_forgotten(
 
 def test_a_process_that_makes_room_before_it_begins_is_asked_nothing_more(database: Database, tmp_path: Path) -> None:
     with ExitStack() as stack:
-        leaving = stack.enter_context(SpeakingDesk(database.url, tmp_path / "first"))
-        leaving._desk.leave(Leaving("room is made"))
+        leaving = stack.enter_context(EchoProcess(database.url, tmp_path / "first"))
+        leaving.requests.drain(Leaving("room is made"))
 
         async def ask() -> list[Answer]:
             asking = asyncio.create_task(asyncio.to_thread(answers, database))
             await asyncio.sleep(0.5)
             stack.close()
-            with SpeakingDesk(database.url, tmp_path / "second"):
+            with EchoProcess(database.url, tmp_path / "second"):
                 return await asking
 
         assert asyncio.run(ask())[0] == Answer(text="once")
-        assert leaving.asked == []
+        assert leaving.received == []
 
 
 def hanging_up(database: Database, path: Path, times: int) -> threading.Thread:
@@ -113,7 +113,7 @@ def test_a_process_that_dies_before_it_says_anything_is_followed_by_another(data
     async def ask() -> list[Answer]:
         asking = asyncio.create_task(asyncio.to_thread(answers, database))
         await asyncio.to_thread(dying.join)
-        with SpeakingDesk(database.url, tmp_path / "second"):
+        with EchoProcess(database.url, tmp_path / "second"):
             return await asking
 
     assert asyncio.run(ask())[0] == Answer(text="once")
@@ -130,7 +130,7 @@ def test_too_many_chats_at_a_time_are_refused(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reception, "MAX_CHATS", 0)
-    with SpeakingDesk(database.url, tmp_path / "inference"), pytest.raises(QuotaExceeded):
+    with EchoProcess(database.url, tmp_path / "inference"), pytest.raises(QuotaExceeded):
         answers(database)
 
 
@@ -150,7 +150,7 @@ def test_a_chat_that_ended_however_it_did_makes_room_for_the_next(
             await answers.aclose()
         return said
 
-    with SpeakingDesk(database.url, tmp_path / "inference"):
+    with EchoProcess(database.url, tmp_path / "inference"):
         assert asyncio.run(chat()) == ["for", "once"]
 
 

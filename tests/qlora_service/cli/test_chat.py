@@ -1,4 +1,4 @@
-"""`qlora chat` against a running API; the desk of `tests.speaking_desk` says what it is asked."""
+"""`qlora chat` against a running API, answered by the echo of `tests.chat_process`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 
 from qlora_service.cli.exit_codes import ExitCode
+from tests.chat_process import BROKEN_OFF, ENDLESS, TOO_LONG, EchoProcess
 from tests.running_api import ROOT, RunningApi
-from tests.speaking_desk import BROKEN_OFF, ENDLESS, TOO_LONG, SpeakingDesk
 
 
 @pytest.fixture
-def desk(api: RunningApi, tmp_path: Path) -> Iterator[SpeakingDesk]:
-    with SpeakingDesk(f"sqlite:///{api.data_dir / 'state.db'}", tmp_path / "inference") as desk:
-        yield desk
+def echo(api: RunningApi, tmp_path: Path) -> Iterator[EchoProcess]:
+    with EchoProcess(f"sqlite:///{api.data_dir / 'state.db'}", tmp_path / "inference") as echo:
+        yield echo
 
 
 @contextmanager
@@ -58,22 +58,22 @@ def read_until(terminal: int, wanted: str) -> str:
     return printed
 
 
-def test_the_answer_is_all_of_stdout(run: Any, desk: SpeakingDesk) -> None:
+def test_the_answer_is_all_of_stdout(run: Any, echo: EchoProcess) -> None:
     outcome = run("chat", "tiny", "Say it again.", "--system", "Be brief.", "--max-tokens", 5, "--temperature", 0)
     assert (outcome.code, outcome.stdout, outcome.stderr) == (0, "Say it again.\n", "")
-    assert desk.asked[-1].messages == [
+    assert echo.received[-1].messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Say it again."},
     ]
-    assert (desk.asked[-1].sampling.max_tokens, desk.asked[-1].sampling.temperature) == (5, 0.0)
+    assert (echo.received[-1].sampling.max_tokens, echo.received[-1].sampling.temperature) == (5, 0.0)
 
 
-def test_a_question_can_be_piped_in(run: Any, desk: SpeakingDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_can_be_piped_in(run: Any, echo: EchoProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
     assert run("chat", "tiny").stdout == "from a pipe\n"
 
 
-def test_json_has_the_whole_answer(run: Any, desk: SpeakingDesk) -> None:
+def test_json_has_the_whole_answer(run: Any, echo: EchoProcess) -> None:
     printed = json.loads(run("chat", "tiny", "one two", "--json").stdout)
     assert printed == {"model": "tiny", "content": "one two", "complete": True}
 
@@ -87,7 +87,7 @@ def test_json_has_the_whole_answer(run: Any, desk: SpeakingDesk) -> None:
     ],
 )
 def test_a_refusal_is_one_message(
-    run: Any, desk: SpeakingDesk, model: str, message: str, code: ExitCode, said: str
+    run: Any, echo: EchoProcess, model: str, message: str, code: ExitCode, said: str
 ) -> None:
     outcome = run("chat", model, message)
     assert outcome.code == code
@@ -95,7 +95,7 @@ def test_a_refusal_is_one_message(
     assert said in outcome.stderr
 
 
-def test_ctrl_c_ends_the_answer_where_it_is_made(api: RunningApi, desk: SpeakingDesk) -> None:
+def test_ctrl_c_ends_the_answer_where_it_is_made(api: RunningApi, echo: EchoProcess) -> None:
     process = start(api, "tiny", ENDLESS, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     assert process.stdout is not None
     with process.stdout:
@@ -103,10 +103,10 @@ def test_ctrl_c_ends_the_answer_where_it_is_made(api: RunningApi, desk: Speaking
         process.send_signal(signal.SIGINT)
         process.stdout.read()
         assert process.wait(20) == ExitCode.INTERRUPTED
-    assert desk.broken_off.wait(10)
+    assert echo.client_gone.wait(10)
 
 
-def test_a_conversation_remembers_and_goes_on_after_a_refusal(api: RunningApi, desk: SpeakingDesk) -> None:
+def test_a_conversation_remembers_and_goes_on_after_a_refusal(api: RunningApi, echo: EchoProcess) -> None:
     with conversation(api, "tiny") as (process, terminal):
         for question, answer in (("one", "one\r\n> "), (TOO_LONG, "room for 8 tokens"), ("two", "two\r\n> ")):
             os.write(terminal, f"{question}\n".encode())
@@ -114,7 +114,7 @@ def test_a_conversation_remembers_and_goes_on_after_a_refusal(api: RunningApi, d
             read_until(terminal, answer)
         os.write(terminal, b"\x04")
         assert process.wait(20) == 0
-    assert [message["content"] for message in desk.asked[-1].messages or []] == ["one", "one", "two"]
+    assert [message["content"] for message in echo.received[-1].messages or []] == ["one", "one", "two"]
 
 
 def test_a_conversation_with_a_model_that_is_not_there_is_over(api: RunningApi) -> None:

@@ -19,8 +19,8 @@ from qlora_service.queue.queue import Queue
 from qlora_service.store import inference
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import get_job
+from tests.chat_process import TINY
 from tests.control_plane import add_job, database
-from tests.speaking_desk import TINY
 from tests.workspace import Workspace, chatting_on
 from workers.supervisor.inference_turns import DRAIN_SHARE, PRESSED_S, UNANSWERED_S, ChatRules, ChatTurns, Stay, Verdict
 

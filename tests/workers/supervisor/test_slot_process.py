@@ -12,7 +12,7 @@ from qlora_service.chat.wire import AdapterRef, GenerationRequest, Sampling
 from qlora_service.domain.jobs import JobStatus
 from qlora_service.specs import Quantization
 from qlora_service.store.inference import LoadedBase
-from tests.speaking_desk import TINY
+from tests.chat_process import TINY
 from tests.workspace import (
     Workspace,
     all_trainers_of,
