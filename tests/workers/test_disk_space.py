@@ -1,3 +1,5 @@
+"""Detection of a full disk, and the hold of a job."""
+
 from __future__ import annotations
 
 import errno
@@ -5,10 +7,10 @@ import errno
 import pytest
 
 from qlora_service.domain.jobs import HoldReason
-from workers.disk_space import LEAST_ROOM, disk_full_hold, is_disk_full
+from workers.disk_space import MIN_FREE_BYTES, disk_full_hold, is_disk_full
 
 
-def test_a_full_disk_is_known_behind_the_error_of_whoever_cleaned_up_after_it() -> None:
+def test_a_full_disk_is_detected_in_the_context_of_a_later_error() -> None:
     def write() -> None:
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -21,8 +23,8 @@ def test_a_full_disk_is_known_behind_the_error_of_whoever_cleaned_up_after_it() 
     assert is_disk_full(raised.value)
 
 
-def test_a_job_waits_for_its_own_room_and_some_more() -> None:
+def test_a_job_waits_for_its_own_bytes_and_a_margin() -> None:
     hold = disk_full_hold(100 * 2**20)
     assert hold["reason"] == HoldReason.DISK_FULL
-    assert hold["needs_bytes"] == 100 * 2**20 + LEAST_ROOM
+    assert hold["needs_bytes"] == 100 * 2**20 + MIN_FREE_BYTES
     assert "free 164 MiB" in hold["message"]
