@@ -128,7 +128,7 @@ class ChatTurns:
     def consider_preemption(self, claim: Claim, worker: str) -> None:
         """Preempts the slot's job if a client waits to chat, the operator allows it, and the job had its share.
 
-        The share: the attempt has completed a step, and has trained for as long as chats held the slot before.
+        Its share: since its first completed step it has trained for as long as chats held the slot before.
         """
         if not self._rules.preempts or self._preempted_job:
             return
@@ -175,7 +175,7 @@ class ChatTurns:
             finally:
                 if not keeps_base:
                     process.end()
-            log.info("inference_ended", base_model=base.base_model, slot=self._slot, base_stays=keeps_base)
+            log.info("inference_ended", base_model=base.base_model, slot=self._slot, base_kept=keeps_base)
         finally:
             path.unlink(missing_ok=True)
             persist(lambda: self._unregister(worker), DATABASE_PATIENCE_S)

@@ -84,7 +84,7 @@ class ProbeTurns:
             child.wait()
             assert child.stdin is not None
             child.stdin.close()
-        log.info("probe_ended", slot=self._slot, exit_code=child.returncode, made_way=interruption)
+        log.info("probe_ended", slot=self._slot, exit_code=child.returncode, interruption=interruption)
         if interruption == "overdue" or (interruption is None and child.returncode != 0):
             # The error is stored, because a repeated probe would end the same way.
             end = f"took longer than {LIMIT_S:g} s" if interruption else f"ended with exit code {child.returncode}"
