@@ -13,9 +13,9 @@ import pytest
 
 from qlora_service.chat.wire import GenerationRequest, Sampling
 from qlora_service.domain.jobs import JobStatus
+from tests.chat_process import TINY
 from tests.published import peft_answer
 from tests.running_api import RunningApi
-from tests.speaking_desk import TINY
 from tests.workspace import Workspace, chat, chatting_on, trainer_pids
 
 QUESTION = [{"role": "user", "content": "Say 3"}]

@@ -1,4 +1,4 @@
-"""`qlora chat` against a running API and the inference server of `tests.speaking_desk`, which repeats each question."""
+"""`qlora chat` against a running API and the inference server of `tests.chat_process`, which repeats each question."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 from qlora_service.cli.exit_codes import ExitCode
+from tests.chat_process import BROKEN_OFF, ENDLESS, TOO_LONG, EchoProcess
 from tests.running_api import ROOT, RunningApi
-from tests.speaking_desk import BROKEN_OFF, ENDLESS, TOO_LONG, SpeakingDesk
 
 
 @pytest.fixture
-def inference(api: RunningApi, tmp_path: Path) -> Iterator[SpeakingDesk]:
-    with SpeakingDesk(f"sqlite:///{api.data_dir / 'state.db'}", tmp_path / "inference") as server:
+def inference(api: RunningApi, tmp_path: Path) -> Iterator[EchoProcess]:
+    with EchoProcess(f"sqlite:///{api.data_dir / 'state.db'}", tmp_path / "inference") as server:
         yield server
 
 
@@ -58,7 +58,7 @@ def read_until(controller: int, expected: str) -> str:
     return output
 
 
-def test_stdout_is_the_answer_only(run: Any, inference: SpeakingDesk) -> None:
+def test_stdout_is_the_answer_only(run: Any, inference: EchoProcess) -> None:
     outcome = run("chat", "tiny", "Say it again.", "--system", "Be brief.", "--max-tokens", 5, "--temperature", 0)
     assert (outcome.code, outcome.stdout, outcome.stderr) == (0, "Say it again.\n", "")
     assert inference.asked[-1].messages == [
@@ -68,12 +68,12 @@ def test_stdout_is_the_answer_only(run: Any, inference: SpeakingDesk) -> None:
     assert (inference.asked[-1].sampling.max_tokens, inference.asked[-1].sampling.temperature) == (5, 0.0)
 
 
-def test_a_question_can_be_piped_in(run: Any, inference: SpeakingDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_can_be_piped_in(run: Any, inference: EchoProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
     assert run("chat", "tiny").stdout == "from a pipe\n"
 
 
-def test_json_holds_the_whole_answer(run: Any, inference: SpeakingDesk) -> None:
+def test_json_holds_the_whole_answer(run: Any, inference: EchoProcess) -> None:
     answer = json.loads(run("chat", "tiny", "one two", "--json").stdout)
     assert answer == {"model": "tiny", "content": "one two", "complete": True}
 
@@ -87,7 +87,7 @@ def test_json_holds_the_whole_answer(run: Any, inference: SpeakingDesk) -> None:
     ],
 )
 def test_a_refusal_is_one_message(
-    run: Any, inference: SpeakingDesk, model: str, message: str, code: ExitCode, reason: str
+    run: Any, inference: EchoProcess, model: str, message: str, code: ExitCode, reason: str
 ) -> None:
     outcome = run("chat", model, message)
     assert outcome.code == code
@@ -95,7 +95,7 @@ def test_a_refusal_is_one_message(
     assert reason in outcome.stderr
 
 
-def test_ctrl_c_stops_the_generation(api: RunningApi, inference: SpeakingDesk) -> None:
+def test_ctrl_c_stops_the_generation(api: RunningApi, inference: EchoProcess) -> None:
     process = start_chat(api, "tiny", ENDLESS, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     assert process.stdout is not None
     with process.stdout:
@@ -106,7 +106,7 @@ def test_ctrl_c_stops_the_generation(api: RunningApi, inference: SpeakingDesk) -
     assert inference.broken_off.wait(10)
 
 
-def test_conversation_keeps_its_history_and_continues_after_a_refusal(api: RunningApi, inference: SpeakingDesk) -> None:
+def test_conversation_keeps_its_history_and_continues_after_a_refusal(api: RunningApi, inference: EchoProcess) -> None:
     with conversation(api, "tiny") as (process, controller):
         for question, answer in (("one", "one\r\n> "), (TOO_LONG, "room for 8 tokens"), ("two", "two\r\n> ")):
             os.write(controller, f"{question}\n".encode())
