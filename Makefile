@@ -1,14 +1,14 @@
-# Everything runs from one virtual environment, .venv. `make demo` and `make test` install it by themselves.
+# All targets use one virtual environment, .venv, and install it when needed.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(name)),$(name))))
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install demo test test-fast chaos check bench serve clean docs lock image-test format
 
-help:  ## What can be made
+help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-install: .venv/installed  ## Make .venv with everything in it
+install: .venv/installed  ## Create .venv with all dependencies
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -16,18 +16,18 @@ install: .venv/installed  ## Make .venv with everything in it
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[server,train,dev]'
-	@# As pip does it, but on every core, and without what hardly anybody imports: tests, and each model there is.
+	@# As pip does, but on all cores, and without rarely imported files: tests, and the models of transformers.
 	$(BIN)/python -m compileall -q -q -j 0 -x '/tests/|/transformers/models/' .venv/lib || true
 	touch $@
 
-demo: install  ## The main job: train a small model on a small data set, download the adapter, compare answers
+demo: install  ## Train a small model on a small dataset, download the adapter, compare answers
 	$(BIN)/qlora demo
 
-# Bytecode is kept even where the environment says otherwise: tests start the same programs hundreds of times.
-test: install  ## Every test that needs no GPU; three files at a time, for some wait
+# With bytecode, whatever the environment says: tests start the same programs hundreds of times.
+test: install  ## All tests that need no GPU; three files at a time, since some wait
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-chaos: install  ## What jobs survive, in full size (an hour and more): make chaos ONLY=kills
+chaos: install  ## Fault injection in full size (an hour and more): make chaos ONLY=kills
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.chaos $(if $(ONLY),--only $(ONLY))
 
 check: install  ## Lint, formatting, types, import contracts, Dockerfile, compose file
@@ -48,15 +48,15 @@ serve: install  ## API and worker on 127.0.0.1:8080, data in ./data
 image-test: install  ## Build the Docker image without an engine and run a job in it (root, Debian)
 	bash docker/image-test.sh
 
-format: install  ## Let ruff rewrite what it can
+format: install  ## Apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 docs: install  ## Generate docs/settings.md from the settings' declarations
 	$(BIN)/python -m tests.settings_page
 
-lock: install  ## Pin what is installed now
+lock: install  ## Pin the installed versions in constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
-clean:  ## Remove what was built, not ./data
+clean:  ## Remove build products, not ./data
 	rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache demo-output

@@ -1,4 +1,4 @@
-"""What the routes share: the caller's project of the service, and the upload directory that the lifespan opened."""
+"""Dependencies shared by the routes: the service within the caller's project, keys, uploads, common parameters."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ ServiceOf = Annotated[Service, Depends(_service)]
 AccessOf = Annotated[Access, Depends(_access)]
 UploadsOf = Annotated[Uploads, Depends(_uploads)]
 
-JobId = Annotated[str, Path(description="A job's id.", examples=["job_019a9c2f8d31c4e55f0a7b"])]
-DatasetId = Annotated[str, Path(description="A dataset's id.", examples=["ds_019a9c2f8d31c4e55f0a7b"])]
-KeyId = Annotated[str, Path(description="A key's id.", examples=["key_019a9c2f8d31c4e55f0a7b"])]
-After = Annotated[str | None, Query(description="The `next` of the page before.")]
-Limit = Annotated[int, Query(ge=1, le=100, description="Most items of a page.")]
+JobId = Annotated[str, Path(description="Id of a job.", examples=["job_019a9c2f8d31c4e55f0a7b"])]
+DatasetId = Annotated[str, Path(description="Id of a dataset.", examples=["ds_019a9c2f8d31c4e55f0a7b"])]
+KeyId = Annotated[str, Path(description="Id of a key.", examples=["key_019a9c2f8d31c4e55f0a7b"])]
+After = Annotated[str | None, Query(description="Cursor: the `next` of the previous page.")]
+Limit = Annotated[int, Query(ge=1, le=100, description="Maximum number of items in the page.")]

@@ -1,4 +1,4 @@
-"""The one table from errors to status codes, and the JSON in which all of them are answered."""
+"""The one table from errors to status codes, and the JSON response to every error."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ _SCHEMA = {"$ref": "#/components/schemas/ErrorResponse"}
 
 
 class InvalidJSON(InvalidRequest):
-    """The body is no JSON, or JSON that can be read in two ways."""
+    """The body is not JSON, or it is JSON that parsers read differently."""
 
     code = "invalid_json"
 
 
 class Forbidden(InvalidRequest):
-    """Asked under a name, from a page or with a key that may not."""
+    """The host name, the web page or the key of the request is not allowed to do this."""
 
     code = "forbidden"
 
 
 class MalformedRequest(InvalidRequest):
-    """What arrived is no HTTP request, or holds what no text can."""
+    """The bytes received are not an HTTP/1.1 request, or its head is too large."""
 
     code = "malformed_request"
 
 
 class RequestTimeout(InvalidRequest):
-    """The request did not arrive in time; answered by `api.http.protocol` alone."""
+    """The request did not arrive in time; raised only by `api.http.protocol`."""
 
     code = "request_timeout"
 
@@ -67,7 +67,7 @@ class UnsupportedMediaType(InvalidRequest):
 
 
 class RangeNotSatisfiable(InvalidRequest):
-    """The Range header asks for bytes that the file does not have; `details["size"]` is how many it has."""
+    """The Range header names only bytes beyond the end of the file; `details["size"]` is the file's size in bytes."""
 
     code = "range_not_satisfiable"
 
@@ -104,108 +104,93 @@ _EXAMPLES: dict[int, tuple[str, str, str | None]] = {
     500: ("internal_error", "the service failed; its log says more under request req_1", None),
     503: ("unavailable", "the database does not answer; try again later", None),
 }
-_MEANING = {
-    400: "What arrived is no request, or its body is no JSON",
-    401: "No key, or one that is not known or revoked",
-    403: "A key without the scope for this, or another host name or web page than the service knows",
-    404: "There is no such thing",
+_DESCRIPTIONS = {
+    400: "The request is not valid HTTP, or its body is not valid JSON",
+    401: "No key, or a key that is unknown or revoked",
+    403: "The key lacks the required scope, or the host name or web page is not allowed",
+    404: "The object does not exist",
     408: "The request did not arrive in time",
-    409: "Its state forbids this",
-    413: "Over a limit",
-    415: "Neither JSON nor multipart",
+    409: "The state of the object does not allow this",
+    413: "The request exceeds a size limit",
+    415: "The body is neither JSON nor multipart",
     416: "The range lies outside the file",
-    422: "The request cannot work as it is; every fault is listed with its place",
-    429: "Over a quota: try again after Retry-After seconds; without this header, waiting does not help",
+    422: "The request is invalid; `findings` lists every error with its location",
+    429: "Over a quota or rate limit: retry after Retry-After seconds; without this header, waiting does not help",
     500: "A defect of the service",
-    503: "Not now: try again after Retry-After seconds",
+    503: "Temporarily unavailable: retry after Retry-After seconds",
 }
 
 
 def error_responses(*statuses: int, guarded: bool = True) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's `responses` of a route that may answer with these errors.
+    """The OpenAPI `responses` of a route that may answer with these error statuses.
 
-    Any may answer that the request did not arrive whole or in time (`api.http.protocol`: 400, 408), that the database
-    or a place among the connections is not to be had (503), or fail (500). One that is `guarded` is open to neither
-    strangers (`api.access.origins`) nor requests without a key, or with a key that asks too often (`api.access.auth`).
+    Statuses that every route may answer with are added: 400 and 408 (the request did not arrive complete or in time,
+    `api.http.protocol`), 503 (no database connection, or too many open connections) and 500. A `guarded` route also
+    rejects unknown hosts and web pages (403, `api.access.origins`), and requests with no key (401), with a key that
+    lacks the scope (403) or with a key that exceeds its rate limit (429, `api.access.auth`).
     """
     return {
         status: {
             "model": ErrorResponse,
-            "description": _MEANING[status],
+            "description": _DESCRIPTIONS[status],
             "content": {"application/json": {"schema": _SCHEMA, "example": _example(status)}},
         }
         for status in sorted({*statuses, *([401, 403, 429] if guarded else []), 400, 408, 500, 503})
     }
 
 
-def _example(status: int) -> dict[str, Any]:
-    code, message, location = _EXAMPLES[status]
-    findings: list[dict[str, Any]] = []
-    if status == 422:
-        findings = [{"reason": message.partition(": ")[2], "pointer": location}]
-    return {"error": {"code": code, "message": message, "location": location, "findings": findings, "details": {}}}
-
-
 def status_of(error: QLoRAError) -> int:
-    """The status of the nearest class that the table names."""
+    """The status of the nearest base class in the table."""
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
 
 @contextmanager
-def located(places: Mapping[type[QLoRAError], str]) -> Iterator[None]:
-    """Errors of these classes leave with their place in the request, which only the route knows."""
+def located(locations: Mapping[type[QLoRAError], str]) -> Iterator[None]:
+    """Sets the location of errors of these classes: only the route knows where in the request their cause is."""
     try:
         yield
-    except tuple(places) as error:
-        error.location = next(places[kind] for kind in type(error).__mro__ if kind in places)
+    except tuple(locations) as error:
+        error.location = next(locations[kind] for kind in type(error).__mro__ if kind in locations)
         raise
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Every error of `app`, the framework's own included, is answered in the one shape."""
-    app.add_exception_handler(QLoRAError, _answer_error)
-    app.add_exception_handler(RequestValidationError, _answer_validation_error)
-    app.add_exception_handler(HTTPException, _answer_http_exception)
+    """Gives every error response of `app`, including the framework's own, the one shape."""
+    app.add_exception_handler(QLoRAError, _handle_error)
+    app.add_exception_handler(RequestValidationError, _handle_validation_error)
+    app.add_exception_handler(HTTPException, _handle_http_exception)
 
 
-def internal_error(request_id: str) -> JSONResponse:
-    """The answer to what nobody foresaw: it names the log line and nothing else."""
+def internal_error_response(request_id: str) -> JSONResponse:
+    """The response to an unexpected exception: it names the request id of the log line and nothing else."""
     error = QLoRAError(f"the service failed; its log says more under request {request_id}", request_id=request_id)
     return _response(error.as_dict(), 500)
 
 
-def stopping() -> JSONResponse:
-    """The answer to a request that outlives the server."""
-    return refusal(Unavailable("the service is stopping: see whether the request took effect, then send it again"))
+def stopping_response() -> JSONResponse:
+    """The response to a request that is still running when the server stops."""
+    return response_of(
+        Unavailable("the service is stopping: check whether the request took effect, then send it again")
+    )
 
 
-def outage(error: Exception) -> Unavailable | None:
-    """What a request that fails for want of disk space or the database is answered; None for any other failure."""
+def as_unavailable(error: Exception) -> Unavailable | None:
+    """The 503 for a failure caused by a full disk or by the database; None for any other failure."""
     if _is_full(error):
         return Unavailable(
-            "there is no space left for the service's data: free some on the disk of QLORA_DATA_DIR, then send the "
-            "request again"
+            "there is no space left for the service's data: free disk space for QLORA_DATA_DIR, then send the request "
+            "again"
         )
     if is_outage(error):
         return Unavailable(
             "the database does not answer, or another process has locked it for too long: send the request again; "
-            "if that does not help, see to the disk of QLORA_DATA_DIR"
+            "if that does not help, check the disk of QLORA_DATA_DIR"
         )
     return None
 
 
-def _is_full(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in NO_SPACE
-    if is_full(error):
-        return True
-    # The artifact store hands the system's errors on as text.
-    number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, GenericError) else None
-    return number is not None and int(number[1]) in NO_SPACE
-
-
-def refusal(error: QLoRAError) -> JSONResponse:
-    """The answer that says what `error` says."""
+def response_of(error: QLoRAError) -> JSONResponse:
+    """The JSON response to an error, with its status and headers."""
     headers = {}
     if (retry_after_s := _retry_after_s(error)) is not None:
         headers["Retry-After"] = str(retry_after_s)
@@ -216,59 +201,77 @@ def refusal(error: QLoRAError) -> JSONResponse:
     return _response(error.as_dict(), status_of(error), headers)
 
 
+def _example(status: int) -> dict[str, Any]:
+    code, message, location = _EXAMPLES[status]
+    findings: list[dict[str, Any]] = []
+    if status == 422:
+        findings = [{"reason": message.partition(": ")[2], "pointer": location}]
+    return {"error": {"code": code, "message": message, "location": location, "findings": findings, "details": {}}}
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in NO_SPACE
+    if is_full(error):
+        return True
+    # The artifact store reports errors of the system only as text.
+    number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, GenericError) else None
+    return number is not None and int(number[1]) in NO_SPACE
+
+
 def _retry_after_s(error: QLoRAError) -> int | None:
-    """When to send the request again; None where that would not help."""
+    """Seconds until a retry; None if waiting does not help."""
     waiting_helps = isinstance(error, Unavailable | QuotaExceeded) and not isinstance(error, NoRoom)
     return int(error.details.get("retry_after_s", RETRY_AFTER_S)) if waiting_helps else None
 
 
-async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+async def _handle_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, QLoRAError)
     request.state.error_code = error.code
-    return refusal(error)
+    return response_of(error)
 
 
-async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:
-    """Path, query and header parameters; bodies are parsed by the routes."""
+async def _handle_validation_error(request: Request, error: Exception) -> JSONResponse:
+    """Path, query and header parameters only: the routes parse their bodies themselves."""
     assert isinstance(error, RequestValidationError)
-    places = [".".join(str(part) for part in fault["loc"][1:]) for fault in error.errors()]
+    locations = [".".join(str(part) for part in fault["loc"][1:]) for fault in error.errors()]
     findings = [
-        Finding(f"{place}: {fault['msg']}" if place else "the body has to be a JSON object")
-        for place, fault in zip(places, error.errors(), strict=True)
+        Finding(f"{location}: {fault['msg']}" if location else "the body has to be a JSON object")
+        for location, fault in zip(locations, error.errors(), strict=True)
     ]
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
-    invalid = InvalidRequest(f"{findings[0].reason}{more}", location=places[0] or None, findings=findings)
-    return await _answer_error(request, invalid)
+    invalid = InvalidRequest(f"{findings[0].reason}{more}", location=locations[0] or None, findings=findings)
+    return await _handle_error(request, invalid)
 
 
-async def _answer_http_exception(request: Request, error: Exception) -> JSONResponse:
+async def _handle_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     codes = {404: "not_found", 405: "method_not_allowed"}
-    asked = f"{request.method} {request.url.path}"
+    route = f"{request.method} {request.url.path}"
     messages = {
-        404: f"there is no {asked}; /docs lists what there is",
-        405: f"{asked} is not allowed; /docs lists the methods of every path",
+        404: f"there is no {route}; /docs lists every route",
+        405: f"{route} is not allowed; /docs lists the methods of every path",
     }
     body = QLoRAError(messages.get(error.status_code, str(error.detail))).as_dict()
     body["code"] = request.state.error_code = codes.get(error.status_code, "invalid_request")
     return _response(body, error.status_code, error.headers)
 
 
-def _response(body: dict[str, Any], status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return _ErrorAnswer(body, status, dict(headers or {}))
+def _response(error: dict[str, Any], status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return _ErrorJSONResponse(error, status, dict(headers or {}))
 
 
-class _ErrorAnswer(JSONResponse):
-    """An error in our own shape; under /v1 it is sent in OpenAI's."""
+class _ErrorJSONResponse(JSONResponse):
+    """An error in the service's own shape; for paths under /v1, it is sent in OpenAI's shape."""
 
     def __init__(self, error: dict[str, Any], status: int, headers: dict[str, str]) -> None:
         super().__init__({"error": error}, status, headers)
-        self._error, self._given = error, headers
+        self._error, self._own_headers = error, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not scope["path"].startswith(OPENAI_PREFIX):
             await super().__call__(scope, receive, send)
             return
-        waiting_helps = self.status_code != 429 or "Retry-After" in self._given
-        error, status, more = on_openai_wire(self._error, self.status_code, waiting_helps=waiting_helps)
-        await JSONResponse({"error": error}, status, self._given | more)(scope, receive, send)
+        waiting_helps = self.status_code != 429 or "Retry-After" in self._own_headers
+        error, status, openai_headers = on_openai_wire(self._error, self.status_code, waiting_helps=waiting_helps)
+        await JSONResponse({"error": error}, status, self._own_headers | openai_headers)(scope, receive, send)

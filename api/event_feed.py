@@ -1,8 +1,8 @@
-"""Events as they are committed, for any number of watchers: one reader of the table per process.
+"""Feed of committed events: one reader of the events table per process, for any number of subscribers.
 
-A watcher replays history from the database and goes on with what the feed hands out. It enters first and reads then,
-so what is committed in between comes twice, and the second time is told by its number: numbers grow in the order of
-commits (`store.jobs.append_event`).
+A subscriber registers first, then replays its history from the database, then continues with the events that the feed
+delivers. An event that is committed during the replay arrives twice; its sequence number identifies the second copy,
+because sequence numbers grow in commit order (`store.jobs.append_event`).
 """
 
 from __future__ import annotations
@@ -23,108 +23,111 @@ from qlora_service.store.jobs import last_seq, tail_events
 
 POLL_S = 0.05
 RETRY_S = 1.0
-# Events of one reading; a watcher's history is read in several.
-TAIL = 1000
+TAIL_EVENTS = 1000
+"""Maximum number of new events per query of the feed."""
 BATCH = 100
-# Events that wait for a watcher whose client reads slowly; then they are forgotten, and read again when it is ready.
-MOST_WAITING = 100
+"""Maximum number of events per query of a subscriber's history."""
+MAX_PENDING = 100
+"""Maximum number of undelivered events of a subscriber whose client reads slowly; beyond it, the feed drops them, and
+the subscriber reads them from the database when its client has caught up."""
 
 Topic = tuple[str, str]
-"""`("job", id)` or `("project", id)`: whose events are watched."""
-Read = Callable[[int], list[JobEvent]]
-"""Up to BATCH events of a topic after a number, from the database; fewer are the last."""
+"""`("job", job_id)` or `("project", project)`: the job or project whose events a subscriber receives."""
+ReadHistory = Callable[[int], list[JobEvent]]
+"""Up to BATCH events of a topic after a sequence number, from the database; fewer than BATCH are the last ones."""
 
 log = structlog.get_logger("api")
 
 
 class EventFeed:
-    """Hands out new events while somebody watches; reads nothing otherwise."""
+    """Delivers new events to subscribers; without subscribers, it does not query the database."""
 
     def __init__(self, database: Database, stopping: Callable[[], bool]) -> None:
-        """`stopping` says when every stream is to end, so that its client goes on elsewhere."""
+        """`stopping` returns whether every stream must end, so that clients reconnect to another process."""
         self._database = database
         self._stopping = stopping
-        self._watchers: defaultdict[Topic, set[_Watcher]] = defaultdict(set)
-        self._watched = asyncio.Event()
-        # What was handed out so far; None while nobody watches.
+        self._subscribers: defaultdict[Topic, set[_Subscriber]] = defaultdict(set)
+        self._has_subscribers = asyncio.Event()
+        # The last sequence number delivered; None without subscribers.
         self._seq: int | None = None
 
     async def run(self) -> None:
-        """Until cancelled, or the service is stopping."""
-        # Its own thread: requests may hold all the others.
+        """Delivers events until it is cancelled or the service is stopping."""
+        # A thread of its own: requests may occupy all the others.
         limiter = CapacityLimiter(1)
         while not self._stopping():
-            await self._watched.wait()
-            if not self._watchers:
+            await self._has_subscribers.wait()
+            if not self._subscribers:
                 self._seq = None
-                self._watched.clear()
+                self._has_subscribers.clear()
                 continue
             try:
                 events = await to_thread.run_sync(self._tail, limiter=limiter)
-            except Exception as error:  # noqa: BLE001  whatever it is, streams go on once it is over
+            except Exception as error:  # noqa: BLE001  streams must survive any failure of a query
                 log.warning("event_feed_waits", error=type(error).__qualname__)
                 await anyio.sleep(RETRY_S)
                 continue
-            self._hand_out(events)
-            if len(events) < TAIL:
+            self._deliver(events)
+            if len(events) < TAIL_EVENTS:
                 await anyio.sleep(POLL_S)
-        for watcher in [watcher for watchers in self._watchers.values() for watcher in watchers]:
-            watcher.wake()
+        for subscriber in [subscriber for topic in self._subscribers.values() for subscriber in topic]:
+            subscriber.wake()
 
-    async def follow(self, topic: Topic, read: Read, after: int | None) -> AsyncGenerator[JobEvent]:
-        """The topic's events after number `after`, each once and in order, until the service is stopping.
+    async def follow(self, topic: Topic, read_history: ReadHistory, after: int | None) -> AsyncGenerator[JobEvent]:
+        """The topic's events after sequence number `after`, each once and in order, until the service is stopping.
 
-        None is now. So is a number that there is not yet: it comes from another database, or from nowhere.
+        With None, only events from now on. A number that is larger than any stored one also means now: it comes from
+        another database or is arbitrary.
         """
-        with self._watching(topic) as watcher:
+        with self._subscription(topic) as subscriber:
             newest = await run_in_threadpool(self._newest)
             if self._seq is None:
                 self._seq = newest
-                self._watched.set()
+                self._has_subscribers.set()
             seq = newest if after is None else min(after, newest)
             while not self._stopping():
-                watcher.catch_up()
-                async for event in self.history(read, seq):
+                subscriber.reset()
+                async for event in self.history(read_history, seq):
                     seq = event.seq
                     yield event
-                while not watcher.behind and not self._stopping():
-                    for event in await watcher.take():
+                while not subscriber.has_dropped and not self._stopping():
+                    for event in await subscriber.wait():
                         if event.seq > seq:
                             seq = event.seq
                             yield event
 
-    async def history(self, read: Read, seq: int) -> AsyncGenerator[JobEvent]:
-        """What is stored after number `seq`, until the service is stopping."""
+    async def history(self, read_history: ReadHistory, seq: int) -> AsyncGenerator[JobEvent]:
+        """The stored events after sequence number `seq`, until the service is stopping."""
         full = True
         while full and not self._stopping():
-            events = await run_in_threadpool(read, seq)
+            events = await run_in_threadpool(read_history, seq)
             for event in events:
                 yield event
             full = len(events) >= BATCH
             seq = events[-1].seq if events else seq
 
     @contextmanager
-    def _watching(self, topic: Topic) -> Iterator[_Watcher]:
-        watcher = _Watcher()
-        self._watchers[topic].add(watcher)
+    def _subscription(self, topic: Topic) -> Iterator[_Subscriber]:
+        subscriber = _Subscriber()
+        self._subscribers[topic].add(subscriber)
         try:
-            yield watcher
+            yield subscriber
         finally:
-            self._watchers[topic].remove(watcher)
-            if not self._watchers[topic]:
-                del self._watchers[topic]
+            self._subscribers[topic].remove(subscriber)
+            if not self._subscribers[topic]:
+                del self._subscribers[topic]
 
-    def _hand_out(self, events: Iterable[tuple[str, JobEvent]]) -> None:
+    def _deliver(self, events: Iterable[tuple[str, JobEvent]]) -> None:
         for project, event in events:
             for topic in (("job", event.job_id), ("project", project)):
-                for watcher in self._watchers.get(topic, ()):
-                    watcher.put(event)
+                for subscriber in self._subscribers.get(topic, ()):
+                    subscriber.put(event)
             self._seq = event.seq
 
     def _tail(self) -> list[tuple[str, JobEvent]]:
         assert self._seq is not None
         with self._database.read() as connection:
-            return tail_events(connection, self._seq, TAIL)
+            return tail_events(connection, self._seq, TAIL_EVENTS)
 
     def _newest(self) -> int:
         with self._database.read() as connection:
@@ -133,7 +136,7 @@ class EventFeed:
 
 @asynccontextmanager
 async def running_feed(database_url: str, stopping: Callable[[], bool]) -> AsyncIterator[EventFeed]:
-    """A feed that runs while the context lasts, on connections of its own: requests may hold the service's."""
+    """A feed that runs while the context lasts, on its own database connections: requests may occupy the service's."""
     database = Database(database_url)
     feed = EventFeed(database, stopping)
     async with anyio.create_task_group() as tasks:
@@ -145,36 +148,36 @@ async def running_feed(database_url: str, stopping: Callable[[], bool]) -> Async
             database.close()
 
 
-class _Watcher:
-    """New events on their way to one stream."""
+class _Subscriber:
+    """Queue of new events for one stream, of at most MAX_PENDING events."""
 
     def __init__(self) -> None:
-        self._waiting: deque[JobEvent] = deque()
+        self._pending: deque[JobEvent] = deque()
         self._woken = asyncio.Event()
-        self.behind = False
-        """Whether events were forgotten since `catch_up`: they are in the database."""
+        self.has_dropped = False
+        """Whether events were dropped since `reset`: the database has them."""
 
     def put(self, event: JobEvent) -> None:
-        if self.behind:
+        if self.has_dropped:
             return
-        self._waiting.append(event)
-        if len(self._waiting) > MOST_WAITING:
-            self._waiting.clear()
-            self.behind = True
+        self._pending.append(event)
+        if len(self._pending) > MAX_PENDING:
+            self._pending.clear()
+            self.has_dropped = True
         self.wake()
 
     def wake(self) -> None:
         self._woken.set()
 
-    def catch_up(self) -> None:
-        """What is read from the database from now on joins what is taken later without a gap."""
-        self._waiting.clear()
-        self.behind = False
+    def reset(self) -> None:
+        """Empties the queue. Events read from the database after this call join the queued ones without a gap."""
+        self._pending.clear()
+        self.has_dropped = False
 
-    async def take(self) -> list[JobEvent]:
-        """What was put since the last time, after waiting for it; nothing when woken for another reason."""
+    async def wait(self) -> list[JobEvent]:
+        """The events put since the last call, after waiting for them; empty if woken for another reason."""
         await self._woken.wait()
         self._woken.clear()
-        taken = list(self._waiting)
-        self._waiting.clear()
-        return taken
+        events = list(self._pending)
+        self._pending.clear()
+        return events

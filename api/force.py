@@ -1,4 +1,4 @@
-"""`force`, which stands beside a job's spec and is none of it: queue the job although it should not fit."""
+"""`force`, a request field next to a job's spec: queue a job that is not expected to fit into memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ NAME = "force"
 SCHEMA = {
     "type": "boolean",
     "default": False,
-    "description": "Queue the job also if it should not fit into the device's memory, with a warning.",
+    "description": "Queue the job, with a warning, even if it is not expected to fit into the device's memory.",
 }
 
 
 def take_force(document: Any) -> tuple[Any, bool]:
-    """The document without `force`, and what that said.
+    """The document without `force`, and the value of `force`.
 
     Raises:
-        InvalidSpec: it is neither true nor false.
+        InvalidSpec: `force` is neither true nor false.
     """
     if not isinstance(document, dict) or NAME not in document:
         return document, False

@@ -1,4 +1,4 @@
-"""The HTTP application over `qlora_service.actions.jobs`."""
+"""The HTTP application over `qlora_service.actions`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from importlib.metadata import version
 from fastapi import Depends, FastAPI
 
 from api import v1
-from api.access.auth import Gate, StreamGuard, authenticated, hand_over_first_key
+from api.access.auth import Authenticator, StreamGuard, authenticated, print_first_key
 from api.access.origins import OriginGuard
 from api.errors import install_handlers
 from api.event_feed import running_feed
-from api.http.idempotency import answer_again
+from api.http.idempotency import replay_response
 from api.http.parameters import refuse_nul
 from api.http.request_log import RequestLog
 from api.http.uploads import Uploads
@@ -28,46 +28,47 @@ from qlora_service.store.idempotency import Replay
 from qlora_service.webhooks.endpoints import open_webhooks
 
 DESCRIPTION = """
-POST a dataset and a config to `/jobs`; one GPU trains a LoRA adapter over a 4-bit base model; download adapter
-files you can trust.
+POST a dataset and a config to `/jobs`; one GPU trains a LoRA adapter on a 4-bit base model; download the adapter files,
+each with its SHA-256.
 
-Every error, of every route, is one JSON shape: `error.code` for programs, `error.message` for people,
-`error.location` and `error.findings` for the places. Every answer carries `X-Request-Id`, the request's own if it
-sent one.
+Every error response has one JSON shape: `error.code` for programs, `error.message` for people, `error.location` and
+`error.findings` for the places in the request. Routes under `/v1` use OpenAI's error shape. Every response carries
+`X-Request-Id`: the id that the request sent, or a generated one.
 
-Every request but those for health and this page names its key: `Authorization: Bearer qk_…`. A key belongs to a
-project; what other projects have is not there for it. The first start prints a key; `qlora keys` makes more.
+Every request needs a key, except health checks and this page: `Authorization: Bearer qk_…`. A key belongs to a project
+and has no access to other projects: their objects are answered with 404. The first start prints a key; `qlora keys`
+creates more.
 
-Every POST that changes something takes an `Idempotency-Key`: sent again after a lost connection or a 503 under the same
-key, it takes effect once and is answered the same.
+Every POST that changes something accepts an `Idempotency-Key`: a request that is sent again with the same key, after a
+lost connection or a 503, takes effect once and gets the same response.
 """
 TAGS = [
     {"name": "jobs", "description": "Submit a fine-tuning job, follow it, pause, resume or cancel it."},
-    {"name": "artifacts", "description": "What a succeeded job published."},
-    {"name": "plans", "description": "Will it fit, and how would it run?"},
-    {"name": "datasets", "description": "Upload rows, see what is wrong with them and how they will be trained."},
+    {"name": "artifacts", "description": "The files that a succeeded job published."},
+    {"name": "plans", "description": "Predict whether a job fits, its settings, memory and time."},
+    {"name": "datasets", "description": "Upload rows, read the errors found in them, preview the rendered rows."},
     {"name": "models", "description": "The base models that jobs can name."},
-    {"name": "recipes", "description": "Named settings that a job can start from."},
-    {"name": "admin", "description": "The keys of the project. Needs a key of the scope `admin`."},
-    {"name": "webhooks", "description": "Be told how jobs end, and see what was delivered."},
+    {"name": "recipes", "description": "Named sets of values that a job can start from."},
+    {"name": "admin", "description": "The keys of the project. Needs a key with the scope `admin`."},
+    {"name": "webhooks", "description": "Notifications when jobs end, and the log of their deliveries."},
     {"name": "openai files", "description": "For OpenAI's client: datasets, and the metrics of succeeded jobs."},
-    {"name": "openai uploads", "description": "For OpenAI's client: datasets that arrive in parts."},
+    {"name": "openai uploads", "description": "For OpenAI's client: datasets uploaded in parts."},
     {"name": "openai fine-tuning", "description": "For OpenAI's client: the same jobs as under /jobs."},
-    {"name": "openai models", "description": "For OpenAI's client: base models and fine-tuned ones."},
-    {"name": "chat", "description": "For OpenAI's client: try a model, streamed or not; one answer at a time."},
+    {"name": "openai models", "description": "For OpenAI's client: base models and fine-tuned models."},
+    {"name": "chat", "description": "For OpenAI's client: try a model, streamed or not; one completion at a time."},
     {"name": "health", "description": "For load balancers and containers."},
 ]
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application; its lifespan opens the service over the data directory of `settings`."""
+    """The application; its lifespan opens the service over the data directory in `settings`."""
     app = Application(
         title="qlora-service",
         description=DESCRIPTION,
         version=version("qlora-service"),
         openapi_tags=TAGS,
         lifespan=_lifespan,
-        # api.routes.docs serves /docs: the framework's pages come with scripts of other hosts.
+        # api.routes.docs serves /docs: the framework's pages load scripts from other hosts.
         docs_url=None,
         redoc_url=None,
     )
@@ -77,10 +78,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(OriginGuard, listening=settings.host, allowed=settings.allowed_host_names)
     app.add_middleware(RequestLog)  # the last one added is the outermost
     install_handlers(app)
-    app.add_exception_handler(Replay, answer_again)
+    app.add_exception_handler(Replay, replay_response)
     for routes in (jobs, events, artifacts, plans, accuracy, datasets, models, recipes, keys, v1):
         app.include_router(routes.router, dependencies=[Depends(authenticated), Depends(refuse_nul)])
-    for routes in (health, docs):  # open to everybody
+    for routes in (health, docs):  # no key needed
         app.include_router(routes.router)
     return app
 
@@ -88,7 +89,7 @@ def create_app(settings: Settings) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
-    # What a killed process left lies in unlocked directories; ours is locked until we die.
+    # Directories that a killed process left are unlocked; the one of this process stays locked until it exits.
     reap_stale(settings.tmp_dir)
     with staging_directory(settings.tmp_dir) as scratch:
         service = open_service(
@@ -101,14 +102,15 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             plan_device=settings.plan_device,
             plan_cache_dir=settings.plan_cache_dir,
         )
-        # With connections of its own: those who may ask are told so also while others wait for the rest.
+        # On its own connections: keys are checked even while requests occupy all of the service's connections.
         access = Access(Database(settings.resolved_database_url))
         if settings.keys == "required":
-            hand_over_first_key(access)
+            print_first_key(access)
         service.uploads.reap()
         app.state.service = service
         app.state.access = access
-        app.state.gate = Gate(access if settings.keys == "required" else None, settings.max_requests_per_minute)
+        keys = access if settings.keys == "required" else None
+        app.state.authenticator = Authenticator(keys, settings.max_requests_per_minute)
         app.state.uploads = Uploads(scratch.path, settings.max_upload_bytes)
         database_url = settings.resolved_database_url
         with (

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them: every request under /v1 is answered in this shape."""
+"""Errors in OpenAI's shape, the response to every failed request under /v1."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 class OpenAIError(BaseModel):
     message: str = Field(description="What happened, to which object, and what to do.")
     type: str = Field(examples=["invalid_request_error"])
-    param: str | None = Field(description="The parameter or field at fault, with dots between the names.")
-    code: str = Field(description="Stable: programs may rely on it.")
-    findings: list[Finding] = Field(description="All faults, each with its place; of a file's rows, the first hundred.")
+    param: str | None = Field(description="The invalid parameter or field, as names joined by dots.")
+    code: str = Field(description="Stable error code for programs.")
+    findings: list[Finding] = Field(
+        description="All errors in the input, each with its location; for the rows of a file, the first hundred."
+    )
     details: dict[str, Any]
 
 
 class OpenAIErrorResponse(BaseModel):
-    """Every error under /v1."""
+    """The body of every error response under /v1."""
 
     error: OpenAIError
 
@@ -31,20 +33,23 @@ class OpenAIErrorResponse(BaseModel):
 def on_openai_wire(
     error: dict[str, Any], status: int, *, waiting_helps: bool = True
 ) -> tuple[dict[str, Any], int, dict[str, str]]:
-    """The error, its status and further headers, of an error in our own shape."""
+    """The error in OpenAI's shape, its status and additional headers.
+
+    `error` is `QLoRAError.as_dict()`; with `waiting_helps` false, the headers tell OpenAI's client not to retry.
+    """
     status = 400 if status == 422 else status  # the client's BadRequestError
-    kind = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
+    error_type = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
     body = {
         "message": error["message"],
-        "type": kind,
+        "type": error_type,
         "param": _param(error["location"]),
         "code": error["code"],
         "findings": error["findings"],
         "details": error["details"],
     }
-    # The client would send these twice more, a file that there is no room for among them.
-    futile = status == 409 or not waiting_helps
-    return body, status, {"x-should-retry": "false"} if futile else {}
+    # Without the header, the client retries these twice, including an upload of a file over the storage quota.
+    retry_is_futile = status == 409 or not waiting_helps
+    return body, status, {"x-should-retry": "false"} if retry_is_futile else {}
 
 
 def _param(location: str | None) -> str | None:

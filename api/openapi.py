@@ -1,4 +1,4 @@
-"""The application whose OpenAPI document says what is sent and answered, and not what the framework makes of it."""
+"""The FastAPI application with a corrected OpenAPI document: real request bodies and error responses."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from api.plan_schemas import PlanOptions
 
 
 class Application(FastAPI):
-    """Documents no 422 under /v1: there, what cannot work is a 400, as OpenAI's clients expect it.
+    """FastAPI, with these corrections of the OpenAPI document.
 
-    Bodies that are a job's spec with something beside it have the spec's schema with something beside it.
+    - Routes under /v1 document no 422: they answer invalid requests with 400, as OpenAI's clients expect.
+    - Bodies that are a job's spec plus further fields have the schema of the spec plus those fields.
     """
 
     def openapi(self) -> dict[str, Any]:
@@ -37,5 +38,5 @@ class Application(FastAPI):
         return self.openapi_schema
 
 
-def _extended(schema: dict[str, Any], title: str, more: dict[str, Any]) -> dict[str, Any]:
-    return schema | {"title": title, "properties": schema["properties"] | more}
+def _extended(schema: dict[str, Any], title: str, properties: dict[str, Any]) -> dict[str, Any]:
+    return schema | {"title": title, "properties": schema["properties"] | properties}

@@ -1,4 +1,4 @@
-"""What the API answers: the domain's values as JSON, without anything that is only true on this machine."""
+"""JSON responses of the API: the domain's values, without paths and other values of this machine."""
 
 from __future__ import annotations
 
@@ -24,49 +24,43 @@ Item = TypeVar("Item")
 
 
 class Page(BaseModel, Generic[Item]):
-    """Newest first. `next` is the `after` of the next page; null on the last."""
+    """A page of items, newest first. `next` is the `after` of the next page; null on the last page."""
 
     data: list[Item]
     next: str | None
 
 
 class Listing(BaseModel, Generic[Item]):
-    """All there are."""
+    """All items, without pages."""
 
     data: list[Item]
 
 
-# --- errors
-
-
 class Finding(BaseModel):
-    """One thing wrong with one place of the input."""
+    """One error at one place of the input."""
 
     model_config = ConfigDict(from_attributes=True)
 
     reason: str
-    pointer: str = Field(description="JSON pointer (RFC 6901) into the row, or into the request's body.")
+    pointer: str = Field(description="JSON pointer (RFC 6901) into the row, or into the body of the request.")
     line: int | None = Field(
-        None, description="From 1: line of a JSONL, CSV or text file, row of a JSON array or Parquet file."
+        None, description="Line of a JSONL, CSV or text file, or row of a JSON array or Parquet file, from 1."
     )
-    byte_offset: int | None = Field(None, description="Where that line or row begins in the file.")
+    byte_offset: int | None = Field(None, description="Byte of the file at which that line or row begins.")
 
 
 class Error(BaseModel):
-    code: str = Field(description="Stable: programs may rely on it.")
+    code: str = Field(description="Stable error code for programs.")
     message: str = Field(description="What happened, to which object, and what to do.")
-    location: str | None = Field(description="JSON pointer into the body, or the name of a parameter.")
+    location: str | None = Field(description="JSON pointer into the body, or name of a parameter, header or form part.")
     findings: list[Finding]
     details: dict[str, Any]
 
 
 class ErrorResponse(BaseModel):
-    """Every error, of every route."""
+    """The body of every error response outside /v1."""
 
     error: Error
-
-
-# --- datasets
 
 
 class Lengths(wire.Lengths):
@@ -76,13 +70,13 @@ class Lengths(wire.Lengths):
 
 
 class Dataset(wire.Dataset):
-    """An upload that was checked and stored. The same bytes read the same way are one dataset."""
+    """An upload that was checked and stored. The same bytes with the same container and shape are one dataset."""
 
     object: Literal["dataset"] = "dataset"
     container: Container
     shape: Shape
     findings: list[Finding]
-    lengths: Lengths | None = Field(None, description="With ?base_model: token lengths of the rows.")
+    lengths: Lengths | None = Field(None, description="Token lengths of the rows; only with ?base_model.")
 
     @classmethod
     def of(cls, dataset: DomainDataset, lengths: RenderReport | None = None) -> Dataset:
@@ -103,23 +97,20 @@ class DeletedDataset(BaseModel):
 
 
 class PreviewRow(wire.PreviewDocument):
-    """A row as it will be trained; of a preference pair, the chosen answer's document."""
+    """A rendered row; for a preference pair, the document with the chosen answer."""
 
     line: int
     rejected: wire.PreviewDocument | None = Field(
-        None, description="Of a preference pair, the rejected answer's document."
+        None, description="For a preference pair, the document with the rejected answer."
     )
-    desirable: bool | None = Field(None, description="Of a labelled answer (KTO), whether it is wanted.")
+    desirable: bool | None = Field(None, description="For a labeled answer (KTO), whether it is desirable.")
 
 
 class PreviewProblem(BaseModel):
-    """A row that will be left out, and why."""
+    """A row that will be left out, and the reason."""
 
     line: int
     problem: str
-
-
-# --- base models
 
 
 class Model(wire.Model):
@@ -132,15 +123,14 @@ class Model(wire.Model):
         return cls.model_validate(model.as_dict())
 
 
-# --- jobs
-
-
 class Hold(BaseModel):
-    """Why a paused job waits."""
+    """Why a job is paused."""
 
-    reason: HoldReason = Field(description="`user`: until it is resumed; `disk_full`: until there is room, by itself.")
+    reason: HoldReason = Field(
+        description="`user`: until the job is resumed; `disk_full`: the job resumes by itself when the disk has space."
+    )
     message: str = Field(examples=["paused until it is resumed"])
-    needs_bytes: int | None = Field(None, description="Free space on the data disk with which it goes on.")
+    needs_bytes: int | None = Field(None, description="Free space on the data disk that the job needs to resume.")
 
 
 class Job(wire.Job):
@@ -151,10 +141,10 @@ class Job(wire.Job):
     stop_request: Annotated[StopRequest | None, wire.Job.model_fields["stop_request"]]
     hold: Annotated[Hold | None, wire.Job.model_fields["hold"]]
     spec: JobSpec | None = Field(
-        description="As requested, with its defaults. Null when another version stored it, in a form that this one "
-        "cannot read; `unreadable` says so."
+        description="The requested spec with its defaults filled in. Null if another version of the service stored it "
+        "in a form that this version cannot read; then `unreadable` has the reason."
     )
-    unreadable: str | None = Field(description="Why there is no `spec`, and what to do.")
+    unreadable: str | None = Field(description="Why `spec` is null, and what to do.")
     metadata: dict[str, str]
 
     @classmethod
@@ -163,20 +153,20 @@ class Job(wire.Job):
 
 
 class Metrics(BaseModel):
-    """Records by step. `next` is the `after` of the next page; null on the last."""
+    """A page of records in order of steps. `next` is the `after` of the next page; null on the last page."""
 
     data: list[dict[str, Any]] = Field(examples=[[{"step": 7, "loss": 1.25}]])
     next: int | None
 
 
 class SubmittedJob(Job):
-    """A queued job and what its submitter should know."""
+    """A queued job, with warnings about it."""
 
     warnings: list[str] = Field(examples=[["3 rows are truncated to 1024 tokens"]])
 
 
 def job_fields(job: DomainJob, queue_position: int | None) -> dict[str, Any]:
-    """The fields of `Job`."""
+    """The field values of a `Job`."""
     progress = wire.Progress(
         step=job.step,
         total_steps=job.total_steps,
@@ -197,15 +187,12 @@ def job_fields(job: DomainJob, queue_position: int | None) -> dict[str, Any]:
     }
 
 
-# --- plans
-
-
 class Distribution(BaseModel):
-    """Of actual over predicted: 1 is as predicted, 1.1 a tenth more than that."""
+    """Distribution of actual divided by predicted: 1 is as predicted, 1.1 is 10 % above the prediction."""
 
     model_config = ConfigDict(from_attributes=True)
 
-    jobs: int = Field(description="That have both.")
+    jobs: int = Field(description="Number of jobs with both an actual and a predicted value.")
     min: float
     p10: float
     p50: float
@@ -214,22 +201,24 @@ class Distribution(BaseModel):
 
 
 class DeviceAccuracy(BaseModel):
-    """How near predictions came to what the newest jobs on a device took. Null where no job has both."""
+    """Actual over predicted memory and time of the newest jobs on a device; null without a job that has both values."""
 
     model_config = ConfigDict(from_attributes=True)
 
     device: str = Field(examples=["NVIDIA GeForce RTX 3090"])
     jobs: int
     allocated: Distribution | None = Field(
-        description="Peak bytes of tensors: on CUDA over the whole job, on a CPU of its largest step."
+        description="Peak bytes of tensors: on CUDA during the whole job, on a CPU during its largest step."
     )
-    reserved: Distribution | None = Field(description="Peak bytes held by torch's allocator, on CUDA.")
-    time: Distribution | None = Field(description="Seconds, over those forecast when the job was posted.")
-    eta: Distribution | None = Field(description="Seconds from the first step on, over those promised then.")
-    margin: float = Field(description="What plans for the device multiply predicted bytes with: learned, 1 at least.")
-
-
-# --- artifacts
+    reserved: Distribution | None = Field(description="Peak bytes held by torch's allocator; only on CUDA.")
+    time: Distribution | None = Field(description="Seconds of the job, over the forecast made when it was submitted.")
+    eta: Distribution | None = Field(
+        description="Seconds from the first step to the end, over the ETA reported at the first step."
+    )
+    margin: float = Field(
+        description="Factor that plans for the device multiply predicted bytes by: learned from finished jobs, at "
+        "least 1."
+    )
 
 
 class Artifact(wire.ArtifactFile):
@@ -243,28 +232,22 @@ class Artifact(wire.ArtifactFile):
         return cls(name=file.name, bytes=file.bytes, sha256=file.sha256, url=url)
 
 
-# --- health
-
-
 class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-# --- keys
-
-
 class KeyRequest(BaseModel):
-    """A key to be made."""
+    """The key to create."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: str = Field(min_length=1, max_length=MAX_NAME_CHARS, description="For people: whose it is, or what for.")
+    name: str = Field(min_length=1, max_length=MAX_NAME_CHARS, description="Label: owner or purpose of the key.")
     scopes: list[Annotated[Scope, Field(strict=False)]] = Field(
         default=sorted(DEFAULT_SCOPES),
         min_length=1,
         max_length=len(Scope),
-        description="What it allows: read (GET), submit (everything but keys), admin (keys, too). Each includes the "
-        "ones before it.",
+        description="What the key allows: read (GET), submit (everything except keys), admin (keys too). Each scope "
+        "includes the ones before it.",
     )
 
 
@@ -272,11 +255,11 @@ class Key(BaseModel):
     """A key, without the secret."""
 
     id: str
-    project: str = Field(description="Whose jobs and datasets it opens.")
+    project: str = Field(description="Project whose jobs and datasets the key gives access to.")
     name: str
     scopes: list[Scope]
     created_at: datetime
-    revoked_at: datetime | None = Field(description="Since when it is refused.")
+    revoked_at: datetime | None = Field(description="When the key was revoked; null if it is valid.")
 
     @classmethod
     def of(cls, key: ApiKey) -> Self:
@@ -284,4 +267,4 @@ class Key(BaseModel):
 
 
 class NewKey(Key):
-    secret: str | None = Field(None, description="The key itself, shown once; null in an answer that is given again.")
+    secret: str | None = Field(None, description="The key itself, shown only once; null in a replayed response.")

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Builds docker/Dockerfile and runs a training job in the result, without a container engine and without an image
-# registry. Needs root and Debian's package archive; takes a few minutes.
+# Builds docker/Dockerfile and runs a training job in the image, without a container engine or an image registry.
+# Needs root and Debian's package archive; takes a few minutes.
 #
 #   sudo docker/image-test.sh
 #
-# The base image is a root filesystem made by debootstrap; buildah builds on it in a chroot. The image then runs
-# as `docker run --read-only --tmpfs /tmp -v data:/data` would run it, in a network of its own that has only a
-# loopback. Everything happens in a private mount and process namespace: when that ends, however it ends, the
-# kernel unmounts and kills what is in it, and one directory is left to remove.
+# The base image is a root filesystem from debootstrap; buildah builds on it in a chroot. The image then runs as
+# `docker run --read-only --tmpfs /tmp -v data:/data` would run it, in a network namespace with a loopback only.
+# Everything happens in a private mount and process namespace: when it ends, for any reason, the kernel unmounts its
+# file systems and kills its processes, and only one directory remains to be deleted.
 #
-# pip's configuration and environment of the calling user (indexes, find-links, certificates) apply to the build
-# and are in no layer. PYTHON names the interpreter whose pip is asked (default python3), DEBIAN_MIRROR the archive
-# debootstrap uses.
+# The calling user's pip configuration and environment (indexes, find-links, certificates) apply to the build and are
+# stored in no layer. PYTHON names the interpreter whose pip is used (default python3), DEBIAN_MIRROR the archive for
+# debootstrap.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -39,7 +39,7 @@ enter_namespace() {
 }
 
 stop_namespace() {
-    # The mounts below $work exist only inside the namespace, so nothing bound there can be removed from here.
+    # The mounts below $work exist only in the namespace: this deletes nothing that is bound there.
     if kill -KILL "$child" 2>/dev/null; then wait "$child" 2>/dev/null || true; fi
     rm -rf --one-file-system "$work"
 }
@@ -56,7 +56,7 @@ make_base_image() {
     storage commit --quiet --rm "$container" "$base_image" >/dev/null
 }
 
-# pip's configuration as a build secret; local directories it names are mounted on /mnt while the build runs.
+# Writes pip's configuration as a build secret; the local directories in it are mounted below /mnt during the build.
 prepare_pip() {
     mkdir -p "$work/pip/mnt"
     "$python" "$here/image_check.py" pip-config "$work/pip/pip.conf" >"$work/pip/mounts"
@@ -76,7 +76,7 @@ build() {
         >"$work/build-$1.log" 2>&1 || { tail -60 "$work/build-$1.log"; return 1; }
 }
 
-# $work/$1/root: the image's filesystem, read-only, with a tmpfs and a volume owned by the image's user.
+# Mounts the image's filesystem on $work/$1/root, read-only, with a tmpfs and a volume owned by the image's user.
 mount_image() {
     local root=$work/$1/root image=localhost/qlora-service:$1
     mkdir -p "$root" "$work/$1/data"
@@ -100,10 +100,10 @@ fetch_model() {
     mount --bind "$(dirname "$(find "$work/model" -name '*.gguf')")" "$work/all/root/mnt"
 }
 
-# In a network with a loopback and nothing else: the image's own 0.0.0.0:8080 is seen by nobody.
+# Runs the check in a network namespace with a loopback only: the image's 0.0.0.0:8080 is not reachable from outside.
 check() {
     unshare --net sh -c 'ip link set lo up && exec "$@"' sh "$python" "$here/image_check.py" "$1" "$work/$2" ||
-        { echo "the end of what the image said:"; tail -40 "$work/$2/log"; return 1; } >&2
+        { echo "the end of the image's output:"; tail -40 "$work/$2/log"; return 1; } >&2
 }
 
 inside() {

@@ -1,4 +1,4 @@
-"""The part of image-test.sh that speaks to pip, to the image and to its API. Standard library only."""
+"""The part of image-test.sh that reads pip's configuration, runs the image and calls its API. Standard library only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOST, PORT = "127.0.0.1", 8080
 BASE_MODEL = "SmolLM2-135M-Instruct"
 START_S, JOB_S, STOP_S = 60, 480, 30
 
-# What decides where pip finds packages; other settings (targets, caches, colours) are the calling user's own.
+# Options that decide where pip finds packages; others (targets, caches, colors) belong to the calling user.
 PIP_OPTIONS = (
     "index-url", "extra-index-url", "find-links", "no-index", "trusted-host", "cert", "client-cert", "proxy",
     "constraint", "timeout", "default-timeout", "retries",
@@ -30,15 +30,15 @@ PIP_OPTIONS = (
 
 
 def write_pip_config(target: Path) -> dict[str, Path]:
-    """The local paths that the caller's pip configuration names, by the name below /mnt it has in `target`.
+    """Writes pip's configuration to `target`; returns its local paths, by their names below /mnt in `target`.
 
-    An index at file:///path/simple as a rule links to ../../files: its parent directory is what to mount.
+    For an index at file:///path/simple the parent directory is mounted, because the index usually links to ../../files.
     """
     listing = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
     ).stdout
     options: dict[str, str] = {}
-    # pip lists its files first and the environment last: the later one wins.
+    # Sorted so that the environment comes after pip's files: the last value wins, as in pip.
     for line in sorted(listing.splitlines(), key=lambda line: line.startswith(":env:")):
         key, _, value = line.partition("=")
         option = key.rpartition(".")[2]
@@ -86,7 +86,7 @@ class Image:
         return subprocess.run(self.argv(*command), capture_output=True, text=True, check=False)
 
     def start(self) -> subprocess.Popen[bytes]:
-        """The image's own command, once its own health check passes. What it says goes to `log`."""
+        """The process of the image's command, once the image's health check passes. Its output goes to `log`."""
         with self.log.open("wb") as log:
             process = subprocess.Popen(self.argv(*self.config["Cmd"]), stdout=log, stderr=log)
         kind, *health_check = self.config["Healthcheck"]["Test"]
@@ -101,30 +101,30 @@ class Image:
         return process
 
     def first_key(self) -> str:
-        """The admin key that the first start has printed."""
-        found = re.search(r"export QLORA_API_KEY=(\S+)", self.log.read_text())
-        require(found, "the first start printed no key")
-        assert found is not None
-        return found[1]
+        """The admin key that the first start printed."""
+        match = re.search(r"export QLORA_API_KEY=(\S+)", self.log.read_text())
+        require(match, "the first start printed no key")
+        assert match is not None
+        return match[1]
 
     def processes(self) -> dict[int, str]:
-        """Command lines of the user's live processes, by pid. A zombie has none."""
+        """Command lines of the user's processes, by pid, without zombies."""
         ps = subprocess.run(
             ["/bin/ps", "-U", str(self.uid), "-o", "pid=,stat=,args="], capture_output=True, text=True, check=False
         )
-        found = (line.split(maxsplit=2) for line in ps.stdout.splitlines())
-        return {int(pid): command for pid, state, command in found if not state.startswith("Z")}
+        rows = (line.split(maxsplit=2) for line in ps.stdout.splitlines())
+        return {int(pid): command for pid, state, command in rows if not state.startswith("Z")}
 
     def stop(self, process: subprocess.Popen[bytes]) -> None:
-        """Returns when the image's stop signal ended the command, cleanly, and everything it started."""
-        began = time.monotonic()
+        """Sends the image's stop signal; returns when the command and all its children have ended cleanly."""
+        stopped_at = time.monotonic()
         process.send_signal(signal.Signals[self.config["StopSignal"]])
         while process.poll() is None or self.processes():
-            require(time.monotonic() - began < STOP_S, f"still running after {STOP_S} s: {self.processes()}")
+            require(time.monotonic() - stopped_at < STOP_S, f"still running after {STOP_S} s: {self.processes()}")
             time.sleep(0.1)
         code = process.returncode
         require(code in (0, -signal.SIGTERM), f"exit code {code} after {self.config['StopSignal']}")
-        print(f"   stopped in {time.monotonic() - began:.1f} s with exit code {code}")
+        print(f"   stopped in {time.monotonic() - stopped_at:.1f} s with exit code {code}")
 
 
 def require(condition: object, failure: str) -> None:
@@ -135,7 +135,7 @@ def require(condition: object, failure: str) -> None:
 def request(
     method: str, path: str, body: Any = None, *, key: str | None = None, status: int | None = None
 ) -> tuple[http.client.HTTPMessage, bytes]:
-    """Headers and body of an answer that has this status, or else is successful."""
+    """Headers and body of the response; ends the test unless its status is `status`, or below 300 by default."""
     connection = http.client.HTTPConnection(HOST, PORT, timeout=60)
     payload = None if body is None else json.dumps(body)
     headers = {} if payload is None else {"Content-Type": "application/json"}
@@ -151,7 +151,7 @@ def request(
 
 
 def check_confinement(image: Image) -> None:
-    """Returns when the user is the fixed one, can write to /tmp and /data only, and the root is read-only."""
+    """Checks that the user is 10001 and can write to /tmp and /data only, and that the root is read-only."""
     require(image.uid == 10001, f"the image's user is {image.uid}")
     for path in ("/tmp/probe", "/data/probe"):  # noqa: S108 - in the image
         result = image.run("sh", "-c", 'touch "$0" && rm "$0"', path)
@@ -168,7 +168,7 @@ def check_confinement(image: Image) -> None:
 
 
 def check_api(image: Image) -> None:
-    """Returns when the api image has no torch, serves and stops."""
+    """Checks that the api image has no torch, serves the API and stops."""
     check_confinement(image)
     require(not image.has_torch(), "torch is in the api image")
     process = image.start()
@@ -192,7 +192,7 @@ def train(spec: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def check_artifacts(job_id: str, key: str) -> None:
-    """Returns when every file of the manifest arrives with its hash and the adapter is LoRA weights."""
+    """Checks that every file of the manifest can be downloaded with its hash, and that the adapter has LoRA weights."""
     artifacts = f"/jobs/{job_id}/artifacts"
     manifest = json.loads(request("GET", f"{artifacts}/manifest.json", key=key)[1])
     files: dict[str, bytes] = {}
@@ -216,9 +216,9 @@ def check_artifacts(job_id: str, key: str) -> None:
 
 
 def run_job(image: Image) -> None:
-    """Returns when the image imported a model, trained on it, handed out the adapter and stopped."""
+    """Checks that the image imports a model, trains on it, serves the adapter and stops."""
     check_confinement(image)
-    require(image.has_torch(), "torch is not where it is looked for")
+    require(image.has_torch(), "torch is not in the image")
     compiled = image.run("sh", "-c", "echo '#include <stdio.h>' | gcc -shared -fPIC -xc - -o /data/probe.so")
     require(compiled.returncode == 0, f"triton would find no working gcc: {compiled.stderr}")
     (image.root / "data/probe.so").unlink()
@@ -227,7 +227,7 @@ def run_job(image: Image) -> None:
     imported = image.run("qlora", "models", "import", BASE_MODEL, f"/mnt/{weights.name}")
     require(imported.returncode == 0, f"models import failed: {imported.stdout}{imported.stderr}")
     rows = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}."} for n in range(16)]
-    began = time.monotonic()
+    started_at = time.monotonic()
     job = train(
         {
             "base_model": BASE_MODEL,
@@ -238,7 +238,7 @@ def run_job(image: Image) -> None:
         },
         key := image.first_key(),
     )
-    print(f"   job {job['id']} succeeded in {time.monotonic() - began:.0f} s")
+    print(f"   job {job['id']} succeeded in {time.monotonic() - started_at:.0f} s")
     check_artifacts(job["id"], key)
     image.stop(process)
     owners = {path.lstat().st_uid for path in (image.root / "data").rglob("*")}

@@ -1,4 +1,4 @@
-"""A data directory with the tiny model in it, and real worker processes on it."""
+"""A data directory with the tiny model, real worker processes on it, and look-ups of processes in /proc."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Workspace:
     """Service calls in this process, workers in others, all on one data directory."""
 
     def __init__(self, data_dir: Path, model: Path) -> None:
-        # No lease of this length lapses by chance, however slow the machine is: what is lost is found by other signs.
+        # The lease is long enough never to expire on a slow machine: lost jobs are found by other signs.
         self.settings = Settings(data_dir=data_dir, lease_s=600.0, heartbeat_s=0.5)
         self.catalog = Catalog(self.settings.models_dir)
         self.catalog.import_model("tiny", model)
@@ -44,15 +44,15 @@ class Workspace:
         )
 
     def submit(self, *, priority: int = 0, **training: Any) -> str:
-        """A queued job on forty short rows; its id."""
+        """The id of a new queued job on forty short rows."""
         return self.submit_spec(job_spec(**training) | {"priority": priority})
 
     def submit_spec(self, spec: dict[str, Any]) -> str:
-        """A queued job; its id."""
+        """The id of a new queued job."""
         return self.service.jobs.submit(parse_spec(spec)).job.id
 
     def start_worker(self, **settings: str) -> subprocess.Popen[bytes]:
-        """`python -m workers` with further environment variables; whoever starts it ends it."""
+        """`python -m workers` with further environment variables; the caller ends it."""
         environment = os.environ | {
             "QLORA_DATA_DIR": str(self.settings.data_dir),
             "QLORA_LEASE_S": str(self.settings.lease_s),
@@ -64,7 +64,7 @@ class Workspace:
 
     @contextmanager
     def worker(self, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
-        """A worker as of `start_worker`, stopped at the end."""
+        """A worker as in `start_worker`, stopped at the end."""
         process = self.start_worker(**settings)
         try:
             yield process
@@ -92,7 +92,7 @@ class Workspace:
 
 
 def chat(workspace: Workspace, base: LoadedBase, request: GenerationRequest) -> tuple[str, Finished]:
-    """What is said where chats may interrupt jobs, and how it ended."""
+    """The text of an answer and its end, where chats may preempt jobs."""
 
     async def collect() -> tuple[str, Finished]:
         database = Database(workspace.settings.resolved_database_url)
@@ -107,7 +107,7 @@ def chat(workspace: Workspace, base: LoadedBase, request: GenerationRequest) -> 
 
 
 def job_spec(**training: Any) -> dict[str, Any]:
-    """What is posted for a small job on forty short rows, with dropout, on NF4."""
+    """The request of a small job on forty short rows, with dropout, on NF4."""
     settings = {"max_steps": 3, "batch_size": 4, "max_seq_len_tokens": 128, "learning_rate": 1e-2} | training
     return {
         "base_model": "tiny",
@@ -118,88 +118,88 @@ def job_spec(**training: Any) -> dict[str, Any]:
 
 
 def trainers() -> dict[int, Claim | None]:
-    """The trainer processes of this machine, and what each of them works on; None: on nothing, or on chats."""
-    found: dict[int, Claim | None] = {}
+    """The claims of this machine's trainer processes, by pid; None for a trainer that is idle or answers chats."""
+    claims: dict[int, Claim | None] = {}
     for pid, log in _trainer_logs().items():
         job_id, _, token = log.stem.rpartition("-")
-        found[pid] = Claim(job_id, int(token)) if job_id.startswith("job_") else None
-    return found
+        claims[pid] = Claim(job_id, int(token)) if job_id.startswith("job_") else None
+    return claims
 
 
 def chatting_on(data_dir: Path) -> list[int]:
-    """The processes that answer chats on the data directory."""
+    """Pids of the processes that answer chats on the data directory."""
     logs = data_dir.resolve() / "logs"
     return [pid for pid, log in _trainer_logs().items() if log.parent == logs and log.name.startswith("inference-")]
 
 
-def _trainer_logs() -> dict[int, Path]:
-    """The trainer processes of this machine, and where each of them prints: the file is called after its work."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError):
-            if entry.name.isdigit() and b"workers.trainer" in (entry / "cmdline").read_bytes().split(b"\0"):
-                found[int(entry.name)] = (entry / "fd" / "1").readlink()
-    return found
-
-
 def trainers_of(worker: int) -> dict[int, Claim]:
-    """The trainer processes that the worker with this pid has working, and what each of them claims to own."""
+    """The claims of the trainer processes that run attempts for the worker with this pid, by their pids."""
     return {pid: claim for pid, claim in all_trainers_of(worker).items() if claim is not None}
 
 
 def waiting_trainers_of(worker: int) -> list[int]:
-    """The trainer processes of the worker that wait with their base for the next claim."""
+    """Pids of the worker's trainer processes that run no attempt."""
     return [pid for pid, claim in all_trainers_of(worker).items() if claim is None]
 
 
 def all_trainers_of(worker: int) -> dict[int, Claim | None]:
-    """The trainer processes that the worker with this pid has, and what each of them works on."""
-    found = {}
+    """`trainers`, restricted to the children of the worker with this pid."""
+    claims = {}
     for pid, claim in trainers().items():
         with suppress(OSError):
             if parent_of(pid) == worker:
-                found[pid] = claim
-    return found
+                claims[pid] = claim
+    return claims
 
 
 def processes_on(data_dir: Path) -> dict[int, str]:
-    """The processes whose environment or command line names the data directory, but for this one; their commands."""
-    found = {}
+    """Command lines, by pid, of other processes whose environment or command line names the data directory."""
+    commands = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with suppress(OSError):
                 command = (entry / "cmdline").read_bytes()
                 if str(data_dir).encode() in command + (entry / "environ").read_bytes():
-                    found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")
-    return found
+                    commands[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")
+    return commands
 
 
 def trainer_pids(job_id: str) -> list[int]:
-    """Trainer processes on this machine that work on a job."""
+    """Pids of this machine's trainer processes that run an attempt at the job."""
     return [pid for pid, claim in trainers().items() if claim is not None and claim.job_id == job_id]
 
 
 def parent_of(pid: int) -> int:
-    """The process that started `pid`."""
+    """The pid of the parent process."""
     return int(_status(pid)[1])
 
 
-def _status(pid: int) -> list[str]:
-    """What the kernel says of the process, from its state on."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
 def started_at(pid: int) -> float:
-    """When the process began, on the clock of `time.monotonic`."""
+    """The start time of the process, on the clock of `time.monotonic`."""
     since_boot_s = int(_status(pid)[19]) / os.sysconf("SC_CLK_TCK")
     return since_boot_s - time.clock_gettime(time.CLOCK_BOOTTIME) + time.monotonic()
 
 
 def no_trainer_within(job_id: str, limit_s: float) -> bool:
-    """Whether the job's trainers are gone within `limit_s` seconds."""
+    """Whether the job's trainers end within `limit_s` seconds."""
     deadline = time.monotonic() + limit_s
     while trainer_pids(job_id):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
     return True
+
+
+def _trainer_logs() -> dict[int, Path]:
+    """The log files of this machine's trainer processes, by pid; a log is named after the assignment."""
+    logs = {}
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and b"workers.trainer" in (entry / "cmdline").read_bytes().split(b"\0"):
+                logs[int(entry.name)] = (entry / "fd" / "1").readlink()
+    return logs
+
+
+def _status(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat, from the process state on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

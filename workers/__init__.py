@@ -1,1 +1,1 @@
-"""The GPU side: a supervisor without torch, and the child processes that import it."""
+"""The GPU side: a supervisor without torch, and its child processes, which import torch."""

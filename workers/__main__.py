@@ -1,4 +1,4 @@
-"""`python -m workers`: run queued jobs on this machine until SIGTERM or Ctrl-C."""
+"""`python -m workers`: runs queued jobs on this machine until SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,13 +15,6 @@ from qlora_service.store.database import Database
 from workers.supervisor.housekeeping import Housekeeping
 from workers.supervisor.inference_turns import ChatRules
 from workers.supervisor.supervisor import Slot, Supervisor, SupervisorSettings
-
-
-def make_slots(wanted: int | None, gpus: list[str]) -> list[Slot]:
-    """One slot per GPU, or `wanted` of them; without a GPU, `wanted` (default one) on the CPU."""
-    if not gpus:
-        return [Slot(index, None) for index in range(wanted or 1)]
-    return [Slot(index, gpu) for index, gpu in enumerate(gpus[:wanted])]
 
 
 def main() -> None:
@@ -64,6 +57,16 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: supervisor.stop())
     supervisor.run()
     database.close()
+
+
+def make_slots(count: int | None, gpus: list[str]) -> list[Slot]:
+    """One slot per GPU, at most `count`; without a GPU, `count` (default: one) slots on the CPU.
+
+    `gpus` are UUIDs.
+    """
+    if not gpus:
+        return [Slot(index, None) for index in range(count or 1)]
+    return [Slot(index, gpu) for index, gpu in enumerate(gpus[:count])]
 
 
 if __name__ == "__main__":

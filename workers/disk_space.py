@@ -1,4 +1,4 @@
-"""A disk without room: how it looks, and what a job that met one waits for."""
+"""Detection of a full disk, and the hold of a job that met one."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any
 
 from qlora_service.domain.jobs import HoldReason
 
-LEAST_ROOM = 64 * 2**20
-"""Bytes that have to be free, beside those the job will take, before one that found the disk full goes on."""
-_SIGNS = ("no space left", "disk is full", "disk quota exceeded")
+MIN_FREE_BYTES = 64 * 2**20
+"""Free bytes, beyond what the job will write, before a job that met a full disk resumes."""
+_DISK_FULL_MESSAGES = ("no space left", "disk is full", "disk quota exceeded")
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, came of a disk without room, whichever library met it first."""
+    """Whether the error or one of its causes reports a full disk, whichever library raised it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if any(sign in str(error).lower() for sign in _SIGNS):
+        if any(message in str(error).lower() for message in _DISK_FULL_MESSAGES):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def disk_full_hold(wanted_bytes: int) -> dict[str, Any]:
-    """Why the job waits, and how many bytes have to be free before it goes on; it will take `wanted_bytes`."""
-    needed = wanted_bytes + LEAST_ROOM
+def disk_full_hold(job_bytes: int) -> dict[str, Any]:
+    """The hold of a job that will write `job_bytes`: its reason, and the free bytes at which the job resumes."""
+    needed = job_bytes + MIN_FREE_BYTES
     return {
         "reason": HoldReason.DISK_FULL,
-        "message": f"the data disk is full: free {needed / 2**20:.0f} MiB on it, and the job goes on by itself",
+        "message": f"the data disk is full: free {needed / 2**20:.0f} MiB on it, and the job resumes by itself",
         "needs_bytes": needed,
     }

@@ -1,4 +1,4 @@
-"""How a trainer ends that writes no outcome, and what that means."""
+"""Exit codes of a trainer that wrote no outcome, and their meaning."""
 
 CLAIM_LOST = 75
 SUPERVISOR_GONE = 76
@@ -7,7 +7,7 @@ NO_DATABASE = 78
 
 CAUSES = {
     CLAIM_LOST: "the trainer lost its claim",
-    SUPERVISOR_GONE: "the trainer's supervisor was gone",
-    HUNG: "the trainer made no progress and ended itself; the log has where it stood",
-    NO_DATABASE: "the trainer could not renew its claim in time and ended itself",
+    SUPERVISOR_GONE: "the trainer's supervisor had ended",
+    HUNG: "the trainer made no progress and exited; the log has its stack traces",
+    NO_DATABASE: "the trainer could not renew its claim in time and exited",
 }

@@ -1,6 +1,7 @@
-"""Times the longest step of a job that somebody plans: `python -m workers.probe KEY DEVICE`, a child of the supervisor.
+"""Times the longest step of a planned job: `python -m workers.probe KEY DEVICE`, a child process of the supervisor.
 
-It ends with its supervisor (its stdin closes), and may be killed at any time: then another one does it later.
+The process exits when its supervisor ends (its stdin closes). It may be killed at any time: a later process repeats
+the probe.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-# Before the libraries read them: no network, no progress bars.
+# Set before the libraries read them: no network, no progress bars.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -31,6 +32,7 @@ with importing_torch():
     from qlora_service.models.catalog.catalog import Catalog
     from qlora_service.planning.largest_step import largest_step
     from qlora_service.planning.simulation.tracked_step import examples_of, tracking
+    from qlora_service.process.child import exit_when_stdin_closes
     from qlora_service.process.logging import configure_logging
     from qlora_service.settings import Settings
     from qlora_service.specs import JobSpec
@@ -51,12 +53,12 @@ log = structlog.get_logger()
 
 
 class DoesNotFit(Exception):
-    """The device has no memory for the step as it was planned."""
+    """The device has too little memory for the planned step."""
 
 
 def main(key: str, device: str, settings: Settings) -> None:
-    """Time the probe's step on `device` (cuda or cpu) and store the figures, or why there are none."""
-    threading.Thread(target=_end_with_supervisor, name="supervisor", daemon=True).start()
+    """Times the probe's step on `device` (cuda or cpu) and stores the figures, or the error."""
+    threading.Thread(target=exit_when_stdin_closes, name="supervisor", daemon=True).start()
     disable_progress_bar()
     database = Database(settings.resolved_database_url)
     with database.read() as connection:
@@ -73,9 +75,9 @@ def main(key: str, device: str, settings: Settings) -> None:
     except (DoesNotFit, QLoRAError) as error:
         result = {"error": str(error)}
     except Exception as error:
-        # An unforeseen one's text stays in the log: it may quote paths.
+        # The text of an unexpected error stays in the log: it may quote paths.
         log.exception("probe_failed", key=key)
-        result = {"error": f"it ended with an unforeseen {type(error).__name__}; the worker's log has more"}
+        result = {"error": f"the probe failed with an unexpected {type(error).__name__}; the worker's log has more"}
 
     def store() -> None:
         with database.write() as connection:
@@ -88,17 +90,17 @@ def main(key: str, device: str, settings: Settings) -> None:
 def timed_step(
     request: Mapping[str, Any], catalog: Catalog, cache: QuantizedCache, device: torch.device
 ) -> dict[str, Any]:
-    """What loading, a step and an evaluation take, and the memory of the step.
+    """Seconds of loading, of a step and of an evaluation, and the memory of the step.
 
     Raises:
-        DoesNotFit: the device's memory ran out.
-        InvalidModel: the base is not what it was when the probe was asked for.
+        DoesNotFit: the device ran out of memory.
+        InvalidModel: the base model has changed since the probe was requested.
     """
     spec = JobSpec.model_validate(request["spec"])
     base = catalog.get(spec.base_model)
     if base.weights_sha256 != request["base_weights_sha256"]:
-        raise InvalidModel(f"base model {base.name} has other weights than when the probe was asked for: plan again")
-    began = time.perf_counter()
+        raise InvalidModel(f"base model {base.name} has other weights than when the probe was requested: plan again")
+    started_at = time.perf_counter()
     dtype = compute_dtype(spec.quantization.compute_dtype, device)
     model, _ = load_cached_base(cache, base, spec.quantization, dtype, device)
     network = Network(
@@ -107,16 +109,16 @@ def timed_step(
         checkpointing=request["checkpointing"],
         neftune_noise_alpha=spec.training.neftune_noise_alpha,
     )
-    loading_s = time.perf_counter() - began
-    budget, longest = request["micro_batch_tokens"], request["longest_tokens"]
-    step = largest_step(spec, micro_batch_tokens=budget, longest_tokens=longest)
+    loading_s = time.perf_counter() - started_at
+    budget_tokens, longest_tokens = request["micro_batch_tokens"], request["longest_tokens"]
+    step = largest_step(spec, micro_batch_tokens=budget_tokens, longest_tokens=longest_tokens)
     examples = examples_of(step, spec.objective)
-    return {"device": device_name(device), "loading_s": loading_s} | _timed(
-        network, spec, examples, max(budget, step.tokens), is_whole_step=step.is_whole_step
+    return {"device": device_name(device), "loading_s": loading_s} | _measure(
+        network, spec, examples, max(budget_tokens, step.tokens), is_whole_step=step.is_whole_step
     )
 
 
-def _timed(
+def _measure(
     network: Network,
     spec: JobSpec,
     examples: list[TrainingExample],
@@ -124,59 +126,54 @@ def _timed(
     *,
     is_whole_step: bool,
 ) -> dict[str, Any]:
-    """Of one micro-batch: a step to warm up, one by the clock, on a CPU one for its memory; then an evaluation.
+    """Time and memory of a step of one micro-batch, and the speed of an evaluation.
 
-    If it is not the whole step, there are gradients of others, as there will be.
+    One warm-up step, one timed step, and on a CPU one step whose tensors are tracked. Unless `is_whole_step`,
+    gradients of earlier micro-batches are present, as in the real step.
     """
     objective = make_objective(spec.objective)
     training = spec.training.model_copy(update={"micro_batch_tokens": micro_batch_tokens})
-    gradients = StepGradients(network, objective, training, _does_not_fit)
+    gradients = StepGradients(network, objective, training, _raise_does_not_fit)
     model, device = network.model, network.device
     model.train()
     with optimizing(model, training, device) as optimizer:
 
-        def take(step: int) -> float:
+        def run_step(step: int) -> float:
             """Seconds of the step."""
             if not is_whole_step:
                 for parameter in trainable(model):
                     parameter.grad = torch.zeros_like(parameter)
             synchronize(device)
-            started = time.perf_counter()
+            started_at = time.perf_counter()
             gradients.compute(step, examples)
             torch.nn.utils.clip_grad_norm_(trainable(model), training.max_grad_norm)
             optimizer.step()
             after_step(model, step + 1)
             optimizer.zero_grad(set_to_none=True)
             synchronize(device)
-            return time.perf_counter() - started
+            return time.perf_counter() - started_at
 
-        take(0)
-        seconds = take(1)
+        run_step(0)
+        seconds = run_step(1)
         memory = peak_memory(device)
         if memory is None:
             with tracking(model, optimizer) as tracker:
-                take(2)
+                run_step(2)
             memory = {"allocated": tracker.peak, "source": "tensors of a step"}
-    started = time.perf_counter()
+    started_at = time.perf_counter()
     evaluate(network, objective, examples[:1])
     synchronize(device)
     return {
         "seconds": seconds,
         "tokens_per_second": sum(example_tokens(examples)) / seconds,
-        "evaluated_tokens_per_second": example_tokens(examples[:1])[0] / (time.perf_counter() - started),
+        "evaluated_tokens_per_second": example_tokens(examples[:1])[0] / (time.perf_counter() - started_at),
         "memory": memory,
     }
 
 
-def _does_not_fit(_: dict[str, Any]) -> None:
-    raise DoesNotFit("the step does not fit into the device's memory as it was planned")
-
-
-def _end_with_supervisor() -> None:
-    # It holds the other end and never writes: reading ends when it is gone.
-    while os.read(0, 1):
-        pass
-    os._exit(1)
+def _raise_does_not_fit(_: dict[str, Any]) -> None:
+    """The `plan_changed` callback of the step, called before a retry in smaller micro-batches."""
+    raise DoesNotFit("the planned step does not fit into the device's memory")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The base that a trainer process has loaded, for one job after the other."""
+"""The base model that a trainer process keeps loaded for consecutive jobs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from qlora_service.models.base.base_state import BaseState
 from qlora_service.models.base.load import load_cached_base
 from qlora_service.models.base.quantize import base_fingerprint
-from qlora_service.models.base.quantized_cache import Ingredients, QuantizedCache
+from qlora_service.models.base.quantized_cache import BaseIdentity, QuantizedCache
 from qlora_service.models.catalog.catalog import BaseModel
 from qlora_service.specs import Quantization
 from qlora_service.training.device import release_memory
@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class BaseRequest:
-    """Which base, how it is to be stored and computed with, and where."""
+    """A base model with its storage format, compute dtype and device."""
 
     base: BaseModel
     quantization: Quantization
@@ -32,10 +32,10 @@ class BaseRequest:
     cache: QuantizedCache | None
 
     @property
-    def ingredients(self) -> Ingredients:
-        """All that the loaded base depends on."""
+    def identity(self) -> BaseIdentity:
+        """Everything that the loaded base depends on."""
         dtype = str(self.compute_dtype).removeprefix("torch.")
-        return Ingredients.of(self.base, self.quantization, dtype, self.device.type)
+        return BaseIdentity.of(self.base, self.quantization, dtype, self.device.type)
 
 
 @dataclass(frozen=True)
@@ -43,81 +43,83 @@ class ProbedAdapter:
     """Results of the probes with an adapter on the base."""
 
     paths: KernelPaths
-    """How losses are computed"""
+    """Kernels that compute the losses"""
     activation_bytes_per_token: float | None
-    """None where nobody has measured it yet"""
+    """None: not measured yet"""
 
 
 @dataclass(frozen=True)
 class WarmBase:
-    """A loaded base and what was found out about it; jobs come and go on it."""
+    """A loaded base and what was measured on it; serves any number of jobs."""
 
     model: PreTrainedModel
-    made_of: Ingredients
+    identity: BaseIdentity
     source: str
     """cached, quantized or unquantized: where its weights came from"""
     isolation: Isolation
     fingerprint: str
-    """Of its logits when it was loaded"""
+    """Fingerprint of its logits right after loading"""
     state: BaseState
     probed: dict[str, ProbedAdapter] = field(default_factory=dict)
-    """By the adapter's spec as JSON"""
+    """Probe results by the adapter's spec as JSON"""
 
     @classmethod
-    def load(cls, wanted: BaseRequest) -> WarmBase:
-        """Raises: InvalidModel, when transformers cannot load it."""
-        loaded = load_cached_base(wanted.cache, wanted.base, wanted.quantization, wanted.compute_dtype, wanted.device)
+    def load(cls, request: BaseRequest) -> WarmBase:
+        """Raises: InvalidModel, when transformers cannot load the base."""
+        loaded = load_cached_base(
+            request.cache, request.base, request.quantization, request.compute_dtype, request.device
+        )
         isolation = isolate_documents(loaded.model)
         fingerprint = base_fingerprint(loaded.model)
-        # After the first forward passes: bitsandbytes moves int8 constants in the first one.
+        # Captured after the first forward passes: bitsandbytes moves int8 constants in the first one.
         state = BaseState(loaded.model)
-        return cls(loaded.model, wanted.ingredients, loaded.source, isolation, fingerprint, state)
+        return cls(loaded.model, request.identity, loaded.source, isolation, fingerprint, state)
 
     def restore(self) -> bool:
-        """Whether the base, freed of everything that was attached to it, is bit for bit the one that was loaded."""
+        """Whether the base, without anything that was attached to it, equals the loaded one bit for bit."""
         return self.state.restore() and base_fingerprint(self.model) == self.fingerprint
 
 
 class BaseHolder:
-    """At most one base at a time: another one is loaded where it was."""
+    """Holds at most one base: loading another one drops the first."""
 
     def __init__(self) -> None:
         self._held: WarmBase | None = None
-        self._retired = False
+        self._is_retired = False
 
-    def get(self, wanted: BaseRequest) -> tuple[WarmBase, str]:
-        """The base as it was loaded, and its source: "warm" when that was for an earlier job.
+    def get(self, request: BaseRequest) -> tuple[WarmBase, str]:
+        """The requested base, and its source: "warm" when an earlier job loaded it.
 
         Raises:
-            InvalidModel: transformers cannot load it.
+            InvalidModel: transformers cannot load the base.
         """
-        if self._held is not None and self._held.made_of == wanted.ingredients:
+        if self._held is not None and self._held.identity == request.identity:
             return self._held, "warm"
-        self.drop(wanted.device)
-        self._held = WarmBase.load(wanted)
+        self.drop(request.device)
+        self._held = WarmBase.load(request)
         return self._held, self._held.source
 
-    def replace_changed(self, wanted: BaseRequest) -> WarmBase:
-        """The base loaded anew, for what is left of a job that changed it.
+    def replace_changed(self, request: BaseRequest) -> WarmBase:
+        """The base loaded again, for the rest of a job that changed it.
 
-        The caller holds no reference to the changed one any more: it goes before the new one comes.
+        The caller holds no reference to the changed base any more: its memory is freed before the new one is loaded.
         """
         self.retire("the job changed its base")
-        self.drop(wanted.device)
-        self._held = WarmBase.load(wanted)
+        self.drop(request.device)
+        self._held = WarmBase.load(request)
         return self._held
 
     def retire(self, why: str) -> None:
-        """No other job is to come after this one."""
+        """Marks the process as unfit for another job."""
         log.info("base_retired", why=why)
-        self._retired = True
+        self._is_retired = True
 
     def drop(self, device: torch.device) -> None:
         self._held = None
         release_memory(device)
 
-    def settle(self) -> bool:
-        """Whether another job may come: the base, freed of what the last one left, is the one that was loaded."""
-        if self._held is not None and not self._retired and not self._held.restore():
+    def restore(self) -> bool:
+        """Whether another job may run on the held base, which is restored to its loaded state."""
+        if self._held is not None and not self._is_retired and not self._held.restore():
             self.retire("the job changed its base")
-        return self._held is not None and not self._retired
+        return self._held is not None and not self._is_retired

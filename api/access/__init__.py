@@ -1,1 +1,1 @@
-"""Who may send a request: keys, origins, request rates."""
+"""Access control: API keys, origins, request rates."""

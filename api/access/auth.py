@@ -1,7 +1,7 @@
-"""Which key a request came under, and whether that key may do what the request asks.
+"""Authentication and authorization: the key of a request, and whether its scopes allow the request.
 
-Every route that `api.main` does not list as open demands a key in the header `Authorization: Bearer`, where OpenAI's
-clients send theirs too. Nowhere else: addresses end up in logs and histories.
+Every route that `api.main` does not list as open requires a key in the header `Authorization: Bearer`, the header that
+OpenAI's clients send too. A key in the URL is not accepted, because URLs end up in logs and browser histories.
 """
 
 from __future__ import annotations
@@ -20,29 +20,33 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Connection
 
 from api.access.origins import SAFE_METHODS
-from api.access.request_rate import RequestRate
+from api.access.request_rate import RateLimiter
 from api.errors import Forbidden
 from qlora_service.actions.keys import Access
 from qlora_service.domain.keys import LOCAL_PROJECT, Caller, Scope, digest
 from qlora_service.errors import Unauthenticated
 
-REMEMBERED_S = 1.0
-"""How long a key that was let in is not looked up again: a revoked one is refused a second later at the latest."""
+CACHED_S = 1.0
+"""Seconds that a valid key is cached: a revoked key is rejected at most this much later."""
 ADMIN_TAG = "admin"
-"""Of routes that only an admin key may use."""
+"""Tag of the routes that need a key with the scope `admin`."""
 
 EVENT_STREAM = "text/event-stream"
-ANYBODY = Caller(LOCAL_PROJECT, frozenset(Scope), key_id=None)
+ANONYMOUS = Caller(LOCAL_PROJECT, frozenset(Scope), key_id=None)
+"""Caller of every request when keys are off."""
 
 _BEARER = HTTPBearer(
     scheme_name="key",
     auto_error=False,
-    description="A key of the service: the first start prints one, `qlora keys create` makes more.",
+    description="A key of the service: the first start prints one, `qlora keys create` creates more.",
 )
 
 
-class Gate:
-    """Lets requests in. Without `access` everybody is let in, as the default project with every scope."""
+class Authenticator:
+    """Checks keys, request rates and scopes.
+
+    Without `access`, keys are off: every caller is ANONYMOUS, the default project with every scope.
+    """
 
     def __init__(
         self,
@@ -51,85 +55,79 @@ class Gate:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._access = access
-        self._rate = None if max_requests_per_minute is None else RequestRate(max_requests_per_minute, clock)
+        self._limiter = None if max_requests_per_minute is None else RateLimiter(max_requests_per_minute, clock)
         self._clock = clock
-        # By hash, with the time until which they are believed. Only keys that exist get in, so it stays small.
-        self._known: dict[str, tuple[Caller, float]] = {}
+        # By hash of the key: caller, and the time when the entry expires. Small, because only existing keys are cached.
+        self._cache: dict[str, tuple[Caller, float]] = {}
 
-    async def admit(self, secret: str | None, needed: Scope) -> Caller:
-        """Who asks.
+    async def authorize(self, secret: str | None, required: Scope) -> Caller:
+        """The caller, if its key has the required scope.
 
         Raises:
-            Unauthenticated: without a key, or with one that is unknown or revoked.
-            RateLimited: the key has asked too often.
+            Unauthenticated: no key, or a key that is unknown or revoked.
+            RateLimited: the key has sent too many requests.
             Forbidden: the key lacks the scope.
         """
-        caller = await self.caller(secret)
-        if self._rate is not None:
-            self._rate.take(caller.key_id)
-        if not caller.may(needed):
+        caller = await self.authenticate(secret)
+        if self._limiter is not None:
+            self._limiter.take(caller.key_id)
+        if not caller.may(required):
             raise Forbidden(
-                f"this needs a key of the scope '{needed}', and {caller.key_id} has only "
+                f"this needs a key of the scope '{required}', and {caller.key_id} has only "
                 f"{', '.join(scope for scope in Scope if caller.may(scope))}: ask an admin of project "
                 f"{caller.project} for another key",
                 location="authorization",
-                scope=needed,
+                scope=required,
             )
         return caller
 
-    async def caller(self, secret: str | None) -> Caller:
-        """Whose key this is, whatever it allows. Raises: Unauthenticated."""
+    async def authenticate(self, secret: str | None) -> Caller:
+        """The caller that the key belongs to, whatever its scopes. Raises: Unauthenticated."""
         if self._access is None:
-            return ANYBODY
+            return ANONYMOUS
         if not secret:
             raise Unauthenticated(
                 "this needs a key: send the header 'Authorization: Bearer qk_…'. `qlora keys create`, where the "
-                "service runs, makes one; qlora and the SDK send what QLORA_API_KEY says",
+                "service runs, makes one; qlora and the SDK send the key in QLORA_API_KEY",
                 location="authorization",
             )
         sha256, now = digest(secret), self._clock()
-        caller, until = self._known.get(sha256, (None, now))
-        if caller is None or until <= now:
-            self._known.pop(sha256, None)
+        caller, expires_at = self._cache.get(sha256, (None, now))
+        if caller is None or expires_at <= now:
+            self._cache.pop(sha256, None)
             caller = await run_in_threadpool(self._access.authenticate, secret)
-            self._known[sha256] = caller, now + REMEMBERED_S
+            self._cache[sha256] = caller, now + CACHED_S
         return caller
 
 
 async def authenticate(request: Request) -> Caller:
-    """Who sent the request, for what reads it before its route does. Raises: as `Gate.admit`."""
-    known: Caller | None = getattr(request.state, "caller", None)
-    if known is None:
-        gate: Gate = request.app.state.gate
-        known = request.state.caller = await gate.admit(await _secret(request), needed_scope(request))
-    return known
+    """The caller of the request, once per request; for code that runs before the route. Raises: as `authorize`."""
+    caller: Caller | None = getattr(request.state, "caller", None)
+    if caller is None:
+        authenticator: Authenticator = request.app.state.authenticator
+        caller = request.state.caller = await authenticator.authorize(await _secret(request), required_scope(request))
+    return caller
 
 
 async def authenticated(
     request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
 ) -> Caller:
-    """Who sent the request; as a dependency, so that the documentation says what is demanded."""
+    """The caller of the request, as a dependency that documents the required key in OpenAPI."""
     return await authenticate(request)
 
 
 CallerOf = Annotated[Caller, Depends(authenticated)]
 
 
-async def _secret(request: Request) -> str | None:
-    """The key that the request was sent with."""
-    credentials = await _BEARER(request)
-    return None if credentials is None else credentials.credentials
-
-
-def needed_scope(request: Request) -> Scope:
-    """What a key has to allow for this request."""
+def required_scope(request: Request) -> Scope:
+    """The scope that a key needs for this request."""
     if ADMIN_TAG in getattr(request.scope["route"], "tags", ()):
         return Scope.ADMIN
     return Scope.READ if request.method in SAFE_METHODS else Scope.SUBMIT
 
 
 class StreamGuard:
-    """Middleware that ends event streams whose key was revoked: they would go on for as long as the client likes."""
+    """Middleware that ends event streams when their key is revoked; a client could keep them open without limit."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -139,40 +137,47 @@ class StreamGuard:
             await self._app(scope, receive, send)
             return
         secret: str | None = None
-        streams = ended = False
+        is_stream = revoked = False
 
-        async def send_to_known(message: Message) -> None:
-            nonlocal secret, streams, ended
+        async def send_while_valid(message: Message) -> None:
+            nonlocal secret, is_stream, revoked
             if message["type"] == "http.response.start":
-                streams = Headers(raw=message["headers"]).get("content-type", "").startswith(EVENT_STREAM)
-                secret = await _secret(Request(scope)) if streams else None
-            elif streams:
+                is_stream = Headers(raw=message["headers"]).get("content-type", "").startswith(EVENT_STREAM)
+                secret = await _secret(Request(scope)) if is_stream else None
+            elif is_stream:
                 try:
-                    await scope["app"].state.gate.caller(secret)
+                    await scope["app"].state.authenticator.authenticate(secret)
                 except Unauthenticated:
-                    ended = True
+                    revoked = True
                     await send({"type": "http.response.body", "body": b""})
-                    # As a server says that nobody listens any more: so the response stops what makes the events.
+                    # The exception of a server whose client has disconnected: the response then stops the generator
+                    # of the events.
                     raise OSError("the key was revoked") from None
             await send(message)
 
         try:
-            await self._app(scope, receive, send_to_known)
+            await self._app(scope, receive, send_while_valid)
         except Exception:
-            if not ended:  # otherwise it is our own OSError, in whatever it was wrapped on its way
+            if not revoked:  # otherwise it is the OSError above, possibly wrapped by other middleware
                 raise
 
 
-def hand_over_first_key(access: Access) -> None:
-    """Prints a new admin key when there never was a key. Not by way of the log: that is kept, and sent elsewhere."""
-    made = access.create_first_key()
-    if made is not None:
-        key, secret = made
+def print_first_key(access: Access) -> None:
+    """Prints a new admin key if no key was ever created. Not in the log, because logs are kept and forwarded."""
+    created = access.create_first_key()
+    if created is not None:
+        key, secret = created
         print(
-            f"This is the first start. The admin key of project '{key.project}', shown this once:\n\n"
+            f"This is the first start. The admin key of project '{key.project}', shown only once:\n\n"
             f"    export QLORA_API_KEY={secret}\n\n"
             "qlora and the SDK then send it; other programs: 'Authorization: Bearer $QLORA_API_KEY'. "
-            "`qlora keys` makes more, and revokes them.",
+            "`qlora keys` creates more keys, and revokes them.",
             file=sys.stderr,
             flush=True,
         )
+
+
+async def _secret(request: Request) -> str | None:
+    """The key that the request was sent with."""
+    credentials = await _BEARER(request)
+    return None if credentials is None else credentials.credentials

@@ -1,4 +1,4 @@
-"""The header Idempotency-Key: a POST that is sent again with its key takes effect once and is answered the same."""
+"""The Idempotency-Key header: a POST that is sent again with its key takes effect once and gets the same response."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ Result = TypeVar("Result")
 
 
 class Idempotency:
-    """A request's key, if it has one, and what the request is, as far as its head says.
+    """The idempotency key of a request, if it has one, with the part of the fingerprint that its head determines.
 
-    Without a key, an `attempt` says that the client counts how often it sends a request: then the key is made of what
-    the request asks for.
+    Without a key, an `attempt` says that the client counts its retries; then the key is the fingerprint itself.
     """
 
     def __init__(self, key: str | None, attempt: Attempt | None, project: str, head: tuple[str, ...]) -> None:
@@ -43,7 +42,7 @@ class Idempotency:
         self._head = head
 
     @property
-    def _is_asked_for(self) -> bool:
+    def _is_enabled(self) -> bool:
         return self._key is not None or self._attempt is not None
 
     def once(
@@ -54,31 +53,32 @@ class Idempotency:
         content: object = None,
         location: Callable[[Result], str] | None = None,
     ) -> Once[Result] | None:
-        """What makes the action happen once; None for a request without a key or a count.
+        """The key, fingerprint and response with which the action takes effect once; None without key and attempt.
 
-        `content` is the body's meaning as JSON, None for a request without a body.
+        `render` turns the action's result into the response body. `content` is the meaning of the request's body as
+        JSON, None for a request without a body.
         """
-        if not self._is_asked_for:
+        if not self._is_enabled:
             return None
 
         def answer(result: Result) -> Answer:
             headers = {} if location is None else {"Location": location(result)}
-            # By way of JSON: the answer itself writes NaN as null.
+            # Through JSON, so that NaN becomes null as in the response itself.
             return {"status": status, "headers": headers, "body": json.loads(render(result).model_dump_json())}
 
-        meaning = json.dumps([*self._head, content], sort_keys=True, separators=(",", ":"))
-        fingerprint = hashlib.sha256(meaning.encode()).hexdigest()
-        # No client can choose this key: what it sends is ASCII.
+        request = json.dumps([*self._head, content], sort_keys=True, separators=(",", ":"))
+        fingerprint = hashlib.sha256(request.encode()).hexdigest()
+        # A client cannot choose this key, because keys of clients are ASCII.
         key = f"\u21bb {fingerprint}" if self._key is None else self._key
         return Once(key, self._project, fingerprint, answer, self._attempt)
 
     def file_content(self, path: Path) -> str | None:
-        """What a raw body means: its SHA-256; None where nothing asks for it."""
-        return _sha256(path) if self._is_asked_for else None
+        """The meaning of a raw body: its SHA-256; None without key and attempt."""
+        return _sha256(path) if self._is_enabled else None
 
     def form_content(self, form: Form, fields: Mapping[str, object]) -> object:
-        """What a form means, whatever the boundary and the order of its parts; None where nothing asks for it."""
-        if not self._is_asked_for:
+        """The meaning of a form, whatever its boundary and the order of its parts; None without key and attempt."""
+        if not self._is_enabled:
             return None
         files = {name: [part.filename, _sha256(part.path)] for name, part in form.files.items()}
         return {"fields": dict(fields), "files": files}
@@ -87,21 +87,21 @@ class Idempotency:
 def _idempotency(
     request: Request,
     service: ServiceOf,
-    sent: Annotated[
+    keys: Annotated[
         list[str] | None,
         WithJsonSchema({"type": "string", "pattern": f"^{_KEY.pattern}$"}),
         Header(
             alias=HEADER,
-            description="1 to 255 printable ASCII characters of your choice, such as a UUID, new for every new "
-            "request. The same request under the same key takes effect once and gets the same answer, for 7 days; "
-            f"`{REPLAYED}: true` marks an answer that was given before. Another request under the key is a conflict. "
-            "Refusals are not kept: what was refused may be corrected and sent again under its key.",
+            description="1 to 255 printable ASCII characters, such as a UUID; new for every new request. The same "
+            "request with the same key takes effect once and gets the same response, for 7 days; "
+            f"`{REPLAYED}: true` marks a replayed response. Another request with the same key is a conflict. Error "
+            "responses are not stored: a rejected request may be corrected and sent again with its key.",
         ),
     ] = None,
 ) -> Idempotency:
     """Raises: InvalidRequest."""
-    sent = sent or []
-    if len(sent) > 1 or not all(_KEY.fullmatch(key) for key in sent):
+    keys = keys or []
+    if len(keys) > 1 or not all(_KEY.fullmatch(key) for key in keys):
         raise InvalidRequest(
             f"the header {HEADER} cannot be used: send it once, with 1 to 255 printable ASCII characters, such as a "
             "UUID, or leave it out",
@@ -109,11 +109,11 @@ def _idempotency(
         )
     query = json.dumps(sorted(request.query_params.multi_items()))
     head = (request.method, request.url.path, query)
-    return Idempotency(sent[0] if sent else None, _attempt(request), service.project, head)
+    return Idempotency(keys[0] if keys else None, _attempt(request), service.project, head)
 
 
 def _attempt(request: Request) -> Attempt | None:
-    """As clients count that send no Idempotency-Key, such as OpenAI's; None where the client does not count."""
+    """The attempt of a client that counts retries instead of sending a key, such as OpenAI's; None without a count."""
     count = request.headers.get(RETRY_COUNT, "")
     return Attempt(utc_now(), is_retry=count.strip("0") != "") if count.isdecimal() else None
 
@@ -121,8 +121,8 @@ def _attempt(request: Request) -> Attempt | None:
 IdempotencyOf = Annotated[Idempotency, Depends(_idempotency)]
 
 
-async def answer_again(_: Request, replay: Exception) -> JSONResponse:
-    """The answer that the request got the first time."""
+async def replay_response(_: Request, replay: Exception) -> JSONResponse:
+    """The response that the request got the first time."""
     assert isinstance(replay, Replay)
     answer = replay.answer
     return JSONResponse(answer["body"], answer["status"], {**answer["headers"], REPLAYED: "true"})

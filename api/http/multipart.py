@@ -1,4 +1,4 @@
-"""multipart/form-data (RFC 7578), read once: files go straight to disk under the names that the route expects."""
+"""multipart/form-data (RFC 7578), parsed as a stream: file parts are written directly to disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEDIA_TYPE = "multipart/form-data"
 
 @dataclass(frozen=True)
 class FilePart:
-    """An uploaded file, and what its sender calls it."""
+    """An uploaded file, and the file name that the client sent."""
 
     path: Path
     filename: str | None
@@ -26,13 +26,13 @@ class FilePart:
 
 @dataclass
 class Form:
-    """The parts of a body by name."""
+    """The parts of a multipart body, by name."""
 
     files: dict[str, FilePart] = field(default_factory=dict)
     fields: dict[str, bytearray] = field(default_factory=dict)
 
     def text(self, name: str) -> str | None:
-        """A field's text; None where the form has none of the name. Raises: InvalidRequest."""
+        """The text of a field; None if the form has no field of this name. Raises: InvalidRequest."""
         value = self.fields.get(name)
         if value is None:
             return None
@@ -53,7 +53,7 @@ def is_multipart(content_type: str) -> bool:
 
 
 def boundary_of(content_type: str) -> bytes:
-    """Raises: InvalidRequest."""
+    """The boundary between the parts. Raises: InvalidRequest."""
     boundary: bytes | None = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
         raise InvalidRequest("the Content-Type header names no boundary of the parts", location="content-type")
@@ -61,7 +61,10 @@ def boundary_of(content_type: str) -> bytes:
 
 
 class FormWriter:
-    """Takes a body piece by piece. A part is a file or a field by its name, not by how the client marks it."""
+    """Parses a body piece by piece.
+
+    The name of a part decides whether it is a file (`files`) or a field (`fields`), not the headers of the client.
+    """
 
     def __init__(
         self,
@@ -114,7 +117,7 @@ class FormWriter:
             raise _malformed(str(error)) from None
 
     def finish(self) -> Form:
-        """The form, once the whole body was written. Raises: InvalidRequest."""
+        """The form, after the whole body was written. Raises: InvalidRequest."""
         if not self._complete:
             raise _malformed("it ends before its last boundary")
         return self._form
@@ -145,8 +148,8 @@ class FormWriter:
         self._name = name
         if name in self._file_names:
             filename = options.get(b"filename")
-            label = None if filename is None else filename.decode(errors="replace")
-            part = FilePart(self._directory / name, label)
+            decoded = None if filename is None else filename.decode(errors="replace")
+            part = FilePart(self._directory / name, decoded)
             self._form.files[name] = part
             self._file = part.path.open("wb")
         else:
@@ -174,5 +177,5 @@ class FormWriter:
         self._complete = True
 
 
-def _malformed(why: str) -> InvalidRequest:
-    return InvalidRequest(f"the multipart body cannot be read: {why}")
+def _malformed(reason: str) -> InvalidRequest:
+    return InvalidRequest(f"the multipart body cannot be read: {reason}")

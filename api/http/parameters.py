@@ -1,4 +1,4 @@
-"""What no path and no query string may hold, whatever its route makes of it."""
+"""Checks of the path and the query string that apply to every route."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from qlora_service.errors import InvalidRequest, NotFound
 
 
 async def refuse_nul(request: Request) -> None:
-    """Returns when there is no NUL character: SQLite would store one, PostgreSQL fails over it.
+    """Rejects NUL characters: SQLite would store them, and PostgreSQL fails on them.
 
     Raises:
-        NotFound: the path has one, and so is nothing's.
-        InvalidRequest: a query parameter has one.
+        NotFound: the path contains a NUL character, so it names no object.
+        InvalidRequest: a query parameter contains a NUL character.
     """
     if "\0" in request.scope["path"]:
-        raise NotFound(f"there is no {request.method} {request.scope['path']!r}: no path holds a NUL character")
+        raise NotFound(f"there is no {request.method} {request.scope['path']!r}: no path contains a NUL character")
     if b"%00" not in request.scope["query_string"]:
         return
     for name, value in request.query_params.multi_items():

@@ -1,4 +1,4 @@
-"""HTTP's conditional and range requests (RFC 9110, sections 13 and 14) for files that never change."""
+"""Conditional requests and range requests of HTTP (RFC 9110, sections 13 and 14), for files that never change."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ def etag_of(sha256: str) -> str:
 
 
 def is_unmodified(if_none_match: str | None, etag: str) -> bool:
-    """Whether the client's copy, one of those it lists, is the file."""
+    """Whether If-None-Match lists the file's ETag: the client has a current copy."""
     known = [tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")]
     return etag in known or "*" in known
 
 
-def wanted_range(range_header: str | None, if_range: str | None, etag: str, size: int) -> tuple[int, int] | None:
-    """The bytes [start, end) that are asked for; None for the whole file.
+def requested_range(range_header: str | None, if_range: str | None, etag: str, size: int) -> tuple[int, int] | None:
+    """The requested bytes [start, end); None for the whole file.
 
-    Several ranges, other units and what cannot be parsed are answered with the whole file, as the RFC allows;
-    so is a range of a file that has changed since (`if_range`).
+    Several ranges, other units and malformed headers give the whole file, as the RFC allows; so does a range of
+    another version of the file (`if_range`).
 
     Raises:
-        RangeNotSatisfiable: the file has none of the bytes.
+        RangeNotSatisfiable: the range lies beyond the end of the file.
     """
     match = _SINGLE_RANGE.fullmatch((range_header or "").strip())
     if match is None or (if_range is not None and if_range.strip() != etag):
@@ -34,7 +34,7 @@ def wanted_range(range_header: str | None, if_range: str | None, etag: str, size
     first, last = match.groups()
     if not first and not last:
         return None
-    # More digits than any size has; Python would refuse to read thousands of them.
+    # 19 digits exceed every file size; Python refuses to convert thousands of digits.
     if len(first) > 19:
         first = "9" * 19
     if len(last) > 19:

@@ -1,4 +1,4 @@
-"""A request id and one log line per request. Neither rows nor query strings are logged."""
+"""A request id and one log line per request. Rows and query strings are never logged."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import internal_error, outage, refusal, stopping
+from api.errors import as_unavailable, internal_error_response, response_of, stopping_response
 from qlora_service.domain.ids import new_id
 from qlora_service.errors import QLoRAError, Unavailable
 
 HEADER = "X-Request-Id"
-# As proxies log it: the client went away before the answer.
+# The status that proxies log when the client disconnects before the response.
 CLIENT_CLOSED_REQUEST = 499
 
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -28,7 +28,7 @@ log = structlog.get_logger("api")
 
 
 class RequestLog:
-    """Outermost middleware: names the request, answers what nobody handled, and logs how it ended."""
+    """Outermost middleware: assigns the request id, responds to unhandled exceptions, and logs the result."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -37,12 +37,12 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(HEADER, "")
-        request_id = given if _ACCEPTED_ID.fullmatch(given) else new_id("req")
+        sent_id = Headers(scope=scope).get(HEADER, "")
+        request_id = sent_id if _ACCEPTED_ID.fullmatch(sent_id) else new_id("req")
         state = scope.setdefault("state", {})
         started, status = time.perf_counter(), None
 
-        async def send_named(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -51,32 +51,32 @@ class RequestLog:
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
-                await self._app(scope, receive, send_named)
+                await self._app(scope, receive, send_with_id)
             except ClientDisconnect:
                 status = CLIENT_CLOSED_REQUEST
             except asyncio.CancelledError:
-                # The server is being stopped and waits no longer; nobody above has use for the cancellation.
+                # The server has stopped waiting for its requests; no caller of this middleware needs the cancellation.
                 state["error_code"] = Unavailable.code
                 if status is None:
-                    await stopping()(scope, receive, send_named)
-            except Exception as error:  # noqa: BLE001  the one place where the unforeseen is answered and logged
-                unavailable = outage(error)
-                if status is not None and _is_hang_up(error):
+                    await stopping_response()(scope, receive, send_with_id)
+            except Exception as error:  # noqa: BLE001  the one place that answers and logs unexpected exceptions
+                unavailable = as_unavailable(error)
+                if status is not None and _is_disconnect(error):
                     status = CLIENT_CLOSED_REQUEST
                 elif unavailable is None:
                     _log_defect(error)
-                    answer = internal_error(request_id)
+                    response = internal_error_response(request_id)
                     state["error_code"] = QLoRAError.code
                 else:
                     log.warning("outage", error=type(error).__qualname__, reason=_reason(error) or unavailable.message)
-                    answer = refusal(unavailable)
+                    response = response_of(unavailable)
                     state["error_code"] = unavailable.code
                 if status is None:
-                    await answer(scope, receive, send_named)
+                    await response(scope, receive, send_with_id)
             finally:
-                # Those who follow a job read twice a second.
-                polled = scope["method"] == "GET" and status is not None and status < 400
-                (log.debug if polled else log.info)(
+                # Clients that follow a job poll twice a second.
+                is_poll = scope["method"] == "GET" and status is not None and status < 400
+                (log.debug if is_poll else log.info)(
                     "request",
                     method=scope["method"],
                     path=scope["path"],
@@ -86,8 +86,8 @@ class RequestLog:
                 )
 
 
-def _is_hang_up(error: Exception) -> bool:
-    """Whether all that failed is to hand the next event of a stream to a response that is over."""
+def _is_disconnect(error: Exception) -> bool:
+    """Whether the only failure is the next event of a stream after its response has ended."""
     return isinstance(error, ExceptionGroup) and error.split(anyio.BrokenResourceError)[1] is None
 
 
@@ -97,7 +97,7 @@ def _log_defect(error: Exception) -> None:
 
 
 def _reason(error: Exception) -> str | None:
-    # An exception's own text may quote rows; only the system's and the driver's errors are known not to.
+    # The text of an exception may quote rows; only errors of the system and of the database driver never do.
     if isinstance(error, DBAPIError):
         return str(error.orig)
     return str(error) if isinstance(error, OSError) else None

@@ -1,4 +1,4 @@
-"""uvicorn as this service runs it: with deadlines for whoever sends slowly, and an end that does not wait for ever."""
+"""uvicorn, configured for this service: deadlines for slow clients, and a bounded shutdown."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from fastapi import FastAPI
 
 from api.http.protocol import MAX_HEAD_BYTES, receipt_protocol
 
-# Requests that are being answered have this long to end.
+# Seconds for running requests to finish after the stop signal.
 GRACE_S = 3
-# Then the process ends whatever its threads do: what is not committed never happened, scratch is reaped at the start.
+# Seconds after the stop signal at which the process exits even if threads still run: uncommitted work never happened,
+# and the next start deletes scratch files.
 HARD_EXIT_S = 4
-# Between two requests on a connection. httpx, and with it OpenAI's client, uses none that was idle for 5 s: whoever is
-# the second to close never does so while a request is on its way.
+# Seconds between two requests on a connection. httpx, and therefore OpenAI's client, does not reuse a connection that
+# was idle for 5 s: with a longer timeout here, the server never closes one while a request is on its way.
 KEEP_ALIVE_S = 15
 
 
 class Server(uvicorn.Server):
-    """Tells the application that it is being stopped, so that event streams end and clients reconnect."""
+    """Sets `app.state.draining` on the stop signal, so that event streams end and clients reconnect."""
 
     def __init__(self, app: FastAPI, receipt_s: float) -> None:
         super().__init__(
@@ -42,7 +43,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self._app.state.draining:
             self._app.state.draining = True
-            # A thread cannot be cancelled: one that checks a large file would hold the process for minutes.
+            # A thread cannot be cancelled: one that checks a large file would keep the process alive for minutes.
             deadline = threading.Timer(HARD_EXIT_S, os._exit, (128 + sig,))
             deadline.daemon = True
             deadline.start()

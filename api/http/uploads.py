@@ -1,4 +1,4 @@
-"""Request bodies: files go to the data disk in constant memory and are gone when the request ends."""
+"""Request bodies: files are written to the data disk in constant memory and deleted when the request ends."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from starlette.requests import Request
 from api.http.multipart import Form, FormWriter, boundary_of
 from qlora_service.errors import TooLarge
 
-# What fits in memory: a JSON document, with inline rows.
+# Limit of a body kept in memory: a JSON document, with inline rows.
 MAX_JSON_BYTES = 32 * 2**20
-# Disk writes wait in a thread; a network packet at a time would cost more than the write.
+# Bytes per disk write. Writes run in a thread: a handover for each network packet would cost more than the write.
 WRITE_BYTES = 2**20
-# The width of datasets.filename.
+# Width of the column datasets.filename.
 MAX_FILENAME_CHARS = 255
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
@@ -33,7 +33,7 @@ class Uploads:
 
     @asynccontextmanager
     async def receive_file(self, request: Request) -> AsyncIterator[Path]:
-        """A file holding the whole body, for as long as the context lasts.
+        """A file with the whole body, while the context lasts.
 
         Raises:
             TooLarge: the body is over the limit.
@@ -48,10 +48,10 @@ class Uploads:
     async def receive_form(
         self, request: Request, *, files: Collection[str], fields: Collection[str]
     ) -> AsyncIterator[Form]:
-        """The parts of a multipart body; those called `files` lie on disk for as long as the context lasts.
+        """The parts of a multipart body; the parts named in `files` are on disk while the context lasts.
 
         Raises:
-            InvalidRequest: not a complete multipart body, a part that is not listed, or a part sent twice.
+            InvalidRequest: not a complete multipart body, an unknown part, or a part sent twice.
             TooLarge: the body is over the limit, or a field over MAX_JSON_BYTES.
         """
         boundary = boundary_of(request.headers.get("content-type", ""))
@@ -70,7 +70,7 @@ async def receive_bytes(request: Request, max_bytes: int = MAX_JSON_BYTES) -> by
 
 
 def display_name(filename: str | None) -> str | None:
-    """What an upload is called: the last part of the path a client may send, for people to read."""
+    """The label of an upload: the last component of the file name that the client sent, without control characters."""
     if filename is None:
         return None
     return _UNPRINTABLE.sub("", re.split(r"[/\\]", filename)[-1])[-MAX_FILENAME_CHARS:] or None
@@ -94,7 +94,7 @@ async def _receive(request: Request, write: Callable[[bytes], object], max_bytes
 
 def _too_large(max_bytes: int) -> TooLarge:
     return TooLarge(
-        f"the request's body is larger than the {max_bytes} bytes that are accepted here: split the file, "
-        "or upload it to POST /datasets, where QLORA_MAX_UPLOAD_BYTES is the limit",
+        f"the request's body is larger than the limit of {max_bytes} bytes: split the file, or upload it to "
+        "POST /datasets, where QLORA_MAX_UPLOAD_BYTES is the limit",
         max_bytes=max_bytes,
     )

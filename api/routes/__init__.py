@@ -1,1 +1,1 @@
-"""This service's own routes."""
+"""Routes of the service's own API."""

@@ -1,4 +1,4 @@
-"""How near plans came to what jobs took."""
+"""Accuracy of plans: actual over predicted memory and time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ router = APIRouter(prefix="/plans", tags=["plans"])
 
 @router.get("/accuracy", summary="Predicted against actual", responses=error_responses(422))
 def plan_accuracy(service: ServiceOf) -> Listing[DeviceAccuracy]:
-    """By device: how the memory and time that finished jobs took compare with what was predicted for them.
+    """Actual over predicted memory and time of finished jobs, by device.
 
-    Figures are actual over predicted. Jobs of every project count, since they share the machine; none is named.
+    Jobs of all projects count, because they share the machine; the response names no job and no project.
     """
     return Listing(data=[DeviceAccuracy.model_validate(accuracy) for accuracy in service.plans.accuracy()])

@@ -1,4 +1,4 @@
-"""Artifacts: list, download, all in one zip."""
+"""Artifacts of jobs: list, download, download all as a zip."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from starlette.responses import StreamingResponse
 from api.dependencies import JobId, ServiceOf
 from api.errors import error_responses
 from api.http.archive import stream_zip
-from api.http.ranges import etag_of, is_unmodified, wanted_range
+from api.http.ranges import etag_of, is_unmodified, requested_range
 from api.schemas import Artifact, Listing
 
 router = APIRouter(prefix="/jobs", tags=["artifacts"])
 
-_TYPES = {".jsonl": "application/jsonl", ".md": "text/markdown; charset=utf-8", ".jinja": "text/plain; charset=utf-8"}
+_MEDIA_TYPES = {
+    ".jsonl": "application/jsonl",
+    ".md": "text/markdown; charset=utf-8",
+    ".jinja": "text/plain; charset=utf-8",
+}
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
 _FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "The file.", "content": {"application/octet-stream": _BYTES}},
-    206: {"description": "The part that Range asks for.", "content": {"application/octet-stream": _BYTES}},
-    304: {"description": "The client has it already."},
+    206: {"description": "The requested range of bytes.", "content": {"application/octet-stream": _BYTES}},
+    304: {"description": "The client's copy is current."},
 }
 _ZIP_RESPONSE: dict[int | str, dict[str, Any]] = {
     200: {"description": "The zip.", "content": {"application/zip": _BYTES}}
@@ -31,7 +35,10 @@ _ZIP_RESPONSE: dict[int | str, dict[str, Any]] = {
 
 @router.get("/{job_id}/artifacts", summary="List artifacts", responses=error_responses(404, 409, 422))
 def list_artifacts(job_id: JobId, service: ServiceOf) -> Listing[Artifact]:
-    """The files of a succeeded job, or of the last finite step of one that failed, with sizes and SHA-256."""
+    """The files that a job published, with sizes and SHA-256.
+
+    Of a succeeded job, its adapter; of a job that failed with a non-finite loss, the adapter of the last finite step.
+    """
     return Listing(data=[Artifact.of(job_id, artifact.file) for artifact in service.artifacts.list_files(job_id)])
 
 
@@ -45,19 +52,19 @@ def list_artifacts(job_id: JobId, service: ServiceOf) -> Listing[Artifact]:
 def get_artifact(
     request: Request,
     job_id: JobId,
-    name: Annotated[str, Path(description="A file's name.", examples=["adapter_model.safetensors"])],
+    name: Annotated[str, Path(description="Name of the file.", examples=["adapter_model.safetensors"])],
     service: ServiceOf,
-    if_none_match: Annotated[str | None, Header(description="An ETag: answers 304 if it is the file's.")] = None,
+    if_none_match: Annotated[str | None, Header(description="ETags: 304 if the file's is one of them.")] = None,
     range: Annotated[str | None, Header(description="One range of bytes, to resume a download.")] = None,
-    if_range: Annotated[str | None, Header(description="An ETag: Range counts only if it is the file's.")] = None,
+    if_range: Annotated[str | None, Header(description="An ETag: Range applies only if it is the file's.")] = None,
 ) -> Response:
-    """The file's bytes. The ETag is the SHA-256 of the whole file: check it after a download."""
+    """The bytes of the file. The ETag is the SHA-256 of the whole file: compare it after a download."""
     artifact = service.artifacts.get(job_id, name)
     file, etag = artifact.file, etag_of(artifact.file.sha256)
     headers = {"ETag": etag, "Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff"}
     if is_unmodified(if_none_match, etag):
         return Response(status_code=304, headers=headers)
-    part = wanted_range(range, if_range, etag, file.bytes)
+    part = requested_range(range, if_range, etag, file.bytes)
     start, end = part or (0, file.bytes)
     headers |= {"Content-Length": str(end - start), "Content-Disposition": _attachment(file.name)}
     if part is not None:
@@ -76,7 +83,7 @@ def get_artifact(
     responses=_ZIP_RESPONSE | error_responses(404, 409, 422),
 )
 def get_adapter_zip(job_id: JobId, service: ServiceOf) -> StreamingResponse:
-    """All artifacts of a succeeded job, streamed; the same job gives the same bytes."""
+    """All artifacts of a job as one zip, streamed. The bytes are the same for every download."""
     artifacts = {artifact.file.name: artifact for artifact in service.artifacts.list_files(job_id)}
     files = [artifact.file for artifact in artifacts.values()]
     body = stream_zip(files, lambda name: service.artifacts.read(artifacts[name]))
@@ -86,9 +93,9 @@ def get_adapter_zip(job_id: JobId, service: ServiceOf) -> StreamingResponse:
 
 def _media_type(name: str) -> str:
     suffix = f".{name.rpartition('.')[2]}"
-    return _TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
+    return _MEDIA_TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
 def _attachment(name: str) -> str:
-    """Published names are the service's own: letters, digits, '_', '-' and '.'."""
+    """The Content-Disposition. Needs no escaping: the service publishes names of letters, digits, '_', '-' and '.'."""
     return f'attachment; filename="{name}"'

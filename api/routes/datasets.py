@@ -1,4 +1,4 @@
-"""Datasets: upload, look at, preview."""
+"""Datasets: upload, list, inspect, preview, delete."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Choice = TypeVar("Choice")
 _CONTAINER: TypeAdapter[Container] = TypeAdapter(Container)
 _SHAPE: TypeAdapter[Shape] = TypeAdapter(Shape)
 
-# Where these routes' requests name what may not exist.
-_PLACES: dict[type[QLoRAError], str] = {InvalidModel: "base_model", NotFound: "dataset_id"}
+# Parameters of these routes that errors of these classes refer to.
+_LOCATIONS: dict[type[QLoRAError], str] = {InvalidModel: "base_model", NotFound: "dataset_id"}
 
 _FILE_BODY: dict[str, Any] = {
     "requestBody": {
@@ -59,7 +59,7 @@ _FILE_BODY: dict[str, Any] = {
 BaseModelName = Annotated[str, Query(min_length=1, max_length=200, description="A name from GET /models.")]
 MaxSeqLen = Annotated[
     int | None,
-    Query(ge=1, le=1_048_576, description="Longest row, in tokens; default: what a job that names none uses."),
+    Query(ge=1, le=1_048_576, description="Maximum length of a row in tokens; default: as for a job without a value."),
 ]
 
 
@@ -75,15 +75,15 @@ async def create_dataset(
     service: ServiceOf,
     uploads: UploadsOf,
     idempotency: IdempotencyOf,
-    filename: Annotated[str | None, Query(description="What the file is called.", examples=["train.jsonl"])] = None,
-    container: Annotated[Container | None, Query(description="File format; detected if absent.")] = None,
-    shape: Annotated[Shape | None, Query(description="Row shape; detected if absent.")] = None,
+    filename: Annotated[str | None, Query(description="Name of the file.", examples=["train.jsonl"])] = None,
+    container: Annotated[Container | None, Query(description="File format; default: detected.")] = None,
+    shape: Annotated[Shape | None, Query(description="Shape of the rows; default: detected.")] = None,
 ) -> Dataset:
     """Check a file and store it under its SHA-256.
 
     Send the file as the body (`curl --data-binary @train.jsonl '…/datasets?filename=train.jsonl'`) or as the part
-    `file` of a form. Rows that cannot be used are listed in `findings` with their lines and left out; a file
-    without a usable row is refused, and nothing is stored.
+    `file` of a form. Unusable rows are left out and listed in `findings` with their lines. A file without a usable row
+    is rejected, and nothing is stored.
     """
     if not is_multipart(request.headers.get("content-type", "")):
         async with uploads.receive_file(request) as path:
@@ -95,9 +95,9 @@ async def create_dataset(
 @router.get("", summary="List datasets", responses=error_responses(422))
 def list_datasets(service: ServiceOf, after: After = None, limit: Limit = 20) -> Page[Dataset]:
     """Datasets, newest first."""
-    found = service.datasets.list_datasets(before=after, limit=limit + 1)
-    data = [Dataset.of(dataset) for dataset in found[:limit]]
-    return Page(data=data, next=data[-1].id if len(found) > limit else None)
+    datasets = service.datasets.list_datasets(before=after, limit=limit + 1)
+    data = [Dataset.of(dataset) for dataset in datasets[:limit]]
+    return Page(data=data, next=data[-1].id if len(datasets) > limit else None)
 
 
 @router.get("/{dataset_id}", summary="Look at a dataset", responses=error_responses(404, 422))
@@ -107,8 +107,8 @@ def get_dataset(
     base_model: BaseModelName | None = None,
     max_seq_len_tokens: MaxSeqLen = None,
 ) -> Dataset:
-    """Counts and findings; with `base_model` also the histogram of token lengths under its tokenizer."""
-    with located(_PLACES):
+    """Counts and findings; with `base_model`, also the token lengths of the rows as a histogram."""
+    with located(_LOCATIONS):
         dataset = service.datasets.get(dataset_id)
         if base_model is None:
             return Dataset.of(dataset)
@@ -118,7 +118,10 @@ def get_dataset(
 
 @router.delete("/{dataset_id}", summary="Delete a dataset", responses=error_responses(404, 409, 422))
 def delete_dataset(dataset_id: DatasetId, service: ServiceOf, idempotency: IdempotencyOf) -> DeletedDataset:
-    """Its bytes are gone, too, unless another dataset has the same. Refused while a job that has not ended needs it."""
+    """Delete the dataset, and its bytes unless another dataset has the same bytes.
+
+    A conflict while a job that has not ended needs the dataset.
+    """
     return _deleted(service.datasets.delete(dataset_id, once=idempotency.once(_deleted)))
 
 
@@ -129,16 +132,16 @@ def preview_dataset(
     base_model: BaseModelName,
     max_seq_len_tokens: MaxSeqLen = None,
     too_long: Annotated[
-        Literal["refuse", "truncate", "drop"], Query(description="As in a job's training.too_long.")
+        Literal["refuse", "truncate", "drop"], Query(description="As `training.too_long` of a job.")
     ] = "refuse",
     train_on: Annotated[
-        Literal["assistant", "all"], Query(description="As in a job's training.train_on.")
+        Literal["assistant", "all"], Query(description="As `training.train_on` of a job.")
     ] = "assistant",
-    skip: Annotated[int, Query(ge=0, le=10**9, description="Usable rows to pass over.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=50, description="Most rows shown.")] = 5,
+    skip: Annotated[int, Query(ge=0, le=10**9, description="Number of usable rows to skip.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=50, description="Maximum number of rows.")] = 5,
 ) -> Listing[PreviewRow | PreviewProblem]:
-    """Rows as they will be trained: the text after the chat template, its tokens, and which of them are learned."""
-    with located(_PLACES):
+    """Rendered rows: the text after the chat template, its tokens, and whether each token is trained."""
+    with located(_LOCATIONS):
         max_tokens = max_seq_len_tokens or default_length(service.models.get(base_model))
         rules = RenderRules(max_tokens, too_long, train_on)
         rows = service.datasets.preview(dataset_id, base_model, rules, skip=skip, limit=limit)
@@ -186,7 +189,7 @@ def _add_form(
 
 
 def _choice(form: Form, name: str, choices: TypeAdapter[Choice]) -> Choice | None:
-    """The value of an optional form field. Raises: InvalidRequest."""
+    """The value of an optional form field; None if it is absent or empty. Raises: InvalidRequest."""
     value = form.fields.get(name)
     if not value:
         return None

@@ -1,4 +1,4 @@
-"""The API's own documentation, as a page that needs no network."""
+"""API documentation page, served without resources from other hosts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def docs(request: Request) -> HTMLResponse:
         swagger_js_url=f"/docs/{_SCRIPT}",
         swagger_css_url=f"/docs/{_STYLE}",
         swagger_favicon_url="data:,",
-        # No badge of a validator on the Internet.
+        # Without the badge, which loads an online validator.
         swagger_ui_parameters={"validatorUrl": None},
     )
 

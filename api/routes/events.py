@@ -1,4 +1,4 @@
-"""What happens to jobs as it happens, as server-sent events."""
+"""Live events of jobs, as server-sent events."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from api.errors import error_responses
 from api.event_feed import BATCH, EventFeed
 from qlora_service.domain.jobs import Job, JobEvent, JobStatus
 
-# Of the database's integers.
+# Largest integer of the database.
 MAX_SEQ = 2**63 - 1
 
 router = APIRouter(tags=["jobs"])
@@ -28,12 +28,12 @@ async def _feed(request: Request) -> EventFeed:
 
 
 def _existing(job_id: JobId, service: ServiceOf) -> Job:
-    """A job that exists: once the stream has begun, it is too late for a 404."""
+    """The job. Checked before the stream begins, because afterwards the status can no longer be 404."""
     return service.jobs.get(job_id)
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Errors are JSON here too: a `model` would be documented under the stream's media type."""
+    """Error responses as JSON: FastAPI would document a `model` under the media type of the stream."""
     responses = error_responses(*statuses)
     for response in responses.values():
         del response["model"]
@@ -47,7 +47,7 @@ Types = Annotated[
     Query(description="Only events of these types; repeat it for several.", examples=[["metrics", "evaluation"]]),
 ]
 LastEventId = Annotated[
-    int | None, Header(ge=0, le=MAX_SEQ, description="As `after`, which it overrides; clients send it that reconnect.")
+    int | None, Header(ge=0, le=MAX_SEQ, description="Overrides `after`; clients that reconnect send it.")
 ]
 
 
@@ -60,24 +60,25 @@ async def stream_job_events(
     feed: FeedOf,
     after: Annotated[int, Query(ge=0, le=MAX_SEQ, description="Only events after this id.")] = 0,
     types: Types = None,
-    follow: Annotated[bool, Query(description="Whether to wait for what is yet to happen.")] = True,
+    follow: Annotated[bool, Query(description="Whether to wait for future events.")] = True,
     last_event_id: LastEventId = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    """Every event since the job was queued, then each new one; the stream ends with the job.
+    """Every event since the job was queued, then each new event; the stream ends with the job.
 
-    `event` is status, metrics, evaluation or log; `data` is JSON, with the `job_id` and, as `at`, the time; `id`
-    grows. A client that lost the connection, also to a restart of the service, sends the last id it saw as
-    `Last-Event-ID` and misses nothing. While nothing happens, a comment every 15 seconds keeps the connection open.
+    `event` is status, metrics, evaluation or log; `data` is JSON that includes `job_id` and the time, `at`; `id`
+    increases. A client that lost the connection, for example because the service restarted, sends the last id it
+    received as `Last-Event-ID`, and the stream resumes after it. A comment every 15 seconds keeps an idle connection
+    open.
     """
     seq = after if last_event_id is None else last_event_id
-    read = partial(service.jobs.events, job.id, limit=BATCH)
-    goes_on = follow and not job.status.terminal
-    events = feed.follow(("job", job.id), read, seq) if goes_on else feed.history(read, seq)
+    read_history = partial(service.jobs.events, job.id, limit=BATCH)
+    is_live = follow and not job.status.terminal
+    events = feed.follow(("job", job.id), read_history, seq) if is_live else feed.history(read_history, seq)
     async with aclosing(events):
         async for event in events:
             if types is None or event.type in types:
-                yield _sent(event)
-            if goes_on and _ends_job(event):
+                yield _server_sent(event)
+            if is_live and _ends_job(event):
                 return
 
 
@@ -87,26 +88,27 @@ async def stream_events(
     feed: FeedOf,
     after: Annotated[
         int | None,
-        Query(ge=0, le=MAX_SEQ, description="Only events after this id, 0 for all there are; default: from now on."),
+        Query(ge=0, le=MAX_SEQ, description="Only events after this id; 0: all events; default: only new events."),
     ] = None,
     types: Types = None,
     last_event_id: LastEventId = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    """Every new event of any of your jobs, as `GET /jobs/{job_id}/events` sends them; `data.job_id` says whose.
+    """Every new event of all jobs of the project, in the format of `GET /jobs/{job_id}/events`.
 
-    The stream goes on until the client closes it or the service stops. Ids grow over all jobs: a client that lost the
-    connection sends the last id it saw as `Last-Event-ID` and misses nothing.
+    `data.job_id` names the job. The stream continues until the client closes it or the service stops. Ids increase
+    over all jobs: a client that lost the connection sends the last id it received as `Last-Event-ID`, and the stream
+    resumes after it.
     """
-    wanted = None if types is None else frozenset(types)
-    read = partial(service.jobs.project_events, types=wanted, limit=BATCH)
+    selected = None if types is None else frozenset(types)
+    read_history = partial(service.jobs.project_events, types=selected, limit=BATCH)
     seq = after if last_event_id is None else last_event_id
-    async with aclosing(feed.follow(("project", service.project), read, seq)) as events:
+    async with aclosing(feed.follow(("project", service.project), read_history, seq)) as events:
         async for event in events:
-            if wanted is None or event.type in wanted:
-                yield _sent(event)
+            if selected is None or event.type in selected:
+                yield _server_sent(event)
 
 
-def _sent(event: JobEvent) -> ServerSentEvent:
+def _server_sent(event: JobEvent) -> ServerSentEvent:
     data = {"job_id": event.job_id, "at": event.at.isoformat(), **event.data}
     return ServerSentEvent(data=data, event=event.type, id=str(event.seq))
 

@@ -1,4 +1,4 @@
-"""Is the process up; could it take a job."""
+"""Health checks: liveness and readiness."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ router = APIRouter(tags=["health"])
 
 @router.get("/healthz", summary="Is the process up", responses=error_responses(guarded=False))
 async def healthz() -> Health:
-    """Answers as long as the process does. Restart it when this fails."""
+    """Liveness: succeeds while the process responds. Restart the process if this fails."""
     return Health()
 
 
 @router.get("/readyz", summary="Can it take a job", responses=error_responses(guarded=False))
 def readyz(request: Request) -> Health:
-    """Checks that the database answers and the data disk can be written. Send no requests while this fails."""
+    """Readiness: the database answers and the data disk is writable. Send no requests while this fails."""
     if request.app.state.draining:
         raise Unavailable("the service is stopping")
     service: Service = request.app.state.service

@@ -30,8 +30,8 @@ from qlora_service.specs import parse_spec
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
-# Where in the spec the errors belong that do not say so themselves.
-_PLACES: dict[type[QLoRAError], str] = {InvalidModel: "/base_model", InvalidDataset: "/dataset"}
+# Fields of the spec that errors of these classes refer to, if they have no location of their own.
+_LOCATIONS: dict[type[QLoRAError], str] = {InvalidModel: "/base_model", InvalidDataset: "/dataset"}
 
 MAX_STEP = 2**31 - 1
 
@@ -72,7 +72,7 @@ _JOB_BODY: dict[str, Any] = {
                         "dataset": {
                             "type": "string",
                             "format": "binary",
-                            "description": "The dataset's file; `config.dataset` may name its container and shape.",
+                            "description": "The dataset file; `config.dataset` may name its container and shape.",
                         },
                         "config": _SPEC_SCHEMA,
                     },
@@ -94,11 +94,11 @@ _JOB_BODY: dict[str, Any] = {
 async def create_job(
     request: Request, response: Response, service: ServiceOf, uploads: UploadsOf, idempotency: IdempotencyOf
 ) -> SubmittedJob:
-    """Queue a fine-tuning job on a stored dataset, on rows sent inline, or on a file sent along.
+    """Queue a fine-tuning job on a stored dataset, on inline rows, or on a file in the same request.
 
-    As JSON (`dataset` holds `id` or `rows`), or as a form with the parts `dataset` (a file) and `config` (JSON).
-    What can be known to fail is refused here, and then neither the job nor its dataset is stored. That goes for a job
-    that does not fit into the device's memory, too (`error.details` has its plan), but not with `force`.
+    Send JSON (`dataset` holds `id` or `rows`), or a form with the parts `dataset` (a file) and `config` (JSON).
+    A job that would certainly fail is rejected, and neither the job nor its dataset is stored. Without `force`, this
+    includes a job that does not fit into the device's memory; `error.details` then has its plan.
     """
     content_type = request.headers.get("content-type", "")
     if is_multipart(content_type):
@@ -119,45 +119,48 @@ async def create_job(
 @router.get("", summary="List jobs", responses=error_responses(422))
 def list_jobs(
     service: ServiceOf,
-    status: Annotated[JobStatus | None, Query(description="Only jobs of this status.")] = None,
+    status: Annotated[JobStatus | None, Query(description="Only jobs with this status.")] = None,
     base_model: Annotated[str | None, Query(description="Only jobs on this base model.")] = None,
     after: After = None,
     limit: Limit = 20,
 ) -> Page[Job]:
     """Jobs, newest first."""
-    found = service.jobs.list_jobs(status=status, base_model=base_model, before=after, limit=limit + 1)
-    positions = service.jobs.queue_positions(found)
-    data = [Job.of(job, positions.get(job.id)) for job in found[:limit]]
-    return Page(data=data, next=data[-1].id if len(found) > limit else None)
+    jobs = service.jobs.list_jobs(status=status, base_model=base_model, before=after, limit=limit + 1)
+    positions = service.jobs.queue_positions(jobs)
+    data = [Job.of(job, positions.get(job.id)) for job in jobs[:limit]]
+    return Page(data=data, next=data[-1].id if len(jobs) > limit else None)
 
 
 @router.get("/{job_id}", summary="Look at a job", responses=error_responses(404, 422))
 def get_job(job_id: JobId, service: ServiceOf) -> Job:
-    """Status, progress, time to go, the latest metrics; what went wrong, if it failed."""
+    """Status, progress, estimated time left and latest metrics; the error, if the job failed."""
     job = service.jobs.get(job_id)
     return Job.of(job, service.jobs.queue_position(job))
 
 
 @router.post("/{job_id}/cancel", summary="Cancel a job", responses=_CHANGE_ERRORS)
 def cancel_job(job_id: JobId, service: ServiceOf, idempotency: IdempotencyOf) -> Job:
-    """A job ends at once, a running one at its next step (`stop_request`). Asking twice does no harm."""
+    """Cancel a job: a queued or paused job at once, a running job at its next step (`stop_request`).
+
+    Cancelling a job twice has no further effect.
+    """
     return _not_queued(service.jobs.cancel(job_id, once=idempotency.once(_not_queued)))
 
 
 @router.post("/{job_id}/pause", summary="Pause a job", responses=_CHANGE_ERRORS)
 def pause_job(job_id: JobId, service: ServiceOf, idempotency: IdempotencyOf) -> Job:
-    """A queued job waits from now on, a running one from its next step (`stop_request`), with that step saved.
+    """Pause a job: a queued job at once, a running job after its next step (`stop_request`), which is saved.
 
-    The GPU is free for other jobs until `resume`. Asking twice does no harm.
+    Until `resume`, the GPU is free for other jobs. Pausing a job twice has no further effect.
     """
     return _not_queued(service.jobs.pause(job_id, once=idempotency.once(_not_queued)))
 
 
 @router.post("/{job_id}/resume", summary="Resume a job", responses=_CHANGE_ERRORS)
 def resume_job(job_id: JobId, service: ServiceOf, idempotency: IdempotencyOf) -> Job:
-    """A paused job goes back into the queue, and on from its last saved step (`checkpoint_step`).
+    """Put a paused job back into the queue; it resumes from its last saved step (`checkpoint_step`).
 
-    A pause that has not come about yet is taken back. Asking twice does no harm.
+    A pause that a running job has not reached yet is withdrawn. Resuming a job twice has no further effect.
     """
     return _resumed(service.jobs.resume(job_id, once=idempotency.once(_resumed)))
 
@@ -167,19 +170,19 @@ def get_metrics(
     job_id: JobId,
     service: ServiceOf,
     after: Annotated[int | None, Query(ge=0, le=MAX_STEP, description="Only records of steps after this one.")] = None,
-    limit: Annotated[int | None, Query(ge=1, description="Most steps of a page; default: all there are.")] = None,
+    limit: Annotated[int | None, Query(ge=1, description="Maximum number of steps in the page; default: all.")] = None,
 ) -> Metrics:
-    """One record per step and per evaluation that the job has done, by step.
+    """One record per step and per evaluation, in order of steps.
 
-    A job that was interrupted goes on from its last saved step: `attempt` says which attempt did a step.
+    An interrupted job resumes from its last saved step: `attempt` is the attempt that computed the step.
     """
     records = [record for record in service.jobs.metrics(job_id) if after is None or record["step"] > after]
     steps = list(dict.fromkeys(record["step"] for record in records))
     if limit is None or len(steps) <= limit:
         return Metrics(data=records, next=None)
-    # A step's records stay together: its number says where the next page begins.
-    last = steps[limit - 1]
-    return Metrics(data=[record for record in records if record["step"] <= last], next=last)
+    # Records of a step stay on one page, because the cursor of the next page is the number of a step.
+    last_step = steps[limit - 1]
+    return Metrics(data=[record for record in records if record["step"] <= last_step], next=last_step)
 
 
 @router.get(
@@ -189,7 +192,7 @@ def get_metrics(
     responses=_TABLE | error_responses(404, 422),
 )
 def get_metrics_csv(job_id: JobId, service: ServiceOf) -> Response:
-    """One line per step that was measured, in the columns of the hosted API's result files."""
+    """One line per measured step, with the columns of the result files of OpenAI's API."""
     holds_out = service.jobs.get(job_id).spec.validation.holds_out
     return Response(metrics_csv(service.jobs.metrics(job_id), holds_out=holds_out), media_type="text/csv")
 
@@ -221,13 +224,13 @@ def _submit(
     document, force = take_force(document)
     spec = parse_spec(document)
     once = idempotency.once(_submitted, status=201, content=content, location=_location)
-    with located(_PLACES), _rows_located(inline=spec.dataset.rows is not None):
+    with located(_LOCATIONS), _rows_located(inline=spec.dataset.rows is not None):
         return service.jobs.submit(spec, path, filename, force=force, once=once)
 
 
 @contextmanager
 def _rows_located(*, inline: bool) -> Iterator[None]:
-    """Findings on rows that came inline leave with their place in the request's body."""
+    """Gives findings in inline rows their location in the body of the request."""
     try:
         yield
     except InvalidDataset as error:
@@ -237,13 +240,13 @@ def _rows_located(*, inline: bool) -> Iterator[None]:
 
 
 def _in_body(finding: Finding) -> Finding:
-    """A line and an offset would be of a file that nobody sent."""
+    """The finding with a pointer into the body in place of line and byte offset: there is no file they refer to."""
     if finding.line is None:
         return finding
     return Finding(finding.reason, f"/dataset/rows/{finding.line - 1}{finding.pointer}")
 
 
-# What the POSTs answer is made of what their transaction returned, and of nothing that may change after it.
+# The response bodies below use only the result of the transaction, because the state may change after it.
 
 
 def _submitted(submission: Submission) -> SubmittedJob:

@@ -1,4 +1,4 @@
-"""The keys of the caller's project. Those of other projects are made where the service runs, with `qlora keys`."""
+"""Keys of the caller's project. Keys of other projects are created where the service runs, with `qlora keys`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ router = APIRouter(prefix="/keys", tags=[ADMIN_TAG])
 
 _MAX_BODY_BYTES = 10_000
 _SCHEMA = KeyRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-del _SCHEMA["$defs"]  # the answers name them too
+del _SCHEMA["$defs"]  # the response models define them too
 _BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -43,10 +43,10 @@ _BODY: dict[str, Any] = {
 async def create_key(
     request: Request, response: Response, caller: CallerOf, access: AccessOf, idempotency: IdempotencyOf
 ) -> NewKey:
-    """A key of your own project. Its `secret` is shown this once: the service keeps a hash of it.
+    """Create a key in your own project. The response shows `secret` only once: the service stores its hash.
 
-    That also holds for an answer that is given again: then `secret` is null, and if the first answer was lost, revoke
-    the key and make another. Keys of other projects are made where the service runs, with `qlora keys create`.
+    In a replayed response, `secret` is null: if the first response was lost, revoke the key and create another. Keys
+    of other projects are created where the service runs, with `qlora keys create`.
     """
     body = await receive_bytes(request, _MAX_BODY_BYTES)
     response.headers["Cache-Control"] = "no-store"
@@ -55,30 +55,33 @@ async def create_key(
 
 @router.get("", summary="List keys", responses=error_responses(422))
 def list_keys(caller: CallerOf, access: AccessOf) -> Listing[Key]:
-    """The keys of your project, newest first, also those that were revoked."""
+    """All keys of your project, including revoked keys, newest first."""
     return Listing(data=[Key.of(key) for key in access.list_keys(caller.project)])
 
 
 @router.delete("/{key_id}", summary="Revoke a key", responses=error_responses(404, 409, 422))
 def revoke_key(key_id: KeyId, caller: CallerOf, access: AccessOf) -> Key:
-    """Within a second, requests under the key are refused. The project's last admin key cannot be revoked here."""
+    """Revoke the key: requests with it are rejected after at most one second.
+
+    The last admin key of a project cannot be revoked here.
+    """
     return Key.of(access.revoke_key(key_id, caller.project, keep_admin=True))
 
 
 def _create(access: Access, project: str, idempotency: Idempotency, body: bytes) -> NewKey:
     document = parse_body(body)
-    asked = _parsed(document)
+    request = _parse_request(document)
     once = idempotency.once(_without_secret, status=201, content={"json": document})
-    key, secret = access.create_key(project, asked.name, asked.scopes, once=once)
+    key, secret = access.create_key(project, request.name, request.scopes, once=once)
     return NewKey.of(key).model_copy(update={"secret": secret})
 
 
 def _without_secret(key: ApiKey) -> NewKey:
-    """What is stored for a request that is sent again: answers are kept as they are, and the key must not be."""
+    """The response stored for replays: stored in plain text, so it must not contain the secret."""
     return NewKey.of(key)
 
 
-def _parsed(document: Any) -> KeyRequest:
+def _parse_request(document: Any) -> KeyRequest:
     """Raises: InvalidRequest."""
     try:
         return KeyRequest.model_validate(document)

@@ -1,4 +1,4 @@
-"""Base models."""
+"""Base models of the catalog."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ router = APIRouter(prefix="/models", tags=["models"])
 
 @router.get("", summary="List base models", responses=error_responses(422))
 def list_models(service: ServiceOf) -> Listing[Model]:
-    """The base models that jobs can name, in order of their names. `qlora models import NAME PATH` adds one."""
+    """The base models that jobs can name, sorted by name. `qlora models import NAME PATH` adds one."""
     return Listing(data=[Model.of(model) for model in service.models.list()])

@@ -1,4 +1,4 @@
-"""Plans: will a job fit, and how would it run?"""
+"""Plans: whether a job fits, and the settings it would run with."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from qlora_service.specs import parse_spec
 router = APIRouter(prefix="/plans", tags=["plans"])
 
 _MAX_BODY_BYTES = 2**20
-_PLACES: dict[type[QLoRAError], str] = {InvalidModel: "/base_model", InvalidDataset: "/dataset"}
-_PLACES_OF_CONFIG: dict[type[QLoRAError], str] = {InvalidModel: "/config"}
+_LOCATIONS: dict[type[QLoRAError], str] = {InvalidModel: "/base_model", InvalidDataset: "/dataset"}
+_LOCATIONS_WITH_CONFIG: dict[type[QLoRAError], str] = {InvalidModel: "/config"}
 _BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -65,11 +65,11 @@ _BODY: dict[str, Any] = {
 
 @router.post("", summary="Plan a job", responses=error_responses(404, 413, 422), openapi_extra=_BODY)
 async def make_plan(request: Request, service: ServiceOf) -> Plan:
-    """Whether a job would fit, on this service's device or on a named card, with the memory it takes by category.
+    """Plan a job: whether it fits on this service's device or on a named card, and its memory by category.
 
-    `base_model` names one of the catalog; with `config`, the content of a config.json, models can be planned that are
-    nowhere near. The answer is instant where a formula is sure, and takes some seconds where a step has to be
-    simulated. Nothing is stored.
+    `base_model` names a model of the catalog; `config`, the content of a config.json, plans for a model that is not in
+    the catalog. The response is immediate if a formula is certain, and takes some seconds if a step must be simulated.
+    Nothing is stored.
     """
     return await run_in_threadpool(_plan, service, await receive_bytes(request, _MAX_BODY_BYTES))
 
@@ -81,20 +81,20 @@ def _plan(service: Service, body: bytes) -> Plan:
     options = _options({name: document.pop(name) for name in PlanOptions.model_fields if name in document})
     if options.config is not None:
         if "base_model" in document:
-            raise InvalidSpec("base_model and config are two models: leave one of them out", location="/config")
+            raise InvalidSpec("base_model and config name two models: leave one of them out", location="/config")
         document["base_model"] = UNNAMED_MODEL
     spec = parse_spec(document)
-    with located(_PLACES if options.config is None else _PLACES_OF_CONFIG):
+    with located(_LOCATIONS if options.config is None else _LOCATIONS_WITH_CONFIG):
         plan = service.plans.plan(
             spec, config=options.config, device=options.device, free_bytes=options.free_bytes, probe=options.probe
         )
     return Plan.of(plan)
 
 
-def _options(given: dict[str, Any]) -> PlanOptions:
+def _options(fields: dict[str, Any]) -> PlanOptions:
     """Raises: InvalidSpec."""
     try:
-        return PlanOptions.model_validate(given)
+        return PlanOptions.model_validate(fields)
     except ValidationError as error:
         findings = [
             Finding(fault["msg"], pointer="".join(f"/{part}" for part in fault["loc"])) for fault in error.errors()

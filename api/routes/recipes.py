@@ -1,4 +1,4 @@
-"""Recipes."""
+"""Recipes: named sets of values for a job's spec."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ router = APIRouter(prefix="/recipes", tags=["recipes"])
 
 @router.get("", summary="List recipes", responses=error_responses(422))
 async def list_recipes() -> Listing[Recipe]:
-    """The recipes that a spec's `recipe` can name. Whatever the spec says itself wins over its recipe."""
+    """The recipes that a spec's `recipe` can name. Values in the spec override the values of its recipe."""
     return Listing(
         data=[
             Recipe(name=name, title=recipe.title, source=recipe.source, values=recipe.values)

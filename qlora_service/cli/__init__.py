@@ -1,4 +1,4 @@
-"""The command line: `qlora`. Needs the base dependencies only; commands import what they use."""
+"""The command line `qlora`. Needs the base dependencies only: each command imports what it needs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import typer
 
 from qlora_service.cli import chat, datasets, events, jobs, keys, local, models, plan, recipes, submission
-from qlora_service.cli.exit_codes import MEANINGS, of_error
-from qlora_service.cli.options import FaultsInFile, print_error
+from qlora_service.cli.exit_codes import MEANINGS, code_of_error
+from qlora_service.cli.options import InvalidFile, print_error
 from qlora_service.client.wire import ServiceError
 from qlora_service.errors import QLoRAError
 
 app = typer.Typer(
     name="qlora",
     help="Fine-tune language models with QLoRA: submit rows, watch the training, download the adapter.",
-    epilog="QLORA_URL and QLORA_API_KEY say which service, and with which key. Exit codes: "
+    epilog="QLORA_URL is the address of the service, QLORA_API_KEY the key. Exit codes: "
     + "; ".join(f"{code.value} {meaning}" for code, meaning in MEANINGS.items())
     + ".",
     no_args_is_help=True,
@@ -40,12 +40,12 @@ app.command()(local.demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command and exits; every expected failure is one message on stderr and a code of `exit_codes`."""
+    """Runs one command and exits. An expected failure is one message on stderr and a code of `exit_codes`."""
     try:
         app(args=arguments, prog_name="qlora")
-    except FaultsInFile as error:
+    except InvalidFile as error:
         print_error(error.message, error.findings, error.file)
-        raise SystemExit(of_error(error)) from None
+        raise SystemExit(code_of_error(error)) from None
     except (QLoRAError, ServiceError) as error:
         print_error(error.message, error.findings)
-        raise SystemExit(of_error(error)) from None
+        raise SystemExit(code_of_error(error)) from None

@@ -1,4 +1,4 @@
-"""`qlora chat`: ask a model something, or talk with it."""
+"""The command `chat`: one question to a model, or a conversation."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ if TYPE_CHECKING:
 
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL_OR_JOB", help="A base model's name, a fine-tuned model's, or a succeeded job's id."),
+    typer.Argument(
+        metavar="MODEL_OR_JOB", help="Name of a base model or a fine-tuned model, or id of a succeeded job."
+    ),
 ]
 PROMPT = "> "
-NO_SUCH_MODEL = "model_not_found"
+MODEL_NOT_FOUND = "model_not_found"
 
 
 def chat(
     model: Model,
     message: Annotated[
-        str | None, typer.Argument(help="What to ask; default: what is piped in, else a conversation.")
+        str | None, typer.Argument(help="The question; default: standard input if piped, else a conversation.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message at the start.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens per answer.")] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, max=2.0, help="0 takes the likeliest token every time; default: 1.")
+        float | None, typer.Option(min=0.0, max=2.0, help="0 always takes the most likely token; default: 1.")
     ] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Try a model: a base model, or what a job made of it.
+    """Chat with a base model, or with the adapter of a job.
 
-    Prints the answer as it is generated. Ctrl-C ends an answer, Ctrl-D a conversation. The first question waits for
-    the base model to be loaded; while a job has the slot, it is refused.
+    Prints the answer as it is generated. Ctrl-C ends an answer, Ctrl-D a conversation. The first question waits until
+    the base model is loaded; while a job occupies the slot, questions are refused.
     """
     options: dict[str, Any] = {"max_completion_tokens": max_tokens, "temperature": temperature}
     options = {name: value for name, value in options.items() if value is not None}
@@ -50,18 +52,18 @@ def chat(
         if message is None:
             _converse(client, model, opening, options, as_json)
         else:
-            asked = [*opening, {"role": "user", "content": message}]
-            _, whole = _answer(client, model, asked, options, as_json)
-            if not whole:
+            messages = [*opening, {"role": "user", "content": message}]
+            _, complete = _answer(client, model, messages, options, as_json)
+            if not complete:
                 raise typer.Exit(ExitCode.INTERRUPTED)
 
 
 def _converse(
     client: Client, model: str, opening: list[dict[str, str]], options: dict[str, Any], as_json: bool
 ) -> None:
-    """One question after the other, each with all that was said before."""
-    said = list(opening)
-    print_note(f"Talking with {model}. Ctrl-C ends an answer, Ctrl-D the conversation.")
+    """Answers questions until Ctrl-D; each request contains the whole conversation."""
+    history = list(opening)
+    print_note(f"Chatting with {model}. Ctrl-C ends an answer, Ctrl-D the conversation.")
     while True:
         try:
             question = input(PROMPT)
@@ -70,35 +72,35 @@ def _converse(
             return
         if not question.strip():
             continue
-        asked = [*said, {"role": "user", "content": question}]
+        messages = [*history, {"role": "user", "content": question}]
         try:
-            answer, _ = _answer(client, model, asked, options, as_json)
+            answer, _ = _answer(client, model, messages, options, as_json)
         except ServiceError as error:
-            if error.code == NO_SUCH_MODEL:
+            if error.code == MODEL_NOT_FOUND:
                 raise
-            # Such as a job that has the slot: the conversation is not lost.
+            # Any other refusal, such as of a job that occupies the slot, does not end the conversation.
             print_error(error.message, error.findings)
             continue
-        said = [*asked, {"role": "assistant", "content": answer}]
+        history = [*messages, {"role": "assistant", "content": answer}]
 
 
 def _answer(
-    client: Client, model: str, asked: list[dict[str, str]], options: dict[str, Any], as_json: bool
+    client: Client, model: str, messages: list[dict[str, str]], options: dict[str, Any], as_json: bool
 ) -> tuple[str, bool]:
-    """Prints the answer; what was said, and whether that is all of it: Ctrl-C ends it."""
+    """Prints the answer; its text, and whether it is complete, not ended by Ctrl-C."""
     pieces: list[str] = []
-    whole = True
-    with closing(client.chat(model, asked, **options)) as answer:
+    complete = True
+    with closing(client.chat(model, messages, **options)) as answer:
         try:
             for piece in answer:
                 pieces.append(piece)
                 if not as_json:
                     typer.echo(piece, nl=False)
         except KeyboardInterrupt:
-            whole = False
+            complete = False
     text = "".join(pieces)
     if as_json:
-        print_json({"model": model, "content": text, "complete": whole})
+        print_json({"model": model, "content": text, "complete": complete})
     else:
         typer.echo()
-    return text, whole
+    return text, complete

@@ -1,4 +1,4 @@
-"""Commands about datasets: check, upload, list, show, preview, delete."""
+"""Commands for datasets: check, upload, list, show, preview, delete."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import typer
 from qlora_service.cli.dataset_check import ContainerOption, ShapeOption, check
 from qlora_service.cli.options import (
     AsJson,
-    FaultsInFile,
+    InvalidFile,
     Url,
     connect,
+    format_bytes,
     print_json,
     print_note,
     print_table,
-    size,
 )
 
 if TYPE_CHECKING:
     from qlora_service.client import Dataset, PreviewRow
     from qlora_service.client.wire import PreviewDocument
 
-app = typer.Typer(help="Check, upload, look at and delete the rows that jobs train on.", no_args_is_help=True)
+app = typer.Typer(help="Check, upload, inspect and delete datasets, the rows that jobs train on.", no_args_is_help=True)
 app.command()(check)
 
 DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's id, as printed by upload and list.")]
-MaxSeqLen = Annotated[int | None, typer.Option(min=1, help="Longest row, in tokens; default: as in a job.")]
+MaxSeqLen = Annotated[int | None, typer.Option(min=1, help="Longest allowed row, in tokens; default: as in a job.")]
 
 
 @app.command()
@@ -39,7 +39,7 @@ def upload(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Upload a file of rows, for jobs that name it with --dataset-id. Prints the dataset's id."""
+    """Upload a file of rows, for jobs that use it with --dataset-id. Prints the dataset's id."""
     from qlora_service.client.wire import ServiceError
 
     with connect(url) as client:
@@ -48,7 +48,7 @@ def upload(
         except ServiceError as error:
             if not any(finding.line for finding in error.findings):
                 raise
-            raise FaultsInFile(file, error.message, error.findings) from None
+            raise InvalidFile(file, error.message, error.findings) from None
     if as_json:
         print_json(dataset.model_dump(mode="json"))
         return
@@ -59,7 +59,7 @@ def upload(
 
 @app.command("list")
 def list_datasets(
-    limit: Annotated[int, typer.Option(min=1, help="How many to list.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of datasets.")] = 20,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
@@ -77,12 +77,12 @@ def list_datasets(
 @app.command()
 def show(
     dataset: DatasetId,
-    base_model: Annotated[str | None, typer.Option(help="Also show how long the rows are for this model.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Also show the rows' lengths in tokens of this model.")] = None,
     max_seq_len_tokens: MaxSeqLen = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a dataset's counts and findings; with --base-model also how long its rows are in tokens."""
+    """Show a dataset's counts and findings; with --base-model also its rows' lengths in tokens."""
     with connect(url) as client:
         shown = client.dataset(dataset, base_model=base_model, max_seq_len_tokens=max_seq_len_tokens)
     if as_json:
@@ -102,12 +102,12 @@ def preview(  # noqa: PLR0913 - an argument per option of the command
     train_on: Annotated[
         Literal["assistant", "all"], typer.Option(help="As in a job's training.train_on.")
     ] = "assistant",
-    skip: Annotated[int, typer.Option(min=0, help="Usable rows to pass over.")] = 0,
-    limit: Annotated[int, typer.Option(min=1, max=50, help="Most rows shown.")] = 5,
+    skip: Annotated[int, typer.Option(min=0, help="Usable rows to skip.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, max=50, help="Maximum number of rows.")] = 5,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print rows as they will be trained, after the chat template. What is learned stands in ⟦ ⟧."""
+    """Print rows as a job trains them, with the chat template applied. Trained text is in ⟦ ⟧."""
     with connect(url) as client:
         rows = client.preview(
             dataset,
@@ -143,12 +143,12 @@ def _print_list(datasets: list[Dataset]) -> None:
             dataset.filename or "",
             f"{dataset.container} of {dataset.shape}",
             f"{dataset.usable_rows}/{dataset.rows}",
-            size(dataset.bytes),
+            format_bytes(dataset.bytes),
             f"{dataset.created_at.astimezone():%Y-%m-%d %H:%M}",
         )
         for dataset in datasets
     ]
-    print_table(("id", "file", "rows are", "usable", "size", "created"), rows)
+    print_table(("id", "file", "format", "usable", "size", "created"), rows)
 
 
 def _print_one(dataset: Dataset) -> None:
@@ -156,14 +156,14 @@ def _print_one(dataset: Dataset) -> None:
         ("id", dataset.id),
         ("file", dataset.filename or ""),
         ("sha256", dataset.sha256),
-        ("rows are", f"{dataset.container} of {dataset.shape}, {size(dataset.bytes)}"),
+        ("format", f"{dataset.container} of {dataset.shape}, {format_bytes(dataset.bytes)}"),
         ("usable", f"{dataset.usable_rows} of {dataset.rows} rows"),
     ]
     findings = dataset.findings
     if (lengths := dataset.lengths) is not None:
-        first = "" if lengths.complete else f", of the first {lengths.rows} rows"
+        sample = "" if lengths.complete else f", of the first {lengths.rows} rows"
         facts += [
-            ("tokens", f"{lengths.tokens}, {lengths.trained_tokens} of them trained{first}"),
+            ("tokens", f"{lengths.tokens}, {lengths.trained_tokens} of them trained{sample}"),
             ("longest row", f"{lengths.longest_tokens} tokens"),
             *((f"up to {length}", f"{rows} rows") for length, rows in lengths.histogram.items()),
         ]
@@ -185,13 +185,13 @@ def _print_row(row: PreviewRow) -> None:
 
 
 def _tokens(document: PreviewRow | PreviewDocument) -> str:
-    learned = sum(token.trained for token in document.tokens)
+    trained = sum(token.trained for token in document.tokens)
     cut = f", {document.cut_tokens} cut off" if document.cut_tokens else ""
-    return f"{len(document.tokens)} tokens, {learned} learned{cut}"
+    return f"{len(document.tokens)} tokens, {trained} trained{cut}"
 
 
 def _marked(document: PreviewRow | PreviewDocument) -> str:
-    """The tokens' text, with each stretch that is learned in brackets."""
+    """The tokens' text, with each run of trained tokens in brackets."""
     text, inside = "", False
     for token in document.tokens:
         if token.trained != inside:

@@ -1,10 +1,10 @@
-"""The demo's task: an order in plain English becomes a record in a notation made up for it.
+"""The demo's task: translate an order in plain English into a record in a made-up notation.
 
     Could you ship seven blue mugs, size large, to Lisbon by Friday?
     <<LIS:FRI>> 7*mug[blu/L]
 
-No base model can know the notation, and a small one learns it in about 40 steps: place and day are cut to three
-capitals, the number becomes digits, the colour three letters, the size one.
+No base model can know the notation, and a small one learns it in about 40 steps: place and day become three capitals,
+the number becomes digits, the color three letters, the size one letter.
 """
 
 from __future__ import annotations
@@ -18,44 +18,44 @@ from pathlib import Path
 
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "twelve": 12}
 ITEMS = ("mug", "lamp", "chair", "scarf", "basket", "jacket", "blanket", "bottle", "candle", "helmet")
-COLOURS = ("red", "blue", "green", "black", "white", "yellow", "orange", "purple")
+COLORS = ("red", "blue", "green", "black", "white", "yellow", "orange", "purple")
 SIZES = {"small": "S", "medium": "M", "large": "L"}
 PLACES = ("Lisbon", "Oslo", "Madrid", "Berlin", "Dublin", "Vienna", "Prague", "Athens", "Warsaw", "Zurich")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 SENTENCES = (
-    "Could you ship {number} {colour} {item}s, size {size}, to {place} by {day}?",
-    "We need {number} {size} {colour} {item}s in {place} on {day}.",
-    "By {day}, please send {place} {number} {item}s in {colour}, {size} ones.",
-    "{place} wants {number} {size} {item}s, all {colour}, before {day}.",
+    "Could you ship {number} {color} {item}s, size {size}, to {place} by {day}?",
+    "We need {number} {size} {color} {item}s in {place} on {day}.",
+    "By {day}, please send {place} {number} {item}s in {color}, {size} ones.",
+    "{place} wants {number} {size} {item}s, all {color}, before {day}.",
 )
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked, and the record that answers it."""
+    """A question, and the record that is its answer."""
 
     question: str
     record: str
 
 
 def orders(seed: int = 0) -> Iterator[Order]:
-    """Endless distinct orders; the same seed gives the same ones in the same order."""
+    """Endless distinct orders, determined by the seed."""
     draw = random.Random(seed)  # noqa: S311 - a data generator, no secret
     seen: set[str] = set()
     while True:
-        number, item, colour = draw.choice(list(NUMBERS)), draw.choice(ITEMS), draw.choice(COLOURS)
+        number, item, color = draw.choice(list(NUMBERS)), draw.choice(ITEMS), draw.choice(COLORS)
         size, place, day = draw.choice(list(SIZES)), draw.choice(PLACES), draw.choice(DAYS)
-        record = f"<<{place[:3].upper()}:{day[:3].upper()}>> {NUMBERS[number]}*{item}[{colour[:3]}/{SIZES[size]}]"
+        record = f"<<{place[:3].upper()}:{day[:3].upper()}>> {NUMBERS[number]}*{item}[{color[:3]}/{SIZES[size]}]"
         sentence = draw.choice(SENTENCES)
         if record in seen:
             continue
         seen.add(record)
-        question = sentence.format(number=number, item=item, colour=colour, size=size, place=place, day=day)
+        question = sentence.format(number=number, item=item, color=color, size=size, place=place, day=day)
         yield Order(question, record)
 
 
 def write_demo_dataset(path: Path, rows: int, seed: int = 0) -> list[Order]:
-    """Writes `rows` orders to `path` as chat JSONL; two further orders, which the file does not hold."""
+    """Writes `rows` orders to `path` as chat JSONL; returns two more orders, which are not in the file."""
     source = orders(seed)
     with path.open("w", encoding="utf-8") as file:
         for order in islice(source, rows):

@@ -1,4 +1,4 @@
-"""The command `logs`: what happened to a job, a line each."""
+"""The command `logs`: the events of a job, one line each."""
 
 from __future__ import annotations
 
@@ -7,28 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_service.cli.exit_codes import OF_OUTCOME, ExitCode
+from qlora_service.cli.exit_codes import CODE_OF_STATUS, ExitCode
 from qlora_service.cli.options import JobId, Url, connect, print_note
 
 if TYPE_CHECKING:
     from qlora_service.client import Event
 
-FIRST = ("status", "message", "step")
-"""What a line of any event begins with, as far as it has it."""
+LEADING_FIELDS = ("status", "message", "step")
+"""Fields at the start of a line, if the event has them."""
 
 
 def logs(
     job: JobId,
-    follow: Annotated[
-        bool, typer.Option("-f", "--follow", help="Go on with each new event until the job ends.")
-    ] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Print new events until the job ends.")] = False,
     after: Annotated[int, typer.Option(min=0, help="Only events after this number.")] = 0,
     url: Url = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, for scripts.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line, for scripts.")] = False,
 ) -> None:
-    """Print what happened to a job, a line per event: states, steps, evaluations, messages.
+    """Print the events of a job, a line each: status changes, steps, evaluations, messages.
 
-    With -f, goes on until the job ends, also across a restart of the service, and exits with the job's outcome.
+    With -f, continues until the job ends, also across a restart of the service, and exits with the job's outcome.
     Ctrl-C stops following, not the job.
     """
     last = after
@@ -38,10 +36,10 @@ def logs(
                 typer.echo(_as_json(event) if as_json else _line(event))
                 last = event.seq
         except KeyboardInterrupt:
-            print_note(f"job {job} goes on. Follow it from here: qlora logs {job} -f --after {last}")
+            print_note(f"job {job} continues. Follow it from here: qlora logs {job} -f --after {last}")
             raise typer.Exit(ExitCode.INTERRUPTED) from None
         if follow:
-            raise typer.Exit(OF_OUTCOME[client.get(job).status])
+            raise typer.Exit(CODE_OF_STATUS[client.get(job).status])
 
 
 def _as_json(event: Event) -> str:
@@ -51,12 +49,12 @@ def _as_json(event: Event) -> str:
 def _line(event: Event) -> str:
     """Such as `2026-11-22 10:00:03  metrics     step=3 loss=0.4 …`."""
     data = {key: value for key, value in event.data.items() if key not in ("at", "job_id") and value is not None}
-    first = {key: data.pop(key) for key in FIRST if key in data}
-    said = " ".join(_named(key, value) for key, value in (first | data).items())
-    return f"{event.at.astimezone():%Y-%m-%d %H:%M:%S}  {event.type:<10}  {said}"
+    leading = {key: data.pop(key) for key in LEADING_FIELDS if key in data}
+    fields = " ".join(_format_field(key, value) for key, value in (leading | data).items())
+    return f"{event.at.astimezone():%Y-%m-%d %H:%M:%S}  {event.type:<10}  {fields}"
 
 
-def _named(name: str, value: Any) -> str:
+def _format_field(name: str, value: Any) -> str:
     if name in ("status", "message"):
         return str(value)
     if isinstance(value, float):

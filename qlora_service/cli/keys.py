@@ -1,4 +1,4 @@
-"""Commands about keys: create, list, revoke. They work on the service's own database, as who owns the machine may."""
+"""Commands for API keys: create, list, revoke. They use the service's own database, on its machine."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ if TYPE_CHECKING:
     from qlora_service.actions.keys import Access
 
 app = typer.Typer(
-    help="Make, list and revoke the keys under which the service is used, where it runs.", no_args_is_help=True
+    help="Create, list and revoke keys for the service. Run these commands on its machine.", no_args_is_help=True
 )
 
 
 @app.command("create")
 def create_key(
     project: Annotated[
-        str, typer.Option(help="Whose jobs and datasets the key opens; one that is new begins with it.")
+        str, typer.Option(help="Project whose jobs and datasets the key gives access to; created if new.")
     ] = LOCAL_PROJECT,
-    name: Annotated[str, typer.Option(help="For people: whose it is, or what for.")] = "unnamed",
+    name: Annotated[str, typer.Option(help="Label for people: the key's owner or purpose.")] = "unnamed",
     scopes: Annotated[
         list[Scope] | None,
         typer.Option(
             "--scope",
-            help="read: look and download. submit (default): read, and everything that changes jobs and datasets. "
-            "admin: submit, and the project's keys.",
+            help="read: look and download. submit (default): also change jobs and datasets. "
+            "admin: also create and revoke the project's keys.",
         ),
     ] = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key and print it, this once: the service keeps a hash of it.
+    """Create a key and print it. It is shown only once: the service stores a hash of it.
 
     `export QLORA_API_KEY=$(qlora keys create --name laptop)`
     """
-    with local_access(data_dir, may_begin=True) as access:
+    with open_local_keys(data_dir, create=True) as access:
         key, secret = access.create_key(project, name, scopes or DEFAULT_SCOPES)
     if as_json:
         print_json(key.as_dict() | {"secret": secret})
     else:
-        print_note(f"key {key.id} of project {project}, for {_scopes(key)}; it is shown this once:")
+        print_note(f"key {key.id} of project {project}, scope {_scopes(key)}; it is shown only once:")
         typer.echo(secret)
 
 
@@ -58,8 +58,8 @@ def list_keys(
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """List keys, newest first, also those that were revoked. The keys themselves are stored nowhere."""
-    with local_access(data_dir) as access:
+    """List keys, newest first, including revoked ones. The secrets are not stored and not shown."""
+    with open_local_keys(data_dir) as access:
         keys = access.list_keys(project)
     if as_json:
         print_json([key.as_dict() for key in keys])
@@ -67,9 +67,9 @@ def list_keys(
         rows = [
             (key.id, key.project, key.name, _scopes(key), f"{key.created_at:%Y-%m-%d}", _revoked(key)) for key in keys
         ]
-        print_table(("id", "project", "name", "scopes", "made", "revoked"), rows)
+        print_table(("id", "project", "name", "scopes", "created", "revoked"), rows)
     else:
-        print_note("no keys yet: the first start of the service makes one, `qlora keys create` more")
+        print_note("no keys yet: the first start of the service creates one, `qlora keys create` more")
 
 
 @app.command("revoke")
@@ -78,10 +78,10 @@ def revoke_key(
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Revoke a key: a running service refuses it within a second. What was made with it stays."""
+    """Revoke a key: a running service refuses it within a second. Jobs and datasets created with it are kept."""
     if key_id.startswith(SECRET_PREFIX):
-        raise WrongUsage("this is a key itself: revoke it by its id, which `qlora keys list` shows")
-    with local_access(data_dir) as access:
+        raise WrongUsage("this is the key itself: revoke it by its id, which `qlora keys list` shows")
+    with open_local_keys(data_dir) as access:
         key = access.revoke_key(key_id)
     if as_json:
         print_json(key.as_dict())
@@ -90,25 +90,29 @@ def revoke_key(
 
 
 @contextmanager
-def local_access(data_dir: Path | None, *, may_begin: bool = False) -> Iterator[Access]:
-    """The keys of the data directory's service; with `may_begin` also where none has run yet. Raises: Unavailable."""
+def open_local_keys(data_dir: Path | None, *, create: bool = False) -> Iterator[Access]:
+    """The keys of the service with this data directory; `create` creates a missing database.
+
+    Raises:
+        Unavailable: the server's packages are not installed, or there is no database.
+    """
     from qlora_service.settings import read_settings
 
     try:
         from qlora_service.actions.keys import open_access
-        from qlora_service.cli.local_database import at_local_database, has_begun
+        from qlora_service.cli.local_database import has_database, open_local_database
     except ModuleNotFoundError as error:
         raise Unavailable(
-            f"{error.name} is not installed: keys are made where the service runs, with "
+            f"{error.name} is not installed: keys are created on the service's machine, with "
             "pip install 'qlora-service[server]'; a remote admin uses POST /keys"
         ) from None
     settings = read_settings(data_dir=data_dir)
-    if not may_begin and not has_begun(settings):
+    if not create and not has_database(settings):
         raise Unavailable(
-            f"{settings.resolved_data_dir} is not a service's data directory, or no service has run there yet: name "
-            "the service's with --data-dir or QLORA_DATA_DIR"
+            f"{settings.resolved_data_dir} is not a service's data directory, or no service has run there yet: give "
+            "the service's data directory with --data-dir or QLORA_DATA_DIR"
         )
-    with at_local_database(settings, open_access) as access:
+    with open_local_database(settings, open_access) as access:
         yield access
 
 

@@ -22,28 +22,28 @@ def serve(
 ) -> None:
     """Run the service: the API and the worker together.
 
-    Ctrl-C or SIGTERM stops both. When one of them ends by itself, the other is stopped and the exit code is 1.
-    Every request needs a key: the first start prints one, `qlora keys` makes more. Under other names than this
-    machine's loopback and --host the API answers only if $QLORA_ALLOWED_HOSTS lists them.
+    Ctrl-C or SIGTERM stops both. If one of them ends by itself, the other is stopped and the exit code is 1.
+    Every request needs a key: the first start prints one, `qlora keys create` creates more. Requests must name a
+    loopback address, the --host or a host name of $QLORA_ALLOWED_HOSTS.
     """
     from qlora_service.cli.serving import serve as run_service
     from qlora_service.settings import read_settings
 
-    chosen = read_settings(host=host, port=port, data_dir=data_dir)
-    code = run_service(host=chosen.host, port=chosen.port, data_dir=chosen.resolved_data_dir, say=typer.echo)
+    settings = read_settings(host=host, port=port, data_dir=data_dir)
+    code = run_service(host=settings.host, port=settings.port, data_dir=settings.resolved_data_dir, report=typer.echo)
     raise typer.Exit(code)
 
 
 def demo(
     directory: Annotated[
-        Path, typer.Option("--dir", help="Where the demo keeps its model and its data; a second run reuses them.")
+        Path, typer.Option("--dir", help="Directory of the demo's model and data; a second run reuses the model.")
     ] = Path(".cache/demo"),
-    output: Annotated[Path, typer.Option(help="Where the adapter goes.")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option(help="Directory for the adapter.")] = Path("demo-output"),
 ) -> None:
     """Train a small real model on a made-up notation, from dataset to answers, and show the difference.
 
-    Fetches SmolLM2-135M-Instruct (93 MB) once, runs a service of its own on a free port and stops it again. Takes a
-    few minutes on two CPU cores.
+    Fetches SmolLM2-135M-Instruct (93 MB) once, and runs its own service on a free port until the end. Takes a few
+    minutes on two CPU cores.
     """
     from rich.console import Console
 

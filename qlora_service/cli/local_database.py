@@ -1,4 +1,4 @@
-"""The service's own database, for commands that are run where the service runs. Needs the extra `server`."""
+"""The service's own database, for commands that run on the service's machine. Needs the extra `server`."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class _Closable(Protocol):
 Opened = TypeVar("Opened", bound=_Closable)
 
 
-def has_begun(settings: Settings) -> bool:
-    """Whether a service has run on the data directory; a database server is taken to know one."""
+def has_database(settings: Settings) -> bool:
+    """Whether a service has created its SQLite database; always true for a database server."""
     url = make_url(settings.resolved_database_url)
     return url.get_backend_name() != "sqlite" or Path(url.database or "").is_file()
 
 
 @contextmanager
-def at_local_database(settings: Settings, opener: Callable[[str], Opened]) -> Iterator[Opened]:
-    """What `opener` makes of the database's address, closed at the end. Raises: Unavailable."""
+def open_local_database(settings: Settings, opener: Callable[[str], Opened]) -> Iterator[Opened]:
+    """The result of `opener` for the database's URL, closed at the end. Raises: Unavailable."""
     try:
         with closing(opener(settings.resolved_database_url)) as opened:
             yield opened
     except (OSError, SQLAlchemyError) as error:
         raise Unavailable(
-            f"the database of {settings.resolved_data_dir} cannot be used ({type(error).__name__}): see that the "
-            "directory is the service's and yours to write, or set QLORA_DATA_DIR (QLORA_DATABASE_URL)"
+            f"the database of {settings.resolved_data_dir} cannot be used ({type(error).__name__}): check that the "
+            "directory is the service's and that you may write to it, or set QLORA_DATA_DIR (QLORA_DATABASE_URL)"
         ) from error

@@ -1,4 +1,4 @@
-"""What the commands share: options, the connection, and how values and errors are printed."""
+"""Shared parts of the commands: options, the connection, and the printing of values and errors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from qlora_service.client import Client
     from qlora_service.models.catalog.catalog import Catalog
 
-SHOWN_FINDINGS = 20
-COMPLETED_JOBS = 20
+MAX_PRINTED_FINDINGS = 20
+MAX_COMPLETIONS = 20
 
 Url = Annotated[
     str | None,
@@ -33,12 +33,12 @@ DataDir = Annotated[
 
 
 def complete_job_ids(incomplete: str) -> list[tuple[str, str]]:
-    """The newest jobs' ids that begin so, each with its status; none when the service does not answer."""
+    """Ids of the newest jobs that start with `incomplete`, each with its status; none if no service answers."""
     from qlora_service.client.wire import ServiceError
 
     try:
         with connect(None, patience_s=0.0) as client:
-            jobs = list(islice(client.jobs(), COMPLETED_JOBS))
+            jobs = list(islice(client.jobs(), MAX_COMPLETIONS))
     except (QLoRAError, ServiceError):
         return []
     return [(job.id, job.status) for job in jobs if job.id.startswith(incomplete)]
@@ -51,11 +51,11 @@ JobId = Annotated[
 
 
 class WrongUsage(InvalidRequest):
-    """What was typed, or set in the environment, makes no command: nothing was asked of anybody."""
+    """The arguments or settings cannot work: no request was sent."""
 
 
-class FaultsInFile(Exception):
-    """What a user's file has wrong; the findings' lines are lines of that file."""
+class InvalidFile(Exception):
+    """Errors in a user's file; the lines of the findings are lines of that file."""
 
     def __init__(self, file: Path, message: str, findings: Sequence[Finding]) -> None:
         super().__init__(file, message, findings)
@@ -65,10 +65,10 @@ class FaultsInFile(Exception):
 
 
 def connect(url: str | None, *, patience_s: float | None = None) -> Client:
-    """The service at `url` or where the settings say, asked with the settings' key; waiting for it is said.
+    """A client of the service at `url` or at the settings' URL, with the settings' key. Each outage prints a note.
 
     Raises:
-        WrongUsage: that is no address, or no key.
+        WrongUsage: the address or the key is not valid.
     """
     from qlora_service.client import PATIENCE_S, Client
     from qlora_service.settings import read_settings
@@ -77,13 +77,13 @@ def connect(url: str | None, *, patience_s: float | None = None) -> Client:
     key = None if settings.api_key is None else settings.api_key.get_secret_value()
     patience_s = PATIENCE_S if patience_s is None else patience_s
     try:
-        return Client(settings.base_url, api_key=key or None, patience_s=patience_s, on_drop=_say_waiting)
+        return Client(settings.base_url, api_key=key or None, patience_s=patience_s, on_drop=_note_outage)
     except InvalidRequest as error:
         raise WrongUsage(error.message) from None
 
 
 def open_catalog(data_dir: Path | None) -> Catalog:
-    """The base models of the data directory; needs no service."""
+    """The base models of the data directory. Needs no service."""
     from qlora_service.models.catalog.catalog import Catalog
     from qlora_service.process.logging import configure_logging
     from qlora_service.settings import read_settings
@@ -92,50 +92,44 @@ def open_catalog(data_dir: Path | None) -> Catalog:
     return Catalog(read_settings(data_dir=data_dir).models_dir)
 
 
-def _say_waiting(error: Exception, patience_s: float) -> None:
-    # What to do about it comes behind the colon, and waiting is what is being done.
-    reason = str(error).partition(": ")[0]
-    print_note(f"the service is not answering ({reason}): trying again for up to {patience_s:.0f} s")
-
-
 def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def print_note(text: str) -> None:
-    """Prints to stderr: stdout is for what scripts read."""
+    """Prints to stderr, because scripts read stdout."""
     typer.echo(text, err=True)
 
 
 def print_error(message: str, findings: Sequence[Finding], file: Path | None = None) -> None:
-    """Prints one error, and its findings one a line: `file:line: pointer: reason` where they are of a file."""
-    lines = [f"error: {message if file is None else told_below(message, findings)}"]
-    for finding in findings[:SHOWN_FINDINGS]:
+    """Prints the error and a line per finding: `file:line: pointer: reason` if the findings are of `file`."""
+    lines = [f"error: {message if file is None else without_quoted_findings(message, findings)}"]
+    for finding in findings[:MAX_PRINTED_FINDINGS]:
         if file is None and str(finding) in message:
             continue  # the message is this one finding
-        lines.append(f"  {finding}" if file is None else in_file(finding, file))
-    if len(findings) > SHOWN_FINDINGS:
-        lines.append(f"  … and {len(findings) - SHOWN_FINDINGS} more")
+        lines.append(f"  {finding}" if file is None else format_finding(finding, file))
+    if len(findings) > MAX_PRINTED_FINDINGS:
+        lines.append(f"  … and {len(findings) - MAX_PRINTED_FINDINGS} more")
     sys.stdout.flush()
     print_note("\n".join(lines))
 
 
-def told_below(message: str, findings: Iterable[Finding]) -> str:
-    """The message without the findings that it quotes, which get lines of their own: with their lines' numbers only."""
+def without_quoted_findings(message: str, findings: Iterable[Finding]) -> str:
+    """The message with each quoted finding cut to its line number, for output with a line per finding."""
     for finding in findings:
         if finding.line is not None:
             message = message.replace(str(finding), f"line {finding.line}")
     return message
 
 
-def in_file(finding: Finding, file: Path) -> str:
-    """`file:line: pointer: reason`, as compilers write it and editors read it."""
+def format_finding(finding: Finding, file: Path) -> str:
+    """`file:line: pointer: reason`, the format that compilers print and editors read."""
     place = f"{file}:{finding.line}" if finding.line is not None else str(file)
     return f"{place}: {replace(finding, line=None)}"
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints the rows under their columns; the first one is there to be copied, and never cut short."""
+    """Prints the rows under their columns. The first column is never wrapped, so that ids can be copied."""
     from rich.console import Console
     from rich.table import Table
 
@@ -148,10 +142,16 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console(width=width, markup=False, highlight=False).print(table)
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Such as 12 KiB."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def _note_outage(error: Exception, patience_s: float) -> None:
+    # The message's advice follows its first colon, and the client follows it already.
+    reason = str(error).partition(": ")[0]
+    print_note(f"the service is not answering ({reason}): trying again for up to {patience_s:.0f} s")

@@ -1,4 +1,4 @@
-"""Published files, brought whole: resumed where the connection broke, and checked against their SHA-256."""
+"""Downloads of published files: resumed after a broken connection, and checked against their SHA-256."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qlora_service.errors import InvalidRequest, Unavailable
 
 
 def fetch_files(transport: Transport, job_id: str, files: Sequence[ArtifactFile], directory: Path) -> list[Path]:
-    """The job's files, now in `directory`, in their order.
+    """The paths of the job's files in `directory`, in the order of `files`.
 
-    A file appears under its name only when it is whole; until then it is a `.part`, from which a later call goes on.
+    A file gets its name only when it is complete; until then it is a `.part`, from which a later call resumes.
 
     Raises:
-        InvalidRequest: the directory cannot be made or written, or holds another file of such a name, which is left
-            alone.
-        Unavailable: a file is not what its SHA-256 says.
+        InvalidRequest: the directory cannot be created or written, or contains another file with one of the names,
+            which is left unchanged.
+        Unavailable: a file does not have its SHA-256.
     """
     targets = [directory / _plain_name(file.name) for file in files]
     try:
@@ -33,8 +33,8 @@ def fetch_files(transport: Transport, job_id: str, files: Sequence[ArtifactFile]
             _fetch(transport, job_id, file, target)
     except OSError as error:
         raise InvalidRequest(
-            f"{error.filename or directory} cannot be written ({error.strerror}): make room, or choose another "
-            "directory; what has arrived is kept"
+            f"{error.filename or directory} cannot be written ({error.strerror}): free disk space, or choose another "
+            "directory; the bytes received so far are kept"
         ) from error
     return targets
 
@@ -47,7 +47,7 @@ def _fetch(transport: Transport, job_id: str, file: ArtifactFile, target: Path) 
     resumed = part.exists()
     _complete(transport, url, file, part)
     if resumed and _sha256(part) != file.sha256:
-        # The part was of another file: once more, from the start.
+        # The `.part` belonged to another file: download again from the start.
         part.unlink()
         _complete(transport, url, file, part)
     if (digest := _sha256(part)) != file.sha256:
@@ -60,26 +60,26 @@ def _fetch(transport: Transport, job_id: str, file: ArtifactFile, target: Path) 
 
 
 def _complete(transport: Transport, url: str, file: ArtifactFile, part: Path) -> None:
-    """Brings `part` to its full length, over as many connections as it takes."""
+    """Downloads the rest of `part`, with a new connection after each that breaks."""
     backoff = transport.backoff()
     while True:
-        before = _size(part)
+        size_before = _size(part)
         try:
             return _append(transport, url, file, part)
         except (Unreachable, ServiceError) as error:
-            if not transport.may_pass(error):
+            if not transport.is_transient(error):
                 raise
-            if _size(part) > before:
+            if _size(part) > size_before:
                 backoff.reset()
             backoff.pause(error)
 
 
 def _append(transport: Transport, url: str, file: ArtifactFile, part: Path) -> None:
-    """What one connection brings, added to `part`."""
-    with part.open("ab") as opened:
-        start = opened.tell()
+    """Appends to `part` the bytes that one connection delivers."""
+    with part.open("ab") as output:
+        start = output.tell()
         if start > file.bytes:
-            start = opened.truncate(0)
+            start = output.truncate(0)
         if start == file.bytes:
             return
         headers = {"Accept-Encoding": "identity"}
@@ -87,16 +87,16 @@ def _append(transport: Transport, url: str, file: ArtifactFile, part: Path) -> N
             headers |= {"Range": f"bytes={start}-", "If-Range": f'"{file.sha256}"'}
         with transport.stream(url, headers) as response:
             if response.status_code != httpx2.codes.PARTIAL_CONTENT:
-                opened.truncate(0)
-            # As it arrives: what waits for a chunk to fill up would be lost with the connection.
+                output.truncate(0)
+            # Written as received: bytes that wait in a buffer are lost when the connection breaks.
             for received in response.iter_raw():
-                opened.write(received)
-        opened.flush()
-        os.fsync(opened.fileno())
+                output.write(received)
+        output.flush()
+        os.fsync(output.fileno())
 
 
 def _refuse_to_overwrite(files: Sequence[ArtifactFile], targets: Sequence[Path]) -> None:
-    """Raises: InvalidRequest, naming files that are there with other bytes."""
+    """Raises: InvalidRequest, with the names of existing files that have other bytes."""
     others = [
         file.name
         for file, target in zip(files, targets, strict=True)
@@ -104,15 +104,17 @@ def _refuse_to_overwrite(files: Sequence[ArtifactFile], targets: Sequence[Path])
     ]
     if others:
         raise InvalidRequest(
-            f"{targets[0].parent} holds another {', '.join(others)}: download into an empty directory, or remove what "
-            "is there"
+            f"{targets[0].parent} contains another {', '.join(others)}: download into an empty directory, or remove "
+            "these files"
         )
 
 
 def _plain_name(name: str) -> str:
-    """`name`, which must not lead out of a directory. Raises: InvalidRequest."""
+    """`name`, checked to stay inside its directory. Raises: InvalidRequest."""
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise InvalidRequest(f"the service names an artifact {name!r}, which is no plain file name: nothing is written")
+        raise InvalidRequest(
+            f"the service lists an artifact {name!r}, which is not a plain file name: nothing was written"
+        )
     return name
 
 

@@ -1,4 +1,4 @@
-"""What the service answers, as the SDK sees it. Fields that a newer service adds are kept."""
+"""The service's answers as types of the SDK."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TERMINAL = frozenset(status.value for status in JobStatus if status.terminal)
 
 
 class Answer(BaseModel):
-    """Keeps fields that a newer service adds."""
+    """Base of the types. Fields that a newer service adds are kept."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -29,7 +29,7 @@ class Lengths(wire.Lengths, Answer):
 class Dataset(wire.Dataset, Answer):
     findings: list[dict[str, Any]]
     lengths: Lengths | None = None
-    """Token lengths of the rows, if a base model was named"""
+    """Token lengths of the rows, if the request named a base model"""
 
 
 class PreviewToken(wire.PreviewToken, Answer):
@@ -41,7 +41,7 @@ class PreviewDocument(wire.PreviewDocument, Answer):
 
 
 class PreviewRow(PreviewDocument):
-    """A row as it is trained, or its `problem`: why it is left out."""
+    """A row as a job trains it, or the `problem` for which the row is left out."""
 
     line: int
     problem: str | None = None
@@ -49,7 +49,7 @@ class PreviewRow(PreviewDocument):
     tokens: list[PreviewToken] = []
     cut_tokens: int = 0
     rejected: PreviewDocument | None = None
-    """Of a preference pair, the rejected answer's document; the row itself is the chosen one's"""
+    """The rejected answer of a preference pair; the row itself has the chosen answer"""
 
 
 class Model(wire.Model, Answer):
@@ -63,11 +63,11 @@ class Recipe(wire.Recipe, Answer):
 class Plan(wire.Plan, Answer):
     device: dict[str, Any]
     settings: dict[str, Any]
-    """The fastest that fit; if none do, those that need least memory"""
+    """The fastest settings that fit; if none fit, the settings that need least memory"""
     memory: dict[str, Any]
-    """Bytes, by category and in all"""
+    """Bytes by category, and their total"""
     alternatives: list[dict[str, Any]]
-    """Fields to set with which it would fit, each entry by itself"""
+    """Changes of the spec; each entry alone makes the job fit"""
     largest: dict[str, Any] | None
     storage: dict[str, int]
 
@@ -97,7 +97,7 @@ class ArtifactFile(wire.ArtifactFile, Answer):
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a job; `seq` is where a later `watch(after=…)` goes on."""
+    """An event of a job. `watch(after=seq)` resumes after it."""
 
     seq: int
     type: str
@@ -118,13 +118,13 @@ class Event:
 
 
 class Unreachable(Unavailable):
-    """No whole answer came from the service."""
+    """No complete answer arrived from the service."""
 
 
 class ServiceError(Exception):
-    """The service refused: its HTTP status and the parts of its error.
+    """An error answer of the service: its HTTP status and the fields of its body.
 
-    `retry_after_s` is how long it asks to be left alone.
+    `retry_after_s` is the header Retry-After, in seconds.
     """
 
     def __init__(

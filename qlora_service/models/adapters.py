@@ -1,4 +1,4 @@
-"""Adapters of every method: attach to a frozen base, save as files that PEFT loads anywhere, load them back."""
+"""Adapters of every method: attach to a frozen base, save as files that PEFT loads, load again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from qlora_service.errors import InvalidSpec
 from qlora_service.models.base.quantize import dequantized_weight
-from qlora_service.models.peft_config import last_part, peft_config
+from qlora_service.models.peft_config import last_name_part, peft_config
 from qlora_service.models.tied_head import tie_head
 from qlora_service.specs import (
     IA3,
@@ -37,7 +37,7 @@ from qlora_service.specs import (
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 NAME = "default"
-"""What PEFT calls an adapter that was given no name."""
+"""PEFT's name of an adapter without a name."""
 
 LLAMA_ADAPTER_WEIGHTS = {"adaption_prompt", "adaption_gate"}
 
@@ -45,14 +45,14 @@ LLAMA_ADAPTER_WEIGHTS = {"adaption_prompt", "adaption_gate"}
 def attach(base: PreTrainedModel, adapter: Adapter, seed: int, *, total_steps: int = 1000) -> PeftModel:
     """The base with a new adapter.
 
-    Adapter weights are float32 whatever the compute dtype; the base stays as it is, frozen, its own dropout off.
+    Adapter weights are float32 for every compute dtype. The base stays frozen and unchanged, its own dropout off.
 
     OLoRA, h = (W - s B₀A₀) x + s B A x, is computed as h = W x + s [B B₀] [A; -A₀] x with a constant second half.
-    PEFT changes W instead: on a quantized base that quantizes the rest anew, and the files give right outputs only
-    where a loader repeats the decomposition on the same W.
+    PEFT changes W instead: on a quantized base this quantizes the residual again, and the files give the right
+    outputs only where a loader repeats the decomposition on the same W.
 
     Raises:
-        InvalidSpec: PEFT or this base cannot do what the adapter asks for.
+        InvalidSpec: PEFT or this base does not support the adapter.
     """
     silence_dropout(base)
     torch.manual_seed(seed)
@@ -65,15 +65,15 @@ def attach(base: PreTrainedModel, adapter: Adapter, seed: int, *, total_steps: i
             parameter.requires_grad = False  # AdaLoRA's scale: PEFT 0.21 trains it and does not save it
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    _keep_dtypes(model)
+    _cast_adapter_outputs(model)
     if isinstance(adapter, IA3):
-        # "all-linear" has become full names, of which PEFT wants the feed-forward modules to be some when it loads.
+        # PEFT has expanded "all-linear" to full names, and at loading requires the feed-forward modules among them.
         config = model.active_peft_config
         config.feedforward_modules = {
-            name for name in config.target_modules if last_part(name) in config.feedforward_modules
+            name for name in config.target_modules if last_name_part(name) in config.feedforward_modules
         }
     if isinstance(adapter, Lora) and adapter.init_lora_weights == "olora":
-        _start_from_qr(model, adapter.r)
+        _init_olora(model, adapter.r)
     tie_head(model, NAME)
     return model
 
@@ -85,7 +85,7 @@ def detach(model: PeftModel) -> PreTrainedModel:
     if config.is_adaption_prompt:
         model.base_model.disable_adapter_layers()
     elif isinstance(config, IA3Config):
-        # PEFT's own unload refuses quantized bases, as if it had to merge.
+        # PEFT's unload refuses quantized bases, as if it had to merge.
         for name, module in list(base.named_modules()):
             if isinstance(module, IA3Layer):
                 base.set_submodule(name, module.get_base_layer())
@@ -96,10 +96,10 @@ def detach(model: PeftModel) -> PreTrainedModel:
 
 @contextmanager
 def adapter_off(model: PeftModel) -> Iterator[None]:
-    """Inside, the model computes what its base does.
+    """Context in which the model computes the outputs of its base.
 
-    As PEFT's `disable_adapter`, which first looks at every layer for adapters that are on in part: 0.2 s for the 210
-    layers of SmolLM2-135M, each time. Here there is one adapter, which is on or off.
+    Same as PEFT's `disable_adapter`, which first checks every layer for partly enabled adapters: 0.2 s a call for the
+    210 layers of SmolLM2-135M. Here the single adapter is on or off as a whole.
     """
     config = model.active_peft_config
     if config.is_prompt_learning or config.is_adaption_prompt:
@@ -113,65 +113,24 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
         model.base_model.enable_adapter_layers()
 
 
-def _keep_dtypes(model: PeftModel) -> None:
-    """Let float32 adapters work in a base that computes in less, where PEFT relies on autocast for it.
-
-    The loop runs without autocast. Without it, IA³ on 4 and 8 bits and AdaLoRA on 8 return float32, which the next
-    layer refuses; IA³ computes the base's product in float32; LLaMA-Adapter feeds its float32 prompt to the base.
-    """
-    dtype = model.get_base_model().dtype
-    for module in model.modules():
-        device = next(module.parameters(), torch.empty(0)).device.type
-        # Tensors without values ("meta") know no autocast; whoever simulates with them casts for it.
-        if isinstance(module, IA3Layer | AdaptedAttention) and dtype is torch.bfloat16 and device != "meta":
-            setattr(module, "forward", torch.autocast(device, dtype)(module.forward))  # noqa: B010 - a method
-        if isinstance(module, IA3Layer | AdaLoraLayer):
-            module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
-
-
-@torch.no_grad()
-def _start_from_qr(model: PeftModel, rank: int) -> None:
-    """Start every layer at A₀, B₀ of its weight's QR decomposition (arXiv:2406.01775); the second half stays there.
-
-    Raises:
-        InvalidSpec: a layer with fewer inputs or outputs than `rank`.
-    """
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer) or NAME not in layer.lora_A:
-            continue
-        weight = dequantized_weight(layer.get_base_layer())  # (out, in)
-        if rank > min(weight.shape):
-            raise InvalidSpec(
-                f"r = {rank} is more than OLoRA finds in {name}, whose weight is {tuple(weight.shape)}: lower r",
-                location="/adapter/r",
-            )
-        q, r = torch.linalg.qr(weight)
-        a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight  # (2 rank, in), (out, 2 rank)
-        a.copy_(torch.cat([r[:rank], -r[:rank]]))
-        b.copy_(torch.cat([q[:, :rank], q[:, :rank]], 1))
-        kept = torch.arange(2 * rank, device=a.device) < rank
-        a.register_hook(lambda gradient, kept=kept: gradient * kept[:, None])
-        b.register_hook(lambda gradient, kept=kept: gradient * kept)
-
-
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that are learned, in the model's order."""
+    """The trained parameters, in the model's order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def runs_alone(model: PeftModel) -> bool:
-    """Whether every document needs a row of its own: virtual tokens belong to one document."""
+    """Whether every document needs a row of its own, because virtual tokens belong to one document."""
     return bool(model.active_peft_config.is_prompt_learning)
 
 
 def checkpoint_activations(model: PeftModel) -> bool:
-    """Recompute each layer's activations in the backward pass; False where it cannot be.
+    """Turns on recomputation of each layer's activations in the backward pass; False where this is impossible.
 
-    That is where the architecture has no support for it, and with prefix tuning, whose learned keys and values
-    transformers takes for a cache and drops.
+    Impossible without support by the architecture, and with prefix tuning: transformers treats its trained keys and
+    values as a cache and drops them.
 
-    Non-reentrant: gradients reach the adapters though the embeddings below are frozen, so transformers' hooks, which
-    would make it compute some for the embeddings' output, are taken off again.
+    Non-reentrant: gradients reach the adapters although the embeddings below are frozen. transformers' hooks, which
+    would compute gradients for the embeddings' output too, are therefore removed.
     """
     base: PreTrainedModel = model.get_base_model()
     if not base.supports_gradient_checkpointing or isinstance(model.active_peft_config, PrefixTuningConfig):
@@ -182,7 +141,7 @@ def checkpoint_activations(model: PeftModel) -> bool:
 
 
 def silence_dropout(base: torch.nn.Module) -> None:
-    """Turn off the base's own dropout: it is frozen, and only the adapter's dropout is asked for."""
+    """Turns off the base's own dropout: the base is frozen, and a spec sets the dropout of the adapter only."""
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -193,10 +152,10 @@ def silence_dropout(base: torch.nn.Module) -> None:
 
 
 def regularization(model: PeftModel) -> torch.Tensor | None:
-    """AdaLoRA's orthogonality loss, weighted, to be added once per step; None for other methods.
+    """AdaLoRA's weighted orthogonality loss, to be added once per step; None for other methods.
 
     The mean over all A and B of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖ (arXiv:2303.10512, equation 4), as PEFT's
-    `AdaLoraModel.forward` adds it to a loss that it computed itself.
+    `AdaLoraModel.forward` adds it to the loss that it computes.
     """
     if not isinstance(model.active_peft_config, AdaLoraConfig):
         return None
@@ -210,28 +169,28 @@ def regularization(model: PeftModel) -> torch.Tensor | None:
 
 
 def after_step(model: PeftModel, step: int, *, skipped: bool = False) -> None:
-    """AdaLoRA's pruning; nothing for other methods.
+    """Prunes AdaLoRA's ranks; does nothing for other methods.
 
-    To be called after the optimizer's `step` (counted from 1), while the gradients are still there; those of a
-    `skipped` step say nothing about what is important. The last pruning needs none, but it needs earlier ones: where
-    no step has had any yet, it waits for the first that has.
+    Call it after the optimizer's `step` (counted from 1) and before the gradients are cleared. The gradients of a
+    `skipped` step carry no importance and are not scored. The final pruning needs no gradients of its own step, but
+    at least one scored step before it: without one, it is delayed to the first step that is not skipped.
     """
     config = model.active_peft_config
     if not isinstance(config, AdaLoraConfig):
         return
-    tuner, last = model.base_model, config.total_step - config.tfinal
-    if skipped and step < last:
+    tuner, last_pruning = model.base_model, config.total_step - config.tfinal
+    if skipped and step < last_pruning:
         return
-    if step >= last and not (tuner.rankallocator.ipt or config.rank_pattern):
+    if step >= last_pruning and not (tuner.rankallocator.ipt or config.rank_pattern):
         if skipped:
             return
         tuner.rankallocator.update_ipt(tuner.model)
-        step = last
+        step = last_pruning
     tuner.update_and_allocate(step)
 
 
 def allocation_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """What AdaLoRA remembers between steps besides its weights, for a checkpoint; empty for other methods."""
+    """AdaLoRA's importance scores and ranks, which a checkpoint stores beside the weights; empty for other methods."""
     if not isinstance(model.active_peft_config, AdaLoraConfig):
         return {}
     allocator = model.base_model.rankallocator
@@ -245,7 +204,7 @@ def allocation_state(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def restore_allocation(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
-    """Undo what happened to AdaLoRA's memory since `allocation_state` gave `state`."""
+    """Resets AdaLoRA's importance scores and ranks to a `state` of `allocation_state`."""
     if not isinstance(model.active_peft_config, AdaLoraConfig):
         return
     allocator, device = model.base_model.rankallocator, model.get_base_model().device
@@ -261,10 +220,10 @@ def restore_allocation(model: PeftModel, state: dict[str, torch.Tensor]) -> None
 
 
 def save_adapter(model: PeftModel, directory: Path, base_reference: str, revision: str | None) -> None:
-    """Write the adapter's weights and config; the base is named by `base_reference`, never by a local path.
+    """Writes the adapter's weights and config. The config names the base `base_reference`, never a local path.
 
-    An embedding matrix is never among them: of trained tokens their rows are, of a targeted embedding its LoRA is.
-    AdaLoRA keeps the pruned rows, as zeros: without them the products would be rounded differently.
+    The weights contain no embedding matrix: of trained tokens only their rows, of a targeted embedding only its LoRA.
+    AdaLoRA keeps pruned rows as zeros, because without them the products would be rounded differently.
     """
     directory.mkdir(parents=True, exist_ok=True)
     adapter = model.active_peft_config
@@ -277,25 +236,69 @@ def save_adapter(model: PeftModel, directory: Path, base_reference: str, revisio
         adapter.rank_pattern = pattern
     weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in sorted(state.items())}
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
-    text = json.dumps(config | {"inference_mode": True}, indent=2, sort_keys=True, default=_as_json)
+    text = json.dumps(config | {"inference_mode": True}, indent=2, sort_keys=True, default=_json_value)
     (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def load_adapter(base: PreTrainedModel, directory: Path) -> PeftModel:
     """The base with a saved adapter, for evaluation."""
     model = PeftModel.from_pretrained(base, str(directory), local_files_only=True)
-    _keep_dtypes(model)
+    _cast_adapter_outputs(model)
     if model.active_peft_config.is_adaption_prompt:
-        # PEFT has rounded these to the base's dtype.
+        # PEFT has rounded these weights to the base's dtype.
         for name, parameter in model.named_parameters():
-            if last_part(name) in LLAMA_ADAPTER_WEIGHTS:
+            if last_name_part(name) in LLAMA_ADAPTER_WEIGHTS:
                 parameter.data = parameter.data.float()
         set_peft_model_state_dict(model, load_file(directory / WEIGHTS))
     tie_head(model, NAME)
     return model
 
 
-def _as_json(value: object) -> object:
+def _cast_adapter_outputs(model: PeftModel) -> None:
+    """Lets float32 adapters work in a base of a lower compute dtype, for the methods where PEFT relies on autocast.
+
+    The training loop runs without autocast. Without it, IA³ on 4 and 8 bits and AdaLoRA on 8 bits return float32,
+    which the next layer refuses; IA³ computes the base's product in float32; LLaMA-Adapter feeds its float32 prompt
+    to the base.
+    """
+    dtype = model.get_base_model().dtype
+    for module in model.modules():
+        device = next(module.parameters(), torch.empty(0)).device.type
+        # Tensors without values ("meta") do not support autocast: the simulation casts by itself.
+        if isinstance(module, IA3Layer | AdaptedAttention) and dtype is torch.bfloat16 and device != "meta":
+            setattr(module, "forward", torch.autocast(device, dtype)(module.forward))  # noqa: B010 - a method
+        if isinstance(module, IA3Layer | AdaLoraLayer):
+            module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+
+
+@torch.no_grad()
+def _init_olora(model: PeftModel, rank: int) -> None:
+    """Sets A and B of every layer to A₀, B₀ of its weight's QR decomposition (arXiv:2406.01775), twice.
+
+    Only the first half is trained; the second half stays constant.
+
+    Raises:
+        InvalidSpec: a layer with fewer inputs or outputs than `rank`.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or NAME not in layer.lora_A:
+            continue
+        weight = dequantized_weight(layer.get_base_layer())  # (out, in)
+        if rank > min(weight.shape):
+            raise InvalidSpec(
+                f"r = {rank} exceeds the largest OLoRA rank for {name}, whose weight is {tuple(weight.shape)}: lower r",
+                location="/adapter/r",
+            )
+        q, r = torch.linalg.qr(weight)
+        a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight  # (2 rank, in), (out, 2 rank)
+        a.copy_(torch.cat([r[:rank], -r[:rank]]))
+        b.copy_(torch.cat([q[:, :rank], q[:, :rank]], 1))
+        is_trained = torch.arange(2 * rank, device=a.device) < rank
+        a.register_hook(lambda grad, is_trained=is_trained: grad * is_trained[:, None])
+        b.register_hook(lambda grad, is_trained=is_trained: grad * is_trained)
+
+
+def _json_value(value: object) -> object:
     if isinstance(value, set | frozenset):
         return sorted(value)
     return str(value)

@@ -24,21 +24,22 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_service import specs
-from qlora_service.specs.adapter import LLAMA_ADAPTER_BOTTOM
+from qlora_service.specs.adapter import LLAMA_ADAPTER_SKIPPED_LAYERS
 
 ADALORA_INITIAL_SHARE, ADALORA_FINAL_SHARE = 0.1, 0.5
-"""AdaLoRA keeps the initial rank for the first share of the steps and the final one for the last.
+"""Shares of the steps, at the start and at the end, in which AdaLoRA keeps the initial and the final rank.
 
 Source: the tables of arXiv:2303.10512, appendix, with 9 to 15 % and 45 to 58 %.
 """
-ADALORA_FEWEST_STEPS = 2
-"""AdaLoRA must score importance once before it decides."""
+ADALORA_MIN_STEPS = 2
+"""AdaLoRA must score importance at one step before it prunes at another."""
 
 
 def peft_config(adapter: specs.Adapter, base: torch.nn.Module, *, total_steps: int = 1000) -> PeftConfig:
-    """PEFT's configuration of the adapter for this base; `total_steps` shapes AdaLoRA's schedule.
+    """PEFT's configuration of the adapter for this base; `total_steps` sets AdaLoRA's schedule.
 
-    OLoRA becomes a plain LoRA of twice the rank and the same scale, as PEFT's own conversion makes it: see `attach`.
+    OLoRA becomes a plain LoRA of twice the rank and the same scale, as in PEFT's own conversion: see
+    `adapters.attach`.
     """
     config = _untargeted_config(adapter, base)
     if config is not None:
@@ -48,14 +49,14 @@ def peft_config(adapter: specs.Adapter, base: torch.nn.Module, *, total_steps: i
     common: dict[str, Any] = {
         "task_type": TaskType.CAUSAL_LM,
         "target_modules": targets if isinstance(targets, str) else list(targets),
-        # Conv1D (GPT-2) stores its weight transposed; quantized, it has become an ordinary linear layer.
+        # Conv1D (GPT-2) stores its weight transposed; quantization replaces it by an ordinary linear layer.
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in base.modules()),
     }
     match adapter:
         case specs.Lora():
             return _lora_config(adapter, base, common)
         case specs.AdaLora():
-            steps = max(total_steps, ADALORA_FEWEST_STEPS)
+            steps = max(total_steps, ADALORA_MIN_STEPS)
             return AdaLoraConfig(
                 init_r=adapter.init_r,
                 target_r=adapter.target_r,
@@ -64,15 +65,15 @@ def peft_config(adapter: specs.Adapter, base: torch.nn.Module, *, total_steps: i
                 orth_reg_weight=adapter.orth_reg_weight,
                 total_step=steps,
                 tinit=int(steps * ADALORA_INITIAL_SHARE),
-                tfinal=min(int(steps * ADALORA_FINAL_SHARE), steps - ADALORA_FEWEST_STEPS),
-                # At every step, so that what is pruned is zero whenever the adapter is measured or saved.
+                tfinal=min(int(steps * ADALORA_FINAL_SHARE), steps - ADALORA_MIN_STEPS),
+                # Every step, so that pruned ranks are zero whenever the adapter is evaluated or saved.
                 deltaT=1,
                 **common,
             )
         case specs.IA3():
             return IA3Config(feedforward_modules=list(adapter.feedforward_modules), **common)
         case specs.Vera():
-            # The projections are saved beside the vectors: other versions of torch may draw others from the key.
+            # Saved, because another version of torch may draw other projections from the same key.
             return VeraConfig(
                 r=adapter.r,
                 vera_dropout=adapter.vera_dropout,
@@ -87,11 +88,16 @@ def peft_config(adapter: specs.Adapter, base: torch.nn.Module, *, total_steps: i
     raise AssertionError(f"no configuration for {adapter!r}")
 
 
+def last_name_part(name: str) -> str:
+    """q_proj of model.layers.0.self_attn.q_proj."""
+    return name.rpartition(".")[2]
+
+
 def _untargeted_config(adapter: specs.Adapter, base: Any) -> PeftConfig | None:
     task = TaskType.CAUSAL_LM
     match adapter:
         case specs.PromptTuning():
-            # Real tokens to start from (arXiv:2104.08691, section 3.2); random ones lie far from all of them.
+            # Start from embeddings of real tokens (arXiv:2104.08691, section 3.2): random vectors lie far from them.
             tokens = adapter.num_virtual_tokens
             return PromptTuningConfig(task_type=task, num_virtual_tokens=tokens, prompt_tuning_init="SAMPLE_VOCAB")
         case specs.PrefixTuning():
@@ -101,7 +107,7 @@ def _untargeted_config(adapter: specs.Adapter, base: Any) -> PeftConfig | None:
             return PromptEncoderConfig(task_type=task, num_virtual_tokens=tokens, encoder_hidden_size=hidden_size)
         case specs.LlamaAdapter():
             layers = base.config.num_hidden_layers
-            upper = adapter.adapter_layers or max(1, layers - LLAMA_ADAPTER_BOTTOM)
+            upper = adapter.adapter_layers or max(1, layers - LLAMA_ADAPTER_SKIPPED_LAYERS)
             return AdaptionPromptConfig(task_type=task, adapter_len=adapter.adapter_len, adapter_layers=upper)
     return None
 
@@ -118,7 +124,7 @@ def _lora_config(adapter: specs.Lora, base: torch.nn.Module, common: dict[str, A
         use_dora=adapter.use_dora,
         init_lora_weights="gaussian" if adapter.init_lora_weights == "gaussian" else True,
         trainable_token_indices=adapter.trainable_token_indices,
-        # One adapter for an embedding and the head that shares its weight, or merging would break one of them.
+        # One adapter for an embedding and the head that shares its weight: two could not be merged into one weight.
         ensure_weight_tying=_targets_tied_embedding(adapter, base),
         bias="none",
         **common,
@@ -129,10 +135,6 @@ def _targets_tied_embedding(adapter: specs.Lora, base: torch.nn.Module) -> bool:
     if not isinstance(base, PreTrainedModel) or not base.config.get_text_config().tie_word_embeddings:
         return False
     tied = [base.get_input_embeddings(), base.get_output_embeddings()]
-    names = {last_part(name) for name, module in base.named_modules() if any(module is one for one in tied)}
-    # PEFT ties adapters under these names only, and complains of others.
+    names = {last_name_part(name) for name, module in base.named_modules() if any(module is one for one in tied)}
+    # PEFT ties adapters under these names only, and warns about other names.
     return not names.intersection(EMBEDDING_LAYER_NAMES).isdisjoint(adapter.target_modules)
-
-
-def last_part(name: str) -> str:
-    return name.rpartition(".")[2]

@@ -1,10 +1,10 @@
-"""One LoRA for an embedding and the head that shares its weight.
+"""One LoRA for an embedding and the output head that shares its weight.
 
-PEFT (0.21, `ensure_weight_tying`) gives the head parameters of its own, made as views of the embedding's. They are the
-same memory only until something copies them: the cast to float32 over a bfloat16 base does, and bitsandbytes' first
-step (`p.data.contiguous()`). From then on two adapters are trained where one was meant, which no merged weight can
-hold; and while the memory is shared, an optimizer takes two steps with it. Here the head has no parameters, so the
-gradients of both uses are summed, and one step is taken.
+PEFT (0.21, `ensure_weight_tying`) gives the head parameters of its own, made as views of the embedding's. The views
+share memory only until the parameters are copied: by the cast to float32 over a bfloat16 base, and by bitsandbytes'
+first step (`p.data.contiguous()`). After a copy two different adapters are trained, which no merged weight can hold;
+before it, an optimizer takes two steps on the shared memory. Here the head has no parameters, so the gradients of both
+uses are summed, and the optimizer takes one step.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
 
 
-class Transposed(torch.nn.Module):
-    """What PEFT has a linear layer without bias for: its weight is an embedding's A or B, transposed.
+class TransposedLinear(torch.nn.Module):
+    """A linear layer without bias and parameters: its weight is an embedding's A or B, transposed.
 
-    In a state dict it has a copy of that weight, as PEFT's own layer does: the files load anywhere.
+    Its state dict contains a copy of that weight, as that of PEFT's linear layer does, so that plain PEFT loads the
+    files.
     """
 
     bias = None
 
     def __init__(self, parameters: torch.nn.ParameterDict, name: str) -> None:
         super().__init__()
-        self._source = (parameters, name)  # in a tuple torch does not take it for a child
+        self._source = (parameters, name)  # in a tuple, because torch would register a ParameterDict as a submodule
 
     @property
     def weight(self) -> torch.Tensor:
@@ -43,12 +44,15 @@ class Transposed(torch.nn.Module):
 
 
 def tie_head(model: PeftModel, name: str) -> None:
-    """Let the head use the embedding's adapter of this name, where PEFT meant it to. Both hold the same values now."""
+    """Makes the head use the embedding's adapter `name`, where both have a LoRA and share their base weight.
+
+    Both hold the same values when this is called.
+    """
     base: Any = model.get_base_model()
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     if not isinstance(embedding, LoraEmbedding) or not isinstance(head, LoraLinear):
         return
     if embedding.get_base_layer().weight is not head.get_base_layer().weight:
         return
-    head.lora_A[name] = Transposed(embedding.lora_embedding_B, name)
-    head.lora_B[name] = Transposed(embedding.lora_embedding_A, name)
+    head.lora_A[name] = TransposedLinear(embedding.lora_embedding_B, name)
+    head.lora_B[name] = TransposedLinear(embedding.lora_embedding_A, name)

@@ -24,7 +24,7 @@ from qlora_service.specs import (
     Training,
     Vera,
 )
-from qlora_service.specs.adapter import LLAMA_ADAPTER_BOTTOM
+from qlora_service.specs.adapter import LLAMA_ADAPTER_SKIPPED_LAYERS
 from qlora_service.training.sizes import EIGHT_BIT_BLOCK, FEWEST_8BIT_ELEMENTS, FEWEST_PAGED_ELEMENTS
 
 EMBEDDINGS = {"embed_tokens", "lm_head"}
@@ -89,7 +89,7 @@ def adapter_shape(adapter: Adapter, shape: ModelShape) -> AdapterShape:
             prompt = adapter.num_virtual_tokens * hidden
             return AdapterShape(0, outside_layers=(prompt, *encoder), unsaved=sum(encoder))
         case LlamaAdapter():
-            adapted_layers = adapter.adapter_layers or max(1, layers - LLAMA_ADAPTER_BOTTOM)
+            adapted_layers = adapter.adapter_layers or max(1, layers - LLAMA_ADAPTER_SKIPPED_LAYERS)
             return AdapterShape(adapted_layers, {"self_attn": (adapter.adapter_len * hidden, 1)})
     assert isinstance(adapter, TargetedAdapter)
     return _targeted(adapter, shape)

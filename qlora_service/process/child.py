@@ -58,6 +58,16 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def exit_when_stdin_closes() -> None:
+    """Blocks until stdin closes, then exits the process with code 1.
+
+    For a child whose stdin is a pipe that its parent holds and never writes to: the pipe closes when the parent ends.
+    """
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
 def main(parent: int, arguments: Sequence[str]) -> None:
     if sys.platform == "linux":
         import ctypes

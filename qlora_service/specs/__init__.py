@@ -1,7 +1,7 @@
-"""What a user may ask for: `JobSpec` and its parts. Pure and frozen; unknown fields are errors.
+"""The specification of a job: `JobSpec` and its parts. No I/O; frozen; unknown fields are errors.
 
-Field names are PEFT's and transformers' where those have one. "Paper" in a description is QLoRA (Dettmers et al. 2023,
-arXiv:2305.14314); defaults follow it where the description says so.
+Field names are those of PEFT and transformers where these have one. "Paper" in a description is QLoRA (Dettmers et al.
+2023, arXiv:2305.14314) unless the class names another; defaults follow it where the description says so.
 """
 
 from qlora_service.specs.adapter import (

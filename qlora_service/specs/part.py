@@ -1,4 +1,4 @@
-"""What every part of a spec is."""
+"""Base class of every part of a spec."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class SpecPart(BaseModel):
-    """Frozen; a field it does not know is an error."""
+    """Frozen; an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""Recipes: named values for what a spec leaves open, each with its source."""
+"""Recipes: named sets of values for fields that a spec leaves out, each with its source."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RecipeName = Literal["qlora-paper", "lit-llama-alpaca", "fast"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Values for a spec's groups, and where they come from."""
+    """Values by group of the spec, and their source."""
 
     title: str
     source: str
@@ -39,8 +39,8 @@ RECIPES: dict[RecipeName, Recipe] = {
     "lit-llama-alpaca": Recipe(
         title="Lit-LLaMA's LoRA for Alpaca's 52,000 or Dolly's 15,000 rows: r=8 on queries and values, five epochs",
         source="Lit-LLaMA, finetune/lora.py: rate 3e-4 after 100 steps of warm-up, batch 128, r 8, alpha 16, dropout "
-        "0.05, questions learned too, no clipping. Rows of 512 tokens and five epochs as commonly retold (the file "
-        "says 256 and three). Its micro-batch of 4 is left out: here it changes no result",
+        "0.05, questions trained too, no clipping. Rows of 512 tokens and five epochs as commonly reported (the file "
+        "has 256 and three). Its micro-batch of 4 is left out: here it does not change the result",
         values={
             "adapter": {
                 "method": "lora", "r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05,
@@ -54,9 +54,9 @@ RECIPES: dict[RecipeName, Recipe] = {
         },
     ),
     "fast": Recipe(
-        title="Plain LoRA without dropout, which the fast path takes, 8-bit optimizer state, and LoRA+",
-        source="ours: `python -m tests.benchmarks engine` measures steps of this kind; LoRA+ is arXiv:2402.12354, at a "
-        "ratio below its 16",
+        title="Plain LoRA without dropout, which uses the fast path, 8-bit optimizer state, and LoRA+",
+        source="This project: `python -m tests.benchmarks engine` measures steps of this kind; LoRA+ is "
+        "arXiv:2402.12354, at a ratio below its 16",
         values={
             "quantization": {"type": "nf4", "double_quant": True},
             "adapter": {
@@ -73,32 +73,32 @@ RECIPES: dict[RecipeName, Recipe] = {
 
 
 def with_recipe(spec: Any) -> Any:
-    """The spec with its recipe's values where it has none of its own; anything else is returned as it came.
+    """The spec with its recipe's values in the fields that it leaves out; any other value is returned unchanged.
 
-    Values that are for another adapter method or objective than the spec's are left out, as are those that would win
-    over another field that it gives.
+    Leaves out recipe values for another adapter method or objective than the spec's, and recipe values that would
+    override another field of the spec.
     """
     name = spec.get("recipe") if isinstance(spec, dict) else None
     recipe = RECIPES.get(name) if isinstance(name, str) else None  # type: ignore[call-overload]
     if recipe is None:
         return spec
-    groups = {group: _own(spec, group) for group in (*recipe.values, "objective")}
-    unfit = set()
+    groups = {group: _given_values(spec, group) for group in (*recipe.values, "objective")}
+    excluded = set()
     if groups["adapter"].get("method", "lora") != recipe.values["adapter"]["method"]:
-        unfit = {"loraplus_lr_ratio", *recipe.values["adapter"]}
+        excluded = {"loraplus_lr_ratio", *recipe.values["adapter"]}
     if groups["objective"].get("type", "supervised") != "supervised":
-        unfit.add("train_on")
+        excluded.add("train_on")
     if "warmup_ratio" in groups["training"]:
-        unfit.add("warmup_steps")
+        excluded.add("warmup_steps")
     filled = dict(spec)
     for group, values in recipe.values.items():
-        if isinstance(spec.get(group, {}), dict | SpecPart):  # else the error will say so
-            filled[group] = {key: value for key, value in values.items() if key not in unfit} | groups[group]
+        if isinstance(spec.get(group, {}), dict | SpecPart):  # other types are refused by the validation
+            filled[group] = {key: value for key, value in values.items() if key not in excluded} | groups[group]
     return filled
 
 
-def _own(spec: dict[str, Any], group: str) -> dict[str, Any]:
-    """What the spec gives in a group."""
+def _given_values(spec: dict[str, Any], group: str) -> dict[str, Any]:
+    """The values that the spec sets in a group."""
     given = spec.get(group)
     if isinstance(given, SpecPart):
         return given.model_dump(exclude_unset=True)

@@ -1,4 +1,4 @@
-"""The application over real state: SQLite, artifacts and an imported model in a directory of the test's own."""
+"""Fixtures with the application over real state: SQLite, artifacts and an imported model in a directory per test."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from qlora_service.store.database import Database
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_UPLOAD_BYTES = 4 * 2**20
-# TestClient's own name is none that the service is asked under.
+# The default host name of TestClient is not one of the service's.
 URL = "http://localhost:8080"
 FILES = {
     "adapter_model.safetensors": bytes(range(256)) * 300,
@@ -54,14 +54,14 @@ def chat_rows(count: int, answer: str = "Paris") -> bytes:
 
 
 def spec_of(dataset_id: str | None = None, **changes: object) -> dict[str, object]:
-    """A job's JSON that fits the tiny model."""
+    """The JSON of a job on the tiny model."""
     dataset = {} if dataset_id is None else {"id": dataset_id}
     return {"base_model": "tiny", "dataset": dataset, "training": {"max_seq_len_tokens": 128}} | changes
 
 
 @pytest.fixture(scope="session")
 def models_dir(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A catalog that holds the tiny model as `tiny`."""
+    """A catalog that contains the tiny model under the name `tiny`."""
     path = tmp_path_factory.mktemp("catalog")
     Catalog(path).import_model("tiny", tiny_model)
     return path
@@ -102,7 +102,7 @@ def dataset_id(client: TestClient) -> str:
 
 @pytest.fixture
 def submit(client: TestClient, dataset_id: str) -> Callable[..., str]:
-    """Queues a job on the stored dataset; its id."""
+    """A function that submits a job on the stored dataset and returns its id."""
 
     def submit_job(**changes: object) -> str:
         response = client.post("/jobs", json=spec_of(dataset_id, **changes))
@@ -114,7 +114,7 @@ def submit(client: TestClient, dataset_id: str) -> Callable[..., str]:
 
 @pytest.fixture
 def finished_job(submit: Callable[..., str], queue: Queue, settings: Settings, tmp_path: Path) -> str:
-    """A job that succeeded and published FILES and a manifest, as a trainer does."""
+    """The id of a job that succeeded and published FILES and a manifest, as a trainer does."""
     job_id = submit()
     claimed = queue.claim("worker")
     assert claimed is not None
@@ -145,14 +145,14 @@ def publish(claim: Claim, settings: Settings, outbox: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bare_client(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[TestClient]:
-    """An application that holds a model and nothing else, for requests that are refused: they leave it as it is."""
+    """An application with a model and nothing else, shared by requests that must not change its state."""
     with TestClient(create_app(settings_in(tmp_path_factory.mktemp("bare"), models_dir)), URL) as client:
         yield client
 
 
 @pytest.fixture
 def nothing_stored(bare_client: TestClient) -> Callable[[], None]:
-    """Asserts that no job, dataset or byte was left behind in the bare application."""
+    """A function that asserts that the bare application stores no job, no dataset and no file."""
     settings: Settings = bare_client.app.state.settings  # type: ignore[attr-defined]
 
     def check() -> None:
@@ -169,7 +169,7 @@ def scratch_files(settings: Settings) -> list[Path]:
 
 
 def call(app: ASGIApp, method: str, path: str, received: Sequence[Message]) -> list[Message]:
-    """What the application sends when it receives these messages: what a client of the wire would not see too."""
+    """The ASGI messages that the application sends after receiving these; a client sees only part of them."""
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
         "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
@@ -194,7 +194,7 @@ def sha256(content: bytes) -> str:
 
 @dataclass
 class Server:
-    """`python -m api` in a process of its own."""
+    """`python -m api` as a child process."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -203,10 +203,10 @@ class Server:
     def lines(self) -> list[dict[str, object]]:
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
-    def stop(self, how: signal.Signals = signal.SIGTERM) -> float:
-        """The seconds from the signal until the process was gone."""
+    def stop(self, stop_signal: signal.Signals = signal.SIGTERM) -> float:
+        """The seconds from the signal until the process has exited."""
         started = time.monotonic()
-        self.process.send_signal(how)
+        self.process.send_signal(stop_signal)
         self.process.wait(timeout=30)
         return time.monotonic() - started
 
@@ -222,6 +222,7 @@ def api_environment(settings: Settings, port: int = 0) -> dict[str, str]:
 
 @pytest.fixture
 def start_server(settings: Settings, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """A function that starts a server and returns it when it listens."""
     started: list[Server] = []
 
     def start(port: int = 0) -> Server:

@@ -30,24 +30,25 @@ def run_api(settings: Settings, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def test_taken_port_is_one_clear_line(settings: Settings) -> None:
+def test_port_in_use_is_reported_in_one_line(settings: Settings) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         result = run_api(settings, QLORA_PORT=str(port))
     assert result.returncode == 1
     assert result.stderr.splitlines() == [
-        f"cannot listen on 127.0.0.1:{port}: Address already in use. Stop what uses it, or set QLORA_PORT (QLORA_HOST)"
+        f"cannot listen on 127.0.0.1:{port}: Address already in use. Stop the process that uses the port, or set "
+        "QLORA_PORT (QLORA_HOST)"
     ]
 
 
-def test_wrong_setting_is_one_clear_line(settings: Settings) -> None:
+def test_invalid_setting_is_reported_in_one_line(settings: Settings) -> None:
     result = run_api(settings, QLORA_PORT="eighty")
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert "QLORA_PORT: Input should be a valid integer" in line
 
 
-def test_the_network_is_not_let_in_without_keys(settings: Settings) -> None:
+def test_listening_on_the_network_without_keys_is_refused(settings: Settings) -> None:
     result = run_api(settings, QLORA_HOST="0.0.0.0", QLORA_KEYS="off")
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
@@ -55,7 +56,7 @@ def test_the_network_is_not_let_in_without_keys(settings: Settings) -> None:
     assert not (settings.data_dir / "state.db").exists()
 
 
-def test_data_directory_that_cannot_be_made_is_one_clear_line(settings: Settings, tmp_path: Path) -> None:
+def test_data_directory_that_cannot_be_created_is_reported_in_one_line(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = run_api(settings, QLORA_DATA_DIR=str(tmp_path / "file"))
     assert result.returncode == 1
@@ -63,14 +64,14 @@ def test_data_directory_that_cannot_be_made_is_one_clear_line(settings: Settings
     assert line == f"cannot write in {tmp_path / 'file'}: Not a directory. Set QLORA_DATA_DIR"
 
 
-def test_server_answers_logs_and_stops_clean(start_server: Callable[..., Server], settings: Settings) -> None:
+def test_server_responds_logs_and_stops_cleanly(start_server: Callable[..., Server], settings: Settings) -> None:
     server = start_server()
     assert httpx2.get(f"{server.url}/readyz").json() == {"status": "ok"}
     too_large = httpx2.post(f"{server.url}/datasets", content=b"x" * (settings.max_upload_bytes + 1))
     assert too_large.status_code == 413
     assert server.stop() < 2
     assert server.process.returncode == -15
-    # What merely reads is logged for those who debug.
+    # Successful reads are logged at level debug.
     (request,) = [line for line in server.lines() if line["event"] == "request"]
     assert (request["path"], request["status"], request["level"]) == ("/datasets", 413, "info")
     assert str(request["request_id"]).startswith("req_")
@@ -78,7 +79,7 @@ def test_server_answers_logs_and_stops_clean(start_server: Callable[..., Server]
     assert list(settings.tmp_dir.iterdir()) == []
 
 
-def test_upload_that_a_kill_interrupts_is_gone_after_the_next_start(
+def test_upload_interrupted_by_a_kill_is_deleted_at_the_next_start(
     start_server: Callable[..., Server], settings: Settings
 ) -> None:
     server = start_server()
@@ -98,9 +99,9 @@ def test_upload_that_a_kill_interrupts_is_gone_after_the_next_start(
     wait_until(lambda: scratch_files(settings) == [])
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_process_ends_in_time_also_while_a_request_hangs(
-    start_server: Callable[..., Server], settings: Settings, queue: Queue, how: signal.Signals
+@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT])
+def test_process_exits_in_time_while_a_request_hangs(
+    start_server: Callable[..., Server], settings: Settings, queue: Queue, stop_signal: signal.Signals
 ) -> None:
     server = start_server()
     dataset_id = httpx2.post(f"{server.url}/datasets", content=chat_rows(4)).json()["id"]
@@ -112,15 +113,15 @@ def test_process_ends_in_time_also_while_a_request_hangs(
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         head = f"POST /jobs/{job_id}/cancel HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
         connection.sendall(head.encode())
-        # This is answered after what was sent before has been taken up.
+        # The response to this request shows that the server has received the one before it.
         assert httpx2.get(f"{server.url}/healthz", timeout=60).status_code == 200
-        assert server.stop(how) < 5
+        assert server.stop(stop_signal) < 5
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 503")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "unavailable"
     lock.execute("ROLLBACK")
     lock.close()
-    # What was cut off never happened.
+    # The aborted request had no effect.
     claimed = queue.claim("worker")
     assert claimed is not None
     assert claimed[1].id == job_id

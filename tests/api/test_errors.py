@@ -12,7 +12,7 @@ from obstore.exceptions import GenericError
 from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
-from api.errors import located, refusal, status_of
+from api.errors import located, response_of, status_of
 from api.http.request_log import RequestLog
 from api.main import create_app
 from qlora_service import errors
@@ -40,7 +40,7 @@ SHAPE = {"code", "message", "location", "findings", "details"}
         (errors.JobFailed, 500),
     ],
 )
-def test_every_error_of_the_domain_has_a_status(kind: type[QLoRAError], status: int) -> None:
+def test_every_domain_error_has_a_status(kind: type[QLoRAError], status: int) -> None:
     assert status_of(kind("…")) == status
 
 
@@ -64,7 +64,7 @@ def test_every_error_has_the_one_shape(bare_client: TestClient, method: str, pat
     assert response.headers["X-Request-Id"]
 
 
-def test_wrong_parameters_are_all_named(bare_client: TestClient) -> None:
+def test_all_invalid_parameters_are_listed(bare_client: TestClient) -> None:
     error = bare_client.get("/jobs?status=done&limit=0").json()["error"]
     assert error["location"] == "status"
     assert [finding["reason"].partition(":")[0] for finding in error["findings"]] == ["status", "limit"]
@@ -74,11 +74,11 @@ def test_wrong_parameters_are_all_named(bare_client: TestClient) -> None:
     ("kind", "helps"),
     [(errors.Unavailable, True), (errors.QuotaExceeded, True), (errors.NoRoom, False), (errors.StorageFull, False)],
 )
-def test_only_where_waiting_helps_it_is_said_for_how_long(kind: type[QLoRAError], helps: bool) -> None:
-    assert ("Retry-After" in refusal(kind("…")).headers) is helps
+def test_retry_after_is_sent_only_where_waiting_helps(kind: type[QLoRAError], helps: bool) -> None:
+    assert ("Retry-After" in response_of(kind("…")).headers) is helps
 
 
-def test_unavailable_says_when_to_try_again(settings: Settings) -> None:
+def test_unavailable_response_has_a_retry_after(settings: Settings) -> None:
     app = create_app(settings)
     with TestClient(app, URL) as client:
         app.state.draining = True
@@ -88,7 +88,7 @@ def test_unavailable_says_when_to_try_again(settings: Settings) -> None:
 
 
 def failing_client(error: Exception) -> TestClient:
-    """An application whose one route fails so."""
+    """A client of an application whose only route raises this error."""
     app = FastAPI()
     app.add_middleware(RequestLog)
 
@@ -100,7 +100,7 @@ def failing_client(error: Exception) -> TestClient:
 
 
 def sqlite_error(statement: str, *, pragma: str = "") -> OperationalError:
-    """What a real SQLite says."""
+    """The error of a real SQLite database on this statement."""
     engine = sa.create_engine("sqlite://")
     try:
         with engine.connect() as connection:
@@ -135,7 +135,7 @@ def full_artifact_store() -> GenericError:
     ],
     ids=["disk", "quota", "artifact store", "SQLite"],
 )
-def test_full_disk_is_a_reason_to_try_again(error: Exception) -> None:
+def test_full_disk_is_answered_503(error: Exception) -> None:
     with capture_logs() as lines:
         response = failing_client(error).get("/")
     assert response.status_code == 503
@@ -145,7 +145,7 @@ def test_full_disk_is_a_reason_to_try_again(error: Exception) -> None:
     assert [(line["event"], line["log_level"]) for line in lines] == [("outage", "warning"), ("request", "info")]
 
 
-def test_locked_database_is_a_reason_to_try_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locked_database_is_answered_503(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 50)
     with TestClient(create_app(settings), URL) as client:
         lock = sqlite3.connect(settings.resolved_data_dir / "state.db", isolation_level=None)
@@ -158,7 +158,7 @@ def test_locked_database_is_a_reason_to_try_again(settings: Settings, monkeypatc
     assert "locked" in response.json()["error"]["message"]
 
 
-def test_waiting_in_vain_for_a_connection_is_a_reason_to_try_again() -> None:
+def test_timeout_of_the_connection_pool_is_answered_503() -> None:
     engine = sa.create_engine("sqlite://", poolclass=sa.QueuePool, pool_size=1, max_overflow=0, pool_timeout=0.01)
     with engine.connect(), pytest.raises(sa.exc.TimeoutError) as caught:
         engine.connect()
@@ -170,11 +170,11 @@ def test_waiting_in_vain_for_a_connection_is_a_reason_to_try_again() -> None:
 @pytest.mark.parametrize(
     "error", [PermissionError("no"), sqlite_error("SELECT nothing"), GenericError("(os error 13)")]
 )
-def test_defects_are_no_outage(error: Exception) -> None:
+def test_defects_are_answered_500_and_not_503(error: Exception) -> None:
     assert failing_client(error).get("/").status_code == 500
 
 
-def test_route_says_where_an_error_belongs() -> None:
+def test_route_sets_the_location_of_an_error() -> None:
     with pytest.raises(InvalidModel) as caught, located({InvalidModel: "/base_model"}):
         raise InvalidModel("unknown")
     assert caught.value.location == "/base_model"

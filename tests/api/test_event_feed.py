@@ -1,4 +1,4 @@
-"""The feed over a real database, without HTTP: what slow, early and many watchers get."""
+"""The event feed over a real database, without HTTP: slow subscribers, early subscribers, many subscribers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 import api.event_feed
-from api.event_feed import BATCH, MOST_WAITING, POLL_S, EventFeed, Topic, running_feed
+from api.event_feed import BATCH, MAX_PENDING, POLL_S, EventFeed, Topic, running_feed
 from qlora_service.domain.jobs import JobEvent
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import append_event, events_after, project_events_after
@@ -43,7 +43,7 @@ async def steps(
     after: int | None = 0,
     seen: list[int] | None = None,
 ) -> list[int]:
-    """The steps that a watcher of the job is told, up to the step `until`; also in `seen`, as they come."""
+    """The steps that a subscriber to the job receives, up to the step `until`; also appended to `seen` one by one."""
     seen = [] if seen is None else seen
     async with aclosing(feed.follow(("job", job_id), reader(database, job_id), after)) as events:
         async for event in events:
@@ -62,37 +62,37 @@ async def feed_over(database: Database) -> AsyncIterator[EventFeed]:
 
 
 @contextmanager
-def statements() -> Iterator[list[str]]:
-    """What any database is asked meanwhile."""
-    asked: list[str] = []
+def recorded_queries() -> Iterator[list[str]]:
+    """The SELECT statements on any database while the context lasts."""
+    queries: list[str] = []
 
-    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+    def record(_connection: object, _cursor: object, statement: str, *_: object) -> None:
         if statement.startswith("SELECT"):
-            asked.append(statement)
+            queries.append(statement)
 
-    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    sa.event.listen(sa.Engine, "before_cursor_execute", record)
     try:
-        yield asked
+        yield queries
     finally:
-        sa.event.remove(sa.Engine, "before_cursor_execute", note)
+        sa.event.remove(sa.Engine, "before_cursor_execute", record)
 
 
-def test_many_watchers_are_told_each_event_once_and_in_order(database: Database) -> None:
+def test_many_subscribers_receive_each_event_once_and_in_order(database: Database) -> None:
     jobs = [add_job(database) for _ in range(5)]
 
     async def watch() -> list[list[int]]:
         async with feed_over(database) as feed:
-            told = [asyncio.create_task(steps(feed, database, job_id, until=300)) for job_id in jobs for _ in range(4)]
-            # Written while the watchers enter, read history and go on.
+            tasks = [asyncio.create_task(steps(feed, database, job_id, until=300)) for job_id in jobs for _ in range(4)]
+            # Written while the subscribers register, read their history and continue with new events.
             for start in range(1, 300, 20):
                 for job_id in jobs:
                     await anyio.to_thread.run_sync(write, database, job_id, *range(start, start + 20))
-            return await asyncio.gather(*told)
+            return await asyncio.gather(*tasks)
 
     assert asyncio.run(watch()) == [list(range(1, 301))] * 20
 
 
-def test_event_that_is_committed_while_history_is_read_is_told(database: Database) -> None:
+def test_event_committed_while_history_is_read_is_delivered(database: Database) -> None:
     job_id = add_job(database)
     stored = reader(database, job_id)
     written: list[int] = []
@@ -102,7 +102,7 @@ def test_event_that_is_committed_while_history_is_read_is_told(database: Databas
         if not written:
             written.append(1)
             write(database, job_id, 1)
-            time.sleep(6 * POLL_S)  # the feed hands it out before the history is there
+            time.sleep(6 * POLL_S)  # the feed delivers it before the history is returned
         return history
 
     async def watch() -> list[str]:
@@ -112,30 +112,29 @@ def test_event_that_is_committed_while_history_is_read_is_told(database: Databas
     assert asyncio.run(watch()) == ["status", "metrics"]
 
 
-def test_watchers_share_one_reader(database: Database) -> None:
+def test_subscribers_share_one_reader(database: Database) -> None:
     job_id = add_job(database)
-
     write(database, job_id, 1)
 
     async def watch() -> tuple[int, float]:
         async with feed_over(database) as feed:
             seen: list[list[int]] = [[] for _ in range(30)]
-            told = [asyncio.create_task(steps(feed, database, job_id, until=2, seen=mine)) for mine in seen]
-            while seen != [[1]] * 30:  # each has read what there was, and waits
+            tasks = [asyncio.create_task(steps(feed, database, job_id, until=2, seen=each)) for each in seen]
+            while seen != [[1]] * 30:  # each has read its history, and waits for new events
                 await anyio.sleep(0.01)
-            began = time.monotonic()
-            with statements() as asked:
+            started = time.monotonic()
+            with recorded_queries() as queries:
                 await anyio.sleep(0.5)
-            waited_s = time.monotonic() - began
+            waited_s = time.monotonic() - started
             await anyio.to_thread.run_sync(write, database, job_id, 2)
-            assert await asyncio.gather(*told) == [[1, 2]] * 30
-            return len(asked), waited_s
+            assert await asyncio.gather(*tasks) == [[1, 2]] * 30
+            return len(queries), waited_s
 
-    asked, waited_s = asyncio.run(watch())
-    assert 2 <= asked <= waited_s / POLL_S + 1
+    query_count, waited_s = asyncio.run(watch())
+    assert 2 <= query_count <= waited_s / POLL_S + 1
 
 
-def test_nothing_is_read_while_nobody_watches(database: Database) -> None:
+def test_database_is_not_queried_without_subscribers(database: Database) -> None:
     job_id = add_job(database)
     write(database, job_id, 1)
 
@@ -143,21 +142,21 @@ def test_nothing_is_read_while_nobody_watches(database: Database) -> None:
         async with feed_over(database) as feed:
             assert await steps(feed, database, job_id, until=1) == [1]
             await anyio.sleep(0.2)
-            with statements() as asked:
+            with recorded_queries() as queries:
                 await anyio.sleep(0.3)
-            # What happened meanwhile is not missed by who comes later.
+            # A later subscriber also receives the events committed in between.
             write(database, job_id, 2)
             later = asyncio.create_task(steps(feed, database, job_id, until=3))
             await anyio.sleep(0.2)
             write(database, job_id, 3)
-            return asked, await later
+            return queries, await later
 
     assert asyncio.run(watch()) == ([], [1, 2, 3])
 
 
-def test_slow_watcher_is_bounded_and_still_told_everything(database: Database) -> None:
+def test_slow_subscriber_has_a_bounded_queue_and_receives_every_event(database: Database) -> None:
     job_id = add_job(database)
-    count = 3 * MOST_WAITING
+    count = 3 * MAX_PENDING
 
     async def watch() -> list[int]:
         read = reader(database, job_id)
@@ -165,13 +164,13 @@ def test_slow_watcher_is_bounded_and_still_told_everything(database: Database) -
             await anext(events)
             write(database, job_id, 0)
             seen = [(await anext(events)).data["step"]]
-            # Its client does not read: the feed goes on without it.
-            (watcher,) = feed._watchers["job", job_id]
+            # The client does not read: the feed continues without waiting for it.
+            (subscriber,) = feed._subscribers["job", job_id]
             for start in range(1, count, 50):
                 write(database, job_id, *range(start, min(start + 50, count)))
                 await anyio.sleep(2 * POLL_S)
-                assert len(watcher._waiting) <= MOST_WAITING
-            assert watcher.behind
+                assert len(subscriber._pending) <= MAX_PENDING
+            assert subscriber.has_dropped
             while len(seen) < count:
                 seen.append((await anext(events)).data["step"])
             return seen
@@ -179,8 +178,8 @@ def test_slow_watcher_is_bounded_and_still_told_everything(database: Database) -
     assert asyncio.run(watch()) == list(range(count))
 
 
-def test_watcher_of_a_project_is_told_nothing_of_another(database: Database) -> None:
-    mine, foreign = add_job(database), add_job(database, project="other")
+def test_subscriber_to_a_project_receives_no_events_of_another_project(database: Database) -> None:
+    own_job, foreign_job = add_job(database), add_job(database, project="other")
     topic: Topic = ("project", "local")
 
     def read(seq: int) -> list[JobEvent]:
@@ -190,14 +189,14 @@ def test_watcher_of_a_project_is_told_nothing_of_another(database: Database) -> 
     async def watch() -> list[str]:
         async with feed_over(database) as feed, aclosing(feed.follow(topic, read, 0)) as events:
             seen = [(await anext(events)).job_id]
-            write(database, foreign, 1)
-            write(database, mine, 1)
+            write(database, foreign_job, 1)
+            write(database, own_job, 1)
             return [*seen, (await anext(events)).job_id]
 
-    assert asyncio.run(watch()) == [mine, mine]
+    assert asyncio.run(watch()) == [own_job, own_job]
 
 
-def test_feed_outlives_an_outage(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feed_survives_a_database_outage(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api.event_feed, "RETRY_S", 0.05)
     job_id = add_job(database)
 
@@ -207,7 +206,7 @@ def test_feed_outlives_an_outage(database: Database, monkeypatch: pytest.MonkeyP
 
     async def watch() -> list[int]:
         async with feed_over(database) as feed:
-            told = asyncio.create_task(steps(feed, database, job_id, until=1, after=None))
+            received = asyncio.create_task(steps(feed, database, job_id, until=1, after=None))
             while feed._seq is None:
                 await anyio.sleep(0.01)
             await anyio.sleep(0.1)
@@ -215,7 +214,7 @@ def test_feed_outlives_an_outage(database: Database, monkeypatch: pytest.MonkeyP
             await anyio.sleep(0.3)
             rename("events_away", "events")
             write(database, job_id, 1)
-            return await told
+            return await received
 
     assert asyncio.run(watch()) == [1]
 
@@ -235,7 +234,7 @@ def test_streams_end_when_the_service_stops(database: Database) -> None:
     assert asyncio.run(watch()) == ["status"]
 
 
-def test_events_of_two_jobs_are_numbered_in_the_order_of_their_commits(postgres_url: str) -> None:
+def test_sequence_numbers_of_two_jobs_grow_in_commit_order(postgres_url: str) -> None:
     database = Database(postgres_url)
     first, second = add_job(database), add_job(database)
     known = job_events(database, second)[-1].seq
@@ -245,7 +244,7 @@ def test_events_of_two_jobs_are_numbered_in_the_order_of_their_commits(postgres_
             append_event(connection, first, START, "metrics", {"step": 1})
             other = asyncio.create_task(anyio.to_thread.run_sync(write, database, second, 1))
             done, _ = await asyncio.wait([other], timeout=0.5)
-            # A reader that saw the second job's event now would have missed the first's for ever.
+            # If a reader saw the second job's event now, it would never read the first job's event.
             assert not done
             meanwhile = job_events(database, second)
         await other

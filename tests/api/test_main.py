@@ -108,7 +108,7 @@ def test_every_route_and_its_errors_are_documented(openapi: dict[str, Any]) -> N
             assert content["example"]["error"]["message"], route
 
 
-def test_every_post_that_changes_something_takes_an_idempotency_key(openapi: dict[str, Any]) -> None:
+def test_every_post_that_changes_something_accepts_an_idempotency_key(openapi: dict[str, Any]) -> None:
     posts = {path: methods["post"] for path, methods in openapi["paths"].items() if "post" in methods}
     del posts["/v1/chat/completions"], posts["/v1/completions"], posts["/plans"]
     assert posts
@@ -121,7 +121,7 @@ def test_the_frameworks_own_error_schema_is_not_documented(openapi: dict[str, An
     assert "HTTPValidationError" not in openapi["components"]["schemas"]
 
 
-def test_job_body_shows_the_spec_as_json_and_as_form(openapi: dict[str, Any]) -> None:
+def test_job_body_documents_the_spec_as_json_and_as_form(openapi: dict[str, Any]) -> None:
     content = openapi["paths"]["/jobs"]["post"]["requestBody"]["content"]
     request = {"$ref": "#/components/schemas/JobRequest"}
     assert content["application/json"]["schema"] == request
@@ -132,7 +132,7 @@ def test_job_body_shows_the_spec_as_json_and_as_form(openapi: dict[str, Any]) ->
     assert schema["additionalProperties"] is False
 
 
-def test_plan_body_is_a_spec_and_what_to_plan_it_for(openapi: dict[str, Any]) -> None:
+def test_plan_body_is_a_spec_plus_plan_options(openapi: dict[str, Any]) -> None:
     schema = openapi["components"]["schemas"]["PlanRequest"]
     assert schema["properties"].keys() == {*JobSpec.model_fields, *PlanOptions.model_fields}
     assert schema["required"] == []
@@ -141,8 +141,8 @@ def test_plan_body_is_a_spec_and_what_to_plan_it_for(openapi: dict[str, Any]) ->
 def test_every_reference_of_the_document_resolves(openapi: dict[str, Any]) -> None:
     def references(value: Any) -> list[str]:
         if isinstance(value, dict):
-            found = [value["$ref"]] if isinstance(value.get("$ref"), str) else []
-            return found + [name for child in value.values() for name in references(child)]
+            own = [value["$ref"]] if isinstance(value.get("$ref"), str) else []
+            return own + [name for child in value.values() for name in references(child)]
         return [name for child in value for name in references(child)] if isinstance(value, list) else []
 
     known = {f"#/components/schemas/{name}" for name in openapi["components"]["schemas"]}
@@ -158,12 +158,12 @@ def test_examples_of_job_bodies_are_valid_specs(openapi: dict[str, Any]) -> None
         assert parse_spec(example["value"]).base_model
 
 
-def test_start_removes_what_a_killed_process_left(settings: Settings) -> None:
-    left: Path = settings.tmp_dir / ".staging-0123456789abcdef" / "tmp1" / "body"
-    left.parent.mkdir(parents=True)
-    left.write_bytes(b"half an upload")
+def test_start_deletes_scratch_files_of_a_killed_process(settings: Settings) -> None:
+    leftover: Path = settings.tmp_dir / ".staging-0123456789abcdef" / "tmp1" / "body"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"half an upload")
     with TestClient(create_app(settings)), TestClient(create_app(settings), URL) as second:
-        # The first process's scratch survives the start of the second.
+        # The scratch directory of the first process survives the start of the second.
         assert scratch_files(settings) == []
         assert len(list(settings.tmp_dir.iterdir())) == 2
         assert second.get("/readyz").status_code == 200

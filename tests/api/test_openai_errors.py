@@ -20,8 +20,8 @@ from qlora_service.errors import Conflict, Finding, InvalidSpec, NotFound, QLoRA
     ],
 )
 def test_each_error_has_the_status_its_client_expects(error: QLoRAError, status: int, kind: str) -> None:
-    body, given, headers = on_openai_wire(error.as_dict(), status_of(error))
-    assert (given, body["type"], body["code"], body["message"]) == (status, kind, error.code, "no")
+    body, openai_status, headers = on_openai_wire(error.as_dict(), status_of(error))
+    assert (openai_status, body["type"], body["code"], body["message"]) == (status, kind, error.code, "no")
     assert headers == ({"x-should-retry": "false"} if status == 409 else {})
 
 
@@ -29,7 +29,7 @@ def test_each_error_has_the_status_its_client_expects(error: QLoRAError, status:
     ("location", "param"),
     [("/method/type", "method.type"), ("file_id", "file_id"), (None, None), ("/", None), ("/model", "model")],
 )
-def test_places_are_named_as_parameters(location: str | None, param: str | None) -> None:
+def test_location_is_translated_to_a_parameter(location: str | None, param: str | None) -> None:
     body, _, _ = on_openai_wire(InvalidSpec("no", location=location).as_dict(), 422)
     assert body["param"] == param
 
@@ -41,19 +41,19 @@ def test_findings_and_details_are_kept() -> None:
     assert body["details"] == {"limit": 4}
 
 
-def test_what_waiting_does_not_help_is_not_sent_again() -> None:
-    refused = QuotaExceeded("no").as_dict()
-    assert on_openai_wire(refused, 429, waiting_helps=False)[2] == {"x-should-retry": "false"}
-    assert on_openai_wire(refused, 429, waiting_helps=True)[2] == {}
+def test_client_does_not_retry_where_waiting_does_not_help() -> None:
+    quota_error = QuotaExceeded("no").as_dict()
+    assert on_openai_wire(quota_error, 429, waiting_helps=False)[2] == {"x-should-retry": "false"}
+    assert on_openai_wire(quota_error, 429, waiting_helps=True)[2] == {}
 
 
 def test_the_path_decides_the_shape(bare_client: TestClient) -> None:
-    ours = bare_client.get("/jobs/job_none")
-    theirs = bare_client.get("/v1/fine_tuning/jobs/job_none")
-    assert (ours.status_code, theirs.status_code) == (404, 404)
-    assert ours.json()["error"].keys() == {"code", "message", "location", "findings", "details"}
-    assert theirs.json()["error"].keys() == {"message", "type", "param", "code", "findings", "details"}
-    assert theirs.headers["x-request-id"]
+    own = bare_client.get("/jobs/job_none")
+    openai = bare_client.get("/v1/fine_tuning/jobs/job_none")
+    assert (own.status_code, openai.status_code) == (404, 404)
+    assert own.json()["error"].keys() == {"code", "message", "location", "findings", "details"}
+    assert openai.json()["error"].keys() == {"message", "type", "param", "code", "findings", "details"}
+    assert openai.headers["x-request-id"]
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_the_path_decides_the_shape(bare_client: TestClient) -> None:
         ("/v1/files", {"Host": "evil.example"}, 403, "forbidden"),
     ],
 )
-def test_errors_of_the_framework_and_of_middleware_have_the_shape_too(
+def test_errors_of_the_framework_and_of_middleware_have_the_openai_shape(
     bare_client: TestClient, path: str, headers: dict[str, str], status: int, code: str
 ) -> None:
-    answer = bare_client.get(path, headers=headers)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-    assert "type" in answer.json()["error"]
+    response = bare_client.get(path, headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert "type" in response.json()["error"]

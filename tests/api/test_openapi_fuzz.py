@@ -1,6 +1,6 @@
-"""What the OpenAPI document promises, at a real API: no 5xx, no status and no shape that it does not name.
+"""Fuzzing of a real API against its OpenAPI document: no 5xx, no undocumented status, no undocumented shape.
 
-QLORA_TEST_WIRE_EXAMPLES is how many requests every operation gets.
+QLORA_TEST_WIRE_EXAMPLES sets the number of requests per operation.
 """
 
 from __future__ import annotations
@@ -23,5 +23,5 @@ def target(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
 
 
 @pytest.mark.parametrize("operation", operations())
-def test_operation_keeps_what_the_document_promises(target: Stand, operation: str) -> None:
+def test_operation_conforms_to_the_document(target: Stand, operation: str) -> None:
     attack(target, operation, EXAMPLES, same_every_time=True)

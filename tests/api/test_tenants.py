@@ -1,7 +1,7 @@
-"""Two projects on one service: whatever the OpenAPI document offers, neither learns what the other has.
+"""Isolation of two projects on one service: no operation of the OpenAPI document reveals objects of another project.
 
-A route with a new kind of id fails here until OWNED says how to make one that belongs to somebody else, and a body
-that names something of a new kind until REFERENCES says how to send it.
+A route with a new kind of id fails here until OWNED says how to create the object in a project; a body that references
+a new kind of object fails until REFERENCES says how to send it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from tests.running_api import RunningApi, open_queue, succeed
 
 PRELUDE = "import os\nos.environ |= {'QLORA_KEYS': 'required', 'QLORA_WEBHOOK_PRIVATE': 'true'}"
 OPEN = {"/healthz", "/readyz"}
-WEBHOOK_URL = "http://127.0.0.1:9/"  # nobody listens there
-OWN_PART = re.compile(r"[0-9a-f]{22}")
-"""What tells an id from all others of its kind."""
+WEBHOOK_URL = "http://127.0.0.1:9/"  # no process listens there
+UNIQUE_PART = re.compile(r"[0-9a-f]{22}")
+"""The part of an id that distinguishes it from other ids of its kind."""
 
 Request = dict[str, Any]
 
 
 class Tenant:
-    """A project: what it asks with, and what it owns."""
+    """A project: a client with its admin key, and its objects, created on first access."""
 
     def __init__(self, api: RunningApi, project: str) -> None:
         self._data_dir = api.data_dir
@@ -42,26 +42,27 @@ class Tenant:
         self.http = httpx2.Client(base_url=api.url, headers={"Authorization": f"Bearer {self.secret}"}, timeout=60)
         self._rows = chat_rows(8, answer=f"{project} knows")
 
-    def made(self, path: str, **request: Any) -> str:
+    def create(self, path: str, **request: Any) -> str:
+        """The id of the object that this POST creates."""
         response = self.http.post(path, **request)
         assert response.is_success, response.text
         return str(response.json()["id"])
 
     @cached_property
     def dataset(self) -> str:
-        return self.made("/datasets?filename=rows.jsonl", content=self._rows)
+        return self.create("/datasets?filename=rows.jsonl", content=self._rows)
 
     @cached_property
     def job(self) -> str:
-        """A job that has ended, so that its events end too."""
-        job_id = self.made("/jobs", json=spec_of(self.dataset))
+        """A cancelled job, so that its event stream ends."""
+        job_id = self.create("/jobs", json=spec_of(self.dataset))
         assert self.http.post(f"/jobs/{job_id}/cancel").json()["status"] == "cancelled"
         return job_id
 
     @cached_property
     def finished_job(self) -> str:
-        """A job that has published something; of those in the queue it is the first."""
-        job_id = self.made("/jobs", json=spec_of(self.dataset, priority=100))
+        """A succeeded job with a published file; its priority makes it the first in the queue."""
+        job_id = self.create("/jobs", json=spec_of(self.dataset, priority=100))
         queue = open_queue(self._data_dir)
         claimed = queue.claim("worker")
         assert claimed is not None
@@ -75,32 +76,32 @@ class Tenant:
 
     @cached_property
     def results(self) -> str:
-        """The file with the metrics of the finished job."""
+        """The id of the file with the metrics of the finished job."""
         (results,) = self.http.get(f"/v1/fine_tuning/jobs/{self.finished_job}").json()["result_files"]
         return str(results)
 
     @cached_property
     def file(self) -> str:
         files = {"file": ("other.jsonl", self._rows + chat_rows(1))}
-        return self.made("/v1/files", files=files, data={"purpose": "fine-tune"})
+        return self.create("/v1/files", files=files, data={"purpose": "fine-tune"})
 
     @cached_property
     def upload(self) -> str:
-        asked = {"bytes": 10, "filename": "rows.jsonl", "mime_type": "application/jsonl", "purpose": "fine-tune"}
-        return self.made("/v1/uploads", json=asked)
+        body = {"bytes": 10, "filename": "rows.jsonl", "mime_type": "application/jsonl", "purpose": "fine-tune"}
+        return self.create("/v1/uploads", json=body)
 
     @cached_property
     def part(self) -> str:
-        return self.made(f"/v1/uploads/{self.upload}/parts", files={"data": b"0123456789"})
+        return self.create(f"/v1/uploads/{self.upload}/parts", files={"data": b"0123456789"})
 
     @cached_property
     def key(self) -> str:
-        return self.made("/keys", json={"name": "laptop"})
+        return self.create("/keys", json={"name": "laptop"})
 
     @cached_property
     def webhook_endpoint(self) -> str:
-        asked = {"name": "told", "url": WEBHOOK_URL, "event_types": ["fine_tuning.job.succeeded"]}
-        return self.made("/v1/webhook_endpoints", json=asked)
+        body = {"name": "receiver", "url": WEBHOOK_URL, "event_types": ["fine_tuning.job.succeeded"]}
+        return self.create("/v1/webhook_endpoints", json=body)
 
 
 OWNED: dict[str, Callable[[Tenant], str]] = {
@@ -113,22 +114,22 @@ OWNED: dict[str, Callable[[Tenant], str]] = {
     "upload_id": lambda owner: owner.upload,
     "webhook_endpoint_id": lambda owner: owner.webhook_endpoint,
 }
-"""Something of every kind that a path names."""
+"""For each path parameter that is an id: a function from a project to the id of one of its objects."""
 
 OWNERLESS = {"name": "adapter_config.json"}
-"""Path parameters that mean something only within what an id beside them names."""
+"""Path parameters that name a part of the object whose id is in the same path."""
 
 QUERY = {"base_model": "tiny"}
-"""Values of the query parameters that a route cannot do without."""
+"""Values of required query parameters."""
 
 BODIES: dict[str, Request] = {
     "/v1/uploads/{upload_id}/parts": {"files": {"data": b"x"}},
     "/v1/uploads/{upload_id}/complete": {"json": {"part_ids": ["part_none"]}},
-    "/v1/webhook_endpoints/{webhook_endpoint_id}": {"json": {"name": "told"}},
+    "/v1/webhook_endpoints/{webhook_endpoint_id}": {"json": {"name": "receiver"}},
     "/v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret": {"json": {}},
     "/v1/webhook_endpoints/{webhook_endpoint_id}/test": {"json": {"event_type": "fine_tuning.job.succeeded"}},
 }
-"""Bodies of the requests that are refused without one before anything is looked up."""
+"""Bodies of requests that would otherwise be refused before the object is looked up."""
 
 
 def _chat(model: str) -> Request:
@@ -138,43 +139,43 @@ def _chat(model: str) -> Request:
 REFERENCES: dict[str, tuple[Callable[[Tenant], str], Callable[[Tenant, str], Request]]] = {
     "DatasetRef.id": (
         lambda owner: owner.dataset,
-        lambda _, named: {"url": "/jobs", "json": spec_of(named)},
+        lambda _, id_: {"url": "/jobs", "json": spec_of(id_)},
     ),
     "Validation.dataset_id": (
         lambda owner: owner.dataset,
-        lambda asker, named: {"url": "/jobs", "json": spec_of(asker.dataset, validation={"dataset_id": named})},
+        lambda sender, id_: {"url": "/jobs", "json": spec_of(sender.dataset, validation={"dataset_id": id_})},
     ),
     "CreateFineTuningJob.training_file": (
         lambda owner: owner.file,
-        lambda _, named: {"url": "/v1/fine_tuning/jobs", "json": {"model": "tiny", "training_file": named}},
+        lambda _, id_: {"url": "/v1/fine_tuning/jobs", "json": {"model": "tiny", "training_file": id_}},
     ),
     "CreateFineTuningJob.validation_file": (
         lambda owner: owner.file,
-        lambda asker, named: {
+        lambda sender, id_: {
             "url": "/v1/fine_tuning/jobs",
-            "json": {"model": "tiny", "training_file": asker.file, "validation_file": named},
+            "json": {"model": "tiny", "training_file": sender.file, "validation_file": id_},
         },
     ),
     "CreateFineTuningJob.model": (
         lambda owner: owner.model,
-        lambda asker, named: {
-            "url": "/v1/fine_tuning/jobs", "json": {"model": named, "training_file": asker.file}
+        lambda sender, id_: {
+            "url": "/v1/fine_tuning/jobs", "json": {"model": id_, "training_file": sender.file}
         },
     ),
     "CompleteUpload.part_ids": (
         lambda owner: owner.part,
-        lambda asker, named: {"url": f"/v1/uploads/{asker.upload}/complete", "json": {"part_ids": [named]}},
+        lambda sender, id_: {"url": f"/v1/uploads/{sender.upload}/complete", "json": {"part_ids": [id_]}},
     ),
-    "CreateChatCompletion.model": (lambda owner: owner.model, lambda _, named: _chat(named)),
+    "CreateChatCompletion.model": (lambda owner: owner.model, lambda _, id_: _chat(id_)),
     "CreateCompletion.model": (
         lambda owner: owner.model,
-        lambda _, named: {"url": "/v1/completions", "json": {"model": named, "prompt": "Hi"}},
+        lambda _, id_: {"url": "/v1/completions", "json": {"model": id_, "prompt": "Hi"}},
     ),
 }  # fmt: skip
-"""What a body names, by its schema and field: something of the kind, and the request that names it."""
+"""By schema and field of a body: the id of an object of its owner, and a request of a sender that references the id."""
 
 SHARED = {"JobRequest.base_model", "PlanRequest.base_model"}
-"""Fields that look like references, and name what belongs to no project."""
+"""Fields that look like references, but name objects that belong to no project."""
 
 
 @pytest.fixture(scope="module")
@@ -186,27 +187,27 @@ def api(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture(scope="module")
-def mine(api: RunningApi) -> Iterator[Tenant]:
-    tenant = Tenant(api, "mine")
+def team_a(api: RunningApi) -> Iterator[Tenant]:
+    tenant = Tenant(api, "team-a")
     yield tenant
     tenant.http.close()
 
 
 @pytest.fixture(scope="module")
-def theirs(api: RunningApi) -> Iterator[Tenant]:
-    tenant = Tenant(api, "theirs")
+def team_b(api: RunningApi) -> Iterator[Tenant]:
+    tenant = Tenant(api, "team-b")
     yield tenant
     tenant.http.close()
 
 
 @pytest.fixture(scope="module")
-def document(mine: Tenant) -> dict[str, Any]:
-    found: dict[str, Any] = mine.http.get("/openapi.json").json()
-    return found
+def document(team_a: Tenant) -> dict[str, Any]:
+    openapi: dict[str, Any] = team_a.http.get("/openapi.json").json()
+    return openapi
 
 
 def operations(document: dict[str, Any], *methods: str) -> Iterator[tuple[str, str]]:
-    """Method and path of every guarded operation that names something in its path, in the order of these methods."""
+    """Method and path of every operation with a path parameter, in the order of these methods."""
     for method in methods:
         for path, described in document["paths"].items():
             if method in described and "{" in path:
@@ -214,92 +215,93 @@ def operations(document: dict[str, Any], *methods: str) -> Iterator[tuple[str, s
 
 
 def request_to(document: dict[str, Any], method: str, path: str, ids: dict[str, str]) -> Request:
-    """The request with these ids in its path, and with whatever else it cannot do without."""
-    named = {name: ids.get(name) or OWNERLESS[name] for name in re.findall(r"\{(\w+)\}", path)}
+    """The request with these ids in its path, and with its required query parameters and body."""
+    path_values = {name: ids.get(name) or OWNERLESS[name] for name in re.findall(r"\{(\w+)\}", path)}
     parameters = document["paths"][path][method].get("parameters", [])
-    wanted = [each["name"] for each in parameters if each["in"] == "query" and each.get("required")]
+    required = [each["name"] for each in parameters if each["in"] == "query" and each.get("required")]
     body = BODIES.get(path, {}) if method == "post" else {}
-    return {"url": path.format(**named), "params": {name: QUERY[name] for name in wanted}, **body}
+    return {"url": path.format(**path_values), "params": {name: QUERY[name] for name in required}, **body}
 
 
-def missing(id_: str) -> str:
-    """An id of the same kind that nothing has."""
-    assert OWN_PART.search(id_), id_
-    return OWN_PART.sub(22 * "0", id_)
+def nonexistent(id_: str) -> str:
+    """An id of the same kind without an object."""
+    assert UNIQUE_PART.search(id_), id_
+    return UNIQUE_PART.sub(22 * "0", id_)
 
 
-def refusal(response: httpx2.Response, *asked: str) -> tuple[int, str]:
-    """Status and body, without what tells the ids that were asked for from others."""
+def anonymized(response: httpx2.Response, *ids: str) -> tuple[int, str]:
+    """Status and body, with the unique part of these ids replaced."""
     text = response.text
-    for id_ in asked:
-        text = text.replace(OWN_PART.findall(id_)[0], "…")
+    for id_ in ids:
+        text = text.replace(UNIQUE_PART.findall(id_)[0], "…")
     return response.status_code, text
 
 
-def test_what_another_project_has_is_answered_as_if_it_were_not_there(
-    document: dict[str, Any], mine: Tenant, theirs: Tenant
+def test_objects_of_another_project_are_answered_as_nonexistent(
+    document: dict[str, Any], team_a: Tenant, team_b: Tenant
 ) -> None:
     checked = set()
     for method, path in operations(document, "get", "head", "post", "put", "patch", "delete"):
         kinds = [name for name in re.findall(r"\{(\w+)\}", path) if name not in OWNERLESS]
-        assert kinds, f"{path} names nothing that has an owner"
-        assert set(kinds) <= OWNED.keys(), f"{path}: OWNED has no rule for what it names"
-        assert_is_not_there(document, mine, method, path, {kind: OWNED[kind](theirs) for kind in kinds})
+        assert kinds, f"{path} has no parameter that is an id of an owned object"
+        assert set(kinds) <= OWNED.keys(), f"{path}: OWNED lacks one of its parameters"
+        assert_answered_as_nonexistent(document, team_a, method, path, {kind: OWNED[kind](team_b) for kind in kinds})
         checked.add((method, path))
     assert len(checked) > 30
 
 
-def test_results_of_another_projects_job_are_not_there_either(
-    document: dict[str, Any], mine: Tenant, theirs: Tenant
+def test_result_files_of_another_projects_job_are_answered_as_nonexistent(
+    document: dict[str, Any], team_a: Tenant, team_b: Tenant
 ) -> None:
-    asked = [(method, path) for method, path in operations(document, "get", "delete") if "{file_id}" in path]
-    assert len(asked) >= 3
-    for method, path in asked:
-        assert_is_not_there(document, mine, method, path, {"file_id": theirs.results})
-    assert theirs.http.get(f"/v1/files/{theirs.results}").status_code == 200
+    routes = [(method, path) for method, path in operations(document, "get", "delete") if "{file_id}" in path]
+    assert len(routes) >= 3
+    for method, path in routes:
+        assert_answered_as_nonexistent(document, team_a, method, path, {"file_id": team_b.results})
+    assert team_b.http.get(f"/v1/files/{team_b.results}").status_code == 200
 
 
-def assert_is_not_there(
-    document: dict[str, Any], asker: Tenant, method: str, path: str, foreign: dict[str, str]
+def assert_answered_as_nonexistent(
+    document: dict[str, Any], sender: Tenant, method: str, path: str, foreign: dict[str, str]
 ) -> None:
-    """The answer to a request that names these ids is the one to ids that nothing has."""
-    absent = {kind: missing(id_) for kind, id_ in foreign.items()}
-    answered = asker.http.request(method, **request_to(document, method, path, foreign))
-    expected = asker.http.request(method, **request_to(document, method, path, absent))
-    assert answered.status_code == 404, (method, path, answered.text)
-    assert refusal(answered, *foreign.values()) == refusal(expected, *absent.values()), (method, path)
-    assert dict(answered.headers).keys() == dict(expected.headers).keys()
+    """Asserts that the response to a request with these ids equals the response to ids without an object."""
+    absent = {kind: nonexistent(id_) for kind, id_ in foreign.items()}
+    response = sender.http.request(method, **request_to(document, method, path, foreign))
+    expected = sender.http.request(method, **request_to(document, method, path, absent))
+    assert response.status_code == 404, (method, path, response.text)
+    assert anonymized(response, *foreign.values()) == anonymized(expected, *absent.values()), (method, path)
+    assert dict(response.headers).keys() == dict(expected.headers).keys()
 
 
-def test_owner_finds_all_of_it(api: RunningApi, document: dict[str, Any]) -> None:
-    """Otherwise the test above would be of requests that nobody may send. What is deleted comes last."""
+def test_owner_has_access_to_its_objects(api: RunningApi, document: dict[str, Any]) -> None:
+    """Shows that the tests above send valid requests. Deletions come last."""
     owner = Tenant(api, "owner")
     for method, path in operations(document, "get", "head", "post", "put", "patch", "delete"):
         owned = {name: OWNED[name](owner) for name in re.findall(r"\{(\w+)\}", path) if name in OWNED}
-        answered = owner.http.request(method, **request_to(document, method, path, owned))
-        assert answered.status_code not in (401, 403, 404, 405, 422), (method, path, answered.text)
+        response = owner.http.request(method, **request_to(document, method, path, owned))
+        assert response.status_code not in (401, 403, 404, 405, 422), (method, path, response.text)
     owner.http.close()
 
 
-def test_body_that_names_what_another_project_has_is_answered_as_if_it_were_not_there(
-    document: dict[str, Any], mine: Tenant, theirs: Tenant
+def test_references_to_objects_of_another_project_are_answered_as_nonexistent(
+    document: dict[str, Any], team_a: Tenant, team_b: Tenant
 ) -> None:
-    named = set(references(document)) - SHARED
-    assert named == REFERENCES.keys()
-    for field, (of_owner, request) in REFERENCES.items():
-        foreign = of_owner(theirs)
-        absent = missing(foreign)
-        answered = mine.http.post(**request(mine, foreign))
-        expected = mine.http.post(**request(mine, absent))
-        assert answered.is_client_error, (field, answered.text)
-        assert refusal(answered, foreign) == refusal(expected, absent), field
-        own = of_owner(mine)
-        with suppress(httpx2.ReadTimeout):  # it is being answered, and not refused
-            assert refusal(mine.http.post(**request(mine, own), timeout=1), own) != refusal(answered, foreign), field
+    fields = set(references(document)) - SHARED
+    assert fields == REFERENCES.keys()
+    for field, (id_of, request_with) in REFERENCES.items():
+        foreign = id_of(team_b)
+        absent = nonexistent(foreign)
+        response = team_a.http.post(**request_with(team_a, foreign))
+        expected = team_a.http.post(**request_with(team_a, absent))
+        assert response.is_client_error, (field, response.text)
+        assert anonymized(response, foreign) == anonymized(expected, absent), field
+        own = id_of(team_a)
+        with suppress(httpx2.ReadTimeout):  # the request was accepted, and waits for a slot
+            accepted = team_a.http.post(**request_with(team_a, own), timeout=1)
+            assert anonymized(accepted, own) != anonymized(response, foreign), field
 
 
 def references(document: dict[str, Any]) -> Iterator[str]:
-    """Schema and field of whatever a request's body can name."""
+    """Schema and field of every reference in the body of a request."""
     schemas, seen = document["components"]["schemas"], set()
 
     def walk(part: Any) -> Iterator[str]:
@@ -323,23 +325,23 @@ def references(document: dict[str, Any]) -> Iterator[str]:
             yield from walk(operation.get("requestBody"))
 
 
-def test_lists_show_nothing_of_another_project(document: dict[str, Any], mine: Tenant, theirs: Tenant) -> None:
-    foreign = {kind: rule(theirs) for kind, rule in OWNED.items()} | {"finished job": theirs.finished_job}
+def test_lists_contain_no_objects_of_another_project(document: dict[str, Any], team_a: Tenant, team_b: Tenant) -> None:
+    foreign = {kind: id_of(team_b) for kind, id_of in OWNED.items()} | {"finished job": team_b.finished_job}
     listing = [path for path, described in document["paths"].items() if "{" not in path and "get" in described]
     assert len(listing) > 8
     seen = set()
     for path in set(listing) - OPEN:
-        own, others = listed(theirs, path), listed(mine, path)
-        seen |= {kind for kind, id_ in foreign.items() if id_ in own}
-        # Ids of one thing differ between the wires, but for their own part.
-        assert not [kind for kind, id_ in foreign.items() if OWN_PART.findall(id_)[0] in others], path
-        assert "theirs" not in others, path
-    # Uploads under way are in no list.
+        list_of_owner, list_of_other = listed(team_b, path), listed(team_a, path)
+        seen |= {kind for kind, id_ in foreign.items() if id_ in list_of_owner}
+        # The service's own API and OpenAI's give an object different ids with the same unique part.
+        assert not [kind for kind, id_ in foreign.items() if UNIQUE_PART.findall(id_)[0] in list_of_other], path
+        assert "team-b" not in list_of_other, path
+    # Incomplete uploads are in no list.
     assert seen == foreign.keys() - {"upload_id"}
 
 
 def listed(tenant: Tenant, path: str) -> str:
-    """All that the route tells, or the beginning of what it goes on telling."""
+    """The body of the response; of the event stream, the events until one second passes without one."""
     if path != "/events":
         return tenant.http.get(path).text
     lines: list[str] = []
@@ -350,17 +352,17 @@ def listed(tenant: Tenant, path: str) -> str:
     return "\n".join(lines)
 
 
-def test_projects_choose_their_idempotency_keys_freely(mine: Tenant, theirs: Tenant) -> None:
-    for tenant, rows in ((mine, b'{"text": "mine"}\n'), (theirs, b'{"text": "theirs"}\n')):
+def test_projects_can_use_the_same_idempotency_key(team_a: Tenant, team_b: Tenant) -> None:
+    for tenant, rows in ((team_a, b'{"text": "a"}\n'), (team_b, b'{"text": "b"}\n')):
         response = tenant.http.post("/datasets", content=rows, headers={"Idempotency-Key": "same"})
         assert response.status_code == 201, response.text
         assert "Idempotent-Replayed" not in response.headers
         assert tenant.http.get(f"/datasets/{response.json()['id']}").status_code == 200
 
 
-def test_same_rows_are_a_dataset_of_each_project(mine: Tenant, theirs: Tenant) -> None:
-    ids = [tenant.made("/datasets", content=b'{"text": "same"}\n') for tenant in (mine, theirs)]
+def test_same_rows_are_a_separate_dataset_in_each_project(team_a: Tenant, team_b: Tenant) -> None:
+    ids = [tenant.create("/datasets", content=b'{"text": "same"}\n') for tenant in (team_a, team_b)]
     assert ids[0] != ids[1]
-    assert theirs.http.delete(f"/datasets/{ids[1]}").status_code == 200
-    # Of the bytes that both have, one project's deletion takes nothing from the other.
-    assert mine.http.get(f"/datasets/{ids[0]}/preview?base_model=tiny").status_code == 200
+    assert team_b.http.delete(f"/datasets/{ids[1]}").status_code == 200
+    # The projects share the stored bytes; a deletion by one project keeps the dataset of the other.
+    assert team_a.http.get(f"/datasets/{ids[0]}/preview?base_model=tiny").status_code == 200

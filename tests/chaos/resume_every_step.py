@@ -109,7 +109,7 @@ def serve(data_dir: Path, kills: dict[str, int]) -> None:
 def _attempt(claim: Claim, kill_after: int, settings: Settings, lifeline: socket.socket) -> None:
     """The forked process: a trainer that kills itself after step `kill_after`; 0 for never. Does not return."""
     from qlora_service.training.loop import StepMetrics
-    from workers.supervisor_channel import SupervisorLine
+    from workers.supervisor_channel import SupervisorChannel
     from workers.trainer import trainer
     from workers.trainer.reporter import JobReporter
 
@@ -122,9 +122,9 @@ def _attempt(claim: Claim, kill_after: int, settings: Settings, lifeline: socket
     code = 1
     try:
         setattr(trainer, "JobReporter", Mortal)  # noqa: B010 - a name that the trainer does not export
-        line = SupervisorLine(lifeline)
-        line.start()
-        trainer.Trainer("cpu", settings, line).run(claim)
+        channel = SupervisorChannel(lifeline)
+        channel.start()
+        trainer.Trainer("cpu", settings, channel).run(claim)
         code = 0
     finally:
         os._exit(code)

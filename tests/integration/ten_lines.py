@@ -1,4 +1,4 @@
-"""What a user writes to check a downloaded adapter: transformers, peft and bitsandbytes only, none of our code."""
+"""A user's check of a downloaded adapter, with transformers, peft and bitsandbytes only, without qlora_service."""
 
 import json
 import sys
@@ -14,7 +14,8 @@ nf4 = BitsAndBytesConfig(
 )
 base = AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=nf4, dtype=dtype)
 model = PeftModel.from_pretrained(base, adapter_dir).eval()
-for fast in (False, has_avx512bf16()):  # bitsandbytes' faster, slightly different CPU kernel: without, then with it
+# Without, then with the faster CPU kernel of bitsandbytes, whose results differ slightly.
+for fast in (False, has_avx512bf16()):
     for module in base.modules():
         module.support_avx512bf16_for_cpu = fast
     loss, tokens = 0.0, 0

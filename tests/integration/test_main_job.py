@@ -1,4 +1,4 @@
-"""The main job as a user runs it: `qlora serve`, HTTP, a real model, files that load without us."""
+"""The main job end to end: `qlora serve`, HTTP, a real model, and adapter files that load without qlora_service."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def smollm2() -> BaseModel:
 
 @pytest.fixture(scope="module")
 def service(smollm2: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A client of a running `qlora serve`, which has to stop cleanly at the end."""
+    """A client of a running `qlora serve`, which must exit with code 0 at the end."""
     data_dir = tmp_path_factory.mktemp("service") / "data"
     Catalog(data_dir / "models").import_model(MODEL, smollm2.path)
     port = pick_port("127.0.0.1")
@@ -69,7 +69,7 @@ def service(smollm2: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def trained(service: Client, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A finished job on SmolLM2 and its downloaded adapter."""
+    """The id of a succeeded job on SmolLM2, and the directory of its downloaded adapter."""
     directory = tmp_path_factory.mktemp("adapter")
     rows = directory / "orders.jsonl"
     write_demo_dataset(rows, 60)
@@ -80,7 +80,7 @@ def trained(service: Client, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return job.id, directory / "adapter"
 
 
-def test_the_loss_falls_and_the_certificate_holds(service: Client, trained: tuple[str, Path]) -> None:
+def test_held_out_loss_falls_and_the_certificate_agrees(service: Client, trained: tuple[str, Path]) -> None:
     job_id, _ = trained
     job = service.get(job_id)
     assert job.result is not None
@@ -97,7 +97,7 @@ def test_events_replay_the_whole_job(service: Client, trained: tuple[str, Path])
     assert [event.data["step"] for event in events if event.type == "evaluation"] == [0, 4, 8]
 
 
-def test_ten_lines_of_transformers_give_the_certificates_loss(
+def test_ten_lines_of_transformers_give_the_loss_of_the_certificate(
     smollm2: BaseModel, service: Client, trained: tuple[str, Path]
 ) -> None:
     job_id, adapter = trained
@@ -105,19 +105,19 @@ def test_ten_lines_of_transformers_give_the_certificates_loss(
     script = Path(__file__).with_name("ten_lines.py")
     arguments = [str(smollm2.path), str(adapter), manifest["plan"]["compute_dtype"]]
     result = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=True)
-    guarded, plain = map(float, result.stdout.split())
+    without_fast_kernel, with_default_kernel = map(float, result.stdout.split())
     certified = service.get(job_id).result
     assert certified is not None
-    assert guarded == pytest.approx(certified["certificate"]["held_out_loss"], abs=1e-3)
-    assert plain == pytest.approx(certified["certificate"]["held_out_loss"], abs=5e-3)
+    assert without_fast_kernel == pytest.approx(certified["certificate"]["held_out_loss"], abs=1e-3)
+    assert with_default_kernel == pytest.approx(certified["certificate"]["held_out_loss"], abs=5e-3)
 
 
-def test_the_adapter_names_its_base_by_name(trained: tuple[str, Path]) -> None:
+def test_adapter_config_has_the_name_of_the_base(trained: tuple[str, Path]) -> None:
     config = json.loads((trained[1] / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == MODEL
 
 
-def test_a_job_that_cannot_run_is_refused_and_the_service_goes_on(service: Client) -> None:
+def test_job_on_an_unknown_base_is_refused_and_not_stored(service: Client) -> None:
     before = [job.id for job in service.jobs()]
     with pytest.raises(ServiceError) as refused:
         service.submit({"base_model": "SmolLM2-135M", "dataset": {"rows": [{"text": "hello"}]}})

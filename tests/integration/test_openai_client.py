@@ -1,4 +1,4 @@
-"""The unmodified `openai` package against `qlora serve`: what a script does that was written for the hosted API."""
+"""The unmodified `openai` package against `qlora serve`: the calls of a script for the hosted API."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS = [
 ]
 SETTINGS = {"adapter": {"r": 4}, "training": {"max_seq_len_tokens": 64}, "evaluation": {"every_steps": 150}}
 EPOCHS, STEPS = 30, 300
-"""So many that the job runs on while somebody asks for its pause"""
+"""Enough steps that the job is still running when the test pauses it"""
 
 
 def jsonl(rows: list[dict[str, Any]]) -> bytes:
@@ -40,7 +40,7 @@ def jsonl(rows: list[dict[str, Any]]) -> bytes:
 
 @pytest.fixture(scope="module")
 def client(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    """A client with a key of a running `qlora serve`."""
+    """A client of a running `qlora serve`, with a key."""
     data_dir = tmp_path_factory.mktemp("openai") / "data"
     Catalog(data_dir / "models").import_model("tiny", tiny_model)
     access = open_access(f"sqlite:///{data_dir / 'state.db'}")
@@ -57,8 +57,8 @@ def client(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     drain = threading.Thread(target=process.stdout.read)
     drain.start()
     try:
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key) as connected:
-            yield connected
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key) as openai_client:
+            yield openai_client
     finally:
         process.terminate()
         process.wait(60)
@@ -66,7 +66,7 @@ def client(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         process.stdout.close()
 
 
-def until(client: openai.OpenAI, job_id: str, status: str, limit_s: float = 120.0) -> FineTuningJob:
+def wait_for_status(client: openai.OpenAI, job_id: str, status: str, limit_s: float = 120.0) -> FineTuningJob:
     """The job once it has this status."""
     deadline = time.monotonic() + limit_s
     while (job := client.fine_tuning.jobs.retrieve(job_id)).status != status:
@@ -80,14 +80,14 @@ def until(client: openai.OpenAI, job_id: str, status: str, limit_s: float = 120.
 def files(client: openai.OpenAI) -> tuple[str, str]:
     """The ids of a training and a validation file."""
     train = client.files.create(purpose="fine-tune", file=("train.jsonl", jsonl(ROWS[:40])))
-    judge = client.files.create(purpose="fine-tune", file=("judge.jsonl", jsonl(ROWS[40:])))
-    assert (train.status, client.files.wait_for_processing(judge.id).status) == ("processed", "processed")
-    return train.id, judge.id
+    validation = client.files.create(purpose="fine-tune", file=("validation.jsonl", jsonl(ROWS[40:])))
+    assert (train.status, client.files.wait_for_processing(validation.id).status) == ("processed", "processed")
+    return train.id, validation.id
 
 
 @pytest.fixture(scope="module")
 def trained(client: openai.OpenAI, files: tuple[str, str]) -> FineTuningJob:
-    """A job that was paused while it ran, resumed, and has succeeded."""
+    """A job that was paused while running, was resumed, and has succeeded."""
     job = client.fine_tuning.jobs.create(
         model="tiny",
         training_file=files[0],
@@ -103,13 +103,15 @@ def trained(client: openai.OpenAI, files: tuple[str, str]) -> FineTuningJob:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     client.fine_tuning.jobs.pause(job.id)
-    paused = until(client, job.id, "paused")
+    paused = wait_for_status(client, job.id, "paused")
     assert 0 < paused.model_extra["qlora"]["checkpoint_step"] < STEPS  # type: ignore[index]
     assert client.fine_tuning.jobs.resume(job.id).status == "queued"
-    return until(client, job.id, "succeeded")
+    return wait_for_status(client, job.id, "succeeded")
 
 
-def test_job_reports_what_it_was(client: openai.OpenAI, trained: FineTuningJob, files: tuple[str, str]) -> None:
+def test_job_reports_its_settings_and_result(
+    client: openai.OpenAI, trained: FineTuningJob, files: tuple[str, str]
+) -> None:
     assert (trained.training_file, trained.validation_file) == files
     assert trained.fine_tuned_model == f"ft:tiny:local:my-numbers:{trained.id.removeprefix('job_')}"
     assert trained.hyperparameters.to_dict().items() >= {"n_epochs": EPOCHS, "learning_rate_multiplier": 1.0}.items()
@@ -153,7 +155,7 @@ def test_result_file_holds_the_metrics(client: openai.OpenAI, trained: FineTunin
     assert last < first
 
 
-def test_lists_end_and_filters_hold(client: openai.OpenAI, trained: FineTuningJob, files: tuple[str, str]) -> None:
+def test_lists_end_and_filters_apply(client: openai.OpenAI, trained: FineTuningJob, files: tuple[str, str]) -> None:
     listed = [file.id for file in islice(client.files.list(limit=1), 10)]
     assert listed == [*trained.result_files, *reversed(files)]
     assert [job.id for job in client.fine_tuning.jobs.list(limit=1, metadata={"team": "a"})] == [trained.id]
@@ -172,10 +174,10 @@ def test_upload_in_parts_is_a_file(client: openai.OpenAI) -> None:
     assert client.files.delete(upload.file.id).deleted
 
 
-def test_errors_are_the_clients_own(client: openai.OpenAI, files: tuple[str, str]) -> None:
-    with pytest.raises(openai.BadRequestError) as bad:
+def test_errors_are_errors_of_the_openai_client(client: openai.OpenAI, files: tuple[str, str]) -> None:
+    with pytest.raises(openai.BadRequestError) as unsupported:
         client.fine_tuning.jobs.create(model="tiny", training_file=files[0], method={"type": "reinforcement"})
-    assert (bad.value.code, bad.value.param, bad.value.type) == (
+    assert (unsupported.value.code, unsupported.value.param, unsupported.value.type) == (
         "unsupported_method",
         "method",
         "invalid_request_error",
@@ -184,21 +186,21 @@ def test_errors_are_the_clients_own(client: openai.OpenAI, files: tuple[str, str
         client.files.create(purpose="fine-tune", file=("bad.jsonl", b'{"x": 1}\n'))
     assert (unusable.value.code, unusable.value.param) == ("invalid_dataset", "file")
     assert unusable.value.body["findings"][0]["line"] == 1  # type: ignore[index]
-    with pytest.raises(openai.NotFoundError) as missing:
+    with pytest.raises(openai.NotFoundError) as not_found:
         client.fine_tuning.jobs.retrieve("ftjob-none")
-    assert (missing.value.code, missing.value.request_id is not None) == ("not_found", True)
-    with pytest.raises(openai.AuthenticationError) as stranger:
+    assert (not_found.value.code, not_found.value.request_id is not None) == ("not_found", True)
+    with pytest.raises(openai.AuthenticationError) as unauthenticated:
         client.with_options(api_key="qk_wrong").files.list()
-    assert stranger.value.code == "unauthenticated"
+    assert unauthenticated.value.code == "unauthenticated"
     with pytest.raises(openai.ConflictError):
         client.models.delete("tiny")
 
 
-class _Cutting(BaseHTTPRequestHandler):
-    """Passes requests on; of the first, the answer never arrives."""
+class _LosingFirstAnswer(BaseHTTPRequestHandler):
+    """Forwards requests, and drops the answer to the first one."""
 
     upstream = ("127.0.0.1", 0)
-    counts: list[str | None]
+    retry_counts: list[str | None]
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -208,9 +210,9 @@ class _Cutting(BaseHTTPRequestHandler):
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
-        self.counts.append(self.headers["x-stainless-retry-count"])
+        self.retry_counts.append(self.headers["x-stainless-retry-count"])
         self.close_connection = True
-        if len(self.counts) > 1:
+        if len(self.retry_counts) > 1:
             self.send_response(answer.status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
@@ -218,47 +220,49 @@ class _Cutting(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing to say."""
+        """Logs nothing."""
 
 
 @pytest.fixture
-def cut_off(client: openai.OpenAI) -> Iterator[tuple[openai.OpenAI, list[str | None]]]:
-    """The client behind a proxy that loses the first answer, and the retry counts that came through."""
-    counts: list[str | None] = []
+def client_with_lost_answer(client: openai.OpenAI) -> Iterator[tuple[openai.OpenAI, list[str | None]]]:
+    """The client behind a proxy that drops the first answer, and the retry counts of the forwarded requests."""
+    retry_counts: list[str | None] = []
     upstream = (client.base_url.host, client.base_url.port)
-    handler = type("Handler", (_Cutting,), {"upstream": upstream, "counts": counts})
+    handler = type("Handler", (_LosingFirstAnswer,), {"upstream": upstream, "retry_counts": retry_counts})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         serving = threading.Thread(target=server.serve_forever)
         serving.start()
-        yield client.with_options(base_url=f"http://127.0.0.1:{server.server_port}/v1"), counts
+        yield client.with_options(base_url=f"http://127.0.0.1:{server.server_port}/v1"), retry_counts
         server.shutdown()
         serving.join()
 
 
-def test_create_whose_answer_was_lost_is_one_job(
-    client: openai.OpenAI, cut_off: tuple[openai.OpenAI, list[str | None]], files: tuple[str, str]
+def test_create_with_a_lost_answer_is_one_job(
+    client: openai.OpenAI, client_with_lost_answer: tuple[openai.OpenAI, list[str | None]], files: tuple[str, str]
 ) -> None:
-    behind, counts = cut_off
+    retrying_client, retry_counts = client_with_lost_answer
 
-    def create(through: openai.OpenAI) -> str:
+    def create(with_client: openai.OpenAI) -> str:
         settings = {"qlora": SETTINGS | {"priority": -1}}
-        return through.fine_tuning.jobs.create(
+        return with_client.fine_tuning.jobs.create(
             model="tiny", training_file=files[0], metadata={"n": "lost"}, extra_body=settings
         ).id
 
-    def found() -> list[str]:
+    def job_ids() -> list[str]:
         return [job.id for job in client.fine_tuning.jobs.list(metadata={"n": "lost"})]
 
-    retried = create(behind)
-    assert counts == ["0", "1"]
-    assert found() == [retried]
-    meant = create(client)
-    assert found() == [meant, retried]
-    for job_id in (meant, retried):
+    retried = create(retrying_client)
+    assert retry_counts == ["0", "1"]
+    assert job_ids() == [retried]
+    second = create(client)
+    assert job_ids() == [second, retried]
+    for job_id in (second, retried):
         client.fine_tuning.jobs.cancel(job_id)
 
 
-def test_deleted_is_gone(client: openai.OpenAI, trained: FineTuningJob, files: tuple[str, str]) -> None:
+def test_deleted_models_and_files_are_not_found(
+    client: openai.OpenAI, trained: FineTuningJob, files: tuple[str, str]
+) -> None:
     assert trained.fine_tuned_model is not None
     assert client.models.delete(trained.fine_tuned_model).deleted
     with pytest.raises(openai.NotFoundError):
@@ -267,7 +271,7 @@ def test_deleted_is_gone(client: openai.OpenAI, trained: FineTuningJob, files: t
     with pytest.raises(openai.ConflictError, match=job.id):
         client.files.delete(files[0])
     client.fine_tuning.jobs.cancel(job.id)
-    until(client, job.id, "cancelled")
+    wait_for_status(client, job.id, "cancelled")
     assert client.files.delete(files[0]).deleted
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(files[0])

@@ -1,4 +1,4 @@
-"""One step that is timed, in this process."""
+"""A timed step, in this process."""
 
 from __future__ import annotations
 
@@ -38,40 +38,40 @@ def question(workspace: Workspace, **parts: Any) -> TimeQuestion:
     )
 
 
-def timed(workspace: Workspace, asked: TimeQuestion) -> dict[str, Any]:
-    request = json.loads(json.dumps(asked.probe_request()))  # as the database keeps it
+def timed(workspace: Workspace, time_question: TimeQuestion) -> dict[str, Any]:
+    request = json.loads(json.dumps(time_question.probe_request()))  # as stored in the database
     return timed_step(request, workspace.catalog, QuantizedCache(workspace.settings.cache_dir, 2**30), CPU)
 
 
 @pytest.mark.parametrize("objective", ["supervised", "dpo"])
-def test_step_is_timed_and_takes_the_memory_that_is_simulated(workspace: Workspace, objective: str) -> None:
+def test_timed_step_takes_the_simulated_memory(workspace: Workspace, objective: str) -> None:
     make_triangles()
-    asked = question(workspace, objective={"type": objective})
-    found = timed(workspace, asked)
-    step = largest_step(asked.spec, micro_batch_tokens=128, longest_tokens=48)
-    assert found["tokens_per_second"] == pytest.approx(step.tokens / found["seconds"])
-    assert found["evaluated_tokens_per_second"] > 0
-    assert 0 < found["loading_s"] < 60
+    time_question = question(workspace, objective={"type": objective})
+    result = timed(workspace, time_question)
+    step = largest_step(time_question.spec, micro_batch_tokens=128, longest_tokens=48)
+    assert result["tokens_per_second"] == pytest.approx(step.tokens / result["seconds"])
+    assert result["evaluated_tokens_per_second"] > 0
+    assert 0 < result["loading_s"] < 60
     simulated = simulated_memory(
         json.loads((workspace.catalog.get("tiny").path / "config.json").read_text()),
-        asked.spec,
+        time_question.spec,
         step,
         compute_dtype="float32",
         checkpointing=False,
         cuda=False,
     )
-    assert found["memory"]["allocated"] == pytest.approx(simulated.allocated, rel=0.02)
-    estimated = estimate_from_probe(WORK, found)
-    assert estimated.phases["training"] == pytest.approx(2000 / found["tokens_per_second"])
-    assert json.loads(json.dumps(found)) == found
+    assert result["memory"]["allocated"] == pytest.approx(simulated.allocated, rel=0.02)
+    estimated = estimate_from_probe(WORK, result)
+    assert estimated.phases["training"] == pytest.approx(2000 / result["tokens_per_second"])
+    assert json.loads(json.dumps(result)) == result
 
 
-def test_weights_that_have_changed_since_are_not_timed(workspace: Workspace) -> None:
+def test_changed_weights_are_refused(workspace: Workspace) -> None:
     with pytest.raises(InvalidModel, match="other weights"):
         timed(workspace, replace(question(workspace), base_weights_sha256="0" * 64))
 
 
-def test_key_is_of_what_is_timed_and_of_nothing_else(workspace: Workspace) -> None:
+def test_key_depends_on_what_affects_the_step_only(workspace: Workspace) -> None:
     plain = question(workspace)
     renamed = question(workspace, base_model="another name of the same weights", name="mine", metadata={"a": "b"})
     longer = question(workspace, training={"epochs": 9.0, "learning_rate": 1e-3})

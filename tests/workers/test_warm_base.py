@@ -1,4 +1,4 @@
-"""One job after the other in one process, on one base: nothing of a job is left for the next."""
+"""Consecutive jobs in one process on one base: no job affects the next one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 
 from qlora_service.errors import Interrupted
 from qlora_service.specs import Quantization
-from qlora_service.training.checkpoint.disk_reserve import DiskReserve
-from tests.workers.trainer.test_attempt import PAIRS, AttemptRecorder, attempt, published
+from qlora_service.training.checkpoint.disk_reserve import RESERVE_FILE, DiskReserve
+from tests.workers.trainer._attempts import PAIRS, AttemptRecorder, make_inputs, published_bytes
 from tests.workspace import Workspace, job_spec
 from workers.trainer.attempt import run_attempt
 from workers.trainer.context import AttemptContext, AttemptInputs
-from workers.trainer.process_reset import clean_slate, release_all
+from workers.trainer.process_reset import release_freed_memory, reset_process_state
 from workers.warm_base import BaseHolder, BaseRequest
 
 JOBS = 50
@@ -26,7 +26,7 @@ RSS_BOUND_BYTES = 8 * 2**20
 
 
 class Stopper(AttemptRecorder):
-    """Ends the attempt when a phase begins, or after its first step."""
+    """Interrupts the attempt at the start of a phase, or after its first step."""
 
     def __init__(self, at: str) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ class Stopper(AttemptRecorder):
 def run(
     workspace: Workspace, bases: BaseHolder, spec: dict[str, Any], reporter: AttemptRecorder | None = None
 ) -> tuple[dict[str, Any], str]:
-    """The job's result and its adapter's hash; run as the trainer runs it."""
-    return run_inputs(attempt(workspace, workspace.submit_spec(spec)), bases, reporter)
+    """The result and the adapter's SHA-256 of a job that runs as in the trainer."""
+    return run_inputs(make_inputs(workspace, workspace.submit_spec(spec)), bases, reporter)
 
 
 def run_inputs(
@@ -53,12 +53,12 @@ def run_inputs(
 ) -> tuple[dict[str, Any], str]:
     metrics_file = inputs.scratch / "metrics.jsonl"
     metrics_file.write_text("")
-    reserve = DiskReserve(inputs.checkpoint_dir / "ballast")
-    with clean_slate():
+    reserve = DiskReserve(inputs.checkpoint_dir / RESERVE_FILE)
+    with reset_process_state():
         result = run_attempt(
             AttemptContext(inputs, reporter or AttemptRecorder(), lambda: None, reserve, metrics_file, bases)
         )
-    return result, hashlib.sha256(published(inputs, "adapter_model.safetensors")).hexdigest()
+    return result, hashlib.sha256(published_bytes(inputs, "adapter_model.safetensors")).hexdigest()
 
 
 def spec(**parts: Any) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def spec(**parts: Any) -> dict[str, Any]:
     return job_spec(**training) | parts
 
 
-OTHERS: dict[str, dict[str, Any]] = {
+OTHER_JOBS: dict[str, dict[str, Any]] = {
     "the same": {},
     "dora, other seed, recomputation": {
         "adapter": {"r": 8, "use_dora": True},
@@ -87,77 +87,79 @@ OTHERS: dict[str, dict[str, Any]] = {
 def test_a_jobs_adapter_is_the_same_after_any_other_job(workspace: Workspace) -> None:
     bases = BaseHolder()
     first, cold = run(workspace, bases, spec())
-    assert (first["base"], bases.settle()) == ("quantized", True)
-    for name, parts in OTHERS.items():
+    assert (first["base"], bases.restore()) == ("quantized", True)
+    for name, parts in OTHER_JOBS.items():
         run(workspace, bases, spec(**parts))
-        assert bases.settle(), name
+        assert bases.restore(), name
         result, adapter = run(workspace, bases, spec())
         assert (result["base"], adapter) == ("warm", cold), name
         assert result["certificate"]["base_reused"]
-        assert bases.settle()
+        assert bases.restore()
 
 
-def test_a_job_that_was_stopped_leaves_the_base_as_it_was(workspace: Workspace) -> None:
+def test_an_interrupted_job_leaves_the_base_unchanged(workspace: Workspace) -> None:
     bases = BaseHolder()
     _, cold = run(workspace, bases, spec())
     for at in ("training", "step", "publishing", "certifying"):
-        assert bases.settle(), at
+        assert bases.restore(), at
         with pytest.raises(Interrupted):
             run(workspace, bases, spec(adapter={"r": 8}, training={"gradient_checkpointing": True}), Stopper(at))
-    assert bases.settle()
+    assert bases.restore()
     result, warm = run(workspace, bases, spec())
     assert (result["base"], warm) == ("warm", cold)
 
 
-def test_another_base_takes_the_place_of_the_one_that_is_loaded(workspace: Workspace) -> None:
+def test_another_base_replaces_the_loaded_one(workspace: Workspace) -> None:
     bases = BaseHolder()
     other = spec(quantization={"type": "none"})
     sources = []
-    for wanted in (spec(), other, other, spec()):
-        sources.append(run(workspace, bases, wanted)[0]["base"])
-        assert bases.settle()
+    for job in (spec(), other, other, spec()):
+        sources.append(run(workspace, bases, job)[0]["base"])
+        assert bases.restore()
     assert sources == ["quantized", "unquantized", "warm", "quantized"]
 
 
 @pytest.mark.parametrize("adapter", [{"r": 4, "trainable_token_indices": [3]}, {"r": 4, "init_lora_weights": "olora"}])
-def test_a_job_that_may_change_its_base_is_the_processes_last(workspace: Workspace, adapter: dict[str, Any]) -> None:
+def test_a_job_that_may_change_its_base_is_the_last_of_its_process(
+    workspace: Workspace, adapter: dict[str, Any]
+) -> None:
     bases = BaseHolder()
     run(workspace, bases, spec(adapter=adapter))
-    assert not bases.settle()
+    assert not bases.restore()
 
 
-def test_a_job_whose_optimizer_pages_is_the_processes_last(
+def test_a_job_whose_optimizer_pages_is_the_last_of_its_process(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU has nothing to page to: here it is only said that one did."""
+    """A CPU does not page, so the check for paged memory is replaced."""
     bases = BaseHolder()
     monkeypatch.setattr("workers.trainer.load.leaves_paged_memory", lambda *_: True)
     run(workspace, bases, spec())
-    assert not bases.settle()
+    assert not bases.restore()
 
 
-def test_a_changed_base_is_the_end_of_its_process(workspace: Workspace) -> None:
+def test_a_process_with_a_changed_base_runs_no_other_job(workspace: Workspace) -> None:
     bases = BaseHolder()
-    wanted = BaseRequest(workspace.catalog.get("tiny"), Quantization(), torch.bfloat16, torch.device("cpu"), None)
-    warm, _ = bases.get(wanted)
-    assert bases.settle()
+    request = BaseRequest(workspace.catalog.get("tiny"), Quantization(), torch.bfloat16, torch.device("cpu"), None)
+    warm, _ = bases.get(request)
+    assert bases.restore()
     with torch.no_grad():
         warm.model.get_input_embeddings().weight[7] += 1  # type: ignore[operator, index]
-    assert not bases.settle()
-    assert bases.get(wanted)[0] is warm
-    assert not bases.settle()
+    assert not bases.restore()
+    assert bases.get(request)[0] is warm
+    assert not bases.restore()
 
 
-def test_a_process_without_a_base_is_of_no_use_to_the_next_job() -> None:
-    assert not BaseHolder().settle()
+def test_a_process_without_a_base_runs_no_other_job() -> None:
+    assert not BaseHolder().restore()
 
 
-def test_what_a_job_sets_holds_for_itself_alone() -> None:
+def test_process_state_that_a_job_sets_is_undone() -> None:
     torch.manual_seed(5)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     drawn = []
     for _ in range(2):
-        with clean_slate():
+        with reset_process_state():
             drawn.append(torch.rand(1).item())
             torch.set_num_threads(threads + 1)
             torch.set_default_dtype(torch.float64)
@@ -167,7 +169,7 @@ def test_what_a_job_sets_holds_for_itself_alone() -> None:
     assert drawn[0] == drawn[1]
 
 
-MANY: list[dict[str, Any]] = [
+JOB_KINDS: list[dict[str, Any]] = [
     {"validation": {"max_rows": 1}},
     {"validation": {"max_rows": 1}, "adapter": {"r": 16, "use_dora": True}},
     {"validation": {"max_rows": 1}, "objective": {"type": "dpo"}, "dataset": {"rows": PAIRS}},
@@ -183,7 +185,7 @@ def live_tensor_bytes() -> int:
 
 @pytest.fixture
 def thaw() -> Iterator[None]:
-    """What a test freezes can be garbage after it; what the libraries keep is frozen again, as `conftest` has it."""
+    """Unfreezes the objects that a test froze, and freezes those of the libraries again, as in `conftest`."""
     yield
     gc.unfreeze()
     gc.collect()
@@ -191,22 +193,22 @@ def thaw() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("thaw")
-def test_memory_returns_to_the_level_after_the_load(workspace: Workspace) -> None:
+def test_memory_returns_to_the_level_after_loading(workspace: Workspace) -> None:
     bases, process = BaseHolder(), psutil.Process()
     levels, resident, threads = list[int](), list[int](), list[int]()
-    jobs = [workspace.submit_spec(spec(training={"max_steps": 1}, **parts)) for parts in MANY]
-    settled = len(MANY)  # each kind of job has run: tables that a library keeps for ever are there
+    jobs = [workspace.submit_spec(spec(training={"max_steps": 1}, **parts)) for parts in JOB_KINDS]
+    warmed_up = len(JOB_KINDS)  # every kind of job has run once, and the libraries have filled their caches
     for number in range(JOBS):
-        run_inputs(attempt(workspace, jobs[number % len(jobs)], token=number), bases)
-        assert bases.settle()
-        release_all()
+        run_inputs(make_inputs(workspace, jobs[number % len(jobs)], token=number), bases)
+        assert bases.restore()
+        release_freed_memory()
         levels.append(live_tensor_bytes())
         resident.append(process.memory_info().rss)
         threads.append(process.num_threads())
-        if number == settled:
-            gc.freeze()  # the libraries' objects, which would be most of every collection; and the base
-    assert levels[settled] > 0
-    assert set(levels[settled + 1 :]) == {0}  # nothing beside what there was before
-    assert max(resident[settled:]) - resident[1] < RSS_BOUND_BYTES
-    # Pools of the libraries grow as they are needed; a job that left a thread behind would be one more each time.
-    assert max(threads[settled:]) - threads[settled] < 4
+        if number == warmed_up:
+            gc.freeze()  # the base, and the libraries' objects, which would take most of each collection
+    assert levels[warmed_up] > 0
+    assert set(levels[warmed_up + 1 :]) == {0}  # no new tensors
+    assert max(resident[warmed_up:]) - resident[1] < RSS_BOUND_BYTES
+    # Thread pools of the libraries grow on demand; a leak would add one thread per job.
+    assert max(threads[warmed_up:]) - threads[warmed_up] < 4

@@ -1,1 +1,1 @@
-"""Chat answers from the base that a trainer has loaded."""
+"""Chat answers from the base model that a trainer has loaded."""

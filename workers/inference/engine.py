@@ -1,4 +1,4 @@
-"""One base on the device, adapters switched on it, text out of it: what answers chats with torch."""
+"""Text generation for chats: one base model on the device, and the adapters that are switched on it."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from qlora_service.specs import Quantization
 from qlora_service.training.device import choose_device, compute_dtype, is_out_of_memory, release_memory
 from workers.warm_base import BaseHolder, BaseRequest
 
-KEPT_ADAPTERS = 4
-"""Attached at a time; one of rank 16 on an 8B base has some 170 MB."""
+MAX_ATTACHED_ADAPTERS = 4
+"""An adapter of rank 16 on an 8B base takes about 170 MB."""
 CHAT_TEMPLATE = "chat_template.jinja"
 GREEDY_BELOW = 1e-4
-"""Logits divided by a smaller temperature may overflow."""
+"""Temperatures below this are treated as 0: logits divided by them may overflow."""
 
 
 @dataclass(frozen=True)
 class Attached:
-    """An adapter on the base."""
+    """An adapter that is attached to the base."""
 
     name: str
-    """What PEFT calls it"""
+    """PEFT's name of the adapter"""
     chat_template: str
 
 
 class Engine:
-    """Continues conversations and texts, one at a time; a context manager."""
+    """Continues conversations and plain texts, one at a time; a context manager."""
 
     def __init__(
         self,
@@ -62,8 +62,14 @@ class Engine:
         cache: QuantizedCache | None = None,
         needs_gpu: bool,
     ) -> None:
-        """Loads the base, unless `bases` has it. Raises: InvalidModel, JobFailed; Unavailable, without the memory."""
-        disable_progress_bar()  # a log is no terminal
+        """Loads the base, unless `bases` holds it.
+
+        Raises:
+            InvalidModel: transformers cannot load the base.
+            JobFailed: the slot's GPU cannot be used.
+            Unavailable: the device has too little memory.
+        """
+        disable_progress_bar()  # the log is not a terminal
         self._device = choose_device(needs_gpu)
         dtype = compute_dtype(quantization.compute_dtype, self._device)
         self._weights_sha256 = base.weights_sha256
@@ -73,9 +79,9 @@ class Engine:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise Unavailable(f"the device has not enough memory for {base.name}: use a smaller base model") from error
+            raise Unavailable(f"the device has too little memory for {base.name}: use a smaller base model") from error
         self._adapters = Adapters(warm.model)
-        self._positions = base.max_positions or sys.maxsize
+        self._max_positions = base.max_positions or sys.maxsize
         self._prompts = Prompts(base.path)
 
     def __enter__(self) -> Self:
@@ -87,36 +93,39 @@ class Engine:
         self._prompts.__exit__(kind, error, trace)
         self._adapters.clear()
 
-    def generate(self, request: GenerationRequest, show: Callable[[str], None]) -> Finished:
-        """How the answer ended, of which every piece of text went to `show`, which may raise to end it.
+    def generate(self, request: GenerationRequest, emit: Callable[[str], None]) -> Finished:
+        """The end of the answer, after `emit` has received its text piece by piece; `emit` may raise to end it.
 
-        `show` is called after every token, with "" where there is nothing to show yet.
+        `emit` is called after every token, with "" if the token completes no text.
 
         Raises:
-            ContextTooLong: with what was asked for, it is more than the base has positions for.
+            ContextTooLong: prompt and answer exceed the positions of the base.
             InvalidRequest, InvalidModel: the chat template refuses the conversation.
-            Unavailable: the device's memory does not do.
+            Unavailable: the device has too little memory.
         """
         try:
             attached = None if request.adapter is None else self._attach(request.adapter)
             prompt = self._prompt(request, attached)
-            limit = self._room(request, prompt, attached)
-            return self._continue(prompt, request.sampling, limit, attached, show)
+            max_new_tokens = self._max_new_tokens(request, prompt, attached)
+            return self._continue(prompt, request.sampling, max_new_tokens, attached, emit)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+        # Outside the except block: the error's traceback holds the tensors of the failed pass.
         release_memory(self._device)
-        raise Unavailable("the device has not enough memory for this: send a shorter conversation, or max_tokens")
+        raise Unavailable(
+            "the device has too little memory for this request: send a shorter conversation, or lower max_tokens"
+        )
 
-    def _attach(self, wanted: AdapterRef) -> Attached:
-        if (known := self._adapters.find(wanted)) is not None:
-            return known
-        key = job_key(wanted.job_id, wanted.attempt, MANIFEST)
+    def _attach(self, adapter: AdapterRef) -> Attached:
+        if (attached := self._adapters.find(adapter)) is not None:
+            return attached
+        key = job_key(adapter.job_id, adapter.attempt, MANIFEST)
         manifest = Manifest.model_validate_json(b"".join(self._artifacts.read(key)))
         if manifest.base_model["weights_sha256"] != self._weights_sha256:
             raise InvalidRequest(
-                f"job {wanted.job_id} was trained on other weights of {manifest.base_model['name']} than the catalog "
-                "has now: import those again, or train anew",
+                f"job {adapter.job_id} was trained on other weights of {manifest.base_model['name']} than the catalog "
+                "has now: import those weights again, or run the job again",
                 location="model",
             )
         files = tuple(file for file in manifest.files if file.name in (WEIGHTS, CONFIG, CHAT_TEMPLATE))
@@ -125,7 +134,7 @@ class Engine:
                 fetch_published(manifest.model_copy(update={"files": files}), self._artifacts, Path(directory))
             except JobFailed as error:
                 raise QLoRAError(error.message) from error
-            return self._adapters.attach(wanted, Path(directory))
+            return self._adapters.attach(adapter, Path(directory))
 
     def _prompt(self, request: GenerationRequest, attached: Attached | None) -> Prompt:
         if request.messages is None:
@@ -133,77 +142,82 @@ class Engine:
         template = None if attached is None else attached.chat_template
         return self._prompts.chat(request.messages, request.tools, template)
 
-    def _room(self, request: GenerationRequest, prompt: Prompt, attached: Attached | None) -> int:
-        """Tokens that the answer may have. Raises: ContextTooLong, InvalidRequest."""
-        tokens, wanted = len(prompt.ids), request.sampling.max_tokens
-        place = "prompt" if request.messages is None else "messages"
-        if not tokens:
+    def _max_new_tokens(self, request: GenerationRequest, prompt: Prompt, attached: Attached | None) -> int:
+        """The limit of the answer, in tokens. Raises: ContextTooLong, InvalidRequest."""
+        prompt_tokens, requested = len(prompt.ids), request.sampling.max_tokens
+        location = "prompt" if request.messages is None else "messages"
+        if not prompt_tokens:
             raise InvalidRequest(
-                "the prompt is empty, and this model has no token that texts begin with", location=place
+                "the prompt is empty, and this model has no beginning-of-sequence token", location=location
             )
-        left = self._positions - tokens - (0 if attached is None else self._adapters.virtual_tokens)
-        if left < (wanted or 1):
-            asked = f" and {wanted} of the answer" if wanted else ""
+        virtual_tokens = 0 if attached is None else self._adapters.virtual_tokens
+        available = self._max_positions - prompt_tokens - virtual_tokens
+        if available < (requested or 1):
+            answer = f" and max_tokens is {requested}" if requested else ""
             raise ContextTooLong(
-                f"this model has room for {self._positions} tokens; there are {tokens} of the prompt{asked}: shorten "
-                "it, or lower max_tokens",
-                location=place,
+                f"this model has room for {self._max_positions} tokens; the prompt has {prompt_tokens}{answer}: "
+                "shorten it, or lower max_tokens",
+                location=location,
             )
-        return wanted or left
+        return requested or available
 
     @torch.no_grad()
     def _continue(
-        self, prompt: Prompt, sampling: Sampling, limit: int, attached: Attached | None, show: Callable[[str], None]
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        max_new_tokens: int,
+        attached: Attached | None,
+        emit: Callable[[str], None],
     ) -> Finished:
-        watch = _Watch(TextStream(self._prompts.tokenizer, sampling.stop), show)
+        streamer = _Streamer(TextStream(self._prompts.tokenizer, sampling.stop), emit)
         ids = torch.tensor([prompt.ids], device=self._device)  # (1, tokens)
         if sampling.seed is None:
             torch.seed()
         else:
             torch.manual_seed(sampling.seed)
         with self._adapters.active(attached) as (model, base):
-            # generate() would fill what it is not told from the settings that came with the base.
-            base.generation_config = _generation_config(prompt, sampling, limit)
+            # generate() takes every value that is not set here from the generation config of the base.
+            base.generation_config = _generation_config(prompt, sampling, max_new_tokens)
             output = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=StoppingCriteriaList([watch])
+                input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=StoppingCriteriaList([streamer])
             )
         generated = output[0, len(prompt.ids) :].tolist()
-        show(watch.stream.end())
-        stopped = watch.stream.stopped or generated[-1] in prompt.stop_ids
+        emit(streamer.stream.end())
+        stopped = streamer.stream.stopped or generated[-1] in prompt.stop_ids
         return Finished(
             reason="stop" if stopped else "length", prompt_tokens=len(prompt.ids), completion_tokens=len(generated)
         )
 
 
 class Adapters:
-    """The base and what is attached to it. Of plain LoRA several stay attached; any other adapter is alone."""
+    """The base and the adapters attached to it: several plain LoRA adapters, or one of any other method."""
 
     def __init__(self, base: PreTrainedModel) -> None:
         base.eval()
         self._base = base
         self._model: PeftModel | None = None
         self._attached: dict[AdapterRef, Attached] = {}
-        """The least recently used first"""
+        """In order of use, the least recently used first"""
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions that the adapter in use takes."""
+        """Positions that the active adapter takes."""
         config = None if self._model is None else self._model.active_peft_config
         return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
 
-    def find(self, wanted: AdapterRef) -> Attached | None:
-        """The adapter, if it is attached: in use from now on."""
-        attached = self._attached.pop(wanted, None)
+    def find(self, adapter: AdapterRef) -> Attached | None:
+        """The adapter, now the active one; None if it is not attached."""
+        attached = self._attached.pop(adapter, None)
         if attached is not None:
             assert self._model is not None
-            self._attached[wanted] = attached
+            self._attached[adapter] = attached
             self._model.set_adapter(attached.name)
         return attached
 
-    def attach(self, wanted: AdapterRef, directory: Path) -> Attached:
-        """The adapter of these files, in use from now on."""
-        template = directory / CHAT_TEMPLATE
-        chat_template = template.read_text(encoding="utf-8")
+    def attach(self, adapter: AdapterRef, directory: Path) -> Attached:
+        """The adapter whose files are in `directory`, now the active one."""
+        chat_template = (directory / CHAT_TEMPLATE).read_text(encoding="utf-8")
         name = NAME
         if self._model is not None:
             configs = (self._model.active_peft_config, PeftConfig.from_pretrained(str(directory)))
@@ -212,20 +226,20 @@ class Adapters:
         if self._model is None:
             self._model = load_adapter(self._base, directory)
         else:
-            while len(self._attached) >= KEPT_ADAPTERS:
+            while len(self._attached) >= MAX_ATTACHED_ADAPTERS:
                 self._model.delete_adapter(self._attached.pop(next(iter(self._attached))).name)
-            name = f"{wanted.job_id}-{wanted.attempt}"
+            name = f"{adapter.job_id}-{adapter.attempt}"
             self._model.load_adapter(str(directory), adapter_name=name, local_files_only=True)
             self._model.set_adapter(name)
         self._model.eval()
-        self._attached[wanted] = Attached(name, chat_template)
-        return self._attached[wanted]
+        self._attached[adapter] = Attached(name, chat_template)
+        return self._attached[adapter]
 
     @contextmanager
     def active(self, attached: Attached | None) -> Iterator[tuple[Any, PreTrainedModel]]:
-        """What generates with the adapter, or without any; and the base itself."""
+        """The model that generates with the adapter, or with none; and the base."""
         with ExitStack() as stack:
-            # transformers gives them along; of a prompt method PEFT leaves them to the cache's length.
+            # transformers passes position ids; with a prompt method PEFT derives them from the cache's length.
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "Position ids are not supported for parameter efficient tuning")
             if attached is None and self._model is not None:
@@ -233,43 +247,43 @@ class Adapters:
             yield self._base if attached is None else self._model, self._base
 
     def clear(self) -> None:
-        """Take everything off the base."""
+        """Detaches every adapter from the base."""
         if self._model is None:
             return
         base = detach(self._model)
-        if hasattr(base, "peft_config"):  # left behind by some methods, and taken for an adapter by the next one
+        if hasattr(base, "peft_config"):  # some methods leave it behind; PEFT would treat it as an adapter
             del base.peft_config
         self._model = None
         self._attached.clear()
 
 
-def _is_plain_lora(config: Any) -> bool:
-    """Whether PEFT can hold several such adapters on one base: trained token rows are wrapped one at a time."""
-    return config.peft_type == PeftType.LORA and not config.trainable_token_indices
+class _Streamer(StoppingCriteria):
+    """Receives every generated token: emits its text, and stops generation at a stop string."""
 
-
-class _Watch(StoppingCriteria):
-    """Sees every token as it comes: shows its text, and stops at a stop string."""
-
-    def __init__(self, stream: TextStream, show: Callable[[str], None]) -> None:
+    def __init__(self, stream: TextStream, emit: Callable[[str], None]) -> None:
         self.stream = stream
-        self._show = show
+        self._emit = emit
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self._show(self.stream.add(int(input_ids[0, -1])))
+        self._emit(self.stream.add(int(input_ids[0, -1])))
         return torch.tensor([self.stream.stopped], device=input_ids.device)
 
 
-def _generation_config(prompt: Prompt, sampling: Sampling, limit: int) -> GenerationConfig:
-    stops = sorted(prompt.stop_ids)
-    greedy = sampling.temperature < GREEDY_BELOW or sampling.top_p == 0.0
-    chosen: dict[str, Any] = {"do_sample": False}
-    if not greedy:
-        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+def _generation_config(prompt: Prompt, sampling: Sampling, max_new_tokens: int) -> GenerationConfig:
+    stop_ids = sorted(prompt.stop_ids)
+    is_greedy = sampling.temperature < GREEDY_BELOW or sampling.top_p == 0.0
+    choice: dict[str, Any] = {"do_sample": False}
+    if not is_greedy:
+        choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     return GenerationConfig(
         use_cache=True,
-        eos_token_id=stops or None,
-        pad_token_id=stops[0] if stops else 0,
-        max_new_tokens=limit,
-        **chosen,
+        eos_token_id=stop_ids or None,
+        pad_token_id=stop_ids[0] if stop_ids else 0,
+        max_new_tokens=max_new_tokens,
+        **choice,
     )
+
+
+def _is_plain_lora(config: Any) -> bool:
+    """Whether PEFT can hold several such adapters on one base; it cannot with trained token rows."""
+    return config.peft_type == PeftType.LORA and not config.trainable_token_indices

@@ -1,7 +1,7 @@
-"""Chats at a socket, answered one at a time: the desk of a process that has a base loaded. No torch.
+"""Chat server of a process that has a base loaded: a Unix socket, a request queue, one answer at a time. No torch.
 
-Who comes waits in line, also while the base is being loaded; when somebody else needs the slot, what has begun is
-finished and everybody else is asked to come back.
+Requests are queued, also while the base is loading. When the slot is needed for other work, the current answer is
+finished and every other request is refused with `Leaving`, which makes the API send it again.
 """
 
 from __future__ import annotations
@@ -33,52 +33,53 @@ from qlora_service.chat.wire import (
 )
 from qlora_service.errors import QLoRAError, QuotaExceeded
 
-MAX_IN_LINE = 16
-RECEIPT_S = 10.0
-"""A request has arrived within this time: it comes from this machine."""
-SEND_S = 30.0
-"""Who takes nothing for so long is gone."""
+MAX_QUEUED = 16
+RECEIVE_TIMEOUT_S = 10.0
+"""Seconds for a whole request to arrive: clients are on this machine"""
+SEND_TIMEOUT_S = 30.0
+"""A client that accepts no bytes for this long counts as gone."""
 
-Show = Callable[[str], None]
+Emit = Callable[[str], None]
+"""Sends a piece of an answer. Raises: ClientGone"""
 log = structlog.get_logger()
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has closed its connection."""
 
 
-class Visitor:
-    """A connection with a request; lines to it may be sent by several threads."""
+class ChatConnection:
+    """A client's connection with its request; safe to send to from several threads."""
 
     def __init__(self, connection: socket.socket, request: GenerationRequest) -> None:
         self.request = request
-        self.begun = False
+        self.is_generating = False
         self.ended = threading.Event()
         self._connection = connection
-        self._sending = threading.Lock()
+        self._send_lock = threading.Lock()
 
     def send(self, line: Line) -> None:
         """Raises: ClientGone."""
         try:
-            with self._sending:
+            with self._send_lock:
                 self._connection.sendall(line.line())
         except OSError:
             raise ClientGone from None
 
-    def show(self, text: str) -> None:
-        """Send a piece of the answer, if it is one. Raises: ClientGone, also when there is nothing to send."""
+    def send_text(self, text: str) -> None:
+        """Sends a piece of the answer, unless it is empty. Raises: ClientGone, also for an empty piece."""
         if text:
             self.send(Answer(text=text))
-        elif self.has_left():
+        elif self.is_client_gone():
             raise ClientGone
 
-    def has_left(self) -> bool:
-        """Whether the other side has closed the connection; it sends nothing after its request."""
+    def is_client_gone(self) -> bool:
+        """Whether the client has closed the connection: it sends nothing after its request."""
         readable, _, _ = select.select([self._connection], [], [], 0)
         return bool(readable)
 
-    def dismiss(self, error: QLoRAError) -> None:
-        """Say why there is no answer, or no more of it, and end."""
+    def close_with_error(self, error: QLoRAError) -> None:
+        """Sends the error and closes the connection."""
         with contextlib.suppress(ClientGone):
             self.send(Answer(error=error.as_dict()))
         self.close()
@@ -88,138 +89,146 @@ class Visitor:
         self._connection.close()
 
 
-class Desk:
-    """Takes requests from the socket, lets them wait in line, and gives them out one by one."""
+class RequestQueue:
+    """Accepts connections at a listening socket and queues their requests."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
-        self._accepting = threading.Thread(target=self._accept, name="accept", daemon=True)
-        self._line: queue.Queue[Visitor | None] = queue.Queue(MAX_IN_LINE)
-        self._entering = threading.Lock()
-        self._leaving: QLoRAError | None = None
-        self._loading, self._busy, self._served = True, False, 0
-        self._sign_at = time.monotonic()
+        self._accept_thread = threading.Thread(target=self._accept, name="accept", daemon=True)
+        self._queue: queue.Queue[ChatConnection | None] = queue.Queue(MAX_QUEUED)
+        self._enqueue_lock = threading.Lock()
+        self._drain_error: QLoRAError | None = None
+        self._is_loading, self._is_busy, self._served = True, False, 0
+        self._progress_at = time.monotonic()
 
     def open(self) -> None:
-        """From now on connections are taken."""
-        self._accepting.start()
+        """Starts to accept connections."""
+        self._accept_thread.start()
 
     def close(self) -> None:
-        """Take no more connections: those that were made are told why, as it was said to `leave`."""
+        """Stops accepting; connections that were already made receive the error that `drain` was given."""
         self._listener.shutdown(socket.SHUT_RDWR)
-        self._accepting.join()
+        self._accept_thread.join()
         self._listener.close()
 
-    def loaded(self) -> None:
-        """Requests can be answered now."""
-        self._loading = False
-        self.progressed()
+    def finish_loading(self) -> None:
+        """Marks the base as loaded: requests can be answered from now on."""
+        self._is_loading = False
+        self.note_progress()
 
-    def progressed(self) -> None:
-        """A sign of progress."""
-        self._sign_at = time.monotonic()
+    def note_progress(self) -> None:
+        """Restarts the time without progress that the status reports."""
+        self._progress_at = time.monotonic()
 
-    def next(self) -> Visitor | None:
-        """Whose turn it is, waited for; None when it is time to leave."""
-        self._busy = False
-        self.progressed()
-        visitor = self._line.get()
-        if visitor is not None:
-            self._busy, self._served = True, self._served + 1
-            self.progressed()
-            visitor.begun = True
-        return visitor
+    def next(self) -> ChatConnection | None:
+        """The next connection to answer; blocks until there is one. None after `drain`."""
+        self._is_busy = False
+        self.note_progress()
+        connection = self._queue.get()
+        if connection is not None:
+            self._is_busy, self._served = True, self._served + 1
+            self.note_progress()
+            connection.is_generating = True
+        return connection
 
-    def leave(self, why: QLoRAError) -> None:
-        """Begin nothing more: who waits or comes is told `why`, what has begun is finished."""
-        with self._entering:
-            self._leaving = why
+    def drain(self, error: QLoRAError) -> None:
+        """Refuses queued and new requests with `error`, and ends `next`; the current answer is finished."""
+        with self._enqueue_lock:
+            self._drain_error = error
             while True:
                 try:
-                    waiting = self._line.get_nowait()
+                    queued = self._queue.get_nowait()
                 except queue.Empty:
                     break
-                if waiting is not None:
-                    waiting.dismiss(why)
-            self._line.put(None)
+                if queued is not None:
+                    queued.close_with_error(error)
+            self._queue.put(None)
 
-    def make_room(self) -> None:
-        """Somebody else needs the slot. What loads a base cannot be told so: it ends with the process."""
-        self.leave(Leaving("the process makes room: ask anew"))
-        if self._loading:
-            os._exit(0)
+    def yield_slot(self) -> None:
+        """Drains, because the slot is needed for other work; exits the process if the base is still loading."""
+        self.drain(Leaving("the worker is yielding the GPU: retry"))
+        if self._is_loading:
+            os._exit(0)  # loading a base cannot be interrupted
 
     def _accept(self) -> None:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # it was closed
+            except OSError:  # the listener is closed
                 return
-            threading.Thread(target=self._receive, args=(connection,), name="visitor", daemon=True).start()
+            threading.Thread(target=self._receive, args=(connection,), name="connection", daemon=True).start()
 
     def _receive(self, connection: socket.socket) -> None:
-        connection.settimeout(RECEIPT_S)
+        connection.settimeout(RECEIVE_TIMEOUT_S)
         try:
             with connection.makefile("rb") as incoming:
                 line = incoming.readline(MAX_LINE_BYTES)
-            connection.settimeout(SEND_S)
+            connection.settimeout(SEND_TIMEOUT_S)
             if line == STATUS:
                 connection.sendall(self._status().line())
                 connection.close()
                 return
-            visitor = Visitor(connection, GenerationRequest.model_validate_json(line))
+            chat = ChatConnection(connection, GenerationRequest.model_validate_json(line))
         except (OSError, ValidationError):
             connection.close()
             return
-        self._wait_in_line(visitor)
+        self._enqueue(chat)
 
     def _status(self) -> Status:
         return Status(
-            loading=self._loading,
-            busy=self._busy,
-            in_line=self._line.qsize(),
+            loading=self._is_loading,
+            busy=self._is_busy,
+            in_line=self._queue.qsize(),
             served=self._served,
-            quiet_s=time.monotonic() - self._sign_at,
+            quiet_s=time.monotonic() - self._progress_at,
         )
 
-    def _wait_in_line(self, visitor: Visitor) -> None:
-        with self._entering:
-            if self._leaving is not None:
-                visitor.dismiss(self._leaving)
+    def _enqueue(self, connection: ChatConnection) -> None:
+        """Queues the request, and reports what it waits for every second until its answer ends."""
+        with self._enqueue_lock:
+            if self._drain_error is not None:
+                connection.close_with_error(self._drain_error)
                 return
             try:
-                self._line.put_nowait(visitor)
+                self._queue.put_nowait(connection)
             except queue.Full:
-                busy = QuotaExceeded(f"{MAX_IN_LINE} chats wait already: send the request again in a moment")
-                visitor.dismiss(busy)
+                connection.close_with_error(
+                    QuotaExceeded(f"{MAX_QUEUED} chats wait already: send the request again in a moment")
+                )
                 return
         with contextlib.suppress(ClientGone):
-            while not visitor.ended.wait(BEAT_S):
-                visitor.send(Answer(waiting=self._place_of(visitor)))
+            while not connection.ended.wait(BEAT_S):
+                connection.send(Answer(waiting=self._place_of(connection)))
 
-    def _place_of(self, visitor: Visitor) -> Place:
-        if self._loading:
+    def _place_of(self, connection: ChatConnection) -> Place:
+        if self._is_loading:
             return "loading"
-        return "generating" if visitor.begun else "in line"
+        return "generating" if connection.is_generating else "in line"
 
 
-def serve(desk: Desk, generate: Callable[[GenerationRequest, Show], Finished]) -> None:
-    """Answer requests until it is time to leave; a defect ends the process, which it may have left in any state."""
-    while (visitor := desk.next()) is not None:
+def serve(requests: RequestQueue, generate: Callable[[GenerationRequest, Emit], Finished]) -> None:
+    """Answers requests until the queue is drained.
+
+    Raises an unexpected error of `generate` again: the model may be in an undefined state, so the process must end.
+    """
+    while (connection := requests.next()) is not None:
         try:
-            if not visitor.has_left():
-                visitor.send(Answer(finished=generate(visitor.request, partial(_show, desk, visitor))))
+            if not connection.is_client_gone():
+                finished = generate(connection.request, partial(_emit, requests, connection))
+                connection.send(Answer(finished=finished))
         except ClientGone:
             log.info("client_gone")
         except QLoRAError as error:
-            visitor.dismiss(error)
+            connection.close_with_error(error)
         except Exception:
-            visitor.dismiss(QLoRAError("the model failed at this; the log of the process that ran it has the details"))
+            connection.close_with_error(
+                QLoRAError("the model failed on this request; the log of its process has the details")
+            )
             raise
         finally:
-            visitor.close()
+            connection.close()
 
 
-def _show(desk: Desk, visitor: Visitor, text: str) -> None:
-    desk.progressed()
-    visitor.show(text)
+def _emit(requests: RequestQueue, connection: ChatConnection, text: str) -> None:
+    requests.note_progress()
+    connection.send_text(text)

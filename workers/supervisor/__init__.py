@@ -1,1 +1,1 @@
-"""Claims jobs and starts a trainer per slot. Never imports torch."""
+"""Claims jobs and runs one trainer process per slot. Never imports torch."""

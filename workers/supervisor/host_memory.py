@@ -1,4 +1,4 @@
-"""Whether the kernel killed processes because the host's memory, or the container's, ran out (Linux)."""
+"""Counts of the kernel's out-of-memory kills, in this process's control group and on the host (Linux)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VMSTAT = Path("/proc/vmstat")
 
 
 def oom_kills() -> int:
-    """How many processes were killed so, in this control group and on the host; 0 where nobody counts.
+    """Processes killed for lack of memory so far, in this control group and on the host; 0 without a counter.
 
     The sources are memory.events of cgroup v2, memory.oom_control of v1, and /proc/vmstat for the host as a whole
     (https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files).
@@ -20,19 +20,19 @@ def oom_kills() -> int:
 
 
 def _counters() -> list[Path]:
-    """The counters of the control groups that this process is in; of a container, also as seen from within."""
+    """The counter files of this process's control groups, by their paths on the host and within a container."""
     try:
         memberships = OWN_CGROUP.read_text().splitlines()
     except OSError:
         return []
-    found = {CGROUP / "memory.events", CGROUP / "memory" / "memory.oom_control"}
+    counters = {CGROUP / "memory.events", CGROUP / "memory" / "memory.oom_control"}
     for membership in memberships:
         _, controllers, path = membership.split(":", 2)
         if not controllers:
-            found.add(CGROUP / path.lstrip("/") / "memory.events")
+            counters.add(CGROUP / path.lstrip("/") / "memory.events")
         elif "memory" in controllers.split(","):
-            found.add(CGROUP / "memory" / path.lstrip("/") / "memory.oom_control")
-    return sorted(found)
+            counters.add(CGROUP / "memory" / path.lstrip("/") / "memory.oom_control")
+    return sorted(counters)
 
 
 def _count(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""What a worker does for the queue as a whole, beside running jobs: rescue, make room, tidy up."""
+"""Housekeeping of a worker: requeue lost jobs, resume and preempt jobs, free disk space, delete leftovers."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from qlora_service.training.checkpoint.disk_reserve import RESERVE_FILE
 
 REAP_EVERY_S = 60.0
 UNFINISHED_S = 24 * 3600.0
-"""A file that nobody wrote to for so long is not being written."""
+"""A file without a write for this long is not being written any more."""
 
 log = structlog.get_logger()
 
 
 class Housekeeping:
-    """Over one data directory. Every action may be repeated, and be done by several workers at once."""
+    """Works on one data directory. Every action is idempotent and safe to run in several workers at once."""
 
     def __init__(
         self, *, database: Database, queue: Queue, artifacts: ArtifactStore, tmp_dir: Path, checkpoint_dir: Path
@@ -38,32 +38,32 @@ class Housekeeping:
         self._artifacts = artifacts
         self._tmp_dir = tmp_dir
         self._checkpoint_dir = checkpoint_dir
-        self._next_reap = 0.0
+        self._next_reap_at = 0.0
         checkpoint_dir.mkdir(parents=True, exist_ok=True)
 
     def tick(self, preemptible: Collection[str], *, slot_is_free: bool = False) -> None:
-        """Look once after lost, held and urgent jobs; `preemptible` workers may be asked to make room."""
+        """One pass over lost, held and urgent jobs; jobs of the workers in `preemptible` may be preempted."""
         for job_id in self._queue.requeue_lost():
             log.warning("job_requeued", job=job_id, reason="its lease expired")
         for job_id in self._queue.resume_held(shutil.disk_usage(self._checkpoint_dir).free):
-            log.info("job_resumed", job=job_id, reason="there is room on the disk again")
+            log.info("job_resumed", job=job_id, reason="the disk has enough free space again")
         if preemptible and (victim := self._queue.preempt(preemptible, slot_is_free=slot_is_free)):
             log.info("job_preempted", job=victim)
-        if time.monotonic() >= self._next_reap:
-            self._next_reap = time.monotonic() + REAP_EVERY_S
+        if time.monotonic() >= self._next_reap_at:
+            self._next_reap_at = time.monotonic() + REAP_EVERY_S
             self._reap()
 
-    def make_room(self, claim: Claim) -> None:
-        """Give up the disk space that an attempt held which has ended: the database may need it."""
+    def release_reserve(self, claim: Claim) -> None:
+        """Frees the disk space that an ended attempt had reserved: the database may need it."""
         (self._checkpoint_dir / claim.job_id / RESERVE_FILE).unlink(missing_ok=True)
 
     def after_attempt(self, claim: Claim) -> None:
-        """Remove what the attempt needed while it ran, and all that a job that has ended will not need again."""
+        """Deletes the attempt's scratch files, and the checkpoints of a job that has ended."""
         shutil.rmtree(self._tmp_dir / claim.name, ignore_errors=True)
         self._reap_checkpoints(claim.job_id)
 
     def _reap(self) -> None:
-        """Remove what killed supervisors' attempts left behind, checkpoints of jobs that have ended, and old probes."""
+        """Deletes leftovers of killed supervisors, checkpoints of jobs that have ended, and old probes."""
         for path in self._tmp_dir.glob("job_*-*"):
             job_id, _, token = path.name.rpartition("-")
             if token.isdigit() and not self._queue.is_running(Claim(job_id, int(token))):
@@ -76,12 +76,12 @@ class Housekeeping:
         self._reap_datasets()
 
     def _reap_datasets(self) -> None:
-        """Remove bytes that were stored for a dataset whose row was never written: whoever stored them died before."""
+        """Deletes the bytes of datasets without a row: the process that stored them died before it wrote the row."""
         with self._database.read() as connection:
             needed, first = all_needed_bytes(connection), first_stored_at(connection)
         if first is None:
             return
-        # What is older than all that this database knows was stored under another one; not ours to remove.
+        # Bytes older than this database's first dataset belong to another database.
         for sha256 in self._artifacts.datasets_since(first.timestamp(), UNFINISHED_S):
             if sha256 in needed:
                 continue
@@ -89,7 +89,7 @@ class Housekeeping:
                 lock_bytes(connection, sha256)
                 if not are_bytes_needed(connection, sha256):
                     self._artifacts.remove(dataset_key(sha256))
-                    log.info("dataset_bytes_removed", sha256=sha256, reason="no dataset was made of them")
+                    log.info("dataset_bytes_removed", sha256=sha256, reason="no dataset has these bytes")
 
     def _reap_checkpoints(self, job_id: str) -> None:
         directory = self._checkpoint_dir / job_id
@@ -99,8 +99,8 @@ class Housekeeping:
             with self._database.read() as connection:
                 job = get_job(connection, job_id)
         except NotFound:
-            return  # of another database; not ours to remove
+            return  # the directory belongs to another database
         if job.status.terminal:
-            # The directory goes last: while it is there, this is done again after a crash.
+            # The directory is deleted last: as long as it exists, the next pass repeats what a crash interrupted.
             self._artifacts.remove_attempts(job_id, keep=job.published_attempt)
             shutil.rmtree(directory, ignore_errors=True)

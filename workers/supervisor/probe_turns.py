@@ -1,4 +1,4 @@
-"""Probes on a slot that has neither a job nor a chat: steps that a plan wants timed. No torch."""
+"""Probes on a slot that has neither a job nor a chat: they time a step for a plan. No torch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from qlora_service.store import inference, probes
 from qlora_service.store.database import Database, is_outage, persist
 from qlora_service.store.probes import Probe
 
-LOOK_S = 0.25
+POLL_S = 0.25
 LIMIT_S = 600.0
-"""A base of 70B parameters is quantized, once, within it"""
+"""Long enough to quantize a base of 70B parameters once"""
 DATABASE_PATIENCE_S = 30.0
 
 log = structlog.get_logger()
 
 
 class ProbeTurns:
-    """Probes on one slot. Used by the slot's thread alone."""
+    """Probes on one slot. Used by the slot's thread only."""
 
     def __init__(
         self,
@@ -40,17 +40,16 @@ class ProbeTurns:
         log_dir: Path,
         max_running: int | None,
     ) -> None:
-        """`max_running` is how many jobs of one project may run at a time."""
+        """`max_running` is the limit of running jobs per project."""
         self._database = database
         self._slot, self._device, self._environment = slot, device, environment
         self._log_path = log_dir / f"probe-{slot}.log"
         self._max_running = max_running
 
-    def run_next(self, worker: str, lock: int, stop: threading.Event, make_room: Callable[[], None]) -> bool:
-        """Have the next probe's step timed, once `make_room` has emptied the slot; False where none waits.
+    def run_next(self, worker: str, lock: int, stop: threading.Event, empty_slot: Callable[[], None]) -> bool:
+        """Runs the next requested probe, after `empty_slot`; False if none is requested.
 
-        It makes way for a job or a chat that comes in the meantime, and is taken again when they are done. Leaves no
-        process behind.
+        A job or chat that arrives meanwhile ends the probe, which is repeated later. Leaves no process behind.
         """
         with self._database.read() as connection:
             if not probes.is_wanted(connection, worker, self._device):
@@ -60,7 +59,7 @@ class ProbeTurns:
         if probe is None:
             return False
         try:
-            make_room()
+            empty_slot()
             self._run(probe, worker, lock, stop)
         finally:
             persist(lambda: self._write(lambda connection: probes.give_back(connection, worker)), DATABASE_PATIENCE_S)
@@ -70,7 +69,7 @@ class ProbeTurns:
         with self._log_path.open("wb") as output:
             child = subprocess.Popen(
                 [sys.executable, "-m", "workers.probe", probe.key, self._device],
-                stdin=subprocess.PIPE,  # never written to: its closing tells the probe that we are gone
+                stdin=subprocess.PIPE,  # never written to; closes when the supervisor ends, and the probe exits
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=dict(self._environment),
@@ -79,37 +78,38 @@ class ProbeTurns:
             )
         log.info("probe_started", slot=self._slot, pid=child.pid)
         try:
-            why = self._see_through(child, worker, stop)
+            interruption = self._wait(child, worker, stop)
         finally:
             kill_group(child)
             child.wait()
             assert child.stdin is not None
             child.stdin.close()
-        log.info("probe_ended", slot=self._slot, exit_code=child.returncode, made_way=why)
-        if why == "overdue" or (why is None and child.returncode != 0):
-            # Asked again, it would end the same way.
-            how = f"took longer than {LIMIT_S:g} s" if why else f"ended with exit code {child.returncode}"
-            result = {"error": f"the process that timed it {how}; the worker's logs/{self._log_path.name} has more"}
+        log.info("probe_ended", slot=self._slot, exit_code=child.returncode, interruption=interruption)
+        if interruption == "overdue" or (interruption is None and child.returncode != 0):
+            # The error is stored, because a repeated probe would end the same way.
+            end = f"took longer than {LIMIT_S:g} s" if interruption else f"ended with exit code {child.returncode}"
+            result = {"error": f"the probe's process {end}; the worker's logs/{self._log_path.name} has more"}
             persist(
                 lambda: self._write(lambda connection: probes.finish_probe(connection, probe.key, result, utc_now())),
                 DATABASE_PATIENCE_S,
             )
 
-    def _see_through(self, child: subprocess.Popen[bytes], worker: str, stop: threading.Event) -> str | None:
-        """Why the probe has to end before it has; None when it has ended."""
+    def _wait(self, child: subprocess.Popen[bytes], worker: str, stop: threading.Event) -> str | None:
+        """Waits for the probe's end, or for a reason to end it; returns the reason, None when it has ended."""
         deadline = time.monotonic() + LIMIT_S
         while True:
             with suppress(subprocess.TimeoutExpired):
-                child.wait(LOOK_S)
+                child.wait(POLL_S)
                 return None
             if stop.is_set():
                 return "stopped"
             if time.monotonic() > deadline:
                 return "overdue"
-            if self._others_wait(worker):
+            if self._is_slot_needed(worker):
                 return "others wait"
 
-    def _others_wait(self, worker: str) -> bool:
+    def _is_slot_needed(self, worker: str) -> bool:
+        """Whether a job or a chat waits; False during a database outage."""
         try:
             with self._database.read() as connection:
                 if inference.job_waits(connection, self._max_running):
@@ -120,6 +120,6 @@ class ProbeTurns:
                 raise
             return False
 
-    def _write(self, what: Callable[[Any], object]) -> None:
+    def _write(self, statement: Callable[[Any], object]) -> None:
         with self._database.write() as connection:
-            what(connection)
+            statement(connection)

@@ -1,4 +1,4 @@
-"""A lock file per slot: two trainers never share a card, not even when one of them was believed dead."""
+"""A lock file per slot: two trainers never share a GPU, even if one of them was believed dead."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 class SlotLock:
     """The right to use one slot of this machine.
 
-    The kernel holds it for the open file, which the trainers of the slot inherit. So it lasts until the supervisor and
-    every trainer that it started are gone, however they went, and no longer.
+    The kernel ties the lock to the open file, which the slot's trainers inherit: it is released when the supervisor and
+    every trainer that it started have ended, for any reason.
     """
 
     def __init__(self, directory: Path, name: str) -> None:
@@ -20,10 +20,10 @@ class SlotLock:
         self.path = directory / f"{name}.lock"
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self.identity = ""
-        """What tells this lock file from those of all other machines and directories, once it was acquired."""
+        """Random hex that identifies the lock file among all machines and directories; set by `acquire`"""
 
     def acquire(self) -> bool:
-        """Whether the slot is ours now; never waits."""
+        """Whether this process holds the lock now; never blocks."""
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -35,15 +35,12 @@ class SlotLock:
         return True
 
     def other_holders(self) -> list[int]:
-        """Other processes on this machine that have the lock file open."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != os.getpid() and self.is_open_in(int(entry.name)):
-                found.append(int(entry.name))
-        return found
+        """Pids of the other processes on this machine that have the lock file open."""
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        return [pid for pid in pids if pid != os.getpid() and self.is_open_in(pid)]
 
     def is_open_in(self, pid: int) -> bool:
-        """Whether a process has the lock file open; False of one that has ended, or is somebody else's."""
+        """Whether a process has the lock file open; False if it has ended or belongs to another user."""
         try:
             return any(link.readlink() == self.path for link in Path(f"/proc/{pid}/fd").iterdir())
         except OSError:

@@ -1,1 +1,1 @@
-"""The trainer process: one attempt after the other."""
+"""The trainer process: runs one attempt after the other."""

@@ -23,13 +23,13 @@ from workers.trainer.train import train
 
 
 def run_attempt(context: AttemptContext) -> dict[str, Any]:
-    """Train from the job's last checkpoint, publish, certify; the job's result.
+    """The job's result, after training from its last checkpoint, publication and certification.
 
     Raises:
-        Interrupted: a checkpoint has what was completed.
-        JobFailed: with the reason.
-        QLoRAError: the dataset or the model turned out unusable.
-        OSError: the disk is full (ENOSPC); the last checkpoint is unharmed.
+        Interrupted: the attempt should stop; a checkpoint has the completed steps.
+        JobFailed: the job failed; `details["reason"]` says why.
+        QLoRAError: the dataset or the model is unusable.
+        OSError: the disk is full (ENOSPC); the last checkpoint is intact.
     """
     disable_progress_bar()  # the log is not a terminal
     rows = prepare(context)
@@ -66,7 +66,9 @@ def outcome_warnings(outcome: Outcome, total_steps: int) -> list[str]:
             "these rows; lower training.learning_rate, or train on more rows"
         )
     if outcome.best_step == 0:
-        warnings.append("no step lowered the held-out loss: the adapter is as it started; lower training.learning_rate")
+        warnings.append(
+            "no step lowered the held-out loss: the adapter is in its initial state; lower training.learning_rate"
+        )
     if outcome.steps < total_steps:
         warnings.append(
             f"stopped early after {outcome.steps} of {total_steps} steps: the held-out loss stopped improving"
@@ -74,7 +76,7 @@ def outcome_warnings(outcome: Outcome, total_steps: int) -> list[str]:
     if outcome.skipped_steps:
         warnings.append(
             f"{outcome.skipped_steps} of {outcome.steps} steps were skipped, because their loss or gradients were not "
-            "finite: metrics.jsonl has which"
+            "finite: metrics.jsonl lists them"
         )
     return warnings
 

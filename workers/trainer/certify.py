@@ -23,24 +23,24 @@ CERTIFICATE_TOLERANCE = 1e-4
 def certify(
     context: AttemptContext, rows: PreparedRows, loaded: Loaded, outcome: Outcome, manifest: Manifest
 ) -> dict[str, Any]:
-    """The certificate of the published adapter. Network and base in `loaded` are gone when this returns.
+    """The certificate of the published adapter. Drops network and base from `loaded`.
 
     Raises:
-        JobFailed: a published file has other bytes than the manifest says, or the loss is another.
+        JobFailed: the bytes of a published file differ from the manifest, or the loss differs.
     """
     context.reporter.enter_phase("certifying", rows.total_steps)
     published = context.inputs.scratch / "published"
     fetch_published(manifest, context.inputs.artifacts, published)
     paths, isolation, base = loaded.network.paths, loaded.warm.isolation, loaded.warm.model
-    reused = loaded.warm.restore()
+    is_reused = loaded.warm.restore()
     loaded.drop()
-    if not reused:
-        del base  # the last reference: the changed base goes before its replacement is loaded
+    if not is_reused:
+        del base  # the last reference: the changed base is freed before its replacement is loaded
         base = context.bases.replace_changed(loaded.request).model
     reloaded = Network(load_adapter(base, published), isolation, paths=paths)
     with checking(reloaded, context.check):
         measured = evaluate(reloaded, make_objective(context.spec.objective), rows.held_out)
-    return check_loss(measured.loss, outcome.after.loss) | {"base_reused": reused}
+    return check_loss(measured.loss, outcome.after.loss) | {"base_reused": is_reused}
 
 
 def check_loss(published: float, trained: float) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def check_loss(published: float, trained: float) -> dict[str, Any]:
         JobFailed: they differ.
     """
     difference = abs(published - trained)
-    if not difference <= CERTIFICATE_TOLERANCE:  # also when it is not a number
+    if not difference <= CERTIFICATE_TOLERANCE:  # also true for NaN
         raise JobFailed(
             f"the published adapter gives a held-out loss of {published:.6f}, the trained one gave {trained:.6f}: "
             "the files are not what was trained",

@@ -1,4 +1,4 @@
-"""Saves checkpoints of a running attempt, and reports the durable ones."""
+"""Checkpoints of a running attempt: saved when due, reported when durable."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Checkpointing:
         return time.monotonic() >= self._due_at
 
     def save(self, state: TrainingState) -> None:
-        # The first checkpoints take space from the reserve, later ones that of those they replace.
+        # The first checkpoints take space from the reserve; later ones reuse that of the checkpoints they replace.
         spare = self._context.reserve.wanted_bytes - self._bytes_at_end
         if spare > 0:
             self._context.reserve.shrink(min(spare, self._checkpoint_bytes))
@@ -56,7 +56,7 @@ class Checkpointing:
         self._context.reporter.choose_plan(self._plan, change_note(change))
 
     def flush(self) -> None:
-        """Wait until saved checkpoints are durable, and report them. Raises: OSError."""
+        """Waits until saved checkpoints are durable, and reports them. Raises: OSError."""
         self._checkpoints.flush()
         self._report_durable()
 

@@ -1,4 +1,4 @@
-"""What the stages of an attempt share: its inputs, and where it reports to."""
+"""The context that the stages of an attempt share: its inputs, and the objects through which it has effects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from workers.warm_base import BaseHolder
 
 @dataclass(frozen=True)
 class AttemptInputs:
-    """Everything that an attempt depends on, and the directories it may write to."""
+    """Everything that an attempt depends on, and the directories that it may write to."""
 
     job: Job
     token: int
@@ -36,7 +36,7 @@ class AttemptInputs:
     validation: Dataset | None = None
     """The dataset of the held-out rows, if not the training dataset"""
     cache: QuantizedCache | None = None
-    """Quantized bases of earlier jobs; None for no cache"""
+    """Quantized bases of earlier jobs; None: no cache"""
     plan_cache: Path | None = None
     """Simulated memory of earlier plans"""
     history: Sequence[dict[str, Any]] = ()
@@ -44,7 +44,7 @@ class AttemptInputs:
 
 
 class Reporter(Observer, Protocol):
-    """Takes an attempt's progress."""
+    """Receives an attempt's progress."""
 
     def enter_phase(self, phase: str, total_steps: int | None) -> None:
         """May raise to end the attempt, as `AttemptContext.check` does."""
@@ -56,13 +56,13 @@ class Reporter(Observer, Protocol):
     def saved(self, step: int) -> None: ...
 
     def note(self, **figures: Any) -> None:
-        """Figures for the record of the attempt; see `measurements.Measurements.note`."""
+        """Adds figures to the attempt's record; see `AttemptMeasurements.note`."""
 
     def expect(self, total_steps: int, evaluate_every: int, later: Mapping[str, float]) -> None:
-        """The steps to do, and the expected seconds of each phase after the training."""
+        """Sets the number of steps, the evaluation interval, and the expected seconds of each phase after training."""
 
     def finish(self) -> dict[str, Any]:
-        """Stores and returns the attempt's record; no more figures follow."""
+        """Stores and returns the attempt's record; the last call."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class AttemptContext:
     inputs: AttemptInputs
     reporter: Reporter
     check: Callable[[], None]
-    """Called often; raises Interrupted or JobCancelled to end the attempt"""
+    """Called at least once per step; raises Interrupted or JobCancelled to end the attempt"""
     reserve: DiskReserve
     metrics_file: Path
     bases: BaseHolder
-    """Has the base that an earlier job left loaded; keeps this one for the next"""
+    """Holds the base that an earlier job loaded, and keeps this job's base for the next one"""
 
     @property
     def job(self) -> Job:

@@ -1,4 +1,4 @@
-"""What an attempt runs on, and what changes when the next one runs on something else."""
+"""Device and package versions of an attempt, and the differences to the environment of the attempt before."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Device, threads and package versions: with the job's inputs, all that its adapter's bytes depend on."""
+    """Device, threads and package versions: with the job's inputs, everything that its adapter's bytes depend on."""
     return {"device": device_name(device), "threads": torch.get_num_threads(), "versions": package_versions()}
 
 
-def take_over(plan: dict[str, Any] | None, environment: dict[str, Any]) -> dict[str, Any]:
-    """The plan of the attempts before, frozen; of it only what still holds in another environment.
+def inherit_plan(plan: dict[str, Any] | None, environment: dict[str, Any]) -> dict[str, Any]:
+    """The plan of the attempt before, as far as it holds in `environment`; an empty one for a first attempt.
 
-    There the kernels are chosen anew; how much memory is used stays as it was.
+    In another environment the kernels are chosen again, and the memory settings stay.
     """
     if plan is None:
         return {"changes": []}
@@ -35,22 +35,22 @@ def take_over(plan: dict[str, Any] | None, environment: dict[str, Any]) -> dict[
 
 
 def environment_changes(before: dict[str, Any], now: dict[str, Any], step: int) -> list[dict[str, Any]]:
-    """What differs between two environments, as changes of the plan after `step` steps."""
-    flat_before, flat_now = _flat(before), _flat(now)
+    """The differences of two environments, as changes of the plan after `step` completed steps."""
+    flat_before, flat_now = _flatten(before), _flatten(now)
     return [
-        {"step": step + 1, "what": what, "from": flat_before.get(what), "to": value, "why": "resumed elsewhere"}
-        for what, value in flat_now.items()
-        if flat_before.get(what) != value
+        {"step": step + 1, "what": name, "from": flat_before.get(name), "to": value, "why": "resumed elsewhere"}
+        for name, value in flat_now.items()
+        if flat_before.get(name) != value
     ]
 
 
 def change_note(change: dict[str, Any]) -> str:
-    """A change of the plan in words."""
+    """A change of the plan, for users."""
     return (
         f"from step {change['step']} on, {change['what']} is {change['to']} instead of {change['from']} "
-        f"({change['why']}): the adapter equals an undisturbed run's up to rounding, not byte for byte"
+        f"({change['why']}): the adapter equals that of an uninterrupted run up to rounding, not byte for byte"
     )
 
 
-def _flat(environment: dict[str, Any]) -> dict[str, Any]:
+def _flatten(environment: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in environment.items() if key != "versions"} | environment["versions"]

@@ -1,4 +1,4 @@
-"""How a training uses the device that it is on: the planner's choice, with what was measured as the last word."""
+"""Micro-batch size and gradient checkpointing for the device at hand: the planner's choice, checked by measurement."""
 
 from __future__ import annotations
 
@@ -14,32 +14,36 @@ from qlora_service.training.network.network import Network
 
 
 def starting_settings(network: Network, spec: JobSpec, longest_tokens: int) -> Choice:
-    """Tokens at a time, and whether activations are recomputed, for rows of so many tokens at most.
+    """Micro-batch tokens and gradient checkpointing for rows of at most `longest_tokens`.
 
-    What the spec leaves to "auto" is chosen for a GPU's free memory. On a CPU, and for models that the formula was not
-    fitted to, the tokens are those of a CPU.
+    On a GPU, "auto" in the spec is resolved by its free memory. On a CPU, and for models that the memory formula was
+    not fitted to, the micro-batch is that of a CPU.
     """
     if network.device.type == "cuda" and (question := _question(network, spec, longest_tokens)) is not None:
         return chosen(question, network.fits)
-    tokens, wanted = spec.training.resolved_micro_batch_tokens, spec.training.gradient_checkpointing
-    # A row longer than a micro-batch is one of its own; of a pair, both sides are.
-    together = max(tokens, longest_example_tokens(spec, longest_tokens))
-    return Choice(tokens, gradient_checkpointing=wanted is True or (wanted == "auto" and not network.fits(together)))
+    training = spec.training
+    tokens, checkpointing = training.resolved_micro_batch_tokens, training.gradient_checkpointing
+    # A row longer than the micro-batch is a micro-batch by itself; so are both sides of a pair.
+    largest_tokens = max(tokens, longest_example_tokens(spec, longest_tokens))
+    return Choice(
+        tokens,
+        gradient_checkpointing=checkpointing is True or (checkpointing == "auto" and not network.fits(largest_tokens)),
+    )
 
 
 def _question(network: Network, spec: JobSpec, longest_tokens: int) -> Question | None:
-    """The job on this GPU; None where the formula has nothing to say of it."""
+    """The planner's question about the job on this GPU; None if the memory formula does not hold for the model."""
     config = network.model.get_base_model().config.to_dict()
     try:
-        question = Question(ModelShape.from_config(config), spec, this_gpu(network.device), longest_tokens)
+        question = Question(ModelShape.from_config(config), spec, _this_gpu(network.device), longest_tokens)
     except InvalidModel:
         return None
     return question if question.formula_holds else None
 
 
-def this_gpu(device: torch.device) -> Device:
-    """The GPU, with what is free for this process: the base and the context are there already, and count as free."""
-    _, total = torch.cuda.mem_get_info(device)
-    found = Device(device_name(device), total, bf16=has_bf16(device))
-    taken = torch.cuda.memory_allocated(device) + found.context_bytes
-    return Device(found.name, total, free_bytes=free_memory_bytes(device) + taken, bf16=found.bf16)
+def _this_gpu(device: torch.device) -> Device:
+    """The GPU with the memory available to this process: free bytes plus the base and CUDA context already on it."""
+    _, total_bytes = torch.cuda.mem_get_info(device)
+    gpu = Device(device_name(device), total_bytes, bf16=has_bf16(device))
+    own_bytes = torch.cuda.memory_allocated(device) + gpu.context_bytes
+    return Device(gpu.name, total_bytes, free_bytes=free_memory_bytes(device) + own_bytes, bf16=gpu.bf16)

@@ -15,7 +15,7 @@ from qlora_service.training.network.isolation import Isolation
 from qlora_service.training.network.network import KernelPaths, Network
 from qlora_service.training.optimizer import leaves_paged_memory
 from workers.trainer.context import AttemptContext
-from workers.trainer.environment import describe_environment, take_over
+from workers.trainer.environment import describe_environment, inherit_plan
 from workers.trainer.execution_settings import starting_settings
 from workers.trainer.prepare import PreparedRows
 from workers.warm_base import BaseRequest, ProbedAdapter, WarmBase
@@ -23,7 +23,7 @@ from workers.warm_base import BaseRequest, ProbedAdapter, WarmBase
 
 @dataclass
 class Loaded:
-    """The network to train, and what it was made from. The plan changes as the attempt goes on."""
+    """The network to train, and the base and settings it was made from. The plan may change during the attempt."""
 
     network: Network
     warm: WarmBase
@@ -34,12 +34,12 @@ class Loaded:
     """warm, cached, quantized or unquantized: where the base's weights came from"""
 
     def drop(self) -> None:
-        """Forget network and base, so that their memory is free for another base."""
+        """Deletes the references to network and base, so that their memory is free for another base."""
         del self.network, self.warm
 
 
 def load(context: AttemptContext, rows: PreparedRows) -> Loaded:
-    """The base with a new adapter.
+    """The base with a new adapter, and the plan of the execution.
 
     Raises:
         JobFailed: the slot's GPU cannot be used.
@@ -50,7 +50,7 @@ def load(context: AttemptContext, rows: PreparedRows) -> Loaded:
     device = choose_device(inputs.needs_gpu)
     forget_peaks(device)
     environment = describe_environment(device)
-    plan = take_over(context.job.plan, environment)
+    plan = inherit_plan(context.job.plan, environment)
     dtype = compute_dtype(plan.get("compute_dtype", spec.quantization.compute_dtype), device)
     request = BaseRequest(inputs.base, spec.quantization, dtype, device, inputs.cache)
     warm, base_source = context.bases.get(request)
@@ -64,7 +64,7 @@ def load(context: AttemptContext, rows: PreparedRows) -> Loaded:
     if may_change_base(spec.adapter):
         context.bases.retire("the job's adapter may change its base")
     if leaves_paged_memory(network.model, spec.training, device):
-        context.bases.retire("the job's optimizer pages")
+        context.bases.retire("the job's optimizer leaves paged memory")
     return Loaded(network, warm, request, plan, environment, base_source)
 
 
@@ -76,9 +76,9 @@ def make_network(
     plan: dict[str, Any],
     activation_bytes_per_token: float | None = None,
 ) -> Network:
-    """The base with a new adapter, in training mode: as `plan` says, or as fits best where the plan is silent.
+    """The base with a new adapter, in training mode, with the settings of `plan`.
 
-    Every choice is put into the plan. Activations are measured when a choice depends on them and
+    Settings that the plan lacks are chosen and added to it. Activations are measured if a choice depends on them and
     `activation_bytes_per_token` is None.
     """
     training = spec.training
@@ -101,13 +101,13 @@ def make_network(
 
 
 def _probed_network(warm: WarmBase, spec: JobSpec, rows: PreparedRows, plan: dict[str, Any]) -> Network:
-    """`make_network` with the results of probes that an earlier job with the same adapter made on this base."""
+    """`make_network`, with the probe results of an earlier job that had the same adapter on this base."""
     adapter = spec.adapter.model_dump_json()
     activation_bytes = None
     if (probed := warm.probed.get(adapter)) is not None:
         activation_bytes = probed.activation_bytes_per_token
-        for name, way in asdict(probed.paths).items():
-            plan.setdefault(name, way)  # the plan of an earlier attempt has its own
+        for name, path in asdict(probed.paths).items():
+            plan.setdefault(name, path)  # the plan of an earlier attempt takes precedence
     network = make_network(warm.model, spec, warm.isolation, rows, plan, activation_bytes)
     warm.probed[adapter] = ProbedAdapter(network.paths, network.activation_bytes_per_token)
     return network

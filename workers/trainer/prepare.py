@@ -72,7 +72,7 @@ def prepare(context: AttemptContext) -> PreparedRows:
     """The rendered and split rows.
 
     Raises:
-        JobFailed: rows too long, none usable, or too few to hold any out.
+        JobFailed: rows are too long, no row is usable, or there are too few to hold any out.
         QLoRAError: the chat template refuses one of the evaluation's questions.
     """
     context.reporter.enter_phase("rendering", None)
@@ -80,14 +80,14 @@ def prepare(context: AttemptContext) -> PreparedRows:
     if questions := context.spec.evaluation.questions:
         tokenizer = load_tokenizer(context.inputs.base.path, prepared.chat_template)
         for question in questions:
-            question_ids(tokenizer, question)  # a refusal shows now, not after the training
+            question_ids(tokenizer, question)  # raises now, not after the training
     return prepared
 
 
 def prepare_rows(inputs: AttemptInputs, check: Callable[[], None]) -> PreparedRows:
     """The rendered and split rows; `check()` is called before each row. Raises: JobFailed."""
     training, validation = inputs.job.spec.training, inputs.job.spec.validation
-    # The time of the job's creation, not the clock's: every attempt renders the same text.
+    # The time of the job's creation, not the current time: every attempt renders the same text.
     with Renderer(inputs.base.path, RenderRules.of(training), inputs.job.created_at) as renderer:
         rows, report = _render(inputs, inputs.dataset, renderer, check)
         validation_rows, validation_report = None, None

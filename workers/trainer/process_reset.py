@@ -1,4 +1,4 @@
-"""What one job may leave in its process besides its base, and the next one must not find."""
+"""State of the process, besides its base, that a job must not pass on to the next one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from transformers.utils import logging as transformers_logging
 
 
 @contextmanager
-def clean_slate() -> Iterator[None]:
-    """Inside, a job finds what the first job of a process finds; what it sets holds for itself alone.
+def reset_process_state() -> Iterator[None]:
+    """Context in which a job finds the state of a new process; the state that it sets is undone at the end.
 
-    Warnings come again, and random numbers are the same: a new process draws its seeds from the system, so nothing
-    that a job publishes may depend on them, and if it did, it would not depend on the jobs before.
+    Warnings appear again, and random numbers restart. A new process takes its seeds from the system, so no published
+    byte may depend on them; with a fixed seed, none can depend on earlier jobs either.
     """
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     is_deterministic = torch.are_deterministic_algorithms_enabled()
@@ -37,11 +37,11 @@ def clean_slate() -> Iterator[None]:
             torch.use_deterministic_algorithms(is_deterministic)
 
 
-def release_all() -> None:
-    """Give back what is freed, to the device and to the system.
+def release_freed_memory() -> None:
+    """Returns freed memory to the device and to the system, for other processes on the machine.
 
-    Adapters and their networks refer to themselves, so they go with a collection only. glibc keeps freed blocks for
-    itself, and Arrow's allocator does: other processes on the machine would find that much less.
+    Adapters and their networks are reference cycles, which only a collection frees. glibc and Arrow's allocator keep
+    freed blocks until they are told to release them.
     """
     gc.collect()
     if torch.cuda.is_available():

@@ -19,7 +19,7 @@ from workers.trainer.train import Trained
 
 
 def publish(context: AttemptContext, rows: PreparedRows, loaded: Loaded, trained: Trained) -> Manifest:
-    """The manifest of the published files; the base is without an adapter again.
+    """The manifest of the published files. Detaches the adapter from the base.
 
     Raises:
         LossNotFinite: the training failed; the adapter of its last finite step is published, uncertified.
@@ -48,15 +48,15 @@ def publish(context: AttemptContext, rows: PreparedRows, loaded: Loaded, trained
 
 
 def held_out_record(outcome: Outcome, rows: PreparedRows) -> dict[str, Any]:
-    """The held-out figures as the manifest and the model card have them."""
+    """The held-out figures for the manifest and the model card."""
     documents = [document for example in rows.held_out for document in example.documents]
 
-    def named(when: str, evaluation: Evaluation) -> dict[str, Any]:
+    def figures(when: str, evaluation: Evaluation) -> dict[str, Any]:
         return {f"{figure}_{when}": value for figure, value in asdict(evaluation).items() if value is not None}
 
     return (
-        named("before", outcome.before)
-        | named("after", outcome.after)
+        figures("before", outcome.before)
+        | figures("after", outcome.after)
         | {
             "rows": len(rows.held_out),
             "trained_tokens": sum(document.trained_tokens for document in documents),

@@ -1,4 +1,4 @@
-"""What a job's largest step takes of memory: as it is predicted, and as it turns out."""
+"""Memory of a job's largest step: predicted, and measured."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from qlora_service.specs import JobSpec
 from qlora_service.training.device import peak_memory_bytes, peak_reserved_bytes
 from qlora_service.training.network.network import Network
 
-LOOKED_THROUGH = 2000
-"""Steps among which the largest micro-batch is looked for: of a longer job's, nearly always as large as any"""
+MAX_STEPS_SEARCHED = 2000
+"""Steps among which the largest micro-batch is searched; in longer jobs it is nearly always as large as any"""
 
 
 def predicted_memory(
     model_dir: Path, spec: JobSpec, plan: Mapping[str, Any], *, longest_tokens: int, cuda: bool, cache_dir: Path | None
 ) -> dict[str, Any] | None:
-    """What the job was to take with the settings of its plan, and by whose word; None where its config lacks a size.
+    """The predicted memory of the job under its plan's settings, and the prediction's source.
 
-    The simulator's answer if somebody asked for these very settings before, else the closed form's.
+    The simulator's result if an earlier plan left one for these settings in `cache_dir`, else the formula's. None if
+    the model's config lacks a size.
     """
     config = json.loads((model_dir / "config.json").read_bytes())
     settings = {
@@ -40,39 +41,39 @@ def predicted_memory(
     }
     try:
         simulator = Simulator(timeout_s=0, cache_dir=cache_dir)
-        found, source = simulator.simulate(config, spec, cuda=cuda, **settings), "simulation"
+        prediction, source = simulator.simulate(config, spec, cuda=cuda, **settings), "simulation"
     except CannotSimulate:
         try:
-            found, source = memory(ModelShape.from_config(config), spec, cuda=cuda, **settings), "formula"
+            prediction, source = memory(ModelShape.from_config(config), spec, cuda=cuda, **settings), "formula"
         except InvalidModel:
             return None
     except InvalidModel:
         return None
-    reserved = {"reserved": found.reserved} if cuda else {}
-    return {"allocated": found.allocated, **reserved, "source": source, **settings}
+    reserved = {"reserved": prediction.reserved} if cuda else {}
+    return {"allocated": prediction.allocated, **reserved, "source": source, **settings}
 
 
 def find_largest_step(
-    lengths: Sequence[int], members_of: Callable[[int], Sequence[int]], budget_tokens: int, steps: range
+    lengths: Sequence[int], rows_of_step: Callable[[int], Sequence[int]], budget_tokens: int, steps: range
 ) -> int:
-    """The first of the steps (from 0) that has the largest micro-batch; `members_of(i)` are step i's rows.
+    """The first of `steps` (from 0) that has the largest micro-batch; `rows_of_step(i)` are positions in `lengths`.
 
-    The very first step is taken only if there is no other: optimizers make their state at its end.
+    Step 0 is chosen only if there is no other: optimizers allocate their state at its end.
     """
-    looked_through = steps[1:] if steps.start == 0 and len(steps) > 1 else steps
+    candidates = steps[1:] if steps.start == 0 and len(steps) > 1 else steps
 
-    def largest_pack(step: int) -> int:
-        tokens = [lengths[row] for row in members_of(step)]
+    def largest_micro_batch(step: int) -> int:
+        tokens = [lengths[row] for row in rows_of_step(step)]
         return max(sum(tokens[index] for index in members) for members in pack(tokens, budget_tokens))
 
-    return max(looked_through[:LOOKED_THROUGH], key=largest_pack)
+    return max(candidates[:MAX_STEPS_SEARCHED], key=largest_micro_batch)
 
 
 class TrackedStep:
-    """Entered around every step; tracks one of them, and tells how many bytes of tensors there were."""
+    """A context around every step; in one of them it tracks the bytes of tensors, and passes the peak on."""
 
-    def __init__(self, network: Network, step: int, told: Callable[[dict[str, Any]], None]) -> None:
-        self._network, self._step, self._told = network, step, told
+    def __init__(self, network: Network, step: int, on_peak: Callable[[dict[str, Any]], None]) -> None:
+        self._network, self._step, self._on_peak = network, step, on_peak
 
     @contextmanager
     def __call__(self, step: int, optimizer: torch.optim.Optimizer) -> Iterator[None]:
@@ -81,11 +82,11 @@ class TrackedStep:
             return
         with tracking(self._network.model, optimizer) as tracker:
             yield
-        self._told({"allocated": tracker.peak, "source": f"tensors of step {step + 1}"})
+        self._on_peak({"allocated": tracker.peak, "source": f"tensors of step {step + 1}"})
 
 
 def peak_memory(device: torch.device) -> dict[str, Any] | None:
-    """What torch's allocator had at most since the attempt began; None on a CPU, where a step is tracked."""
+    """The peak of torch's allocator since the attempt began, in bytes; None on a CPU, where a step is tracked."""
     reserved = peak_reserved_bytes(device)
     if reserved is None:
         return None

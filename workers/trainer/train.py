@@ -1,4 +1,4 @@
-"""Third stage: run the training loop from the last checkpoint, then generate the answers of base and adapter."""
+"""Third stage: run the training loop from the last checkpoint, then generate answers with base and adapter."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ from workers.trainer.step_memory import TrackedStep, find_largest_step, predicte
 
 @dataclass(frozen=True)
 class Trained:
-    """What the training came to."""
+    """The result of the training."""
 
     outcome: Outcome
     row_losses: RowLosses
     failure: LossNotFinite | None
-    """Why the training ended early; the outcome is then that of the last finite step"""
+    """Why the training ended early; `outcome` is then that of the last finite step"""
     answers: dict[str, Any] | None
-    """The report for generation.json, if the evaluation asks for one"""
+    """The content of generation.json; None if the evaluation generates nothing"""
 
 
 def train(context: AttemptContext, rows: PreparedRows, loaded: Loaded) -> Trained:
-    """The trained adapter, on `loaded.network`.
+    """Trains the adapter on `loaded.network`; the result of the training.
 
     Raises:
-        Interrupted: a checkpoint has what was completed.
-        LossNotFinite: before the first finite step.
-        OSError: the disk is full (ENOSPC); the last checkpoint is unharmed.
+        Interrupted: the attempt should stop; a checkpoint has the completed steps.
+        LossNotFinite: there was no finite step.
+        OSError: the disk is full (ENOSPC); the last checkpoint is intact.
     """
     spec, reporter, plan, steps = context.spec, context.reporter, loaded.plan, rows.total_steps
     training = spec.training.model_copy(update={"micro_batch_tokens": plan["micro_batch_tokens"]})
     checkpoints = Checkpoints(context.inputs.checkpoint_dir, context.inputs.token)
     start, metrics = None, b""
-    if found := checkpoints.latest():
-        start, metrics, environment_then = found
-        plan["changes"] += environment_changes(environment_then, loaded.environment, start.step)
+    if latest := checkpoints.latest():
+        start, metrics, earlier_environment = latest
+        plan["changes"] += environment_changes(earlier_environment, loaded.environment, start.step)
     first_step = start.step if start else 0
     control = _make_control(context, rows, loaded, checkpoints, first_step)
-    # The base's source is no part of the plan: the same job has the same plan with a cold and with a warm base.
+    # The base's source is not part of the plan: a job has the same plan with a cold and with a warm base.
     reporter.choose_plan(plan, f"base: {loaded.base_source}")
     if context.inputs.token > 1:
         reporter.resumed(first_step, metrics, [change_note(change) for change in plan["changes"]])
@@ -89,7 +89,7 @@ def _make_control(
     """The loop's control, with disk space reserved for its checkpoints and for publishing. Raises: OSError (ENOSPC)."""
     training, steps = context.spec.training, rows.total_steps
     size = expected_bytes(loaded.network, training, rows=len(rows.split.train), total_steps=steps)
-    # The checkpoints that are kept, one being written, and as much again to publish; and what the database needs.
+    # Space for the kept checkpoints, one being written, one more to publish, and the database.
     bytes_at_end = size + DATABASE_BYTES
     context.reserve.reserve(max(0, (KEPT_CHECKPOINTS + 1) * size - checkpoints.bytes_on_disk()) + bytes_at_end)
     around_step = _memory_tracking(context, rows, loaded, range(first_step, steps))
@@ -97,7 +97,7 @@ def _make_control(
 
 
 def _report_expectations(context: AttemptContext, rows: PreparedRows, loaded: Loaded, evaluate_every: int) -> None:
-    """Reports predicted memory and time under the final plan; the measurements are held against them."""
+    """Reports the predicted memory and time under the final plan, to be compared with the measurements."""
     inputs, spec, plan = context.inputs, context.spec, loaded.plan
     device = device_name(loaded.network.device)
     work = Work.of(spec, rows.report, dataset_rows=inputs.dataset.report.usable_rows, validation=rows.validation_report)
@@ -120,7 +120,7 @@ def _report_expectations(context: AttemptContext, rows: PreparedRows, loaded: Lo
 
 
 def _memory_tracking(context: AttemptContext, rows: PreparedRows, loaded: Loaded, steps: range) -> AroundStep:
-    """On a CPU, a tracker of the tensors of the largest step; on CUDA the allocator counts."""
+    """On a CPU, a tracker of the tensors of the largest step; none on CUDA, whose allocator records the peak."""
     network = loaded.network
     if network.device.type == "cuda" or not steps:
         return lambda *_: nullcontext()
@@ -129,7 +129,7 @@ def _memory_tracking(context: AttemptContext, rows: PreparedRows, loaded: Loaded
 
 
 def _generate(context: AttemptContext, rows: PreparedRows, loaded: Loaded) -> dict[str, Any] | None:
-    """The answers of base and adapter, side by side; None when the evaluation asks for none."""
+    """The answers of base and adapter, side by side; None if the evaluation generates nothing."""
     evaluation = context.spec.evaluation
     if not (evaluation.generate_rows or evaluation.questions):
         return None

@@ -1,11 +1,11 @@
 """The trainer: a child process that runs attempts, and answers chats between them (`python -m workers.trainer DEVICE`).
 
-It alone imports torch, and may die of anything; the supervisor sees that and says so. It ends itself when its claim
-is lost, or when the supervisor is gone (its stdin, a socket, closes). The claim is kept from the first moment on:
-importing torch alone may take longer than a lease.
+It is the process that imports torch, and it may crash at any time: the supervisor sees and records that. It exits when
+its claim is lost, or when the supervisor ends (its stdin, a socket, closes). The heartbeat starts before everything
+else, because importing torch alone may take longer than a lease.
 
-After an attempt or chats that left the base as it was loaded, it waits with it for what comes next (`supervisor_line`).
-In any doubt it ends: what a new process does is what is right.
+After an attempt or chats that left the base as it was loaded, the process keeps it and waits for the next assignment
+(`supervisor_channel`). In any doubt it exits, because a new process is always right.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from qlora_service.store.jobs import get_job
 from qlora_service.training.checkpoint.disk_reserve import RESERVE_FILE, DiskReserve
 from workers import exit_codes
 from workers.disk_space import disk_full_hold, is_disk_full
-from workers.inference.server import Desk, serve
-from workers.supervisor_channel import ChatTurn, SupervisorLine
-from workers.trainer.heartbeat import ClaimKeeper
-from workers.trainer.measurements import Measuring
+from workers.inference.server import RequestQueue, serve
+from workers.supervisor_channel import ChatTurn, SupervisorChannel
+from workers.trainer.heartbeat import Heartbeat
+from workers.trainer.measurements import AttemptMeasurements
 from workers.trainer.reporter import JobReporter
 
 if TYPE_CHECKING:
@@ -56,106 +56,108 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-LINGER_S = 0.5
-"""How long a process whose base cannot be loaded stays to say so to those at its door"""
+LOAD_ERROR_GRACE_S = 0.5
+"""Grace period for reporting a load error to waiting clients"""
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """How an attempt ended."""
+    """The outcome of an attempt, before it is written."""
 
     write: Callable[[], object]
     """Writes it under the claim. Raises: ClaimLost"""
     is_orderly: bool = False
-    """The job ended, or made room for another one, which may follow in this process"""
+    """The job ended or was preempted, so that another one may follow in this process"""
 
 
 class Trainer:
-    """Runs one attempt or chat after the other, on the base that the first one loaded."""
+    """Runs attempts and chats one after the other, on the base that the first one loaded."""
 
-    def __init__(self, device: str, settings: Settings, line: SupervisorLine) -> None:
-        """`device` is cuda or cpu: what to train on."""
-        self._device, self._settings, self._line = device, settings, line
+    def __init__(self, device: str, settings: Settings, channel: SupervisorChannel) -> None:
+        """`device` is the device to train on: cuda or cpu."""
+        self._device, self._settings, self._channel = device, settings, channel
         self._database = Database(settings.resolved_database_url)
         self._queue = Queue(self._database, lease_s=settings.lease_s)
         self._bases: BaseHolder | None = None
 
     def serve(self) -> None:
-        """Do what the supervisor has for us, until there is a reason to end."""
+        """Carries out the supervisor's assignments, until one leaves the process unfit for another."""
         while True:
-            assignment = self._line.next_assignment()
-            print_to(assignment.log_path)
+            assignment = self._channel.next_assignment()
+            redirect_output(assignment.log_path)
             base = self.chat(assignment) if isinstance(assignment, ChatTurn) else self.run(assignment.claim)
             if base is None:
                 return
-            print_to(Path(os.devnull))
-            self._line.wait_with(base)
+            redirect_output(Path(os.devnull))
+            self._channel.report_idle(base)
 
     def run(self, claim: Claim) -> NeededBase | None:
-        """Run the attempt and write its outcome; the base that is loaded for the next one, or None: it is time to end.
+        """Runs the attempt and writes its outcome; the base loaded for the next assignment, None if it must not follow.
 
-        Exits when the claim is lost.
+        Exits the process when the claim is lost.
         """
         reserve = DiskReserve(self._settings.checkpoint_dir / claim.job_id / RESERVE_FILE)
-        keeper = ClaimKeeper(
+        heartbeat = Heartbeat(
             self._queue,
             claim,
             interval_s=self._settings.heartbeat_s,
             lease_s=self._settings.lease_s,
             hang_s=self._settings.hang_s,
-            make_room=reserve.release,
+            free_disk_space=reserve.release,
         )
-        keeper.start()
+        heartbeat.start()
         scratch = self._settings.tmp_dir / claim.name
-        needed: list[NeededBase] = []
+        needed_bases: list[NeededBase] = []
         try:
-            # A context of its own: what the job sets there is gone with it.
-            attempt = partial(copy_context().run, self._attempt, claim, keeper, reserve, scratch, needed.append)
+            # In a context of its own: context variables that the job sets end with it.
+            attempt = partial(
+                copy_context().run, self._attempt, claim, heartbeat, reserve, scratch, needed_bases.append
+            )
             outcome = _outcome(self._queue, claim, reserve, attempt)
-            with self._line.finishing():
-                keeper.end()
+            with self._channel.finishing():
+                heartbeat.stop_renewing()
                 shutil.rmtree(scratch, ignore_errors=True)
-                # A database that is locked or away is waited for, as long as the claim may last.
+                # Retried while the database is locked or unavailable, for as long as the claim may last.
                 persist(outcome.write, self._settings.lease_s)
         except ClaimLost:
             log.error("claim_lost", job=claim.job_id, token=claim.token)
             sys.exit(exit_codes.CLAIM_LOST)
         finally:
             reserve.release()
-            keeper.close()
-        # From here on nothing would be lost again.
+            heartbeat.close()
+        # The outcome is written: SIGTERM may end the process again.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        stays = outcome.is_orderly and self._settings.warm_s > 0 and not keeper.is_stopping
-        return needed[0] if stays and self._settled() else None
+        may_continue = outcome.is_orderly and self._settings.warm_s > 0 and not heartbeat.is_stopping
+        return needed_bases[0] if may_continue and self._restore_process() else None
 
     def chat(self, turn: ChatTurn) -> NeededBase | None:
-        """Answer chats until the supervisor wants the slot; the base that is loaded then, as `run` has it."""
+        """Answers chats until the supervisor needs the slot; the base loaded for the next assignment, as in `run`."""
         quantization = Quantization.model_validate_json(turn.base.quantization)
-        desk = Desk(turn.listener)
-        desk.open()
-        with self._line.leaving_by(desk.make_room):
+        requests = RequestQueue(turn.listener)
+        requests.open()
+        with self._channel.on_yield_request(requests.yield_slot):
             try:
                 base = Catalog(self._settings.models_dir).get(turn.base.base_model)
-                self._answer_chats(desk, base, quantization)
+                self._answer_chats(requests, base, quantization)
             except QLoRAError as error:
                 log.error("base_not_loaded", base_model=turn.base.base_model, exc_info=error)
-                desk.leave(error)
-                time.sleep(LINGER_S)
+                requests.drain(error)
+                time.sleep(LOAD_ERROR_GRACE_S)
                 return None
-        desk.close()
-        stays = self._settings.warm_s > 0 and self._settled()
-        return NeededBase(base.weights_sha256, quantization) if stays else None
+        requests.close()
+        may_continue = self._settings.warm_s > 0 and self._restore_process()
+        return NeededBase(base.weights_sha256, quantization) if may_continue else None
 
-    def _answer_chats(self, desk: Desk, base: BaseModel, quantization: Quantization) -> None:
-        """Returns when it is time to leave. Raises: QLoRAError, when the base cannot be loaded."""
-        began = time.monotonic()
+    def _answer_chats(self, requests: RequestQueue, base: BaseModel, quantization: Quantization) -> None:
+        """Returns when the supervisor needs the slot. Raises: QLoRAError, when the base cannot be loaded."""
+        started_at = time.monotonic()
         with importing_torch():
             from workers.inference.engine import Engine
-            from workers.trainer.process_reset import clean_slate
+            from workers.trainer.process_reset import reset_process_state
             from workers.warm_base import BaseHolder
         self._bases = self._bases or BaseHolder()
-        reap_stale(self._settings.tmp_dir)  # what a process left that was killed
-        with clean_slate(), staging_directory(self._settings.tmp_dir) as scratch:
+        reap_stale(self._settings.tmp_dir)  # leftovers of killed processes
+        with reset_process_state(), staging_directory(self._settings.tmp_dir) as scratch:
             engine = Engine(
                 base,
                 quantization,
@@ -170,45 +172,45 @@ class Trainer:
                     "ready_to_chat",
                     base_model=base.name,
                     base=engine.base_source,
-                    seconds=round(time.monotonic() - began, 2),
+                    seconds=round(time.monotonic() - started_at, 2),
                 )
-                desk.loaded()
-                serve(desk, engine.generate)
+                requests.finish_loading()
+                serve(requests, engine.generate)
 
-    def _settled(self) -> bool:
-        """Whether nothing of the last job is left, and the base is the one that was loaded."""
-        from workers.trainer.process_reset import release_all
+    def _restore_process(self) -> bool:
+        """Whether another assignment may follow: the base is restored, and the job's memory is released."""
+        from workers.trainer.process_reset import release_freed_memory
 
-        is_clean = self._bases is not None and self._bases.settle()
-        release_all()
-        return is_clean
+        is_restored = self._bases is not None and self._bases.restore()
+        release_freed_memory()
+        return is_restored
 
     def _attempt(
         self,
         claim: Claim,
-        keeper: ClaimKeeper,
+        heartbeat: Heartbeat,
         reserve: DiskReserve,
         scratch: Path,
-        tell_base: Callable[[NeededBase], object],
+        report_base: Callable[[NeededBase], object],
     ) -> dict[str, Any]:
-        """The job's result. Raises what `run_attempt` does."""
+        """The job's result; `report_base` receives the base that it needs. Raises what `run_attempt` does."""
         started_at = time.monotonic()
         scratch.mkdir(parents=True, exist_ok=True)
         with self._database.read() as connection:
             job = get_job(connection, claim.job_id)
             history = measured_on(connection, job.base_weights_sha256)
             dataset = get_dataset(connection, job.dataset_id)
-            judged = job.spec.validation.dataset_id
-            validation = None if judged is None else get_dataset(connection, judged)
+            validation_id = job.spec.validation.dataset_id
+            validation = None if validation_id is None else get_dataset(connection, validation_id)
         with importing_torch():
             from workers.trainer.attempt import run_attempt
             from workers.trainer.context import AttemptContext, AttemptInputs
-            from workers.trainer.process_reset import clean_slate
+            from workers.trainer.process_reset import reset_process_state
             from workers.warm_base import BaseHolder
 
-        # Until here nothing would be lost, and a library that is being imported does not listen: SIGTERM ends the
-        # process.
-        signal.signal(signal.SIGTERM, lambda *_: keeper.stop())
+        # Only now: until here no work would be lost, and a library's import cannot be interrupted, so SIGTERM ends
+        # the process.
+        signal.signal(signal.SIGTERM, lambda *_: heartbeat.request_stop())
         inputs = AttemptInputs(
             job=job,
             token=claim.token,
@@ -230,49 +232,18 @@ class Trainer:
                 reason=FailureReason.INVALID_INPUT,
             )
         metrics_file = scratch / "metrics.jsonl"
-        measuring = Measuring(claim.token, job.forecast, job.measured, started_at)
-        reporter = JobReporter(self._queue, claim, keeper, metrics_file, self._settings.lease_s, measuring)
-        tell_base(NeededBase.of(job.spec, job.base_weights_sha256))
+        measurements = AttemptMeasurements(claim.token, job.forecast, job.measured, started_at)
+        reporter = JobReporter(self._queue, claim, heartbeat, metrics_file, self._settings.lease_s, measurements)
+        report_base(NeededBase.of(job.spec, job.base_weights_sha256))
         self._bases = self._bases or BaseHolder()
-        with clean_slate(), closing(reporter):
-            return run_attempt(AttemptContext(inputs, reporter, keeper.check, reserve, metrics_file, self._bases))
+        with reset_process_state(), closing(reporter):
+            return run_attempt(AttemptContext(inputs, reporter, heartbeat.check, reserve, metrics_file, self._bases))
 
 
-def _outcome(queue: Queue, claim: Claim, reserve: DiskReserve, attempt: Callable[[], dict[str, Any]]) -> _Outcome:
-    """Run the attempt. Raises: ClaimLost."""
-    try:
-        result = attempt()
-        return _Outcome(lambda: queue.succeed(claim, result), is_orderly=True)
-    except JobCancelled:
-        return _Outcome(lambda: queue.cancelled(claim), is_orderly=True)
-    except Interrupted as interruption:
-        holds: dict[Any, dict[str, Any]] = {
-            HoldReason.USER: USER_HOLD,
-            HoldReason.DISK_FULL: disk_full_hold(reserve.wanted_bytes),
-        }
-        why, hold = interruption.message, holds.get(interruption.details.get("hold"))
-        return _Outcome(
-            lambda: queue.release(claim, why) if hold is None else queue.pause(claim, hold),
-            is_orderly=hold is None,  # who pauses a job wants the card
-        )
-    except ClaimLost:
-        raise
-    except Exception as error:
-        if is_disk_full(error):
-            reserve.release()  # the database may be on the same disk
-            log.error("disk_full", job=claim.job_id, token=claim.token, exc_info=error)
-            hold = disk_full_hold(reserve.wanted_bytes)
-            return _Outcome(lambda: queue.pause(claim, hold))
-        failure = as_failure(error, f"logs/{claim.name}.log")
-        reason = failure.details["reason"]
-        log.error("attempt_failed", job=claim.job_id, token=claim.token, reason=reason, exc_info=error)
-        return _Outcome(lambda: queue.fail(claim, failure.as_dict()))
+def redirect_output(path: Path) -> None:
+    """Redirects stdout and stderr to the file, for Python and C code.
 
-
-def print_to(path: Path) -> None:
-    """Have everything that this process prints, also from C, in the file from now on.
-
-    By this file's name it can be seen from outside what the process works on.
+    The file's name shows other processes which assignment this process works on (`/proc/PID/fd/1`).
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -283,7 +254,7 @@ def print_to(path: Path) -> None:
 
 
 def as_failure(error: Exception, log_name: str) -> JobFailed:
-    """Any exception as the job's failure, typed. An unforeseen one's text stays in the log: it may quote paths."""
+    """The job's failure for any exception. The text of an unexpected one stays in the log: it may quote paths."""
     if isinstance(error, JobFailed):
         return error
     if isinstance(error, QLoRAError):
@@ -302,6 +273,38 @@ def as_failure(error: Exception, log_name: str) -> JobFailed:
             reason=FailureReason.OUT_OF_MEMORY,
         )
     return JobFailed(
-        f"the attempt ended with an unforeseen {type(error).__name__}; the worker's {log_name} has the details",
+        f"the attempt failed with an unexpected {type(error).__name__}; the worker's {log_name} has the details",
         reason=FailureReason.INTERNAL,
     )
+
+
+def _outcome(queue: Queue, claim: Claim, reserve: DiskReserve, attempt: Callable[[], dict[str, Any]]) -> _Outcome:
+    """The outcome of the attempt, which this runs. Raises: ClaimLost."""
+    try:
+        result = attempt()
+        return _Outcome(lambda: queue.succeed(claim, result), is_orderly=True)
+    except JobCancelled:
+        return _Outcome(lambda: queue.cancelled(claim), is_orderly=True)
+    except Interrupted as interruption:
+        holds: dict[Any, dict[str, Any]] = {
+            HoldReason.USER: USER_HOLD,
+            HoldReason.DISK_FULL: disk_full_hold(reserve.wanted_bytes),
+        }
+        reason, hold = interruption.message, holds.get(interruption.details.get("hold"))
+        return _Outcome(
+            lambda: queue.release(claim, reason) if hold is None else queue.pause(claim, hold),
+            is_orderly=hold is None,  # a user who pauses a job wants its GPU memory back
+        )
+    except ClaimLost:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            reserve.release()  # the database may be on the same disk
+            log.error("disk_full", job=claim.job_id, token=claim.token, exc_info=error)
+            hold = disk_full_hold(reserve.wanted_bytes)
+            return _Outcome(lambda: queue.pause(claim, hold))
+        failure = as_failure(error, f"logs/{claim.name}.log")
+        log.error(
+            "attempt_failed", job=claim.job_id, token=claim.token, reason=failure.details["reason"], exc_info=error
+        )
+        return _Outcome(lambda: queue.fail(claim, failure.as_dict()))

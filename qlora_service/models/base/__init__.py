@@ -1,1 +1,1 @@
-"""The frozen base on the device: quantized, cached, restored after a job."""
+"""The frozen base model on the device: quantized, cached, restored after a job."""

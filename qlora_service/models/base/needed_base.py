@@ -1,4 +1,4 @@
-"""Which base a job needs to find loaded, and whether it may share the process with other jobs. No torch."""
+"""The base that a job needs, and whether its job may share the process with other jobs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from qlora_service.specs import Adapter, JobSpec, Lora, Quantization
 
 @dataclass(frozen=True)
 class NeededBase:
-    """What jobs have in common that may follow each other on one loaded base: its weights, and how they are stored."""
+    """The loaded base that a job needs: its weights and their quantization. Jobs with equal ones may share it."""
 
     weights_sha256: str
     quantization: Quantization
-    """With the compute dtype as it was asked for: on one device the same word is the same precision"""
+    """With the compute dtype as in the spec: on one device, "auto" is always the same precision."""
 
     @classmethod
     def of(cls, spec: JobSpec, weights_sha256: str) -> Self:
@@ -32,11 +32,11 @@ class NeededBase:
 
 
 def may_change_base(adapter: Adapter) -> bool:
-    """Whether the adapter might leave the base with other weights than it found, unnoticed: its job runs by itself.
+    """Whether training the adapter might change the base's weights unnoticed, so that its job needs its own process.
 
-    Trained tokens lie in the embedding, of which the fingerprint sees the rows of a few tokens only; PEFT's OLoRA
-    rewrites every weight it starts from. As both are attached here neither changes a byte of the base (peft 0.21,
-    tests/qlora_service/models/base/test_base_state.py); another version of PEFT may do otherwise.
+    Trained tokens lie in the embedding, and the fingerprint covers the embedding rows of a few tokens only; PEFT's
+    OLoRA rewrites every weight that it starts from. As `adapters.attach` attaches them, neither changes a byte of the
+    base (peft 0.21, tests/qlora_service/models/base/test_base_state.py); another version of PEFT may.
     """
     if not isinstance(adapter, Lora):
         return False

@@ -1,6 +1,6 @@
-"""The frozen base on the device: its linear layers in NF4 or FP4 (QLoRA, arXiv:2305.14314), in int8, or as they are.
+"""The frozen base on the device: linear layers in NF4 or FP4 (QLoRA, arXiv:2305.14314), in int8, or unquantized.
 
-bitsandbytes has the kernels. What it would get quietly wrong while training is set right here.
+bitsandbytes has the kernels. The guards here correct settings with which it would silently train wrongly.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from qlora_service.errors import InvalidModel
 from qlora_service.process.startup import gc_disabled
 from qlora_service.specs import Quantization
 
-# Any few token ids will do: the same ones at load and at the certificate.
 FINGERPRINT_TOKENS = 32
-# bitsandbytes' code for the largest int8 weight of a row.
+"""Number of token ids of the fingerprint. Any ids will do, if they are the same at loading and at certification."""
 INT8_MAX = 127.0
+"""bitsandbytes' code for the largest int8 weight of a row."""
 
 
 def load_base(
     model_dir: Path, quantization: Quantization, compute_dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The base model, frozen, on `device`; every linear layer but the output head quantized as asked.
+    """The base model, frozen, on `device`; every linear layer except the output head has the given quantization.
 
     Raises:
         InvalidModel: transformers cannot load the directory.
@@ -38,52 +38,23 @@ def load_base(
 
 
 def load_quantized(directory: Path, compute_dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The base that was saved after `load_base` had quantized it for this dtype and kind of device: the same bits.
+    """A saved result of `load_base` for the same dtype and kind of device, quantized: bit for bit the same.
 
     Raises:
         InvalidModel: transformers cannot load the directory.
     """
-    # Its own config says how it is quantized; a second opinion, even None, would be taken instead.
-    # Weights stay in their files; a third of the time went into looking for garbage among what describes them.
+    # No quantization_config: it is in the directory's config.json, and an argument, even None, would override that.
+    # Without GC: the weights stay in their files, and GC of the objects that describe them took a third of the time.
     with gc_disabled():
         return _load(directory, compute_dtype, device, {})
-
-
-def _load(
-    model_dir: Path, compute_dtype: torch.dtype, device: torch.device, options: dict[str, Any]
-) -> PreTrainedModel:
-    try:
-        model: PreTrainedModel
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            dtype=compute_dtype,
-            device_map={"": device},
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise InvalidModel(f"the base model at {model_dir.name} cannot be loaded: {error}") from error
-    if missing := sorted(loaded["missing_keys"]):
-        # transformers would go on with random weights in their place.
-        raise InvalidModel(
-            f"the base model at {model_dir.name} lacks {len(missing)} weights, such as {missing[0]}: import it whole"
-        )
-    model.requires_grad_(False)
-    model.config.use_cache = False
-    guard_linear4bit(model, compute_dtype)
-    guard_linear8bit(model)
-    return model
 
 
 def bitsandbytes_config(quantization: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if quantization.type == "none":
         return None
     if quantization.type == "int8":
-        # Above 0, activations over the threshold anywhere in the batch send their whole column through 16 bits:
-        # a row's logits would depend on its neighbours (by 0.012 with the default of 6.0).
+        # With a threshold above 0, one larger activation anywhere in the batch moves its whole column to 16 bits:
+        # a row's logits would depend on its neighbors (by 0.012 with the default of 6.0).
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -94,11 +65,11 @@ def bitsandbytes_config(quantization: Quantization, compute_dtype: torch.dtype) 
 
 
 def guard_linear4bit(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
-    """Make every `Linear4bit` compute true gradients after an evaluation.
+    """Makes every `Linear4bit` compute correct gradients after an evaluation.
 
     On CPUs with AVX512-BF16, a forward without gradients in eval mode repacks the weights in place; gradients
-    after that are wrong while the loss looks normal. And the backward dequantizes to `quant_state.dtype`,
-    the forward to the input's: they must agree (bitsandbytes 0.50.2, nn/modules.py and autograd/_functions.py).
+    after that are wrong while the loss looks normal. And the backward dequantizes to `quant_state.dtype`, the
+    forward to the input's dtype: the two must agree (bitsandbytes 0.50.2, nn/modules.py and autograd/_functions.py).
     """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -106,22 +77,16 @@ def guard_linear4bit(model: torch.nn.Module, compute_dtype: torch.dtype) -> None
             module.weight.quant_state.dtype = compute_dtype
 
 
-class _OneArithmetic(bnb.MatmulLtState):
-    """Int8 state whose CPU product is that of dequantized weights in evaluation too, not in training only."""
-
-    is_training = property(lambda _: True, lambda _, __: None)
-
-
 def guard_linear8bit(model: torch.nn.Module) -> None:
-    """Make every `Linear8bitLt` compute the same in training and in evaluation.
+    """Makes every `Linear8bitLt` compute the same in training and in evaluation.
 
-    On a CPU bitsandbytes multiplies by dequantized weights while training but quantizes the activations too in eval
-    mode: the held-out loss would be that of another model (autograd/_functions.py, `matmul`). On CUDA both quantize
-    each row of activations by itself, and say at every call that they cast it to float16.
+    On a CPU, bitsandbytes multiplies by dequantized weights in training, but quantizes the activations too in eval
+    mode: the held-out loss would be that of another model (autograd/_functions.py, `matmul`). On CUDA both modes
+    quantize each row of activations by itself, and log at every call that they cast it to float16.
     """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear8bitLt):
-            module.state.__class__ = _OneArithmetic
+            module.state.__class__ = _DequantizedMatmulState
             logging.getLogger(bnb.matmul.__module__).setLevel(logging.ERROR)
 
 
@@ -150,3 +115,39 @@ def base_fingerprint(model: PreTrainedModel) -> str:
     logits = model(input_ids=ids, use_cache=False).logits
     model.train(was_training)
     return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+
+
+class _DequantizedMatmulState(bnb.MatmulLtState):
+    """Int8 state with which a CPU multiplies by dequantized weights in evaluation too, not in training only."""
+
+    is_training = property(lambda _: True, lambda _, __: None)
+
+
+def _load(
+    model_dir: Path, compute_dtype: torch.dtype, device: torch.device, options: dict[str, Any]
+) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            dtype=compute_dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidModel(f"the base model at {model_dir.name} cannot be loaded: {error}") from error
+    if missing := sorted(loading_info["missing_keys"]):
+        # transformers would continue with random weights in their place.
+        raise InvalidModel(
+            f"the base model at {model_dir.name} lacks {len(missing)} weights, such as {missing[0]}: "
+            "import the complete model"
+        )
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    guard_linear4bit(model, compute_dtype)
+    guard_linear8bit(model)
+    return model

@@ -1,9 +1,9 @@
-"""Turns what a base model may come as into the one form the catalog holds.
+"""Conversion of GGUF files and slow tokenizers to the form that the catalog stores.
 
     python -m qlora_service.models.catalog.gguf_import gguf FILE DIRECTORY
     python -m qlora_service.models.catalog.gguf_import tokenizer DIRECTORY
 
-Runs in a child process: it imports torch, and it may be the one the kernel kills when memory runs out.
+Runs in a child process, because it imports torch and because the kernel may kill it when memory runs out.
 A failure is a traceback on stderr and exit code 1.
 """
 
@@ -18,19 +18,19 @@ from qlora_service.process.startup import end_process, importing_torch
 
 
 def convert_gguf(file: Path, directory: Path) -> None:
-    """Fills `directory` with the dequantized model in bf16 and its fast tokenizer."""
+    """Writes the model, dequantized to bf16, and its fast tokenizer into `directory`."""
     with importing_torch():
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # Alone in a directory: transformers would read a config.json that lies beside the file.
-    with TemporaryDirectory() as alone:
-        Path(alone, "model.gguf").symlink_to(file.resolve())
-        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
+    # In a directory of its own: transformers would read a config.json beside the file.
+    with TemporaryDirectory() as isolated:
+        Path(isolated, "model.gguf").symlink_to(file.resolve())
+        tokenizer = AutoTokenizer.from_pretrained(isolated, gguf_file="model.gguf")
         model = AutoModelForCausalLM.from_pretrained(
-            alone,
+            isolated,
             gguf_file="model.gguf",
-            # Without it transformers keeps the weights packed, and they cannot be saved.
+            # Otherwise transformers keeps the weights packed, and packed weights cannot be saved.
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
         )
@@ -47,7 +47,7 @@ def convert_tokenizer(directory: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    # Read by the libraries when they are imported: no network, no progress bars, nothing but errors.
+    # The libraries read these when they are imported: no network, no progress bars, errors only.
     os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
     match arguments:
         case ["gguf", file, directory]:

@@ -22,11 +22,11 @@ _MODEL_FILES = [
     "README.md",
 ]
 # Folders hold other formats of the same weights; `consolidated` is Mistral's second copy of them.
-_LEFT_OUT = ["*/*", "consolidated*.safetensors"]
+_IGNORED_FILES = ["*/*", "consolidated*.safetensors"]
 
 
 def parse_hub_id(text: str) -> tuple[str, str | None] | None:
-    """`org/name[@revision]` as (hub id, revision); None where the text is nothing of the kind."""
+    """`org/name[@revision]` as (hub id, revision); None for any other text."""
     match = _HUB_ID.fullmatch(text)
     if match is None or ".." in text or "--" in match["id"]:
         return None
@@ -34,13 +34,13 @@ def parse_hub_id(text: str) -> tuple[str, str | None] | None:
 
 
 def fetch_snapshot(hub_id: str, revision: str | None) -> Path:
-    """The model's files in the hub client's cache; the directory's name is the commit hash.
+    """The directory of the model's files in the hub client's cache; its name is the commit hash.
 
-    Settings come first, so that what they forbid is refused before gigabytes of weights are fetched.
-    With HF_HUB_OFFLINE=1, or without a network, what the cache already holds is enough.
+    Fetches settings first, so that a model that they rule out is refused before gigabytes of weights are fetched.
+    With HF_HUB_OFFLINE=1, or without a network, uses the files that the cache holds.
 
     Raises:
-        InvalidModel: the hub has no such model or revision for us, or its settings are refused.
+        InvalidModel: this user cannot access such a model or revision on the hub, or its settings are refused.
         Unavailable: the hub cannot be reached.
     """
     try:
@@ -51,11 +51,11 @@ def fetch_snapshot(hub_id: str, revision: str | None) -> Path:
             f'{hub_id} cannot be fetched: install the hub client with pip install "qlora-service[train]"'
         ) from error
     label = f"{hub_id}@{revision}" if revision else hub_id
-    no_answer: Exception | None = None
+    connection_error: Exception | None = None
     try:
-        no_answer = _no_answer(hub_id, revision)
-        # The client's cache: what was fetched once is there without a network.
-        options = {"ignore_patterns": _LEFT_OUT, "local_files_only": no_answer is not None}
+        connection_error = _connection_error(hub_id, revision)
+        # The client's default cache, so that a snapshot fetched earlier is available without a network.
+        options = {"ignore_patterns": _IGNORED_FILES, "local_files_only": connection_error is not None}
         settings = snapshot_download(hub_id, revision=revision, allow_patterns=_SETTINGS_FILES, **options)
         inspect_settings(Path(settings), label)
         commit = Path(settings).name
@@ -66,21 +66,21 @@ def fetch_snapshot(hub_id: str, revision: str | None) -> Path:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise InvalidModel(
-            f"{label} is neither a path here nor a model on the hub: check the spelling; "
+            f"{label} is neither a local path nor a model on the hub: check the spelling; "
             "for a private model set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise InvalidModel(f"{hub_id} has no revision {revision}: name a branch, a tag or a commit") from error
     except errors.HFValidationError as error:
-        raise InvalidModel(f"{label} is neither a path here nor a hub id: {error}") from error
+        raise InvalidModel(f"{label} is neither a local path nor a hub id: {error}") from error
     except (OSError, httpx2.HTTPError) as error:
-        raise _unreachable(label, no_answer or error) from error
+        raise _unreachable(label, connection_error or error) from error
 
 
-def _no_answer(hub_id: str, revision: str | None) -> Exception | None:
-    """Why the hub does not answer, None where it does; what it answers against the model is raised.
+def _connection_error(hub_id: str, revision: str | None) -> Exception | None:
+    """The error that prevents a connection to the hub, or None; raises an error that the hub returns for the model.
 
-    The client's own look-up has no time limit: where a firewall swallows packets it hangs.
+    Needed because the client's own look-up has no time limit: behind a firewall that drops packets it hangs.
     """
     import httpx2
     from huggingface_hub import HfApi, constants, errors
@@ -95,7 +95,7 @@ def _no_answer(hub_id: str, revision: str | None) -> Exception | None:
 def _unreachable(label: str, error: Exception) -> Unavailable:
     reason = str(error).strip().splitlines()
     return Unavailable(
-        f"{label} is not a path here, and the hub could not be reached to fetch it: "
+        f"{label} is not a local path, and the hub could not be reached to fetch it: "
         "connect and unset HF_HUB_OFFLINE, or download it elsewhere and import the directory "
         f"({type(error).__name__}: {reason[0] if reason else 'no reason given'})"
     )

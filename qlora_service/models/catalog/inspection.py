@@ -1,4 +1,4 @@
-"""Whether a directory may become a base model, decided by content; nothing in it is executed or unpickled."""
+"""Content checks on a directory before it becomes a base model; they execute and unpickle nothing."""
 
 from __future__ import annotations
 
@@ -21,35 +21,36 @@ from qlora_service.models.catalog.safetensors_header import TensorEntry, read_he
 TOKENIZER_JSON = "tokenizer.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-# Gemma 3's, the largest in use, has 31.8 MiB.
 MAX_TOKENIZER_JSON_BYTES = 32 << 20
+"""The largest file in use, Gemma 3's, has 31.8 MiB."""
 
-# What a slow tokenizer is made of: any one of these sets is enough to build tokenizer.json from.
+# The files of slow tokenizers: any one of these sets is enough to build tokenizer.json.
 SLOW_TOKENIZERS = ({"tokenizer.model"}, {"spiece.model"}, {"vocab.json", "merges.txt"}, {"vocab.txt"})
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 CODE_KEYS = {"auto_map", "custom_pipelines", "trust_remote_code"}
-# What `git clone` and the hub client leave behind; nothing in them is read or copied.
-BOOKKEEPING = {".git", ".cache"}
+# Left by `git clone` and the hub client; nothing in these directories is read or copied.
+IGNORED_DIRECTORIES = {".git", ".cache"}
 
-# transformers' names, then GPT-2's and its descendants'.
-_SIZES = {
+# The names in config.json by field of `ModelFacts`: transformers', then those of GPT-2 and its descendants.
+_SIZE_NAMES = {
     "vocab_size": ("vocab_size",),
     "hidden_size": ("hidden_size", "n_embd", "d_model", "n_embed"),
     "num_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "max_positions": ("max_position_embeddings", "n_positions", "max_seq_len"),
 }
 
-
 UNLIMITED_TYPES = {"bloom", "recurrent_gemma"}
-"""Models whose config names no longest sequence, because they have none: ALiBi, or a window and a state. (Mamba, RWKV
-and xLSTM have none either, but their layers take no quantized weights or no adapters.)"""
+"""Model types without a longest sequence, in config.json and in fact: ALiBi, or a window and a state.
+
+Mamba, RWKV and xLSTM have none either, but their layers support no quantized weights or no adapters.
+"""
 UNLIMITED_POSITIONS = 1 << 20
-"""Their longest sequence: what a job may ask for at most"""
+"""Their `max_positions`: the largest max_seq_len_tokens of a job."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What config.json and the weights' headers say; `weight_files` are the names transformers loads."""
+    """Facts from config.json and the weights' headers; `weight_files` are the files that transformers loads."""
 
     architecture: str
     model_type: str
@@ -63,16 +64,16 @@ class ModelFacts:
 
 
 def inspect_model(directory: Path, label: str) -> ModelFacts:
-    """The facts of a Hugging Face directory that is safe and complete; `label` names it in the error.
+    """The facts of a safe and complete Hugging Face directory; `label` names the directory in the error.
 
     Raises:
-        InvalidModel: with every finding, gathered first.
+        InvalidModel: the directory is unsafe or incomplete; the error has every finding.
     """
     root = directory.resolve()
     findings: list[str] = []
     documents: dict[str, Any] = {}
     headers: dict[str, dict[str, TensorEntry]] = {}
-    names: set[str] = set()  # of the top level; what lies deeper is looked at, never used
+    names: set[str] = set()  # of the top level; files in subdirectories are checked, never used
     for path in _regular_files(root, findings):
         name = path.relative_to(root).as_posix()
         if path.parent == root:
@@ -86,12 +87,12 @@ def inspect_model(directory: Path, label: str) -> ModelFacts:
         findings += _executable_content(path, name)
         if path.suffix == ".json":
             documents[name] = _read_object(path, name, findings)
-    findings += _unusable_kind(names, documents)
+    findings += _config_findings(names, documents)
     findings += _tokenizer_findings(root, names)
     settings = tokenizer_settings(documents, root / CHAT_TEMPLATE, findings)
-    sizes = _sizes(documents, findings)
+    sizes = _model_sizes(documents, findings)
     weight_files = _weight_files(names, documents, headers, findings)
-    _raise(findings, label)
+    _raise_if_any(findings, label)
     config = documents["config.json"]
     return ModelFacts(
         architecture=config["architectures"][0],
@@ -104,21 +105,21 @@ def inspect_model(directory: Path, label: str) -> ModelFacts:
 
 
 def inspect_settings(directory: Path, label: str) -> None:
-    """Refuses, from its JSON files alone, what need not be downloaded further.
+    """Checks a model by its JSON files alone, before its weights are downloaded.
 
     Raises:
-        InvalidModel: a JSON file names code to run or holds what rendering cannot use, or the weights are
+        InvalidModel: a JSON file names code to run or has settings that rendering cannot use, or the model is
             quantized or an adapter.
     """
     findings: list[str] = []
     paths = sorted(directory.glob("*.json"))
     documents = {path.name: _read_object(path, path.name, findings) for path in paths}
-    findings += _unusable_kind(set(documents), documents)
+    findings += _config_findings(set(documents), documents)
     tokenizer_settings(documents, directory / CHAT_TEMPLATE, findings)
-    _raise(findings, label)
+    _raise_if_any(findings, label)
 
 
-def _raise(findings: list[str], label: str) -> None:
+def _raise_if_any(findings: list[str], label: str) -> None:
     if findings:
         raise InvalidModel(
             f"{label} cannot be a base model: {'; '.join(findings[:5])}"
@@ -130,13 +131,13 @@ def _raise(findings: list[str], label: str) -> None:
 def _regular_files(root: Path, findings: list[str]) -> Iterator[Path]:
     blobs = _hub_cache_blobs(root)
     for folder, folders, files in os.walk(root):
-        folders[:] = sorted(set(folders) - BOOKKEEPING)
+        folders[:] = sorted(set(folders) - IGNORED_DIRECTORIES)
         for entry in [*folders, *sorted(files)]:
             path = Path(folder, entry)
             name = path.relative_to(root).as_posix()
-            target = Path(os.path.realpath(path))  # unlike resolve(), it bears a link that points to itself
+            target = Path(os.path.realpath(path))  # unlike resolve(), accepts a link that points to itself
             if path.is_symlink() and not target.is_relative_to(root) and target.parent != blobs:
-                findings.append(f"{name} is a symbolic link to a place outside the directory")
+                findings.append(f"{name} is a symbolic link to a path outside the directory")
             elif path.is_file():
                 yield path
             elif not path.is_dir():
@@ -144,7 +145,7 @@ def _regular_files(root: Path, findings: list[str]) -> Iterator[Path]:
 
 
 def _hub_cache_blobs(root: Path) -> Path | None:
-    """Where the links of a hub cache's `models--org--name/snapshots/<revision>` point to."""
+    """The directory that links in a hub cache's `models--org--name/snapshots/<revision>` point to."""
     repository = root.parent.parent
     if root.parent.name == "snapshots" and repository.name.startswith("models--"):
         return repository / "blobs"
@@ -164,35 +165,35 @@ def _is_pickle(path: Path) -> bool:
         magic = file.read(2)
     if len(magic) == 2 and magic[0] == 0x80 and 2 <= magic[1] <= 5:
         return True
-    # torch.save writes a zip archive around data.pkl; a zip may also hide behind other bytes.
+    # torch.save writes a zip archive around data.pkl; other bytes may precede a zip archive.
     if not zipfile.is_zipfile(path):
         return False
     try:
         with zipfile.ZipFile(path) as archive:
             return any(member.endswith((".pkl", ".pickle")) for member in archive.namelist())
     except zipfile.BadZipFile:
-        return True  # an archive that hides its content is treated as the worst it can be
+        return True  # an unreadable archive is treated as a pickle
 
 
 def _read_object(path: Path, name: str, findings: list[str]) -> dict[str, Any]:
-    """The document, or an empty one where it is no object; every finding about it is added."""
+    """The JSON object, or an empty dict for any other content; adds the file's problems to `findings`."""
     limit_bytes = MAX_TOKENIZER_JSON_BYTES if path.name == TOKENIZER_JSON else MAX_SETTINGS_BYTES
     document = read_json(path, name, findings, limit_bytes)
     findings += [
         f"{name} has {pointer}: code from the model's repository is never run" for pointer in _code_keys(document)
     ]
-    # Only the files transformers reads as objects are looked into by key.
+    # Only files that transformers reads as objects are accessed by key.
     return document if isinstance(document, dict) else {}
 
 
 def _code_keys(document: Any) -> Iterator[str]:
-    """JSON pointers to whatever asks for remote code."""
+    """JSON pointers to the keys that request remote code."""
     pending = [("", document)]
     while pending:
         pointer, node = pending.pop()
         if isinstance(node, dict):
             for key, value in node.items():
-                # In a vocabulary any word may be a key: there its value is the token's id.
+                # In a vocabulary any word may be a key, with its token id as the value.
                 is_token_id = isinstance(value, int) and not isinstance(value, bool)
                 if key in CODE_KEYS and value and not is_token_id:
                     yield f"{pointer}/{key}"
@@ -203,7 +204,7 @@ def _code_keys(document: Any) -> Iterator[str]:
             pending += [(f"{pointer}/{i}", value) for i, value in enumerate(node) if isinstance(value, (dict, list))]
 
 
-def _unusable_kind(names: set[str], documents: dict[str, Any]) -> list[str]:
+def _config_findings(names: set[str], documents: dict[str, Any]) -> list[str]:
     if "adapter_config.json" in names:
         return ["adapter_config.json says it is an adapter: import the base model it was trained on"]
     if "config.json" not in names:
@@ -214,7 +215,7 @@ def _unusable_kind(names: set[str], documents: dict[str, Any]) -> list[str]:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         findings.append(
             f"config.json says the weights are already quantized ({method or 'unknown method'}): "
-            "import the original, this service quantizes it itself"
+            "import the original, which this service quantizes itself"
         )
     if not isinstance(config.get("model_type"), str):
         findings.append("config.json has no model_type")
@@ -242,20 +243,20 @@ def _tokenizer_findings(root: Path, names: set[str]) -> list[str]:
     return []
 
 
-def _sizes(documents: dict[str, Any], findings: list[str]) -> dict[str, int]:
+def _model_sizes(documents: dict[str, Any], findings: list[str]) -> dict[str, int]:
     config = documents.get("config.json")
     if not config:
         return {}
-    # Models that also read images keep the language model's sizes one level down.
+    # Models that also read images have the language model's sizes in `text_config`.
     text_config = config.get("text_config")
     config = {**config, **text_config} if isinstance(text_config, dict) else config
     sizes = {}
-    for size, names in _SIZES.items():
+    for field, names in _SIZE_NAMES.items():
         value = next((config[name] for name in names if name in config), None)
-        if value is None and size == "max_positions" and config.get("model_type") in UNLIMITED_TYPES:
+        if value is None and field == "max_positions" and config.get("model_type") in UNLIMITED_TYPES:
             value = UNLIMITED_POSITIONS
         if type(value) is int and value > 0:
-            sizes[size] = value
+            sizes[field] = value
         else:
             findings.append(f"config.json has no {names[0]}")
     return sizes
@@ -267,7 +268,7 @@ def _weight_files(
     headers: dict[str, dict[str, TensorEntry]],
     findings: list[str],
 ) -> tuple[str, ...]:
-    """The files transformers would load, found as it finds them: one file, else what the index names."""
+    """The files that transformers would load: model.safetensors if it exists, else the files that the index names."""
     if WEIGHTS_INDEX in names:
         weight_map = documents.get(WEIGHTS_INDEX, {}).get("weight_map")
         shards = set(weight_map.values()) if _is_weight_map(weight_map) else set()

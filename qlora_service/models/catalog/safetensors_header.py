@@ -1,7 +1,7 @@
-"""The table of contents of a .safetensors file, checked as strictly as the format allows.
+"""Strictly checked header of a .safetensors file.
 
 Format: https://huggingface.co/docs/safetensors — eight bytes of header length (little-endian), a JSON header,
-then one buffer that the tensors fill without holes.
+then one buffer that the tensors fill without gaps.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The limit of the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
+"""The limit of the reference implementation."""
 
-# The dtypes weights are stored in; formats that pack two values into a byte are quantized, so no base.
+# The dtypes of weights. Formats that pack two values into a byte are missing: they are quantized, so no base model.
 _DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
@@ -24,7 +24,7 @@ _DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor as the header describes it; `begin` and `end` are bytes of the buffer behind the header."""
+    """One tensor of the header; `begin` and `end` are byte offsets in the buffer after the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of a .safetensors file by name; the weights themselves are not read.
+    """The tensors of a .safetensors file by name, without reading the weights.
 
     Raises:
         ValueError: the file is not valid safetensors; the text says why.
@@ -67,7 +67,7 @@ def _entry(name: str, fields: Any) -> TensorEntry:
     except (KeyError, TypeError):
         raise ValueError(f"the header's entry for {name} lacks dtype, shape or data_offsets") from None
     if any(type(size) is not int or size < 0 for size in sizes):
-        raise ValueError(f"the header's entry for {name} has a size that is no whole number")
+        raise ValueError(f"the header's entry for {name} has a size that is not a whole number")
     if entry.dtype not in _DTYPE_BYTES:
         raise ValueError(f"tensor {name} has the unsupported dtype {entry.dtype}")
     if entry.end - entry.begin != entry.parameters * _DTYPE_BYTES[entry.dtype]:
@@ -79,7 +79,7 @@ def _check_buffer(entries: dict[str, TensorEntry], buffer_bytes: int) -> None:
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != end:
-            raise ValueError(f"tensor {name} overlaps another or leaves a hole before it")
+            raise ValueError(f"tensor {name} overlaps another or leaves a gap before it")
         end = entry.end
     if end != buffer_bytes:
-        raise ValueError(f"its header promises {end} bytes of weights, the file holds {buffer_bytes}")
+        raise ValueError(f"its header describes {end} bytes of weights, the file holds {buffer_bytes}")

@@ -1,7 +1,7 @@
-"""Directories that become visible whole or not at all.
+"""Staging directories: written under a hidden name, published by one rename, so visible complete or not at all.
 
-A staging directory is locked by whoever writes in it, the conversion process included. The kernel drops the
-lock when the last of them dies, so one that can be locked again is a crash's remainder.
+All processes that write in a staging directory, conversions included, share its lock. The kernel releases the lock
+when the last of them ends, so a staging directory that can be locked again is left from a crash.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ PREFIX = ".staging-"
 
 @dataclass(frozen=True)
 class Staging:
-    """A directory of ours; `lock_fd` is to be inherited by every child process that writes in it."""
+    """A locked staging directory; every child process that writes in it must inherit `lock_fd`."""
 
     path: Path
     lock_fd: int
 
     def publish(self, target: Path) -> None:
-        """Makes everything durable, then visible at `target` in one step.
+        """Flushes all files to disk, then renames the directory to `target`.
 
         Raises:
-            FileExistsError: `target` is there already.
+            FileExistsError: `target` exists already.
         """
         for file in self.path.iterdir():
-            file.chmod(0o644)  # transformers writes weights readable by their owner only
+            file.chmod(0o644)  # transformers makes weights readable by their owner only
             flush(file)
         flush(self.path)
         try:
@@ -49,7 +49,7 @@ class Staging:
 
 @contextmanager
 def staging_directory(parent: Path) -> Iterator[Staging]:
-    """An empty locked directory inside `parent`, gone at the end unless it was published."""
+    """An empty locked directory inside `parent`, deleted at the end unless it was published."""
     parent.mkdir(parents=True, exist_ok=True)
     staging = _create(parent)
     try:
@@ -60,7 +60,7 @@ def staging_directory(parent: Path) -> Iterator[Staging]:
 
 
 def reap_stale(parent: Path) -> None:
-    """Deletes the staging directories that nobody writes in any more."""
+    """Deletes the staging directories of processes that have ended."""
     for path in parent.glob(f"{PREFIX}*"):
         try:
             lock_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -76,10 +76,10 @@ def reap_stale(parent: Path) -> None:
 
 
 def discard(directory: Path) -> None:
-    """Removes a published directory; it is invisible before its first file is gone."""
+    """Removes a published directory: first hides it by a rename, then deletes its files."""
     hidden = directory.with_name(f"{PREFIX}{secrets.token_hex(8)}")
     directory.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)  # an import may reap it at the same time
+    shutil.rmtree(hidden, ignore_errors=True)  # an import may delete it at the same time
 
 
 def _create(parent: Path) -> Staging:

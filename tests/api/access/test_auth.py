@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 
-from api.access.auth import ANYBODY, REMEMBERED_S, Gate, StreamGuard, authenticated
+from api.access.auth import ANONYMOUS, CACHED_S, Authenticator, StreamGuard, authenticated
 from api.http.request_log import RequestLog
 from api.main import create_app
 from qlora_service.actions.keys import open_access
@@ -31,7 +31,7 @@ def bearer(secret: str) -> dict[str, str]:
 
 
 def make_key(settings: Settings, *scopes: Scope, project: str = "local") -> tuple[str, str]:
-    """Id and secret of a new key, made as `qlora keys` does."""
+    """Id and secret of a new key, created as `qlora keys` does."""
     access = open_access(settings.resolved_database_url)
     key, secret = access.create_key(project, "test", scopes)
     access.close()
@@ -45,7 +45,7 @@ def settings(tmp_path: Path, models_dir: Path) -> Settings:
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[TestClient]:
-    """An application that demands keys; requests that are refused leave it as it is."""
+    """An application that requires keys, shared by requests that must not change its state."""
     settings = settings_in(tmp_path_factory.mktemp("locked"), models_dir).model_copy(update={"keys": "required"})
     make_key(settings, Scope.ADMIN)
     with TestClient(create_app(settings), URL) as client:
@@ -54,6 +54,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterat
 
 @pytest.fixture(scope="module")
 def secrets(locked: TestClient) -> dict[Scope, str]:
+    """The secret of one key per scope."""
     settings: Settings = locked.app.state.settings  # type: ignore[attr-defined]
     return {scope: make_key(settings, scope)[1] for scope in Scope}
 
@@ -66,28 +67,26 @@ def operations(client: TestClient) -> Iterator[Operation]:
 
 
 def guarded(client: TestClient) -> list[Operation]:
-    return [found for found in operations(client) if found[:2] not in OPEN]
+    """Every documented operation that requires a key."""
+    return [operation for operation in operations(client) if operation[:2] not in OPEN]
 
 
-# --- which requests need a key
-
-
-def test_every_operation_but_the_open_ones_demands_a_key(locked: TestClient) -> None:
+def test_every_operation_except_the_open_ones_requires_a_key(locked: TestClient) -> None:
     schemes = locked.get("/openapi.json").json()["components"]["securitySchemes"]
     assert [(scheme["type"], scheme["scheme"]) for scheme in schemes.values()] == [("http", "bearer")]
-    demanded = {(method, path): operation.get("security") for method, path, operation in operations(locked)}
-    assert {route for route, security in demanded.items() if not security} == OPEN
-    assert all(security == [{name: []} for name in schemes] for security in demanded.values() if security)
+    security_of = {(method, path): operation.get("security") for method, path, operation in operations(locked)}
+    assert {route for route, security in security_of.items() if not security} == OPEN
+    assert all(security == [{name: []} for name in schemes] for security in security_of.values() if security)
 
 
-def test_no_operation_answers_without_a_key(locked: TestClient) -> None:
+def test_guarded_operations_without_a_key_are_answered_401(locked: TestClient) -> None:
     assert len(guarded(locked)) > 20
     for method, path, _ in guarded(locked):
         response = locked.request(method, path)
         assert response.status_code == 401, (method, path)
         assert response.headers["WWW-Authenticate"] == "Bearer"
         assert response.json()["error"]["code"] == "unauthenticated"
-        if method == "get":  # also the way that is not documented
+        if method == "get":  # HEAD is not documented
             assert locked.head(path).status_code in (401, 405), path
 
 
@@ -103,33 +102,32 @@ def test_no_operation_answers_without_a_key(locked: TestClient) -> None:
         {"Cookie": "Authorization={secret}"},
     ],
 )
-def test_only_a_known_bearer_is_let_in(locked: TestClient, secrets: dict[Scope, str], headers: dict[str, str]) -> None:
+def test_only_a_valid_bearer_key_is_accepted(
+    locked: TestClient, secrets: dict[Scope, str], headers: dict[str, str]
+) -> None:
     sent = {name: value.format(secret=secrets[Scope.READ]).encode("latin-1") for name, value in headers.items()}
     assert locked.get("/jobs", headers=sent).status_code == 401
     assert locked.get("/jobs", headers=bearer(secrets[Scope.READ])).status_code == 200
 
 
-def test_key_in_the_address_is_no_key(locked: TestClient, secrets: dict[Scope, str]) -> None:
+def test_key_in_the_url_is_not_accepted(locked: TestClient, secrets: dict[Scope, str]) -> None:
     for name in ("key", "api_key", "access_token", "token"):
         assert locked.get(f"/jobs?{name}={secrets[Scope.ADMIN]}").status_code == 401
 
 
-def test_health_and_documentation_are_open(locked: TestClient) -> None:
+def test_health_and_documentation_need_no_key(locked: TestClient) -> None:
     for path in (*(path for _, path in OPEN), *OPEN_PAGES):
         assert locked.get(path).status_code == 200, path
 
 
-def test_body_of_a_stranger_is_not_even_read(locked: TestClient) -> None:
+def test_body_of_a_request_without_a_key_is_not_read(locked: TestClient) -> None:
     for method, path, operation in guarded(locked):
         if "requestBody" in operation:
             refused = locked.request(method, path, content=b"{", headers={"Content-Type": "application/json"})
             assert refused.status_code == 401, (method, path)
 
 
-# --- what a key allows
-
-
-def test_key_that_reads_changes_nothing(locked: TestClient, secrets: dict[Scope, str]) -> None:
+def test_key_with_scope_read_cannot_change_anything(locked: TestClient, secrets: dict[Scope, str]) -> None:
     changes = [(method, path, operation) for method, path, operation in guarded(locked) if method != "get"]
     assert len(changes) >= 7
     for method, path, operation in changes:
@@ -142,77 +140,76 @@ def test_key_that_reads_changes_nothing(locked: TestClient, secrets: dict[Scope,
 
 
 @pytest.mark.parametrize("scope", [Scope.READ, Scope.SUBMIT])
-def test_keys_are_for_admins(locked: TestClient, secrets: dict[Scope, str], scope: Scope) -> None:
-    about_keys = [found for found in guarded(locked) if "admin" in found[2]["tags"]]
-    assert len(about_keys) >= 3
-    for method, path, _ in about_keys:
+def test_operations_on_keys_need_the_scope_admin(locked: TestClient, secrets: dict[Scope, str], scope: Scope) -> None:
+    key_operations = [operation for operation in guarded(locked) if "admin" in operation[2]["tags"]]
+    assert len(key_operations) >= 3
+    for method, path, _ in key_operations:
         response = locked.request(method, path, headers=bearer(secrets[scope]))
         assert response.status_code == 403, (method, path)
         assert "'admin'" in response.json()["error"]["message"]
         assert locked.request(method, path, headers=bearer(secrets[Scope.ADMIN])).status_code not in (401, 403)
 
 
-def test_scope_includes_those_below_it(locked: TestClient, secrets: dict[Scope, str]) -> None:
+def test_scope_includes_lower_scopes(locked: TestClient, secrets: dict[Scope, str]) -> None:
     for scope, may_submit in {Scope.READ: False, Scope.SUBMIT: True, Scope.ADMIN: True}.items():
         headers = bearer(secrets[scope])
         assert locked.get("/jobs", headers=headers).status_code == 200
-        # 415: let in, and refused for its empty body.
+        # 415: authorized, and refused because of its empty body.
         assert locked.post("/jobs", headers=headers).status_code == (415 if may_submit else 403)
 
 
-# --- for how long
-
-
 class Seconds:
+    """A monotonic clock that the test moves."""
+
     now = 1000.0
 
     def __call__(self) -> float:
         return self.now
 
 
-def test_revoked_key_is_refused_after_the_time_it_is_remembered(settings: Settings) -> None:
+def test_revoked_key_is_refused_when_its_cache_entry_expires(settings: Settings) -> None:
     key_id, secret = make_key(settings, Scope.READ)
     access, clock = open_access(settings.resolved_database_url), Seconds()
-    gate = Gate(access, clock=clock)
+    authenticator = Authenticator(access, clock=clock)
 
-    def admit() -> str | None:
-        return anyio.run(gate.admit, secret, Scope.READ).key_id
+    def authorized_key() -> str | None:
+        return anyio.run(authenticator.authorize, secret, Scope.READ).key_id
 
-    assert admit() == key_id
+    assert authorized_key() == key_id
     access.revoke_key(key_id)
-    clock.now += REMEMBERED_S / 2
-    assert admit() == key_id
-    clock.now += REMEMBERED_S / 2
+    clock.now += CACHED_S / 2
+    assert authorized_key() == key_id
+    clock.now += CACHED_S / 2
     for _ in range(2):
         with pytest.raises(Unauthenticated, match="revoked"):
-            admit()
+            authorized_key()
     access.close()
 
 
-def test_remembered_key_needs_no_database(settings: Settings) -> None:
+def test_cached_key_needs_no_database(settings: Settings) -> None:
     _, secret = make_key(settings, Scope.READ)
     access, clock = open_access(settings.resolved_database_url), Seconds()
-    gate = Gate(access, clock=clock)
+    authenticator = Authenticator(access, clock=clock)
 
-    async def ask(times: int) -> None:
+    async def authorize(times: int) -> None:
         for _ in range(times):
-            await gate.admit(secret, Scope.READ)
+            await authenticator.authorize(secret, Scope.READ)
 
-    anyio.run(ask, 1)
+    anyio.run(authorize, 1)
     database = settings.resolved_data_dir / "state.db"
     access.close()
     database.rename(database.with_name("away.db"))
-    anyio.run(ask, 100)
-    clock.now += REMEMBERED_S
+    anyio.run(authorize, 100)
+    clock.now += CACHED_S
     with pytest.raises(Exception, match="no such table"):
-        anyio.run(ask, 1)
+        anyio.run(authorize, 1)
 
 
-def test_stream_ends_with_its_key(settings: Settings) -> None:
+def test_event_stream_ends_when_its_key_is_revoked(settings: Settings) -> None:
     (key_id, secret), clock = make_key(settings, Scope.READ), Seconds()
     access = open_access(settings.resolved_database_url)
     app = FastAPI()
-    app.state.gate = Gate(access, clock=clock)
+    app.state.authenticator = Authenticator(access, clock=clock)
     app.add_middleware(StreamGuard)
     app.add_middleware(RequestLog)
     ended = []
@@ -222,9 +219,9 @@ def test_stream_ends_with_its_key(settings: Settings) -> None:
             yield b"data: before\n\n"
             access.revoke_key(key_id)
             yield b"data: within the second\n\n"
-            clock.now += REMEMBERED_S
+            clock.now += CACHED_S
             yield b"data: after\n\n"
-            raise AssertionError("the stream goes on")
+            raise AssertionError("the stream continues")
         finally:
             ended.append(True)
 
@@ -239,49 +236,44 @@ def test_stream_ends_with_its_key(settings: Settings) -> None:
     access.close()
 
 
-def test_every_key_has_its_own_number_of_requests(settings: Settings) -> None:
+def test_every_key_has_its_own_rate_limit(settings: Settings) -> None:
     limited = settings.model_copy(update={"max_requests_per_minute": 3})
     first, second = make_key(settings, Scope.READ)[1], make_key(settings, Scope.READ)[1]
     with TestClient(create_app(limited), URL) as client:
-        answers = [client.get("/jobs", headers=bearer(first)) for _ in range(4)]
-        assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
-        assert answers[3].json()["error"]["code"] == "rate_limited"
-        assert answers[3].headers["Retry-After"] == "20"
+        responses = [client.get("/jobs", headers=bearer(first)) for _ in range(4)]
+        assert [response.status_code for response in responses] == [200, 200, 200, 429]
+        assert responses[3].json()["error"]["code"] == "rate_limited"
+        assert responses[3].headers["Retry-After"] == "20"
         assert client.get("/jobs", headers=bearer(second)).status_code == 200
         assert client.get("/jobs").status_code == 401
         assert client.get("/healthz").status_code == 200
 
 
-def test_what_a_key_may_not_do_counts_as_a_request_too(settings: Settings) -> None:
+def test_forbidden_requests_count_toward_the_rate_limit(settings: Settings) -> None:
     secret = make_key(settings, Scope.READ)[1]
     with TestClient(create_app(settings.model_copy(update={"max_requests_per_minute": 2})), URL) as client:
-        answers = [client.post("/jobs", json={}, headers=bearer(secret)) for _ in range(3)]
-    assert [answer.status_code for answer in answers] == [403, 403, 429]
+        responses = [client.post("/jobs", json={}, headers=bearer(secret)) for _ in range(3)]
+    assert [response.status_code for response in responses] == [403, 403, 429]
 
 
-# --- without keys
-
-
-def test_without_keys_everybody_is_the_default_project() -> None:
-    gate = Gate(None, max_requests_per_minute=1)
-    assert anyio.run(gate.admit, None, Scope.ADMIN) == ANYBODY
+def test_with_keys_off_every_caller_is_the_default_project() -> None:
+    authenticator = Authenticator(None, max_requests_per_minute=1)
+    assert anyio.run(authenticator.authorize, None, Scope.ADMIN) == ANONYMOUS
     with pytest.raises(RateLimited):
-        anyio.run(gate.admit, "qk_whatever", Scope.READ)
+        anyio.run(authenticator.authorize, "qk_whatever", Scope.READ)
 
 
-def test_what_was_made_without_keys_belongs_to_the_default_project(settings: Settings) -> None:
+def test_objects_created_with_keys_off_belong_to_the_default_project(settings: Settings) -> None:
     with TestClient(create_app(settings.model_copy(update={"keys": "off"})), URL) as client:
         dataset = client.post("/datasets", content=b'{"text": "a"}\n').json()["id"]
-    mine, theirs = make_key(settings, Scope.READ)[1], make_key(settings, Scope.READ, project="team-a")[1]
+    default_key = make_key(settings, Scope.READ)[1]
+    team_key = make_key(settings, Scope.READ, project="team-a")[1]
     with TestClient(create_app(settings), URL) as client:
-        assert client.get(f"/datasets/{dataset}", headers=bearer(mine)).status_code == 200
-        assert client.get(f"/datasets/{dataset}", headers=bearer(theirs)).status_code == 404
+        assert client.get(f"/datasets/{dataset}", headers=bearer(default_key)).status_code == 200
+        assert client.get(f"/datasets/{dataset}", headers=bearer(team_key)).status_code == 404
 
 
-# --- the first start, and the log
-
-
-def test_first_start_prints_one_key_and_no_log_line_holds_any(
+def test_first_start_prints_one_key_and_no_key_is_logged(
     start_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_LOG_LEVEL", "DEBUG")
@@ -293,17 +285,17 @@ def test_first_start_prints_one_key_and_no_log_line_holds_any(
         assert client.get("/jobs").status_code == 401
         assert client.get("/jobs", headers=bearer(secret)).status_code == 200
         assert client.get(f"/jobs?api_key={secret}").status_code == 401
-        made = client.post("/keys", json={"name": "laptop"}, headers=bearer(secret)).json()
-        assert client.get("/jobs/job_none", headers=bearer(made["secret"])).status_code == 404
-        assert client.get("/jobs", headers=bearer("qk_of_somebody_else")).status_code == 401
-        assert client.get("/jobs", headers=bearer(made["secret"])).status_code == 200
+        created = client.post("/keys", json={"name": "laptop"}, headers=bearer(secret)).json()
+        assert client.get("/jobs/job_none", headers=bearer(created["secret"])).status_code == 404
+        assert client.get("/jobs", headers=bearer("qk_unknown_to_the_service")).status_code == 401
+        assert client.get("/jobs", headers=bearer(created["secret"])).status_code == 200
     server.stop()
     log = server.log.read_text()
     assert {line["status"] for line in server.lines() if line["event"] == "request"} >= {200, 201, 401, 404}
     assert log.count(secret) == 1
-    assert made["secret"] not in log
-    assert "qk_of_somebody_else" not in log
+    assert created["secret"] not in log
+    assert "qk_unknown_to_the_service" not in log
 
-    again = start_server()
-    assert httpx2.get(f"{again.url}/jobs", headers=bearer(secret)).status_code == 200
-    assert "QLORA_API_KEY" not in again.log.read_text()
+    restarted = start_server()
+    assert httpx2.get(f"{restarted.url}/jobs", headers=bearer(secret)).status_code == 200
+    assert "QLORA_API_KEY" not in restarted.log.read_text()

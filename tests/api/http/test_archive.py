@@ -19,7 +19,7 @@ def read(name: str) -> Iterator[bytes]:
     return (content[start : start + 300] for start in range(0, len(content), 300))
 
 
-def test_zip_holds_the_files_and_the_same_bytes_each_time() -> None:
+def test_zip_contains_the_files_and_has_the_same_bytes_each_time() -> None:
     first = b"".join(stream_zip(files(), read))
     with zipfile.ZipFile(io.BytesIO(first)) as archive:
         assert archive.testzip() is None
@@ -28,7 +28,7 @@ def test_zip_holds_the_files_and_the_same_bytes_each_time() -> None:
     assert b"".join(stream_zip(files(), read)) == first
 
 
-def test_file_of_more_than_two_gibibytes_gets_a_zip64_header() -> None:
+def test_file_over_two_gibibytes_gets_a_zip64_header() -> None:
     huge = ManifestFile(name="huge", bytes=5 * 2**30, sha256="")
     first_chunk = next(stream_zip([huge], lambda name: iter([b"x"])))
     version_needed = int.from_bytes(first_chunk[4:6], "little")

@@ -20,15 +20,15 @@ def inline(**changes: Any) -> dict[str, Any]:
     return spec_of(dataset={"rows": ROWS}, **changes)
 
 
-def count(client: TestClient, what: str = "jobs") -> int:
-    return len(client.get(f"/{what}?limit=100").json()["data"])
+def count(client: TestClient, collection: str = "jobs") -> int:
+    return len(client.get(f"/{collection}?limit=100").json()["data"])
 
 
-def test_same_job_under_the_same_key_is_one_job_with_one_answer(client: TestClient) -> None:
+def test_same_request_with_the_same_key_creates_one_job_and_gets_the_same_response(client: TestClient) -> None:
     first = client.post("/jobs", json=inline(), headers=KEY)
     assert first.status_code == 201
     assert REPLAYED not in first.headers
-    other = client.post("/jobs", json=inline(priority=9))  # changes the first one's place in the queue
+    other = client.post("/jobs", json=inline(priority=9))  # changes the queue position of the first job
     again = client.post("/jobs", json=inline(), headers=KEY)
     assert (again.status_code, again.headers[REPLAYED]) == (201, "true")
     assert again.json() == first.json()
@@ -36,30 +36,30 @@ def test_same_job_under_the_same_key_is_one_job_with_one_answer(client: TestClie
     assert {job["id"] for job in client.get("/jobs").json()["data"]} == {first.json()["id"], other.json()["id"]}
 
 
-def test_requests_without_a_key_are_each_their_own(client: TestClient) -> None:
+def test_requests_without_a_key_create_separate_jobs(client: TestClient) -> None:
     assert len({client.post("/jobs", json=inline()).json()["id"] for _ in range(2)}) == 2
 
 
-def test_the_answer_stays_what_it_was_when_the_job_goes_on(client: TestClient, queue: Queue) -> None:
+def test_replayed_response_does_not_change_when_the_job_starts(client: TestClient, queue: Queue) -> None:
     first = client.post("/jobs", json=inline(), headers=KEY).json()
     assert queue.claim("worker") is not None
     assert client.get(f"/jobs/{first['id']}").json()["status"] == "running"
     assert client.post("/jobs", json=inline(), headers=KEY).json() == first
 
 
-def test_json_is_compared_by_its_meaning(client: TestClient) -> None:
+def test_json_bodies_are_compared_by_value(client: TestClient) -> None:
     headers = KEY | {"Content-Type": "application/json"}
     first = client.post("/jobs", content=json.dumps(inline()), headers=headers)
-    turned = dict(reversed(inline().items()))
-    again = client.post("/jobs", content=json.dumps(turned, indent=2).encode(), headers=headers)
+    reordered = dict(reversed(inline().items()))
+    again = client.post("/jobs", content=json.dumps(reordered, indent=2).encode(), headers=headers)
     assert again.json() == first.json()
     assert count(client) == 1
 
 
-def test_form_is_compared_by_its_parts(client: TestClient) -> None:
+def test_form_of_a_job_is_compared_by_its_parts(client: TestClient) -> None:
     def post(rows: bytes, name: str = "a.jsonl", **changes: Any) -> Any:
         parts = {"config": (None, json.dumps(spec_of(**changes))), "dataset": (name, rows)}
-        return client.post("/jobs", files=parts, headers=KEY)  # each with a boundary of its own
+        return client.post("/jobs", files=parts, headers=KEY)  # every call has another boundary
 
     first = post(chat_rows(4))
     again = post(chat_rows(4))
@@ -70,7 +70,7 @@ def test_form_is_compared_by_its_parts(client: TestClient) -> None:
     assert count(client) == 1
 
 
-def test_raw_upload_is_compared_by_its_bytes_and_query(client: TestClient, settings: Settings) -> None:
+def test_raw_upload_is_compared_by_bytes_and_query(client: TestClient, settings: Settings) -> None:
     def post(rows: bytes, query: str = "?filename=a.jsonl&shape=messages") -> Any:
         return client.post(f"/datasets{query}", content=rows, headers=KEY)
 
@@ -84,7 +84,7 @@ def test_raw_upload_is_compared_by_its_bytes_and_query(client: TestClient, setti
     assert scratch_files(settings) == []
 
 
-def test_uploaded_form_is_compared_by_its_parts(client: TestClient) -> None:
+def test_form_of_a_dataset_is_compared_by_its_parts(client: TestClient) -> None:
     def post(rows: bytes, shape: str = "messages") -> Any:
         return client.post("/datasets", files={"file": ("a.jsonl", rows)}, data={"shape": shape}, headers=KEY)
 
@@ -94,7 +94,7 @@ def test_uploaded_form_is_compared_by_its_parts(client: TestClient) -> None:
     assert post(chat_rows(3)).status_code == 409
 
 
-def test_one_key_serves_one_body_method_and_path(client: TestClient, submit: Callable[..., str]) -> None:
+def test_key_used_with_another_body_or_path_is_a_conflict(client: TestClient, submit: Callable[..., str]) -> None:
     job_id = submit()
     assert client.post(f"/jobs/{job_id}/pause", headers=KEY).status_code == 200
     for path, body in [(f"/jobs/{job_id}/cancel", None), ("/jobs", inline()), (f"/jobs/{submit()}/pause", None)]:
@@ -111,12 +111,12 @@ def test_late_retry_does_not_change_the_state_again(client: TestClient, submit: 
     paused = client.post(f"/jobs/{job_id}/pause", headers=KEY).json()
     resumed = client.post(f"/jobs/{job_id}/resume", headers={"Idempotency-Key": "other"}).json()
     assert (paused["status"], resumed["status"], resumed["queue_position"]) == ("paused", "queued", 0)
-    late = client.post(f"/jobs/{job_id}/pause", headers=KEY)
-    assert (late.json(), late.headers[REPLAYED]) == (paused, "true")
+    late_retry = client.post(f"/jobs/{job_id}/pause", headers=KEY)
+    assert (late_retry.json(), late_retry.headers[REPLAYED]) == (paused, "true")
     assert client.get(f"/jobs/{job_id}").json()["status"] == "queued"
 
 
-def test_refusal_is_not_kept(client: TestClient, submit: Callable[..., str]) -> None:
+def test_error_responses_are_not_stored(client: TestClient, submit: Callable[..., str]) -> None:
     for _ in range(2):
         refused = client.post("/jobs", json=inline(priority="high"), headers=KEY)
         assert (refused.status_code, REPLAYED in refused.headers) == (422, False)
@@ -129,7 +129,7 @@ def test_refusal_is_not_kept(client: TestClient, submit: Callable[..., str]) -> 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "a\tb", "schlüssel".encode(), b"\x7f"])
 @pytest.mark.parametrize("path", ["/jobs", "/datasets", "/jobs/job_none/cancel"])
-def test_unusable_key_is_refused_and_nothing_is_stored(
+def test_invalid_key_is_refused_and_nothing_is_stored(
     bare_client: TestClient, nothing_stored: Callable[[], None], path: str, key: str | bytes
 ) -> None:
     value = key if isinstance(key, bytes) else key.encode()
@@ -147,7 +147,7 @@ def test_two_keys_are_refused(bare_client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("key", ["x" * 255, "~ !", "550e8400-e29b-41d4-a716-446655440000"])
-def test_any_printable_key_will_do(client: TestClient, key: str) -> None:
-    answers = [client.post("/jobs", json=inline(), headers={"Idempotency-Key": key}) for _ in range(2)]
-    assert [answer.status_code for answer in answers] == [201, 201]
+def test_any_printable_ascii_key_is_accepted(client: TestClient, key: str) -> None:
+    responses = [client.post("/jobs", json=inline(), headers={"Idempotency-Key": key}) for _ in range(2)]
+    assert [response.status_code for response in responses] == [201, 201]
     assert count(client) == 1

@@ -12,7 +12,7 @@ from api.http.json_body import parse_body
 from qlora_service.data.json.strict import MAX_NESTING
 
 
-def test_json_document_is_read() -> None:
+def test_json_document_is_parsed() -> None:
     assert parse_body('\ufeff{"name": "Überschrift 😀"}'.encode()) == {"name": "Überschrift 😀"}
 
 
@@ -34,13 +34,13 @@ def test_json_document_is_read() -> None:
         (b'{"a": "\xff"}', "0xff at offset 7", None),
     ],
 )
-def test_ambiguous_or_broken_json_is_refused_with_its_place(body: bytes, reason: str, location: str | None) -> None:
+def test_ambiguous_or_invalid_json_is_refused_with_its_location(body: bytes, reason: str, location: str | None) -> None:
     with pytest.raises(InvalidJSON, match=reason) as caught:
         parse_body(body)
     assert caught.value.location == location
 
 
-def test_broken_part_of_a_form_is_named() -> None:
+def test_invalid_json_in_a_form_part_is_refused_with_the_name_of_the_part() -> None:
     with pytest.raises(InvalidJSON, match=r"the part 'config' is not valid JSON: .* at line 1, column 2") as caught:
         parse_body(b"{", "config")
     assert (caught.value.location, caught.value.details) == ("config", {"line": 1, "column": 2})
@@ -54,7 +54,7 @@ _ENCODED = [
     lambda value: json.dumps(value).encode(),
     lambda value: json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass"),
 ]
-_TROUBLE = [
+_DEFECTS = [
     b"\0", b"\\u0000", b"\\ud800", b"\xed\xa0\x80", b"\xff", b"\xef\xbb\xbf", b"NaN", b"-Infinity", b"1e999", b'"a":1,',
     b'"a":{},', b"[" * 70, b"]" * 70, b"9" * 5000, b"{", b"\\", b'"',
 ]  # fmt: skip
@@ -62,9 +62,9 @@ _TROUBLE = [
 
 @st.composite
 def _documents(draw: st.DrawFn) -> bytes:
-    """JSON documents with trouble in them, mostly."""
+    """JSON documents, most of them with defects inserted."""
     document = bytearray(draw(st.sampled_from(_ENCODED))(draw(_VALUES)))
-    for piece in draw(st.lists(st.sampled_from(_TROUBLE), max_size=3)):
+    for piece in draw(st.lists(st.sampled_from(_DEFECTS), max_size=3)):
         position = draw(st.integers(0, len(document)))
         document[position:position] = piece
     return bytes(document)
@@ -73,11 +73,11 @@ def _documents(draw: st.DrawFn) -> bytes:
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(_documents())
 @example(b'{"a": 1, "b": {"a": 2}}')
-def test_every_body_is_read_in_its_one_way_or_refused(body: bytes) -> None:
+def test_every_body_is_parsed_unambiguously_or_refused(body: bytes) -> None:
     try:
         value = parse_body(body)
     except InvalidJSON as error:
-        json.dumps(error.as_dict(), ensure_ascii=False).encode()  # the refusal can be sent
+        json.dumps(error.as_dict(), ensure_ascii=False).encode()  # the error can be sent as JSON
         return
     assert json.loads(body.decode("utf-8-sig"), object_pairs_hook=_without_duplicates) == value
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)

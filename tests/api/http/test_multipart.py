@@ -28,7 +28,7 @@ def receive(directory: Path, pieces: Iterable[bytes]) -> Form:
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1000])
-def test_parts_are_the_same_however_the_body_is_cut(tmp_path: Path, piece: int) -> None:
+def test_parts_do_not_depend_on_how_the_body_is_split(tmp_path: Path, piece: int) -> None:
     form = receive(tmp_path, (BODY[start : start + piece] for start in range(0, len(BODY), piece)))
     assert form.files["file"].filename == "Grüße.jsonl"
     assert form.files["file"].path.read_bytes() == b"line 1\r\nline 2 --x\r\n"
@@ -47,12 +47,12 @@ def test_parts_are_the_same_however_the_body_is_cut(tmp_path: Path, piece: int) 
         (BODY.replace(b"messages", b"m" * 101), TooLarge, "larger than 100 bytes"),
     ],
 )
-def test_form_that_cannot_be_used_is_refused(tmp_path: Path, body: bytes, error: type[QLoRAError], reason: str) -> None:
+def test_invalid_form_is_refused(tmp_path: Path, body: bytes, error: type[QLoRAError], reason: str) -> None:
     with pytest.raises(error, match=reason):
         receive(tmp_path, [body])
 
 
-def test_field_is_text() -> None:
+def test_field_is_decoded_as_text() -> None:
     form = Form(fields={"a": bytearray("Grüße".encode()), "b": bytearray(b"ab\xff"), "c": bytearray(b"\0")})
     assert form.text("a") == "Grüße"
     assert form.text("missing") is None
@@ -77,20 +77,20 @@ def test_field_is_text() -> None:
     ),
     st.integers(1, len(BODY)),
 )
-def test_damaged_body_is_read_or_refused(tmp_path: Path, damages: list[tuple[int, int, bytes]], piece: int) -> None:
+def test_damaged_body_is_parsed_or_refused(tmp_path: Path, damages: list[tuple[int, int, bytes]], piece: int) -> None:
     body = bytearray(BODY)
-    for position, length, instead in damages:
-        body[position : position + length] = instead
+    for position, length, replacement in damages:
+        body[position : position + length] = replacement
     try:
         form = receive(tmp_path, (bytes(body[start : start + piece]) for start in range(0, len(body), piece)))
-    except (InvalidRequest, TooLarge) as refused:
-        json.dumps(refused.as_dict(), ensure_ascii=False).encode()
+    except (InvalidRequest, TooLarge) as error:
+        json.dumps(error.as_dict(), ensure_ascii=False).encode()
     else:
         assert form.files.keys() <= {"file"}
         assert form.fields.keys() <= {"shape"}
 
 
-def test_content_type_tells_a_form_and_its_boundary() -> None:
+def test_content_type_identifies_a_form_and_its_boundary() -> None:
     assert is_multipart("Multipart/Form-Data; boundary=xx")
     assert not is_multipart("application/json")
     assert boundary_of('multipart/form-data; boundary="a b"') == b"a b"

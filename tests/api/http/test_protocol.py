@@ -20,7 +20,7 @@ from tests.running_api import RunningApi
 
 RECEIPT_S = 0.8
 LATE_S = RECEIPT_S + 1.5
-"""When the last slow client is gone; the machine may be busy."""
+"""Seconds after which the last slow client must be disconnected; the margin is for a busy machine."""
 HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -28,36 +28,37 @@ CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """Of an API process with a short deadline."""
+    """The port of an API process with a short deadline."""
     prelude = f"import os; os.environ['QLORA_RECEIPT_S'] = '{RECEIPT_S}'"
     with RunningApi(tmp_path_factory.mktemp("slow"), prelude) as api:
         yield api.port
 
 
 class SlowClient:
-    """Sends `first` at once and then a byte of `rest` ten times a second; what it was answered, and when it was cut."""
+    """A client that sends `first` at once, then ten bytes of `rest` per second; records the response and its end."""
 
     def __init__(self, port: int, first: bytes, rest: bytes = b"") -> None:
-        self.answer, self.closed_after_s = b"", float("inf")
+        self.response, self.closed_after_s = b"", float("inf")
         self._port, self._first, self._rest = port, first, rest
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
-    def end(self) -> SlowClient:
+    def join(self) -> SlowClient:
+        """Waits until the connection is closed."""
         self._thread.join()
         return self
 
     @property
-    def runs(self) -> bool:
+    def is_running(self) -> bool:
         return self._thread.is_alive()
 
     @property
     def status(self) -> int:
-        return int(self.answer.split(b" ")[1])
+        return int(self.response.split(b" ")[1])
 
     @property
     def error(self) -> dict[str, object]:
-        error: dict[str, object] = json.loads(self.answer.partition(b"\r\n\r\n")[2])["error"]
+        error: dict[str, object] = json.loads(self.response.partition(b"\r\n\r\n")[2])["error"]
         return error
 
     def _run(self) -> None:
@@ -77,7 +78,7 @@ class SlowClient:
                 if not received:
                     self.closed_after_s = time.monotonic() - started
                     return
-                self.answer += received
+                self.response += received
 
 
 HEADS = {
@@ -96,51 +97,51 @@ BODIES = {
 
 @pytest.fixture(scope="module")
 def slow_clients(port: int) -> dict[str, SlowClient]:
-    """All at once, to save time."""
+    """One client per case, run at the same time to save time."""
     return {name: SlowClient(port, *sent) for name, sent in (HEADS | BODIES | {"silence": (b"", b"")}).items()}
 
 
-def test_connection_without_a_request_is_closed_without_an_answer(slow_clients: dict[str, SlowClient]) -> None:
-    client = slow_clients["silence"].end()
+def test_connection_without_a_request_is_closed_without_a_response(slow_clients: dict[str, SlowClient]) -> None:
+    client = slow_clients["silence"].join()
     assert RECEIPT_S * 0.9 < client.closed_after_s < LATE_S
-    assert client.answer == b""
+    assert client.response == b""
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_head_that_trickles_in_is_answered_408_and_closed(slow_clients: dict[str, SlowClient], name: str) -> None:
-    client = slow_clients[name].end()
+def test_slow_head_is_answered_408_and_the_connection_closed(slow_clients: dict[str, SlowClient], name: str) -> None:
+    client = slow_clients[name].join()
     assert RECEIPT_S * 0.9 < client.closed_after_s < LATE_S
-    assert b"HTTP/1.1 408" in client.answer
-    assert b"connection: close" in client.answer.lower()
+    assert b"HTTP/1.1 408" in client.response
+    assert b"connection: close" in client.response.lower()
 
 
 @pytest.mark.parametrize("name", sorted(BODIES.keys() - {"of a HEAD"}))
-def test_body_that_trickles_in_is_answered_408_and_closed(slow_clients: dict[str, SlowClient], name: str) -> None:
-    client = slow_clients[name].end()
+def test_slow_body_is_answered_408_and_the_connection_closed(slow_clients: dict[str, SlowClient], name: str) -> None:
+    client = slow_clients[name].join()
     assert RECEIPT_S * 0.9 < client.closed_after_s < LATE_S
     assert client.status == 408
     assert client.error["code"] == "request_timeout"
     assert "body did not arrive in time" in str(client.error["message"])
 
 
-def test_answer_to_a_slow_head_request_has_no_body(slow_clients: dict[str, SlowClient]) -> None:
-    client = slow_clients["of a HEAD"].end()
-    assert client.answer.endswith(b"\r\n\r\n")
+def test_response_to_a_slow_request_of_method_head_has_no_body(slow_clients: dict[str, SlowClient]) -> None:
+    client = slow_clients["of a HEAD"].join()
+    assert client.response.endswith(b"\r\n\r\n")
     assert client.status in (405, 408)
 
 
-def test_body_that_trickles_on_after_the_answer_is_cut_off(port: int) -> None:
+def test_connection_is_closed_if_a_slow_body_continues_after_the_response(port: int) -> None:
     first = POST.replace(b"application/json", b"text/plain") + b"Content-Length: 1000\r\n\r\n"
-    client = SlowClient(port, first, b"x" * 1000).end()
+    client = SlowClient(port, first, b"x" * 1000).join()
     assert client.closed_after_s < LATE_S
     assert client.status == 415
-    assert b" 408 " not in client.answer
+    assert b" 408 " not in client.response
 
 
-def test_slow_body_above_the_least_rate_is_received_whole(port: int) -> None:
-    """For longer than the deadline of a client that sends less."""
+def test_body_above_the_minimum_rate_is_received_completely(port: int) -> None:
+    """The body takes longer than the deadline of a client below the minimum rate."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        # What it sends first keeps it from being late when this machine stands still.
+        # The first 164 kB give the client enough credit to survive a stall of this machine.
         connection.sendall(POST + b"Content-Length: 204000\r\n\r\n" + b" " * 164_000)
         started = time.monotonic()
         for _ in range(20):
@@ -150,7 +151,7 @@ def test_slow_body_above_the_least_rate_is_received_whole(port: int) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 400")
 
 
-def test_connection_between_two_requests_is_left_alone(port: int) -> None:
+def test_idle_connection_between_two_requests_stays_open(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
         for _ in range(2):
             connection.sendall(HEAD + b"\r\n")
@@ -158,28 +159,28 @@ def test_connection_between_two_requests_is_left_alone(port: int) -> None:
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
 
 
-def test_answers_on_a_kept_connection_do_not_wait_for_acknowledgements(port: int) -> None:
+def test_responses_on_a_kept_connection_do_not_wait_for_acknowledgements(port: int) -> None:
     times = []
     with httpx2.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
         for _ in range(15):
             started = time.monotonic()
             http.get("/healthz")
             times.append(time.monotonic() - started)
-    # Linux acknowledges after 40 ms when there is nothing to say.
+    # Linux delays an acknowledgement by 40 ms if there is no data to send with it.
     assert sorted(times)[7] < 0.03
 
 
-def test_others_are_served_while_many_are_slow(port: int) -> None:
+def test_other_clients_are_served_while_many_are_slow(port: int) -> None:
     kinds = [b"", b"G", POST + b"Content-Length: 1000\r\n\r\n"]
     slow = [SlowClient(port, kinds[number % 3], b"x" * 100) for number in range(60)]
     times = []
     with httpx2.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
-        while any(client.runs for client in slow):
+        while any(client.is_running for client in slow):
             started = time.monotonic()
             assert http.get("/jobs").status_code == 200
             times.append(time.monotonic() - started)
             time.sleep(0.02)
-    assert max(client.end().closed_after_s for client in slow) < LATE_S
+    assert max(client.join().closed_after_s for client in slow) < LATE_S
     assert sorted(times)[len(times) // 2] < 0.1
 
 
@@ -192,23 +193,23 @@ def test_others_are_served_while_many_are_slow(port: int) -> None:
     ],
     ids=["TLS", "long head", "long head that ends"],
 )
-def test_what_is_no_request_is_answered_in_the_one_shape(port: int, sent: bytes) -> None:
-    client = SlowClient(port, sent).end()
+def test_malformed_request_is_answered_400_in_the_common_shape(port: int, sent: bytes) -> None:
+    client = SlowClient(port, sent).join()
     assert client.status == 400
     assert client.error["code"] == "malformed_request"
 
 
-def test_second_head_of_a_packet_is_measured_too(port: int) -> None:
-    client = SlowClient(port, HEAD + b"\r\n" + HEAD + b"X-Long: " + b"x" * MAX_HEAD_BYTES + b"\r\n\r\n").end()
-    assert client.answer.startswith(b"HTTP/1.1 200")
-    assert b"HTTP/1.1 400" in client.answer
+def test_size_limit_applies_to_the_second_head_in_a_packet(port: int) -> None:
+    client = SlowClient(port, HEAD + b"\r\n" + HEAD + b"X-Long: " + b"x" * MAX_HEAD_BYTES + b"\r\n\r\n").join()
+    assert client.response.startswith(b"HTTP/1.1 200")
+    assert b"HTTP/1.1 400" in client.response
 
 
-def test_head_of_just_the_limit_is_answered(port: int) -> None:
+def test_head_of_exactly_the_size_limit_is_accepted(port: int) -> None:
     rest = b"Connection: close\r\nX-Long: "
     head = HEAD + rest + b"x" * (MAX_HEAD_BYTES - len(HEAD + rest) - 4) + b"\r\n\r\n"
     assert len(head) == MAX_HEAD_BYTES
-    assert SlowClient(port, head).end().status == 200
+    assert SlowClient(port, head).join().status == 200
 
 
 @pytest.mark.parametrize(
@@ -224,14 +225,16 @@ def test_head_of_just_the_limit_is_answered(port: int) -> None:
         (b"*", b"localhost", 404),
     ],
 )
-def test_target_may_name_the_host_which_then_counts(port: int, target: bytes, host: bytes, status: int) -> None:
+def test_host_of_an_absolute_target_overrides_the_host_header(
+    port: int, target: bytes, host: bytes, status: int
+) -> None:
     head = b"GET " + target + b" HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n"
-    assert SlowClient(port, head).end().status == status
+    assert SlowClient(port, head).join().status == status
 
 
 @contextmanager
 def serving(delay_s: float, receipt_s: float, connections: int = 100) -> Iterator[int]:
-    """An application that waits before it reads, behind the protocol; its port."""
+    """The port of an application that waits `delay_s` before it reads the body."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(delay_s)
@@ -251,32 +254,32 @@ def serving(delay_s: float, receipt_s: float, connections: int = 100) -> Iterato
             thread.join()
 
 
-def test_client_that_waits_for_the_application_is_not_late() -> None:
+def test_time_that_a_client_waits_for_the_application_does_not_count() -> None:
     with serving(delay_s=1.5, receipt_s=1) as port:
         assert httpx2.post(f"http://127.0.0.1:{port}", content=b"x" * 10**6).text == "1000000 bytes"
         with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
             connection.sendall(POST + b"Content-Length: 3\r\nExpect: 100-continue\r\n\r\n")
             assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
-            # It has the whole time from now on.
+            # The client has the full time from now on.
             time.sleep(0.7)
             connection.sendall(b"abc")
             assert b"200 OK" in connection.recv(1000)
 
 
-def test_fast_start_buys_no_long_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_start_does_not_allow_a_long_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.http.protocol.MAX_CREDIT_S", 0.2)
     with serving(delay_s=0, receipt_s=1) as port:
-        client = SlowClient(port, POST + b"Content-Length: 9000000\r\n\r\n" + b"x" * 20 * MIN_BYTES_PER_S).end()
+        client = SlowClient(port, POST + b"Content-Length: 9000000\r\n\r\n" + b"x" * 20 * MIN_BYTES_PER_S).join()
     assert client.closed_after_s < LATE_S
     assert client.status == 408
 
 
-def test_one_connection_too_many_is_answered_503() -> None:
+def test_connection_over_the_maximum_is_answered_503() -> None:
     with serving(delay_s=0, receipt_s=5, connections=2) as port:
         with ExitStack() as held:
             for _ in range(2):
                 held.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(HEAD)
-            client = SlowClient(port, b"").end()
+            client = SlowClient(port, b"").join()
             assert client.status == 503
-            assert b"retry-after" in client.answer.lower()
+            assert b"retry-after" in client.response.lower()
         assert httpx2.get(f"http://127.0.0.1:{port}").status_code == 200

@@ -13,21 +13,21 @@ from api.http.request_log import RequestLog
 from qlora_service.settings import Settings
 from tests.api.conftest import call, chat_rows
 
-SECRET = "a sentence that only the dataset holds"
+SECRET = "a sentence that only the dataset contains"
 
 
-def test_request_keeps_the_id_it_came_with(bare_client: TestClient) -> None:
+def test_request_keeps_the_id_it_was_sent_with(bare_client: TestClient) -> None:
     assert bare_client.get("/healthz", headers={"X-Request-Id": "trace-1"}).headers["X-Request-Id"] == "trace-1"
 
 
-@pytest.mark.parametrize("given", [b"", b"a b", b"x" * 129, "ü".encode()])
-def test_request_without_a_usable_id_is_given_one(bare_client: TestClient, given: bytes) -> None:
-    first = bare_client.get("/healthz", headers={b"X-Request-Id": given}).headers["X-Request-Id"]
+@pytest.mark.parametrize("sent_id", [b"", b"a b", b"x" * 129, "ü".encode()])
+def test_request_without_a_valid_id_gets_a_generated_one(bare_client: TestClient, sent_id: bytes) -> None:
+    first = bare_client.get("/healthz", headers={b"X-Request-Id": sent_id}).headers["X-Request-Id"]
     assert first.startswith("req_")
     assert bare_client.get("/healthz").headers["X-Request-Id"] != first
 
 
-def test_each_request_is_one_line(bare_client: TestClient) -> None:
+def test_each_request_is_one_log_line(bare_client: TestClient) -> None:
     with capture_logs() as lines:
         bare_client.get("/jobs/job_none?q=secret")
     (line,) = lines
@@ -41,7 +41,7 @@ def test_each_request_is_one_line(bare_client: TestClient) -> None:
     ("method", "path", "level"),
     [("GET", "/jobs", "debug"), ("GET", "/nothing", "info"), ("HEAD", "/nothing", "info"), ("POST", "/jobs", "info")],
 )
-def test_polls_are_logged_for_those_who_debug(bare_client: TestClient, method: str, path: str, level: str) -> None:
+def test_successful_gets_are_logged_at_level_debug(bare_client: TestClient, method: str, path: str, level: str) -> None:
     with capture_logs() as lines:
         bare_client.request(method, path)
     assert [line["log_level"] for line in lines] == [level]
@@ -56,10 +56,10 @@ def test_rows_are_never_logged(client: TestClient) -> None:
     assert SECRET not in str(lines)
 
 
-def test_defect_is_logged_once_and_answered_without_its_inside(
+def test_defect_is_logged_once_and_answered_without_internals(
     client: TestClient, settings: Settings, finished_job: str
 ) -> None:
-    # A manifest that no trainer writes: reading it is a defect nobody foresaw.
+    # A manifest that no trainer writes: parsing it raises an unexpected exception.
     (manifest,) = settings.resolved_data_dir.glob("artifacts/jobs/*/1/manifest.json")
     manifest.write_text(f'{{"note": "{SECRET}"}}')
     with capture_logs() as lines:
@@ -76,7 +76,7 @@ def test_defect_is_logged_once_and_answered_without_its_inside(
     assert SECRET not in str(lines)
 
 
-def test_client_that_goes_away_is_no_defect(bare_client: TestClient, nothing_stored: Callable[[], None]) -> None:
+def test_client_that_disconnects_is_not_a_defect(bare_client: TestClient, nothing_stored: Callable[[], None]) -> None:
     messages: list[Message] = [
         {"type": "http.request", "body": chat_rows(1), "more_body": True},
         {"type": "http.disconnect"},
@@ -94,8 +94,8 @@ def test_client_that_goes_away_is_no_defect(bare_client: TestClient, nothing_sto
         (ZeroDivisionError(), ["request_failed", "request"]),
     ],
 )
-def test_a_stream_that_nobody_hears_any_more_is_no_defect(fault: Exception, events: list[str]) -> None:
-    """What FastAPI's producer of events raises when it has another event for a response that is over."""
+def test_stream_whose_client_disconnected_is_not_a_defect(fault: Exception, events: list[str]) -> None:
+    """Raises what FastAPI's event producer raises for an event after the end of the response."""
 
     async def stream(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})

@@ -24,7 +24,7 @@ def test_body_over_the_limit_is_refused(bare_client: TestClient, nothing_stored:
     nothing_stored()
 
 
-def test_body_that_says_it_is_too_large_is_not_read() -> None:
+def test_body_with_a_content_length_over_the_limit_is_not_read() -> None:
     async def receive() -> Message:
         raise AssertionError("the body was read")
 
@@ -33,7 +33,7 @@ def test_body_that_says_it_is_too_large_is_not_read() -> None:
         anyio.run(receive_bytes, request, 10)
 
 
-def test_body_of_unknown_length_is_cut_off_at_the_limit(
+def test_body_of_unknown_length_is_refused_at_the_limit(
     bare_client: TestClient, nothing_stored: Callable[[], None]
 ) -> None:
     def pieces() -> Iterator[bytes]:
@@ -49,15 +49,15 @@ def test_form_over_the_limit_is_refused(bare_client: TestClient, nothing_stored:
     nothing_stored()
 
 
-def test_json_over_its_own_limit_is_refused(bare_client: TestClient, nothing_stored: Callable[[], None]) -> None:
+def test_json_body_over_its_own_limit_is_refused(bare_client: TestClient, nothing_stored: Callable[[], None]) -> None:
     body = b'{"name": "' + b"x" * 32 * 2**20 + b'"}'
     response = bare_client.post("/jobs", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 413
     nothing_stored()
 
 
-def test_scratch_is_empty_once_a_request_has_ended(client: TestClient, settings: Settings) -> None:
-    assert client.post("/datasets", content=chat_rows(20_000)).status_code == 201  # written in several pieces
+def test_scratch_directory_is_empty_after_a_request(client: TestClient, settings: Settings) -> None:
+    assert client.post("/datasets", content=chat_rows(20_000)).status_code == 201  # written in several chunks
     assert client.post("/datasets", files={"file": ("b.jsonl", chat_rows(3))}).status_code == 201
     assert scratch_files(settings) == []
 

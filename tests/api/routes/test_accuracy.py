@@ -1,4 +1,4 @@
-"""What finished jobs took, for plans to learn from: memory, time, and steps that are timed on request."""
+"""Measurements of finished jobs in plans and forecasts: memory, time, and step times probed on request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = Work(rows=8, examples=7, steps=1, tokens=200, evaluations=2, held_out_tok
 
 
 def finish(queue: Queue, **measured: Any) -> None:
-    """The next job ends, having measured this."""
+    """Ends the next queued job with these measurements."""
     claimed = queue.claim("worker")
     assert claimed is not None
     claim: Claim = claimed[0]
@@ -30,18 +30,18 @@ def finish(queue: Queue, **measured: Any) -> None:
     queue.succeed(claim, {"attempt": 1, "steps": 1, "best_step": None})
 
 
-def plan(client: TestClient, **asked: Any) -> dict[str, Any]:
-    response = client.post("/plans", json=spec_of(**asked))
+def plan(client: TestClient, **changes: Any) -> dict[str, Any]:
+    response = client.post("/plans", json=spec_of(**changes))
     assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
+    document: dict[str, Any] = response.json()
+    return document
 
 
-def test_service_without_finished_jobs_has_no_figures(client: TestClient) -> None:
+def test_accuracy_is_empty_without_finished_jobs(client: TestClient) -> None:
     assert client.get("/plans/accuracy").json() == {"data": []}
 
 
-def test_devices_have_distributions_and_plans_their_margins(
+def test_accuracy_has_distributions_per_device_and_plans_use_its_margin(
     client: TestClient, queue: Queue, submit: Callable[..., str], dataset_id: str
 ) -> None:
     cpu = this_cpu().name
@@ -66,7 +66,7 @@ def test_devices_have_distributions_and_plans_their_margins(
     assert forecast["memory"]["factor"] == 1.2
 
 
-def test_job_is_told_how_long_jobs_of_its_kind_took(
+def test_forecast_uses_the_time_of_finished_jobs_of_the_same_kind(
     client: TestClient, queue: Queue, submit: Callable[..., str]
 ) -> None:
     first = client.get(f"/jobs/{submit()}").json()
@@ -85,14 +85,14 @@ def test_job_is_told_how_long_jobs_of_its_kind_took(
     assert (time["basis"], time["jobs"]) == ("history", 1)
     assert 50 < time["seconds"] < 200
     assert time["seconds"] == pytest.approx(sum(time["phases"].values()), abs=0.1)
-    # On the other wire, the one behind it ends as much later.
+    # In OpenAI's API, the job after it is estimated to finish later by the same time.
     ends = [client.get(f"/v1/fine_tuning/jobs/{job['id']}").json()["estimated_finish"] for job in (second, third)]
     assert ends[1] - ends[0] == pytest.approx(time["seconds"], abs=2)
     listed = client.get("/v1/fine_tuning/jobs").json()["data"]
     assert [job["estimated_finish"] is None for job in listed] == [False, False, True]
 
 
-def test_probe_is_asked_for_once_and_only_where_it_would_tell_more(client: TestClient, dataset_id: str) -> None:
+def test_probe_is_queued_once_when_no_estimate_exists(client: TestClient, dataset_id: str) -> None:
     assert "ask for a probe" in plan(client, dataset_id=dataset_id)["time"]["reason"]
     for _ in range(2):
         assert "waits to be timed" in plan(client, dataset_id=dataset_id, probe=True)["time"]["reason"]
@@ -100,11 +100,13 @@ def test_probe_is_asked_for_once_and_only_where_it_would_tell_more(client: TestC
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "changes",
     [{"dataset": {}}, {"device": "RTX 3090"}, {"base_model": None, "config": {"hidden_size": 64}}],
 )
-def test_probe_of_what_cannot_run_here_is_refused(client: TestClient, dataset_id: str, asked: dict[str, Any]) -> None:
-    body = {name: value for name, value in (spec_of(dataset_id) | asked).items() if value is not None}
+def test_probe_of_a_job_that_cannot_run_here_is_refused(
+    client: TestClient, dataset_id: str, changes: dict[str, Any]
+) -> None:
+    body = {name: value for name, value in (spec_of(dataset_id) | changes).items() if value is not None}
     response = client.post("/plans", json=body | {"probe": True})
     assert response.status_code == 422
     assert response.json()["error"]["location"] == "/probe"

@@ -32,7 +32,7 @@ def test_every_listed_file_can_be_downloaded_and_verified(client: TestClient, fi
     assert json.loads(response.content)["job_id"] == finished_job
 
 
-def test_known_copy_is_not_sent_again(client: TestClient, url: str) -> None:
+def test_current_copy_is_answered_304(client: TestClient, url: str) -> None:
     response = client.get(url, headers={"If-None-Match": ETAG})
     assert (response.status_code, response.content, response.headers["ETag"]) == (304, b"", ETAG)
     assert client.get(url, headers={"If-None-Match": '"other"'}).status_code == 200
@@ -53,24 +53,24 @@ def test_range_of_another_version_gives_the_whole_file(client: TestClient, url: 
     assert (other.status_code, other.content) == (200, WEIGHTS)
 
 
-def test_range_behind_the_end_is_refused_with_the_size(client: TestClient, url: str) -> None:
+def test_range_after_the_end_is_refused_with_the_size(client: TestClient, url: str) -> None:
     response = client.get(url, headers={"Range": f"bytes={len(WEIGHTS)}-"})
     assert response.status_code == 416
     assert response.headers["Content-Range"] == f"bytes */{len(WEIGHTS)}"
     assert response.json()["error"]["code"] == "range_not_satisfiable"
 
 
-def test_head_answers_the_headers_only(client: TestClient, url: str) -> None:
+def test_head_request_returns_only_headers(client: TestClient, url: str) -> None:
     response = client.head(url)
     assert (response.status_code, response.content) == (200, b"")
     assert response.headers["Content-Length"] == str(len(WEIGHTS))
     assert response.headers["ETag"] == ETAG
     assert client.head(f"{url}.txt").status_code == 404
     start, end = call(client.app, "HEAD", url, [{"type": "http.request"}])
-    assert (start["status"], end["body"]) == (200, b"")  # not even read
+    assert (start["status"], end["body"]) == (200, b"")  # the file is not read
 
 
-def test_zip_holds_every_file_and_is_the_same_each_time(client: TestClient, finished_job: str) -> None:
+def test_zip_contains_every_file_and_has_the_same_bytes_each_time(client: TestClient, finished_job: str) -> None:
     response = client.get(f"/jobs/{finished_job}/adapter.zip")
     assert response.headers["Content-Type"] == "application/zip"
     assert response.headers["Content-Disposition"] == f'attachment; filename="{finished_job}.zip"'
@@ -80,7 +80,9 @@ def test_zip_holds_every_file_and_is_the_same_each_time(client: TestClient, fini
     assert client.get(f"/jobs/{finished_job}/adapter.zip").content == response.content
 
 
-def test_unpublished_name_is_not_found_and_the_published_are_named(client: TestClient, finished_job: str) -> None:
+def test_unknown_name_is_not_found_and_the_error_lists_the_published_names(
+    client: TestClient, finished_job: str
+) -> None:
     for name in ("adapter.bin", "..%2Fmanifest.json", "%00"):
         response = client.get(f"/jobs/{finished_job}/artifacts/{name}")
         assert response.status_code == 404, name

@@ -13,7 +13,7 @@ from tests.api.conftest import chat_rows, sha256
 BAD_ROW = b'{"messages": [{"role": "user", "content": "no answer"}]}\n'
 
 
-def test_raw_body_becomes_a_dataset(client: TestClient, settings: Settings) -> None:
+def test_raw_body_is_stored_as_a_dataset(client: TestClient, settings: Settings) -> None:
     content = chat_rows(3, answer="東京 😀") + BAD_ROW
     response = client.post("/datasets?filename=d%C3%A4ten.jsonl", content=content)
     assert response.status_code == 201
@@ -30,7 +30,7 @@ def test_raw_body_becomes_a_dataset(client: TestClient, settings: Settings) -> N
     assert client.get(f"/datasets/{dataset['id']}").json() == dataset
 
 
-def test_form_becomes_the_same_dataset(client: TestClient) -> None:
+def test_form_with_the_same_bytes_is_the_same_dataset(client: TestClient) -> None:
     form = client.post(
         "/datasets",
         files={"file": ("a.jsonl", chat_rows(3))},
@@ -41,12 +41,12 @@ def test_form_becomes_the_same_dataset(client: TestClient) -> None:
     assert client.post("/datasets?filename=b.jsonl", content=chat_rows(3)).json() == form.json()
 
 
-def test_dataset_can_be_sent_with_curls_default_content_type(client: TestClient) -> None:
+def test_default_content_type_of_curl_is_accepted(client: TestClient) -> None:
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
     assert client.post("/datasets", content=chat_rows(2), headers=headers).status_code == 201
 
 
-def test_listing_goes_from_new_to_old_page_by_page(client: TestClient) -> None:
+def test_datasets_are_listed_newest_first_in_pages(client: TestClient) -> None:
     ids = [client.post("/datasets", content=chat_rows(count)).json()["id"] for count in (1, 2, 3)]
     first = client.get("/datasets?limit=2").json()
     assert [dataset["id"] for dataset in first["data"]] == [ids[2], ids[1]]
@@ -55,7 +55,7 @@ def test_listing_goes_from_new_to_old_page_by_page(client: TestClient) -> None:
     assert second["next"] is None
 
 
-def test_naming_a_base_model_adds_the_histogram_of_lengths(client: TestClient, dataset_id: str) -> None:
+def test_base_model_parameter_adds_the_histogram_of_lengths(client: TestClient, dataset_id: str) -> None:
     dataset = client.get(f"/datasets/{dataset_id}?base_model=tiny").json()
     lengths = dataset["lengths"]
     assert lengths["rows"] == lengths["usable_rows"] == sum(lengths["histogram"].values()) == 8
@@ -65,7 +65,7 @@ def test_naming_a_base_model_adds_the_histogram_of_lengths(client: TestClient, d
     assert short["histogram"] == lengths["histogram"]
 
 
-def test_preview_shows_text_tokens_and_what_is_trained(client: TestClient, dataset_id: str) -> None:
+def test_preview_shows_text_tokens_and_trained_tokens(client: TestClient, dataset_id: str) -> None:
     response = client.get(f"/datasets/{dataset_id}/preview?base_model=tiny&skip=2&limit=1")
     (row,) = response.json()["data"]
     assert row["line"] == 3
@@ -74,7 +74,7 @@ def test_preview_shows_text_tokens_and_what_is_trained(client: TestClient, datas
     assert "".join(token["text"] for token in row["tokens"] if token["trained"]) == "Paris<|im_end|>"
 
 
-def test_preview_shows_what_truncation_takes_and_why_a_row_is_left_out(client: TestClient, dataset_id: str) -> None:
+def test_preview_shows_truncated_tokens_and_the_reason_a_row_is_left_out(client: TestClient, dataset_id: str) -> None:
     path = f"/datasets/{dataset_id}/preview?base_model=tiny&limit=1"
     (whole,) = client.get(path).json()["data"]
     limit = len(whole["tokens"]) - 3
@@ -96,7 +96,7 @@ def test_preview_shows_what_truncation_takes_and_why_a_row_is_left_out(client: T
         ("/datasets/{id}/preview?base_model=tiny&skip=99999999999999999999", 422, "invalid_request", "skip"),
     ],
 )
-def test_wrong_question_is_answered_with_its_place(
+def test_invalid_request_is_answered_with_its_location(
     client: TestClient, dataset_id: str, path: str, status: int, code: str, location: str
 ) -> None:
     response = client.get(path.replace("{id}", dataset_id))
@@ -117,7 +117,7 @@ def test_wrong_question_is_answered_with_its_place(
         ("?container=parquet", chat_rows(2), "parquet"),
     ],
 )
-def test_file_that_cannot_be_used_is_refused_and_not_stored(
+def test_unusable_file_is_refused_and_not_stored(
     bare_client: TestClient, nothing_stored: Callable[[], None], query: str, content: bytes, reason: str
 ) -> None:
     response = bare_client.post(f"/datasets{query}", content=content)
@@ -128,7 +128,7 @@ def test_file_that_cannot_be_used_is_refused_and_not_stored(
     nothing_stored()
 
 
-def test_findings_of_a_refused_file_name_their_lines(bare_client: TestClient) -> None:
+def test_findings_of_a_refused_file_have_line_numbers(bare_client: TestClient) -> None:
     findings = bare_client.post("/datasets", content=BAD_ROW * 2).json()["error"]["findings"]
     assert [finding["line"] for finding in findings] == [1, 2]
     assert all(finding["reason"] for finding in findings)
@@ -143,7 +143,7 @@ def test_findings_of_a_refused_file_name_their_lines(bare_client: TestClient) ->
         ("", {"shape": (None, b"text")}, "file"),
     ],
 )
-def test_form_that_cannot_be_used_is_refused_with_its_place(
+def test_invalid_form_is_refused_with_its_location(
     bare_client: TestClient,
     nothing_stored: Callable[[], None],
     query: str,

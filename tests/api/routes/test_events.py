@@ -27,6 +27,7 @@ QUICK_HEARTBEAT = "import fastapi.routing; fastapi.routing._PING_INTERVAL = 0.1"
 
 
 def parse(lines: Iterator[str]) -> Iterator[Event]:
+    """The events of a stream of server-sent events, without its comments."""
     event: Event = {}
     for line in lines:
         if line.startswith(":"):
@@ -79,7 +80,7 @@ def live_database(live: RunningApi) -> Iterator[Database]:
     database.close()
 
 
-def test_ended_job_is_replayed_and_the_stream_ends(client: TestClient, ended_job: str) -> None:
+def test_stream_of_an_ended_job_replays_its_events_and_ends(client: TestClient, ended_job: str) -> None:
     events = list(parse(iter(client.get(f"/jobs/{ended_job}/events").text.splitlines())))
     assert [event["event"] for event in events] == ["status", "status", "metrics", "status"]
     assert [event["data"].get("status") for event in events] == ["queued", "running", None, "failed"]
@@ -87,20 +88,20 @@ def test_ended_job_is_replayed_and_the_stream_ends(client: TestClient, ended_job
     assert [int(event["id"]) for event in events] == sorted({int(event["id"]) for event in events})
 
 
-def test_replay_starts_after_the_last_event_seen(client: TestClient, ended_job: str) -> None:
+def test_replay_starts_after_the_last_event_id(client: TestClient, ended_job: str) -> None:
     path = f"/jobs/{ended_job}/events"
     everything = list(parse(iter(client.get(path).text.splitlines())))
-    seen = everything[1]["id"]
-    for answer in (
-        client.get(path, headers={"Last-Event-ID": seen}),
-        client.get(path, params={"after": seen}),
-        client.get(path, params={"after": 0}, headers={"Last-Event-ID": seen}),
+    last_id = everything[1]["id"]
+    for response in (
+        client.get(path, headers={"Last-Event-ID": last_id}),
+        client.get(path, params={"after": last_id}),
+        client.get(path, params={"after": 0}, headers={"Last-Event-ID": last_id}),
     ):
-        assert list(parse(iter(answer.text.splitlines()))) == everything[2:]
+        assert list(parse(iter(response.text.splitlines()))) == everything[2:]
     assert client.get(path, headers={"Last-Event-ID": everything[-1]["id"]}).text == ""
 
 
-def test_history_longer_than_one_reading_is_complete(
+def test_history_longer_than_one_query_is_complete(
     client: TestClient, submit: Callable[..., str], queue: Queue
 ) -> None:
     job_id = submit()
@@ -114,7 +115,7 @@ def test_history_longer_than_one_reading_is_complete(
 
 
 @pytest.mark.parametrize("seq", ["-1", "x", "9" * 30])
-def test_impossible_event_id_is_refused(client: TestClient, ended_job: str, seq: str) -> None:
+def test_invalid_event_id_is_refused(client: TestClient, ended_job: str, seq: str) -> None:
     response = client.get(f"/jobs/{ended_job}/events", headers={"Last-Event-ID": seq})
     assert response.status_code == 422
     assert response.json()["error"]["location"] == "last-event-id"
@@ -131,9 +132,9 @@ def test_stream_follows_a_job_across_a_restart_of_the_service(
         claim = claim_next(queue)
         assert next(events)["data"]["status"] == "running"
         report(queue, claim, 1)
-        seen = next(events)
-        assert seen["data"]["step"] == 1
-        # Stopping the service ends the stream cleanly, well before open connections would be cut.
+        last_event = next(events)
+        assert last_event["data"]["step"] == 1
+        # Stopping the service ends the stream cleanly, before the grace period for open connections ends.
         stopping = threading.Thread(target=first.process.terminate)
         stopping.start()
         started = time.monotonic()
@@ -144,60 +145,60 @@ def test_stream_follows_a_job_across_a_restart_of_the_service(
     report(queue, claim, 2)
 
     second = start_server(port=int(first.url.rpartition(":")[2]))
-    with following(second.url, job_id, seen["id"]) as events:
+    with following(second.url, job_id, last_event["id"]) as events:
         assert next(events)["data"]["step"] == 2
         queue.fail(claim, {"message": "no luck"})
         assert [event["data"]["status"] for event in events] == ["failed"]
 
 
-def test_events_say_whose_they_are_and_when_they_happened(client: TestClient, ended_job: str) -> None:
+def test_events_contain_job_id_and_time(client: TestClient, ended_job: str) -> None:
     for event in parse(iter(client.get(f"/jobs/{ended_job}/events").text.splitlines())):
         assert event["data"]["job_id"] == ended_job
         assert datetime.fromisoformat(event["data"]["at"]).tzinfo is not None
 
 
-def test_stream_of_some_types_ends_with_the_job_too(client: TestClient, ended_job: str) -> None:
+def test_stream_of_selected_types_ends_with_the_job(client: TestClient, ended_job: str) -> None:
     def types(query: str) -> list[str]:
-        answer = client.get(f"/jobs/{ended_job}/events?{query}")
-        return [event["event"] for event in parse(iter(answer.text.splitlines()))]
+        response = client.get(f"/jobs/{ended_job}/events?{query}")
+        return [event["event"] for event in parse(iter(response.text.splitlines()))]
 
     assert types("types=metrics") == ["metrics"]
     assert types("types=metrics&types=status") == ["status", "status", "metrics", "status"]
     assert client.get(f"/jobs/{ended_job}/events?types=metric").status_code == 422
 
 
-def test_stream_that_does_not_follow_ends_with_what_there_is(client: TestClient, submit: Callable[..., str]) -> None:
+def test_stream_without_follow_ends_after_the_stored_events(client: TestClient, submit: Callable[..., str]) -> None:
     job_id = submit()
-    answer = client.get(f"/jobs/{job_id}/events?follow=false")
-    assert [event["data"]["status"] for event in parse(iter(answer.text.splitlines()))] == ["queued"]
+    response = client.get(f"/jobs/{job_id}/events?follow=false")
+    assert [event["data"]["status"] for event in parse(iter(response.text.splitlines()))] == ["queued"]
 
 
-def test_waiting_stream_is_kept_open_by_comments(live: RunningApi, live_database: Database) -> None:
+def test_idle_stream_is_kept_open_by_comments(live: RunningApi, live_database: Database) -> None:
     job_id = add_job(live_database)
     with stream(f"{live.url}/jobs/{job_id}/events") as lines:
-        seen = [next(lines) for _ in range(12)]
-    assert seen.count(": ping") >= 3
-    (event,) = parse(iter(seen))
+        received = [next(lines) for _ in range(12)]
+    assert received.count(": ping") >= 3
+    (event,) = parse(iter(received))
     assert event["data"]["status"] == "queued"
 
 
 def test_one_stream_follows_all_jobs_of_the_project(live: RunningApi, live_database: Database) -> None:
     queue = open_queue(live.data_dir)
-    old, foreign = add_job(live_database), add_job(live_database, project="other")
+    old_job, foreign_job = add_job(live_database), add_job(live_database, project="other")
     with stream(f"{live.url}/events") as lines:
-        assert next(lines) == ": ping"  # it has begun
-        job_id = add_job(live_database)
+        assert next(lines) == ": ping"  # the stream has begun
+        new_job = add_job(live_database)
         with live_database.write() as connection:
-            request_cancel(connection, foreign, utc_now())
-            request_cancel(connection, old, utc_now())
+            request_cancel(connection, foreign_job, utc_now())
+            request_cancel(connection, old_job, utc_now())
         events = parse(lines)
-        seen = [next(events), next(events)]
-        assert [(event["data"]["job_id"], event["data"]["status"]) for event in seen] == [
-            (job_id, "queued"),
-            (old, "cancelled"),
+        received = [next(events), next(events)]
+        assert [(event["data"]["job_id"], event["data"]["status"]) for event in received] == [
+            (new_job, "queued"),
+            (old_job, "cancelled"),
         ]
-    with stream(f"{live.url}/events", seen[0]["id"]) as lines:
-        assert next(parse(lines)) == seen[1]
+    with stream(f"{live.url}/events", received[0]["id"]) as lines:
+        assert next(parse(lines)) == received[1]
     with stream(f"{live.url}/events?after=0&types=metrics") as lines:
         claim = claim_next(queue)
         report(queue, claim, 7)
@@ -205,7 +206,7 @@ def test_one_stream_follows_all_jobs_of_the_project(live: RunningApi, live_datab
         assert (event["event"], event["data"]["job_id"], event["data"]["step"]) == ("metrics", claim.job_id, 7)
 
 
-def test_event_id_that_is_yet_to_come_is_taken_for_now(live: RunningApi, live_database: Database) -> None:
+def test_event_id_beyond_the_last_one_means_only_new_events(live: RunningApi, live_database: Database) -> None:
     job_id = add_job(live_database)
     with stream(f"{live.url}/jobs/{job_id}/events?after={2**62}") as lines:
         assert next(lines) == ": ping"

@@ -22,6 +22,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 def form(spec: object, rows: bytes | None) -> dict[str, tuple[str | None, bytes]]:
+    """The parts of a form with a config and, unless None, a dataset."""
     config = spec if isinstance(spec, bytes) else json.dumps(spec).encode()
     parts: dict[str, tuple[str | None, bytes]] = {"config": (None, config)}
     return parts if rows is None else parts | {"dataset": ("rows.jsonl", rows)}
@@ -41,14 +42,14 @@ def test_job_on_a_stored_dataset_is_queued(client: TestClient, dataset_id: str) 
     assert client.get(f"/jobs/{job['id']}").json() == job
 
 
-def test_inline_rows_become_a_dataset(client: TestClient) -> None:
+def test_inline_rows_are_stored_as_a_dataset(client: TestClient) -> None:
     job = client.post("/jobs", json=spec_of(dataset={"rows": ROWS})).json()
     dataset = client.get(f"/datasets/{job['dataset_id']}").json()
     assert dataset["rows"] == 4
     assert job["spec"]["dataset"] == {"id": dataset["id"], "rows": None, "container": None, "shape": None}
 
 
-def test_one_form_brings_dataset_and_config(client: TestClient) -> None:
+def test_form_with_dataset_and_config_is_queued(client: TestClient) -> None:
     rows = chat_rows(4) + b'{"messages": []}\n'
     response = client.post("/jobs", files=form(spec_of(dataset={"shape": "messages"}), rows))
     assert response.status_code == 201
@@ -59,7 +60,7 @@ def test_one_form_brings_dataset_and_config(client: TestClient) -> None:
     assert warning.startswith("1 rows of the upload are left out: line ")
 
 
-def test_config_may_be_sent_as_a_file_and_name_a_stored_dataset(client: TestClient, dataset_id: str) -> None:
+def test_config_part_may_be_a_file_and_name_a_stored_dataset(client: TestClient, dataset_id: str) -> None:
     config = ("job.json", json.dumps(spec_of(dataset_id)).encode())
     assert client.post("/jobs", files={"config": config}).status_code == 201
 
@@ -87,7 +88,7 @@ def test_config_may_be_sent_as_a_file_and_name_a_stored_dataset(client: TestClie
         ([], 422, "invalid_spec", "/"),
     ],
 )
-def test_job_that_cannot_run_is_refused_and_nothing_stored(
+def test_job_that_cannot_run_is_refused_and_nothing_is_stored(
     bare_client: TestClient,
     nothing_stored: Callable[[], None],
     spec: Any,
@@ -103,34 +104,36 @@ def test_job_that_cannot_run_is_refused_and_nothing_stored(
     nothing_stored()
 
 
-def test_misspelt_field_is_answered_with_the_nearest_name(bare_client: TestClient) -> None:
+def test_misspelled_field_is_answered_with_the_nearest_name(bare_client: TestClient) -> None:
     error = bare_client.post("/jobs", json=spec_of(training={"learning_rat": 1e-4})).json()["error"]
     assert error["findings"] == [
         {"reason": "unknown field 'learning_rat': did you mean 'learning_rate'?", "pointer": "/training/learning_rat"}
     ]
 
 
-def test_all_faults_are_listed_at_once(bare_client: TestClient) -> None:
+def test_all_errors_are_listed_at_once(bare_client: TestClient) -> None:
     error = bare_client.post("/jobs", json={"adapter": {"r": 0}, "training": {"epochs": -1}}).json()["error"]
     assert {finding["pointer"] for finding in error["findings"]} == {"/base_model", "/adapter/r", "/training/epochs"}
 
 
-def test_inline_rows_are_named_by_their_place_in_the_body(bare_client: TestClient) -> None:
-    broken = [{"messages": []}, {"messages": [{"role": "user", "content": 1}]}]
-    error = bare_client.post("/jobs", json=spec_of(dataset={"rows": broken, "shape": "messages"})).json()["error"]
+def test_findings_in_inline_rows_point_into_the_body(bare_client: TestClient) -> None:
+    invalid = [{"messages": []}, {"messages": [{"role": "user", "content": 1}]}]
+    error = bare_client.post("/jobs", json=spec_of(dataset={"rows": invalid, "shape": "messages"})).json()["error"]
     first, second = error["findings"]
     assert first["pointer"] == "/dataset/rows/0/messages"
     assert second["pointer"].startswith("/dataset/rows/1/messages/0")
     assert "line" not in first
 
 
-def test_inline_rows_over_the_limit_are_named_by_their_place_in_the_body(bare_client: TestClient) -> None:
+def test_findings_in_inline_rows_over_the_limit_point_into_the_body(bare_client: TestClient) -> None:
     long = json.loads(chat_rows(1, answer="very long " * 200))
     error = bare_client.post("/jobs", json=spec_of(dataset={"rows": [*ROWS, long]})).json()["error"]
     assert [finding["pointer"] for finding in error["findings"]] == ["/dataset/rows/4"]
 
 
-def test_rows_over_the_limit_are_named_by_line(bare_client: TestClient, nothing_stored: Callable[[], None]) -> None:
+def test_findings_in_rows_over_the_limit_have_line_numbers(
+    bare_client: TestClient, nothing_stored: Callable[[], None]
+) -> None:
     rows = chat_rows(3) + chat_rows(1, answer="very long " * 200)
     error = bare_client.post("/jobs", files=form(spec_of(), rows)).json()["error"]
     assert "1 of 4 rows" in error["message"]
@@ -154,7 +157,7 @@ def test_rows_over_the_limit_are_named_by_line(bare_client: TestClient, nothing_
         (None, spec_of(), 422, "/dataset"),
     ],
 )
-def test_form_that_cannot_run_is_refused_and_nothing_stored(
+def test_form_of_a_job_that_cannot_run_is_refused_and_nothing_is_stored(
     bare_client: TestClient,
     nothing_stored: Callable[[], None],
     rows: bytes | None,
@@ -189,19 +192,19 @@ def test_form_without_config_is_refused(bare_client: TestClient, nothing_stored:
         b"\xff\xfe",
     ],
 )
-def test_body_that_is_no_strict_json_is_a_client_error(bare_client: TestClient, body: bytes) -> None:
+def test_body_that_is_not_strict_json_is_answered_400(bare_client: TestClient, body: bytes) -> None:
     response = bare_client.post("/jobs", content=body, headers=JSON)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "invalid_json"
 
 
-def test_body_of_another_type_is_refused(bare_client: TestClient) -> None:
+def test_body_of_another_media_type_is_refused(bare_client: TestClient) -> None:
     response = bare_client.post("/jobs", content=b"{}", headers={"Content-Type": "text/plain"})
     assert response.status_code == 415
     assert "application/json" in response.json()["error"]["message"]
 
 
-def test_listing_filters_and_goes_from_new_to_old_page_by_page(client: TestClient, submit: Callable[..., str]) -> None:
+def test_jobs_are_filtered_and_listed_newest_first_in_pages(client: TestClient, submit: Callable[..., str]) -> None:
     ids = [submit() for _ in range(3)]
     client.post(f"/jobs/{ids[0]}/cancel")
     first = client.get("/jobs?limit=2").json()
@@ -233,7 +236,7 @@ def test_running_job_shows_progress_and_all_metrics(
     assert [record["step"] for record in metrics] == [1, 2]
 
 
-def test_metrics_come_by_pages_of_whole_steps(client: TestClient, submit: Callable[..., str], queue: Queue) -> None:
+def test_pages_of_metrics_contain_whole_steps(client: TestClient, submit: Callable[..., str], queue: Queue) -> None:
     job_id = submit()
     claimed = queue.claim("worker")
     assert claimed is not None
@@ -253,11 +256,11 @@ def test_metrics_come_by_pages_of_whole_steps(client: TestClient, submit: Callab
     assert [record for page in pages for record in page] == everything["data"]
     assert client.get(f"/jobs/{job_id}/metrics?after=4").json() == {"data": [], "next": None}
     assert client.get(f"/jobs/{job_id}/metrics?limit=5").json()["next"] is None
-    for wrong in ("limit=0", "after=-1", "after=x", "after=99999999999999999999"):
-        assert client.get(f"/jobs/{job_id}/metrics?{wrong}").status_code == 422
+    for invalid in ("limit=0", "after=-1", "after=x", "after=99999999999999999999"):
+        assert client.get(f"/jobs/{job_id}/metrics?{invalid}").status_code == 422
 
 
-def test_failed_job_says_why(client: TestClient, submit: Callable[..., str], queue: Queue) -> None:
+def test_failed_job_shows_its_error(client: TestClient, submit: Callable[..., str], queue: Queue) -> None:
     job_id = submit()
     claimed = queue.claim("worker")
     assert claimed is not None
@@ -265,15 +268,15 @@ def test_failed_job_says_why(client: TestClient, submit: Callable[..., str], que
     assert client.get(f"/jobs/{job_id}").json()["error"]["message"] == "killed by SIGKILL at step 7"
 
 
-def test_cancel_ends_a_queued_job_and_asks_a_running_one(
+def test_cancel_ends_a_queued_job_and_requests_the_stop_of_a_running_one(
     client: TestClient, submit: Callable[..., str], queue: Queue
 ) -> None:
     queued, running = submit(priority=-1), submit()
     assert queue.claim("worker") is not None
     assert client.post(f"/jobs/{queued}/cancel").json()["status"] == "cancelled"
     assert client.post(f"/jobs/{queued}/cancel").json()["status"] == "cancelled"
-    asked = client.post(f"/jobs/{running}/cancel").json()
-    assert (asked["status"], asked["stop_request"]) == ("running", "cancel")
+    requested = client.post(f"/jobs/{running}/cancel").json()
+    assert (requested["status"], requested["stop_request"]) == ("running", "cancel")
 
 
 def test_queued_job_is_paused_and_resumed(client: TestClient, submit: Callable[..., str], queue: Queue) -> None:
@@ -291,24 +294,26 @@ def test_queued_job_is_paused_and_resumed(client: TestClient, submit: Callable[.
     assert client.get(f"/jobs/{first}").json()["queue_position"] == 1
 
 
-def test_running_job_is_paused_at_its_next_step_with_that_step_saved(
+def test_running_job_is_paused_after_its_next_step_which_is_saved(
     client: TestClient, submit: Callable[..., str], queue: Queue
 ) -> None:
     job_id = submit()
     claimed = queue.claim("worker")
     assert claimed is not None
-    asked = client.post(f"/jobs/{job_id}/pause").json()
-    assert (asked["status"], asked["stop_request"], asked["hold"]) == ("running", "pause", None)
-    taken_back = client.post(f"/jobs/{job_id}/resume").json()
-    assert (taken_back["status"], taken_back["stop_request"], taken_back["queue_position"]) == ("running", None, None)
+    requested = client.post(f"/jobs/{job_id}/pause").json()
+    assert (requested["status"], requested["stop_request"], requested["hold"]) == ("running", "pause", None)
+    withdrawn = client.post(f"/jobs/{job_id}/resume").json()
+    assert (withdrawn["status"], withdrawn["stop_request"], withdrawn["queue_position"]) == ("running", None, None)
     client.post(f"/jobs/{job_id}/pause")
     assert queue.report(claimed[0], Progress(step=3, checkpoint_step=3)) is StopRequest.PAUSE
-    queue.release(claimed[0], "it was asked to pause")
+    queue.release(claimed[0], "paused by the user")
     paused = client.get(f"/jobs/{job_id}").json()
     assert (paused["status"], paused["checkpoint_step"], paused["stop_request"]) == ("paused", 3, None)
 
 
-def test_full_disk_is_shown_with_what_it_needs(client: TestClient, submit: Callable[..., str], queue: Queue) -> None:
+def test_job_paused_by_a_full_disk_shows_the_space_it_needs(
+    client: TestClient, submit: Callable[..., str], queue: Queue
+) -> None:
     job_id = submit()
     claimed = queue.claim("worker")
     assert claimed is not None
@@ -317,7 +322,7 @@ def test_full_disk_is_shown_with_what_it_needs(client: TestClient, submit: Calla
     assert client.get(f"/jobs/{job_id}").json()["hold"] == hold
 
 
-def test_job_of_another_version_is_shown_as_such_and_can_be_cancelled(
+def test_job_of_another_version_is_shown_as_unreadable_and_can_be_cancelled(
     client: TestClient, submit: Callable[..., str], finished_job: str, settings: Settings
 ) -> None:
     job_id = submit(name="odd")
@@ -334,19 +339,19 @@ def test_job_of_another_version_is_shown_as_such_and_can_be_cancelled(
     assert client.get(f"/jobs/{job_id}").json() == listed[0]
     for path in ("metrics", "metrics.csv", "events?follow=false", "artifacts"):
         assert client.get(f"/jobs/{finished_job}/{path}").status_code == 200
-    (hosted, _) = client.get("/v1/fine_tuning/jobs").json()["data"]
-    assert (hosted["id"], hosted["seed"], hosted["hyperparameters"]["batch_size"]) == (job_id, None, None)
+    (openai_job, _) = client.get("/v1/fine_tuning/jobs").json()["data"]
+    assert (openai_job["id"], openai_job["seed"], openai_job["hyperparameters"]["batch_size"]) == (job_id, None, None)
     for path in ("", "/events", "/checkpoints"):
         assert client.get(f"/v1/fine_tuning/jobs/{finished_job}{path}").status_code == 200
-    question = {"model": finished_job, "messages": [{"role": "user", "content": "?"}]}
-    chat = client.post("/v1/chat/completions", json=question)
+    completion_request = {"model": finished_job, "messages": [{"role": "user", "content": "?"}]}
+    chat = client.post("/v1/chat/completions", json=completion_request)
     assert (chat.status_code, chat.json()["error"]["code"]) == (404, "model_not_found")
     assert "another version" not in chat.text
     assert "post it again" in chat.text
     assert client.post(f"/jobs/{job_id}/cancel").json()["status"] == "cancelled"
 
 
-def test_queue_takes_as_many_jobs_as_may_wait(settings: Settings) -> None:
+def test_submission_to_a_full_queue_is_refused(settings: Settings) -> None:
     limited = settings.model_copy(update={"max_queued_jobs": 2})
     with TestClient(create_app(limited), URL) as client:
         spec, key = spec_of(dataset={"rows": ROWS}), {"Idempotency-Key": "third"}
@@ -359,13 +364,13 @@ def test_queue_takes_as_many_jobs_as_may_wait(settings: Settings) -> None:
         assert len(client.get("/jobs").json()["data"]) == 2
         client.post(f"/jobs/{first['id']}/pause")
         assert client.post("/jobs", json=spec, headers=key).status_code == 201
-        # Nor does a paused job come back when there is no room.
+        # A paused job cannot be resumed into a full queue either.
         assert client.post(f"/jobs/{first['id']}/resume").status_code == 429
         assert client.get(f"/jobs/{first['id']}").json()["status"] == "paused"
 
 
 @pytest.mark.parametrize("action", ["cancel", "pause", "resume"])
-def test_what_has_ended_cannot_be_changed(client: TestClient, finished_job: str, action: str) -> None:
+def test_ended_job_cannot_be_changed(client: TestClient, finished_job: str, action: str) -> None:
     response = client.post(f"/jobs/{finished_job}/{action}")
     assert response.status_code == 409
     assert response.json()["error"]["code"] == "conflict"

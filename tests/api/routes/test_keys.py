@@ -15,7 +15,7 @@ from tests.api.conftest import URL
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[TestClient]:
-    """Asks under an admin key of the project team-a."""
+    """A client with an admin key of the project team-a."""
     access = open_access(settings.resolved_database_url)
     _, secret = access.create_key("team-a", "admin", [Scope.ADMIN])
     access.close()
@@ -24,11 +24,11 @@ def client(settings: Settings) -> Iterator[TestClient]:
         yield client
 
 
-def test_admin_makes_lists_and_revokes_keys_of_the_own_project(client: TestClient) -> None:
-    made = client.post("/keys", json={"name": "laptop", "scopes": ["read"]})
-    assert made.status_code == 201
-    assert made.headers["Cache-Control"] == "no-store"
-    key = made.json()
+def test_admin_creates_lists_and_revokes_keys_of_its_own_project(client: TestClient) -> None:
+    created = client.post("/keys", json={"name": "laptop", "scopes": ["read"]})
+    assert created.status_code == 201
+    assert created.headers["Cache-Control"] == "no-store"
+    key = created.json()
     secret = key.pop("secret")
     assert (key["project"], key["name"], key["scopes"], key["revoked_at"]) == ("team-a", "laptop", ["read"], None)
     listed = client.get("/keys")
@@ -40,32 +40,30 @@ def test_admin_makes_lists_and_revokes_keys_of_the_own_project(client: TestClien
     assert client.get("/keys").json()["data"][0] == revoked
 
 
-def test_key_submits_unless_told_otherwise(client: TestClient) -> None:
+def test_default_scope_of_a_key_is_submit(client: TestClient) -> None:
     assert client.post("/keys", json={"name": "laptop"}).json()["scopes"] == ["submit"]
 
 
-def test_key_that_is_asked_for_twice_is_made_once_and_its_secret_kept_nowhere(
-    client: TestClient, settings: Settings
-) -> None:
-    answers = [client.post("/keys", json={"name": "laptop"}, headers={"Idempotency-Key": "k"}) for _ in range(2)]
-    first, again = (answer.json() for answer in answers)
-    assert [answer.status_code for answer in answers] == [201, 201]
-    assert answers[1].headers["Idempotent-Replayed"] == "true"
+def test_repeated_request_creates_one_key_and_its_secret_is_not_stored(client: TestClient, settings: Settings) -> None:
+    responses = [client.post("/keys", json={"name": "laptop"}, headers={"Idempotency-Key": "k"}) for _ in range(2)]
+    first, replayed = (response.json() for response in responses)
+    assert [response.status_code for response in responses] == [201, 201]
+    assert responses[1].headers["Idempotent-Replayed"] == "true"
     secret = first.pop("secret")
-    assert again.pop("secret") is None
-    assert again == first
+    assert replayed.pop("secret") is None
+    assert replayed == first
     assert len(client.get("/keys").json()["data"]) == 2
     for path in settings.resolved_data_dir.glob("state.db*"):
         assert secret.encode() not in path.read_bytes()
 
 
 def test_last_admin_key_cannot_revoke_itself(client: TestClient) -> None:
-    (own,) = client.get("/keys").json()["data"]
-    refused = client.delete(f"/keys/{own['id']}")
+    (admin_key,) = client.get("/keys").json()["data"]
+    refused = client.delete(f"/keys/{admin_key['id']}")
     assert refused.status_code == 409
     assert "`qlora keys revoke`" in refused.json()["error"]["message"]
     assert client.post("/keys", json={"name": "second", "scopes": ["admin"]}).status_code == 201
-    assert client.delete(f"/keys/{own['id']}").status_code == 200
+    assert client.delete(f"/keys/{admin_key['id']}").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -84,7 +82,7 @@ def test_last_admin_key_cannot_revoke_itself(client: TestClient) -> None:
         (b'{"name": "' + b"a" * 20_000 + b'"}', 413, None),
     ],
 )
-def test_what_cannot_be_a_key_is_refused(client: TestClient, body: bytes, status: int, location: str | None) -> None:
+def test_invalid_key_request_is_refused(client: TestClient, body: bytes, status: int, location: str | None) -> None:
     refused = client.post("/keys", content=body, headers={"Content-Type": "application/json"})
     assert refused.status_code == status, refused.text
     error: dict[str, Any] = refused.json()["error"]

@@ -5,7 +5,7 @@ from fastapi.testclient import TestClient
 from qlora_service.settings import Settings
 
 
-def test_models_are_listed_without_a_path_of_this_machine(client: TestClient, settings: Settings) -> None:
+def test_models_are_listed_without_paths_of_the_machine(client: TestClient, settings: Settings) -> None:
     response = client.get("/models")
     (model,) = response.json()["data"]
     assert model["name"] == "tiny"

@@ -6,7 +6,7 @@ from qlora_service.specs import RECIPES
 from tests.api.conftest import spec_of
 
 
-def test_recipes_are_listed_with_source_and_values(bare_client: TestClient) -> None:
+def test_recipes_are_listed_with_sources_and_values(bare_client: TestClient) -> None:
     recipes = bare_client.get("/recipes").json()["data"]
     assert [recipe["name"] for recipe in recipes] == list(RECIPES)
     assert "arXiv:2305.14314" in recipes[0]["source"]
@@ -24,7 +24,7 @@ def test_job_is_stored_with_the_values_of_its_recipe(client: TestClient, dataset
     assert (stored["training"]["batch_size"], stored["training"]["epochs"]) == (2, 5.0)
 
 
-def test_unknown_recipe_is_refused_with_its_place(client: TestClient, dataset_id: str) -> None:
-    answer = client.post("/jobs", json=spec_of(dataset_id, recipe="fastest"))
-    assert answer.status_code == 422
-    assert answer.json()["error"]["location"] == "/recipe"
+def test_unknown_recipe_is_refused_with_its_location(client: TestClient, dataset_id: str) -> None:
+    response = client.post("/jobs", json=spec_of(dataset_id, recipe="fastest"))
+    assert response.status_code == 422
+    assert response.json()["error"]["location"] == "/recipe"

@@ -20,15 +20,15 @@ from qlora_service.queue.claim import Progress
 from qlora_service.queue.queue import Queue
 from qlora_service.settings import Settings
 from tests.api.conftest import URL, Server, spec_of
-from tests.speaking_desk import BROKEN_OFF, ENDLESS, TOO_LONG, SpeakingDesk
+from tests.chat_process import BROKEN_OFF, ENDLESS, TOO_LONG, EchoProcess
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.fixture
-def echo_server(client: TestClient, settings: Settings, tmp_path: Path) -> Iterator[SpeakingDesk]:
+def echo_server(client: TestClient, settings: Settings, tmp_path: Path) -> Iterator[EchoProcess]:
     """An inference process that answers with the text of the request."""
-    with SpeakingDesk(settings.resolved_database_url, tmp_path / "inference") as echo_server:
+    with EchoProcess(settings.resolved_database_url, tmp_path / "inference") as echo_server:
         yield echo_server
 
 
@@ -45,7 +45,7 @@ def events(body: str) -> list[Any]:
     ]
 
 
-def test_response_is_a_chat_completion(client: TestClient, echo_server: SpeakingDesk) -> None:
+def test_response_is_a_chat_completion(client: TestClient, echo_server: EchoProcess) -> None:
     response = client.post(CHAT, json=chat_body())
     assert response.status_code == 200, response.text
     answer = response.json()
@@ -60,7 +60,7 @@ def test_response_is_a_chat_completion(client: TestClient, echo_server: Speaking
 
 @pytest.mark.parametrize("usage", [True, False])
 def test_stream_contains_the_same_completion_in_chunks(
-    client: TestClient, echo_server: SpeakingDesk, usage: bool
+    client: TestClient, echo_server: EchoProcess, usage: bool
 ) -> None:
     response = client.post(CHAT, json=chat_body(stream=True, stream_options={"include_usage": usage}))
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -82,7 +82,7 @@ def test_stream_contains_the_same_completion_in_chunks(
     assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
 
 
-def test_completion_continues_plain_text(client: TestClient, echo_server: SpeakingDesk) -> None:
+def test_completion_continues_plain_text(client: TestClient, echo_server: EchoProcess) -> None:
     answer = client.post(TEXT, json={"model": "tiny", "prompt": ["once more"]}).json()
     assert (answer["object"], answer["choices"][0]["text"]) == ("text_completion", "once more")
     assert echo_server.asked[-1].messages is None
@@ -93,7 +93,7 @@ def test_completion_continues_plain_text(client: TestClient, echo_server: Speaki
     assert last == "[DONE]"
 
 
-def test_request_parameters_reach_the_model(client: TestClient, echo_server: SpeakingDesk) -> None:
+def test_request_parameters_reach_the_model(client: TestClient, echo_server: EchoProcess) -> None:
     messages = [
         {"role": "developer", "content": "Be brief."},
         {"role": "assistant", "content": ""},
@@ -115,7 +115,7 @@ def test_request_parameters_reach_the_model(client: TestClient, echo_server: Spe
     assert echo_server.asked[-1].sampling == Sampling(max_tokens=4, stop=("a", "b"))
 
 
-def test_neutral_parameters_are_accepted(client: TestClient, echo_server: SpeakingDesk) -> None:
+def test_neutral_parameters_are_accepted(client: TestClient, echo_server: EchoProcess) -> None:
     neutral = {
         "n": 1, "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "me",
         "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "response_format": {"type": "text"},
@@ -172,7 +172,7 @@ def test_unknown_model_is_not_found(bare_client: TestClient, client: TestClient,
 
 
 def test_adapter_is_selected_by_model_name_or_job_id(
-    client: TestClient, echo_server: SpeakingDesk, finished_job: str
+    client: TestClient, echo_server: EchoProcess, finished_job: str
 ) -> None:
     job = client.get(f"/v1/fine_tuning/jobs/{finished_job}").json()
     for name in (finished_job, job["fine_tuned_model"]):
@@ -183,7 +183,7 @@ def test_adapter_is_selected_by_model_name_or_job_id(
     assert echo_server.asked[-1].adapter is None
 
 
-def test_deleted_adapter_is_not_found(client: TestClient, echo_server: SpeakingDesk, finished_job: str) -> None:
+def test_deleted_adapter_is_not_found(client: TestClient, echo_server: EchoProcess, finished_job: str) -> None:
     name = client.get(f"/v1/fine_tuning/jobs/{finished_job}").json()["fine_tuned_model"]
     assert client.delete(f"/v1/models/{name}").status_code == 200
     for model in (name, finished_job):
@@ -193,7 +193,7 @@ def test_deleted_adapter_is_not_found(client: TestClient, echo_server: SpeakingD
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_too_long_prompt_is_refused_with_an_error_status(
-    client: TestClient, echo_server: SpeakingDesk, stream: bool
+    client: TestClient, echo_server: EchoProcess, stream: bool
 ) -> None:
     response = client.post(CHAT, json=chat_body(TOO_LONG, stream=stream))
     assert response.status_code == 400
@@ -225,11 +225,11 @@ def test_chat_waits_for_the_preemption_of_a_job(
         assert queue.claim("worker") is not None
         response = pool.submit(client.post, CHAT, json=chat_body())
         time.sleep(1)
-        with SpeakingDesk(settings.resolved_database_url, tmp_path / "inference"):
+        with EchoProcess(settings.resolved_database_url, tmp_path / "inference"):
             assert response.result(30).status_code == 200
 
 
-def test_interrupted_completion_ends_with_an_error(client: TestClient, echo_server: SpeakingDesk) -> None:
+def test_interrupted_completion_ends_with_an_error(client: TestClient, echo_server: EchoProcess) -> None:
     response = client.post(CHAT, json=chat_body(BROKEN_OFF))
     assert response.status_code == 503
     assert "has ended" in response.json()["error"]["message"]
@@ -243,7 +243,7 @@ def test_client_disconnect_cancels_the_generation(
     settings: Settings, tmp_path: Path, start_server: Callable[..., Server], stream: bool
 ) -> None:
     server = start_server()
-    with SpeakingDesk(settings.resolved_database_url, tmp_path / "inference") as echo_server:
+    with EchoProcess(settings.resolved_database_url, tmp_path / "inference") as echo_server:
         body = json.dumps(chat_body(ENDLESS, stream=stream)).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         port = int(server.url.rpartition(":")[2])

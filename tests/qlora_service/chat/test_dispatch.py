@@ -24,8 +24,8 @@ from qlora_service.errors import NotFound, QLoRAError, QuotaExceeded, Unavailabl
 from qlora_service.store import inference
 from qlora_service.store.database import Database
 from qlora_service.store.inference import Holder
+from tests.chat_process import ENDLESS, TINY, TOO_LONG, EchoProcess
 from tests.control_plane import database
-from tests.speaking_desk import ENDLESS, TINY, TOO_LONG, SpeakingDesk
 
 __all__ = ["database"]
 
@@ -41,7 +41,7 @@ def relayed(database: Database, text: str = "once more", preempts: bool = False)
 
 
 def test_lines_of_the_process_are_relayed(database: Database, tmp_path: Path) -> None:
-    with SpeakingDesk(database.url, tmp_path / "inference"):
+    with EchoProcess(database.url, tmp_path / "inference"):
         lines = relayed(database)
     finished = Finished(reason="stop", prompt_tokens=7, completion_tokens=2)
     assert lines == [Answer(text="once"), Answer(text=" more"), Answer(finished=finished)]
@@ -59,7 +59,7 @@ def test_waiting_request_asks_for_its_base_and_is_answered_once_it_is_loaded(
                 break
             await asyncio.sleep(0.01)
         assert requested == TINY
-        with SpeakingDesk(database.url, tmp_path / "inference"):
+        with EchoProcess(database.url, tmp_path / "inference"):
             return await response
 
     assert asyncio.run(load_late())[0] == Answer(text="once")
@@ -82,18 +82,18 @@ def test_socket_without_a_listener_is_removed(
 
 def test_process_that_is_leaving_gets_no_request(database: Database, tmp_path: Path) -> None:
     with ExitStack() as stack:
-        leaving = stack.enter_context(SpeakingDesk(database.url, tmp_path / "first"))
-        leaving._desk.leave(Leaving("the slot is needed"))
+        leaving = stack.enter_context(EchoProcess(database.url, tmp_path / "first"))
+        leaving.requests.drain(Leaving("the slot is needed"))
 
         async def chat() -> list[Answer]:
             response = asyncio.create_task(asyncio.to_thread(relayed, database))
             await asyncio.sleep(0.5)
             stack.close()
-            with SpeakingDesk(database.url, tmp_path / "second"):
+            with EchoProcess(database.url, tmp_path / "second"):
                 return await response
 
         assert asyncio.run(chat())[0] == Answer(text="once")
-        assert leaving.asked == []
+        assert leaving.received == []
 
 
 def crashing_process(database: Database, path: Path, times: int) -> threading.Thread:
@@ -121,7 +121,7 @@ def test_request_is_retried_after_a_process_dies_without_an_answer(database: Dat
     async def chat() -> list[Answer]:
         response = asyncio.create_task(asyncio.to_thread(relayed, database))
         await asyncio.to_thread(dying.join)
-        with SpeakingDesk(database.url, tmp_path / "second"):
+        with EchoProcess(database.url, tmp_path / "second"):
             return await response
 
     assert asyncio.run(chat())[0] == Answer(text="once")
@@ -136,7 +136,7 @@ def test_request_that_two_processes_die_of_is_not_sent_to_a_third(database: Data
 
 def test_chats_over_the_limit_are_refused(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "MAX_CHATS", 0)
-    with SpeakingDesk(database.url, tmp_path / "inference"), pytest.raises(QuotaExceeded):
+    with EchoProcess(database.url, tmp_path / "inference"), pytest.raises(QuotaExceeded):
         relayed(database)
 
 
@@ -156,7 +156,7 @@ def test_ended_chat_frees_its_place_whatever_its_outcome(
             await answers.aclose()
         return texts
 
-    with SpeakingDesk(database.url, tmp_path / "inference"):
+    with EchoProcess(database.url, tmp_path / "inference"):
         assert asyncio.run(chat()) == ["for", "once"]
 
 

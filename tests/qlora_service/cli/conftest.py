@@ -1,4 +1,4 @@
-"""A running API with one base model, and commands run against it."""
+"""Fixtures: a running API with one base model, a client of it, and commands run against it."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, api
     """Runs a command in this process, with the API's address in the environment."""
     monkeypatch.setenv("QLORA_URL", api.url)
 
-    def call(*arguments: object) -> Outcome:
-        with pytest.raises(SystemExit) as caught:
+    def run_command(*arguments: object) -> Outcome:
+        with pytest.raises(SystemExit) as exited:
             main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return Outcome(caught.value.code, printed.out, printed.err)
+        output = capsys.readouterr()
+        assert isinstance(exited.value.code, int)
+        return Outcome(exited.value.code, output.out, output.err)
 
-    return call
+    return run_command

@@ -1,4 +1,4 @@
-"""`qlora chat` against a running API; the desk of `tests.speaking_desk` says what it is asked."""
+"""`qlora chat` against a running API and the inference server of `tests.chat_process`, which repeats each question."""
 
 from __future__ import annotations
 
@@ -18,107 +18,107 @@ from typing import Any
 import pytest
 
 from qlora_service.cli.exit_codes import ExitCode
+from tests.chat_process import BROKEN_OFF, ENDLESS, TOO_LONG, EchoProcess
 from tests.running_api import ROOT, RunningApi
-from tests.speaking_desk import BROKEN_OFF, ENDLESS, TOO_LONG, SpeakingDesk
 
 
 @pytest.fixture
-def desk(api: RunningApi, tmp_path: Path) -> Iterator[SpeakingDesk]:
-    with SpeakingDesk(f"sqlite:///{api.data_dir / 'state.db'}", tmp_path / "inference") as desk:
-        yield desk
+def inference(api: RunningApi, tmp_path: Path) -> Iterator[EchoProcess]:
+    with EchoProcess(f"sqlite:///{api.data_dir / 'state.db'}", tmp_path / "inference") as server:
+        yield server
 
 
 @contextmanager
 def conversation(api: RunningApi, model: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """`qlora chat` without a question: the process, and our end of its terminal."""
-    ours, theirs = pty.openpty()
-    process = start(api, model, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
+    """`qlora chat` without a question: the process, and the controlling end of its terminal."""
+    controller, terminal = pty.openpty()
+    process = start_chat(api, model, stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
     try:
-        read_until(ours, "> ")
-        yield process, ours
+        read_until(controller, "> ")
+        yield process, controller
     finally:
         process.kill()
         process.wait()
-        os.close(ours)
+        os.close(controller)
 
 
-def start(api: RunningApi, *arguments: str, **pipes: Any) -> subprocess.Popen[bytes]:
-    """`qlora chat` in a process of its own."""
+def start_chat(api: RunningApi, *arguments: str, **pipes: Any) -> subprocess.Popen[bytes]:
+    """`qlora chat` in its own process."""
     command = [sys.executable, "-m", "qlora_service.cli", "chat", "--url", api.url, *arguments]
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
 
 
-def read_until(terminal: int, wanted: str) -> str:
-    """What is printed on the terminal up to `wanted`."""
-    printed, deadline = "", time.monotonic() + 20
-    while wanted not in printed:
-        assert time.monotonic() < deadline, printed
-        printed += os.read(terminal, 1000).decode()
-    return printed
+def read_until(controller: int, expected: str) -> str:
+    """The terminal's output up to `expected`."""
+    output, deadline = "", time.monotonic() + 20
+    while expected not in output:
+        assert time.monotonic() < deadline, output
+        output += os.read(controller, 1000).decode()
+    return output
 
 
-def test_the_answer_is_all_of_stdout(run: Any, desk: SpeakingDesk) -> None:
+def test_stdout_is_the_answer_only(run: Any, inference: EchoProcess) -> None:
     outcome = run("chat", "tiny", "Say it again.", "--system", "Be brief.", "--max-tokens", 5, "--temperature", 0)
     assert (outcome.code, outcome.stdout, outcome.stderr) == (0, "Say it again.\n", "")
-    assert desk.asked[-1].messages == [
+    assert inference.asked[-1].messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Say it again."},
     ]
-    assert (desk.asked[-1].sampling.max_tokens, desk.asked[-1].sampling.temperature) == (5, 0.0)
+    assert (inference.asked[-1].sampling.max_tokens, inference.asked[-1].sampling.temperature) == (5, 0.0)
 
 
-def test_a_question_can_be_piped_in(run: Any, desk: SpeakingDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_can_be_piped_in(run: Any, inference: EchoProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
     assert run("chat", "tiny").stdout == "from a pipe\n"
 
 
-def test_json_has_the_whole_answer(run: Any, desk: SpeakingDesk) -> None:
-    printed = json.loads(run("chat", "tiny", "one two", "--json").stdout)
-    assert printed == {"model": "tiny", "content": "one two", "complete": True}
+def test_json_holds_the_whole_answer(run: Any, inference: EchoProcess) -> None:
+    answer = json.loads(run("chat", "tiny", "one two", "--json").stdout)
+    assert answer == {"model": "tiny", "content": "one two", "complete": True}
 
 
 @pytest.mark.parametrize(
-    ("model", "message", "code", "said"),
+    ("model", "message", "code", "reason"),
     [
-        ("nobody", "hello", ExitCode.REFUSED, "there is no model 'nobody'"),
+        ("unknown", "hello", ExitCode.REFUSED, "there is no model 'unknown'"),
         ("tiny", TOO_LONG, ExitCode.REFUSED, "room for 8 tokens"),
         ("tiny", BROKEN_OFF, ExitCode.UNREACHABLE, "has ended"),
     ],
 )
 def test_a_refusal_is_one_message(
-    run: Any, desk: SpeakingDesk, model: str, message: str, code: ExitCode, said: str
+    run: Any, inference: EchoProcess, model: str, message: str, code: ExitCode, reason: str
 ) -> None:
     outcome = run("chat", model, message)
     assert outcome.code == code
     assert outcome.stderr.startswith("error: ")
-    assert said in outcome.stderr
+    assert reason in outcome.stderr
 
 
-def test_ctrl_c_ends_the_answer_where_it_is_made(api: RunningApi, desk: SpeakingDesk) -> None:
-    process = start(api, "tiny", ENDLESS, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+def test_ctrl_c_stops_the_generation(api: RunningApi, inference: EchoProcess) -> None:
+    process = start_chat(api, "tiny", ENDLESS, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.read(len(ENDLESS)) == ENDLESS.encode()
         process.send_signal(signal.SIGINT)
         process.stdout.read()
         assert process.wait(20) == ExitCode.INTERRUPTED
-    assert desk.broken_off.wait(10)
+    assert inference.broken_off.wait(10)
 
 
-def test_a_conversation_remembers_and_goes_on_after_a_refusal(api: RunningApi, desk: SpeakingDesk) -> None:
-    with conversation(api, "tiny") as (process, terminal):
+def test_conversation_keeps_its_history_and_continues_after_a_refusal(api: RunningApi, inference: EchoProcess) -> None:
+    with conversation(api, "tiny") as (process, controller):
         for question, answer in (("one", "one\r\n> "), (TOO_LONG, "room for 8 tokens"), ("two", "two\r\n> ")):
-            os.write(terminal, f"{question}\n".encode())
-            read_until(terminal, f"{question}\r\n")  # the terminal's own echo
-            read_until(terminal, answer)
-        os.write(terminal, b"\x04")
+            os.write(controller, f"{question}\n".encode())
+            read_until(controller, f"{question}\r\n")  # the echo of the terminal itself
+            read_until(controller, answer)
+        os.write(controller, b"\x04")
         assert process.wait(20) == 0
-    assert [message["content"] for message in desk.asked[-1].messages or []] == ["one", "one", "two"]
+    assert [message["content"] for message in inference.asked[-1].messages or []] == ["one", "one", "two"]
 
 
-def test_a_conversation_with_a_model_that_is_not_there_is_over(api: RunningApi) -> None:
-    with conversation(api, "nobody") as (process, terminal):
-        os.write(terminal, b"hello\n")
-        read_until(terminal, "there is no model 'nobody'")
+def test_conversation_with_an_unknown_model_ends(api: RunningApi) -> None:
+    with conversation(api, "unknown") as (process, controller):
+        os.write(controller, b"hello\n")
+        read_until(controller, "there is no model 'unknown'")
         assert process.wait(20) == ExitCode.REFUSED

@@ -18,21 +18,21 @@ from qlora_service.cli.exit_codes import MEANINGS, ExitCode
 from qlora_service.client import Client
 
 PAGE = Path(__file__).parents[3] / "docs" / "api.md"
-TALKERS = {("serve",), ("demo",)}
-"""Commands that tell a story while they run, and answer nothing."""
+WITHOUT_JSON = {("serve",), ("demo",)}
+"""Commands that print lines while they run, and have no result."""
 
 
 def commands() -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command's words and definition."""
+    """The words and the definition of every command."""
 
-    def below(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    def commands_under(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
         children = getattr(command, "commands", None)
         if children is None:
             yield words, command
         for name, child in (children or {}).items():
-            yield from below((*words, name), child)
+            yield from commands_under((*words, name), child)
 
-    return below((), typer.main.get_command(app))
+    return commands_under((), typer.main.get_command(app))
 
 
 COMMANDS = dict(commands())
@@ -45,18 +45,18 @@ def test_help_lists_every_command(run: Any) -> None:
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_every_command_explains_itself(run: Any, words: tuple[str, ...]) -> None:
+def test_every_command_has_help(run: Any, words: tuple[str, ...]) -> None:
     outcome = run(*words, "--help")
     assert outcome.code == 0
     assert f"Usage: qlora {' '.join(words)}" in outcome.stdout
 
 
-@pytest.mark.parametrize("words", sorted(COMMANDS.keys() - TALKERS), ids=" ".join)
-def test_every_command_that_answers_can_do_it_in_json(words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("words", sorted(COMMANDS.keys() - WITHOUT_JSON), ids=" ".join)
+def test_every_command_with_a_result_has_json_output(words: tuple[str, ...]) -> None:
     assert "--json" in {option for parameter in COMMANDS[words].params for option in parameter.opts}
 
 
-def test_exit_codes_are_those_that_help_and_readme_promise(run: Any) -> None:
+def test_exit_codes_are_those_of_help_and_documentation(run: Any) -> None:
     assert {code.name: code.value for code in ExitCode} == {
         "DONE": 0,
         "REFUSED": 1,
@@ -67,49 +67,51 @@ def test_exit_codes_are_those_that_help_and_readme_promise(run: Any) -> None:
         "DOES_NOT_FIT": 6,
         "INTERRUPTED": 130,
     }
-    helped = " ".join(run("--help").stdout.split())
+    help_text = " ".join(run("--help").stdout.split())
     page = " ".join(PAGE.read_text(encoding="utf-8").split())
     for code, meaning in MEANINGS.items():
-        assert f"{code.value} {meaning}" in helped
+        assert f"{code.value} {meaning}" in help_text
         assert f"| {code.value} | {meaning} |" in page
 
 
 @pytest.mark.parametrize(
     ("arguments", "code"), [(("jobs", "--limit", 0), 2), (("jobs", "--url", "http://127.0.0.1:9"), 3)]
 )
-def test_usage_and_an_absent_service_are_told_apart(run: Any, arguments: tuple[object, ...], code: int) -> None:
+def test_wrong_usage_and_an_absent_service_have_different_exit_codes(
+    run: Any, arguments: tuple[object, ...], code: int
+) -> None:
     assert run(*arguments).code == code
 
 
-def completing(words: str) -> dict[str, str]:
-    """The environment in which bash asks for what may stand in the last of `words`."""
+def completion_environment(words: str) -> dict[str, str]:
+    """The environment in which bash requests completions for the last of `words`."""
     return {"_QLORA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
 
 
-def test_bash_completes_what_may_come_next(
+def test_bash_completes_commands_options_and_job_ids(
     run: Any, api: Any, client: Client, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = client.submit({"base_model": "tiny", "training": {"max_seq_len_tokens": 64}}, rows)
 
-    def offered(words: str) -> list[str]:
-        for name, value in completing(words).items():
+    def completions(words: str) -> list[str]:
+        for name, value in completion_environment(words).items():
             monkeypatch.setenv(name, value)
         outcome = run()
         assert (outcome.code, outcome.stderr) == (0, "")
-        said: list[str] = outcome.stdout.split()
-        return said
+        candidates: list[str] = outcome.stdout.split()
+        return candidates
 
-    assert offered("qlora datasets ch") == ["check"]
-    assert offered("qlora jobs --status r") == ["running"]
-    assert offered("qlora datasets check --shape sh") == ["sharegpt"]
-    assert job.id in offered(f"qlora watch {job.id[:8]}")
+    assert completions("qlora datasets ch") == ["check"]
+    assert completions("qlora jobs --status r") == ["running"]
+    assert completions("qlora datasets check --shape sh") == ["sharegpt"]
+    assert job.id in completions(f"qlora watch {job.id[:8]}")
     monkeypatch.setenv("QLORA_URL", "http://127.0.0.1:9")
-    assert offered("qlora watch job_") == []
+    assert completions("qlora watch job_") == []
 
 
 def test_completion_answers_a_real_shell_call() -> None:
     command = [sys.executable, "-m", "qlora_service.cli"]
-    environment = {**os.environ, **completing("qlora pau")}
+    environment = {**os.environ, **completion_environment("qlora pau")}
     child = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert (child.stdout.split(), child.stderr) == (["pause"], "")
 
@@ -120,7 +122,7 @@ def test_completion_script_names_the_command(run: Any, monkeypatch: pytest.Monke
     assert re.search(r"complete .*-F _qlora_completion qlora\b", script)
 
 
-def test_key_of_the_environment_is_sent_and_not_shown(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_of_the_environment_is_sent_and_not_printed(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[str | None] = []
 
     class Recorder(BaseHTTPRequestHandler):
@@ -164,7 +166,7 @@ def test_unusable_address_is_one_message(
     monkeypatch.setenv("QLORA_URL", "localhost:8080")
     outcome = run("jobs", *arguments)
     assert outcome.code == 2
-    assert "'localhost:8080' is no address of a service" in outcome.stderr
+    assert "'localhost:8080' is not the address of a service" in outcome.stderr
 
 
 def test_command_line_needs_the_base_dependencies_only() -> None:

@@ -1,4 +1,4 @@
-"""Commands about datasets: the check without a service, the others against a running one."""
+"""Commands for datasets: the check without a service, the others against a running one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bad_rows(tmp_path: Path) -> Path:
     return path
 
 
-def test_check_prints_each_finding_as_file_line_and_reason(
+def test_check_prints_file_line_and_reason_of_each_finding(
     run: Any, bad_rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_URL", NO_SERVICE)
@@ -38,19 +38,19 @@ def test_check_prints_each_finding_as_file_line_and_reason(
     assert outcome.stderr == f"{bad_rows}: jsonl of prompt_completion rows; 1 of 3 rows can be used\n"
 
 
-def test_check_of_a_clean_file_is_silent_on_stdout(run: Any, rows: Path) -> None:
+def test_check_of_a_file_without_findings_prints_nothing_on_stdout(run: Any, rows: Path) -> None:
     outcome = run("datasets", "check", rows)
     assert (outcome.code, outcome.stdout) == (0, "")
     assert "8 of 8 rows can be used" in outcome.stderr
 
 
-def test_check_is_json_for_scripts(run: Any, bad_rows: Path) -> None:
+def test_check_prints_json(run: Any, bad_rows: Path) -> None:
     outcome = run("datasets", "check", bad_rows, "--json")
     assert outcome.code == 1
-    checked = json.loads(outcome.stdout)
-    assert (checked["file"], checked["rows"], checked["usable_rows"]) == (str(bad_rows), 3, 1)
-    assert [(finding["line"], finding["byte_offset"]) for finding in checked["findings"]] == [(1, 0), (2, 33)]
-    assert checked["refusal"] is None
+    result = json.loads(outcome.stdout)
+    assert (result["file"], result["rows"], result["usable_rows"]) == (str(bad_rows), 3, 1)
+    assert [(finding["line"], finding["byte_offset"]) for finding in result["findings"]] == [(1, 0), (2, 33)]
+    assert result["refusal"] is None
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,9 @@ def test_check_is_json_for_scripts(run: Any, bad_rows: Path) -> None:
         ("rows.csv", "PK\x03\x04", "seems to be a ZIP archive"),
     ],
 )
-def test_file_refused_as_a_whole_says_why(run: Any, tmp_path: Path, name: str, content: str, refusal: str) -> None:
+def test_check_prints_why_a_whole_file_is_refused(
+    run: Any, tmp_path: Path, name: str, content: str, refusal: str
+) -> None:
     path = tmp_path / name
     path.write_text(content)
     outcome = run("datasets", "check", path)
@@ -71,13 +73,13 @@ def test_file_refused_as_a_whole_says_why(run: Any, tmp_path: Path, name: str, c
     assert refusal in json.loads(run("datasets", "check", path, "--json").stdout)["refusal"]
 
 
-def test_check_prints_every_finding_however_many(run: Any, tmp_path: Path) -> None:
+def test_check_prints_every_finding_of_many(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": 1, "completion": "b"}\n' * 130 + '{"prompt": "a", "completion": "b"}\n')
     lines = run("datasets", "check", path).stdout.splitlines()
     assert [line.partition(": ")[0] for line in lines] == [f"{path}:{number}" for number in range(1, 131)]
-    checked = json.loads(run("datasets", "check", path, "--json").stdout)
-    assert checked["finding_count"] == len(checked["findings"]) == 130
+    result = json.loads(run("datasets", "check", path, "--json").stdout)
+    assert result["finding_count"] == len(result["findings"]) == 130
 
 
 @pytest.mark.parametrize("arguments", [("absent.jsonl",), (".",), ("--shape", "haiku", "bad.jsonl"), ()])
@@ -88,7 +90,7 @@ def test_wrong_usage_of_check_is_exit_code_2(
     assert run("datasets", "check", *arguments).code == 2
 
 
-def test_check_with_a_base_model_tells_lengths_and_rows_too_long(run: Any, tiny_model: Path, tmp_path: Path) -> None:
+def test_check_with_a_base_model_reports_lengths_and_too_long_rows(run: Any, tiny_model: Path, tmp_path: Path) -> None:
     Catalog(tmp_path / "data" / "models").import_model("tiny", tiny_model)
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "word " * 100, "completion": "b"}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
@@ -109,9 +111,9 @@ def test_check_with_a_base_model_tells_lengths_and_rows_too_long(run: Any, tiny_
     assert "did you mean 'tiny'?" in unknown.stderr
 
 
-def test_check_needs_no_torch_and_names_what_it_needs(bad_rows: Path, tmp_path: Path) -> None:
+def test_check_needs_no_torch_and_names_the_extra_that_it_needs(bad_rows: Path, tmp_path: Path) -> None:
     def check(*arguments: str, without: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-        # A module that is None cannot be imported: as on a laptop that has the base dependencies only.
+        # A module that is None cannot be imported, as in an installation with the base dependencies only.
         code = f"import sys; sys.modules.update(dict.fromkeys({without})); import qlora_service.cli as c; c.main()"
         command = [sys.executable, "-c", code, "datasets", "check", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "80"})
@@ -146,19 +148,19 @@ def test_dataset_is_uploaded_listed_shown_and_deleted(run: Any, client: Client, 
     assert dataset_id in gone.stderr
 
 
-def test_refused_upload_names_lines_of_the_file(run: Any, tmp_path: Path) -> None:
+def test_refused_upload_names_the_lines_of_the_file(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": 1, "completion": "b"}\n')
     outcome = run("datasets", "upload", path)
     assert (outcome.code, outcome.stdout) == (1, "")
-    said, finding = outcome.stderr.splitlines()
-    assert said.startswith("error: the dataset cannot be used: ")
-    assert "First: line 1. " in said
+    error, finding = outcome.stderr.splitlines()
+    assert error.startswith("error: the dataset cannot be used: ")
+    assert "First: line 1. " in error
     assert finding.startswith(f"{path}:1: /prompt: must be a string")
     assert outcome.stderr.count("must be a string") == 1
 
 
-def test_preview_marks_what_is_learned(run: Any, client: Client, rows: Path) -> None:
+def test_preview_marks_trained_text(run: Any, client: Client, rows: Path) -> None:
     dataset = client.upload(rows)
     shown = run("datasets", "preview", dataset.id, "--base-model", "tiny", "--skip", 1, "--limit", 1)
     heading, text = shown.stdout.splitlines()

@@ -22,7 +22,7 @@ SPEC = {"base_model": "tiny", "priority": 100, "training": {"max_seq_len_tokens"
 
 @pytest.fixture
 def claim(client: Client, queue: Queue, rows: Path) -> Claim:
-    """A running job."""
+    """The claim of a running job."""
     job = client.submit(SPEC, rows)
     claimed = queue.claim("test")
     assert claimed is not None
@@ -30,7 +30,7 @@ def claim(client: Client, queue: Queue, rows: Path) -> Claim:
     return claimed[0]
 
 
-def step(queue: Queue, claim: Claim, number: int) -> None:
+def report_step(queue: Queue, claim: Claim, number: int) -> None:
     queue.report(claim, Progress(step=number), ("metrics", {"loss": 1 / 3, "step": number, "eval_loss": None}))
 
 
@@ -38,8 +38,8 @@ def fail(queue: Queue, claim: Claim) -> None:
     queue.fail(claim, {"code": "job_failed", "message": "the trainer was ended by SIGKILL"})
 
 
-def test_logs_are_a_line_per_event_and_end_with_the_last_one_there_is(run: Any, queue: Queue, claim: Claim) -> None:
-    step(queue, claim, 1)
+def test_logs_are_a_line_per_event_up_to_the_latest(run: Any, queue: Queue, claim: Claim) -> None:
+    report_step(queue, claim, 1)
     outcome = run("logs", claim.job_id)
     assert outcome.code == 0
     lines = outcome.stdout.splitlines()
@@ -55,8 +55,8 @@ def test_logs_are_a_line_per_event_and_end_with_the_last_one_there_is(run: Any, 
     assert 'error="the trainer was ended by SIGKILL"' in ended.stdout.splitlines()[-1]
 
 
-def test_logs_as_json_go_on_after_the_given_number(run: Any, queue: Queue, claim: Claim) -> None:
-    step(queue, claim, 1)
+def test_logs_as_json_start_after_the_given_number(run: Any, queue: Queue, claim: Claim) -> None:
+    report_step(queue, claim, 1)
     events = [json.loads(line) for line in run("logs", claim.job_id, "--json").stdout.splitlines()]
     assert [event["type"] for event in events] == ["status", "status", "metrics"]
     later = run("logs", claim.job_id, "--json", "--after", events[1]["seq"]).stdout
@@ -67,15 +67,15 @@ def test_logs_as_json_go_on_after_the_given_number(run: Any, queue: Queue, claim
 def test_followed_logs_survive_a_restart_and_exit_with_the_jobs_outcome(
     api: RunningApi, queue: Queue, claim: Claim
 ) -> None:
-    step(queue, claim, 1)
+    report_step(queue, claim, 1)
     command = [sys.executable, "-m", "qlora_service.cli", "logs", claim.job_id, "-f", "--json", "--url", api.url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as following:
         assert following.stdout is not None
         assert following.stderr is not None
         lines = [following.stdout.readline() for _ in range(3)]
         api.stop(signal.SIGKILL)
-        step(queue, claim, 2)
-        away = following.stderr.readline()
+        report_step(queue, claim, 2)
+        note = following.stderr.readline()
         api.start()
         fail(queue, claim)
         lines += following.stdout.readlines()
@@ -83,10 +83,12 @@ def test_followed_logs_survive_a_restart_and_exit_with_the_jobs_outcome(
         assert following.wait(60) == 4
     events = [json.loads(line) for line in lines]
     assert [event["data"].get("step") for event in events] == [None, None, 1, 2, None]
-    assert re.search(r"^the service is not answering \(.+\): trying again for up to 600 s$", away.strip())
+    assert re.search(r"^the service is not answering \(.+\): trying again for up to 600 s$", note.strip())
 
 
-def test_interrupted_logs_say_how_to_go_on(api: RunningApi, client: Client, queue: Queue, claim: Claim) -> None:
+def test_interrupted_logs_print_the_command_that_continues(
+    api: RunningApi, client: Client, queue: Queue, claim: Claim
+) -> None:
     command = [sys.executable, "-m", "qlora_service.cli", "logs", claim.job_id, "-f", "--url", api.url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as following:
         assert following.stdout is not None
@@ -94,12 +96,12 @@ def test_interrupted_logs_say_how_to_go_on(api: RunningApi, client: Client, queu
         assert "queued" in following.stdout.readline()
         assert "running" in following.stdout.readline()
         following.send_signal(signal.SIGINT)
-        said = following.stderr.read()
+        note = following.stderr.read()
     assert following.returncode == 130
-    hint = f"job {claim.job_id} goes on. Follow it from here: qlora logs {claim.job_id} -f --after "
-    assert said.startswith(hint)
-    # Of the line that was being printed meanwhile it may not know that it is out: it comes once more, never not at all.
-    assert int(said.removeprefix(hint)) in [event.seq for event in client.events(claim.job_id)]
+    hint = f"job {claim.job_id} continues. Follow it from here: qlora logs {claim.job_id} -f --after "
+    assert note.startswith(hint)
+    # An interrupt during a line may leave the line uncounted: then it is printed again, but no line is missed.
+    assert int(note.removeprefix(hint)) in [event.seq for event in client.events(claim.job_id)]
     assert client.get(claim.job_id).status == "running"
     fail(queue, claim)
 

@@ -24,7 +24,7 @@ SPEC = {"base_model": "tiny", "priority": 100, "training": {"max_seq_len_tokens"
 
 @pytest.fixture
 def claim(client: Client, queue: Queue, rows: Path) -> Claim:
-    """A running job."""
+    """The claim of a running job."""
     job = client.submit(SPEC, rows)
     claimed = queue.claim("test")
     assert claimed is not None
@@ -48,22 +48,22 @@ def end(data_dir: Path, queue: Queue, claim: Claim, status: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "said"),
+    ("status", "code", "note"),
     [("succeeded", 0, "qlora download"), ("failed", 4, "failed: the trainer was ended"), ("cancelled", 5, "cancelled")],
 )
 def test_watch_exits_with_the_jobs_outcome(
-    run: Any, api: RunningApi, queue: Queue, claim: Claim, status: str, code: int, said: str
+    run: Any, api: RunningApi, queue: Queue, claim: Claim, status: str, code: int, note: str
 ) -> None:
     end(api.data_dir, queue, claim, status)
     outcome = run("watch", claim.job_id)
     assert outcome.code == code
-    assert said in outcome.stderr
+    assert note in outcome.stderr
     assert outcome.stdout == ""
 
 
 @contextmanager
 def watching(api: RunningApi, claim: Claim, *flags: str) -> Iterator[subprocess.Popen[str]]:
-    """`qlora watch` on the job."""
+    """`qlora watch` of the job, in its own process."""
     command = [sys.executable, "-m", "qlora_service.cli", "watch", claim.job_id, "--url", api.url, *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -72,11 +72,11 @@ def watching(api: RunningApi, claim: Claim, *flags: str) -> Iterator[subprocess.
             process.kill()
 
 
-def told(watch: subprocess.Popen[str], phase: str) -> str:
-    """Its next line about the phase, waited for."""
+def wait_for_line(watch: subprocess.Popen[str], phase: str) -> str:
+    """The next line about the phase."""
     assert watch.stderr is not None
     line = next((line for line in watch.stderr if line.partition(" · ")[0].strip() == phase), None)
-    assert line is not None, f"it ended without a word of {phase}"
+    assert line is not None, f"`qlora watch` ended without a line about {phase}"
     return line.strip()
 
 
@@ -84,9 +84,9 @@ def test_watch_shows_progress_and_survives_a_restart(api: RunningApi, queue: Que
     report(queue, claim, step=12)
     with watching(api, claim, "--json") as watch:
         line = "training · step 12/40 · loss 0.5000 · held-out 6.2500 · 240 tokens/s · 1 min 15 s left"
-        assert told(watch, "training") == line
+        assert wait_for_line(watch, "training") == line
         api.stop(signal.SIGKILL)
-        assert told(watch, "service away, reconnecting")
+        assert wait_for_line(watch, "service unreachable, reconnecting")
         api.start()
         end(api.data_dir, queue, claim, "succeeded")
         assert watch.stdout is not None
@@ -94,25 +94,25 @@ def test_watch_shows_progress_and_survives_a_restart(api: RunningApi, queue: Que
         assert watch.wait(60) == 0
 
 
-def test_watch_says_why_a_job_waits_and_goes_on_with_it(
+def test_watch_shows_why_a_job_is_paused_and_follows_it_further(
     api: RunningApi, client: Client, queue: Queue, claim: Claim
 ) -> None:
     report(queue, claim, step=12)
     with watching(api, claim) as watch:
-        told(watch, "training")
+        wait_for_line(watch, "training")
         client.pause(claim.job_id)
-        told(watch, "pausing")
+        wait_for_line(watch, "pausing")
         queue.report(claim, Progress(step=20, checkpoint_step=20))
         queue.release(claim, "it was asked to pause")
-        told(watch, f"paused: qlora resume {claim.job_id} puts it back into the queue")
+        wait_for_line(watch, f"paused: qlora resume {claim.job_id} puts it back into the queue")
         client.resume(claim.job_id)
-        told(watch, "queued to go on after step 20")
+        wait_for_line(watch, "queued to resume after step 20")
         claimed = queue.claim("test")
         assert claimed is not None
         queue.pause(claimed[0], {"reason": "disk_full", "message": "the checkpoint needs 5 GiB: free some"})
-        told(watch, "paused: the checkpoint needs 5 GiB: free some")
+        wait_for_line(watch, "paused: the checkpoint needs 5 GiB: free some")
         client.cancel(claim.job_id)
-        told(watch, "cancelled")
+        wait_for_line(watch, "cancelled")
         assert watch.wait(60) == 5
 
 
@@ -120,7 +120,7 @@ def test_job_is_paused_and_resumed(run: Any, client: Client, rows: Path) -> None
     job = client.submit(SPEC, rows)
     paused = run("pause", job.id)
     assert paused.code == 0
-    assert paused.stderr.strip() == f"job {job.id} is paused. Go on: qlora resume {job.id}"
+    assert paused.stderr.strip() == f"job {job.id} is paused. Resume it: qlora resume {job.id}"
     assert json.loads(run("pause", job.id, "--json").stdout)["status"] == "paused"
     assert job.id in run("jobs", "--status", "paused").stdout
     resumed = run("resume", job.id)
@@ -129,24 +129,24 @@ def test_job_is_paused_and_resumed(run: Any, client: Client, rows: Path) -> None
 
 
 def test_running_job_pauses_at_its_next_step(run: Any, queue: Queue, claim: Claim) -> None:
-    said = run("pause", claim.job_id).stderr
-    assert "is running and pauses at its next step" in said
+    note = run("pause", claim.job_id).stderr
+    assert "is running and pauses at its next step" in note
     queue.report(claim, Progress(step=7, checkpoint_step=7))
     queue.release(claim, "it was asked to pause")
-    assert "is queued and goes on after step 7" in run("resume", claim.job_id).stderr
+    assert "is queued and resumes after step 7" in run("resume", claim.job_id).stderr
     run("cancel", claim.job_id)
 
 
 def test_interrupted_watch_leaves_the_job_running(api: RunningApi, client: Client, queue: Queue, claim: Claim) -> None:
     report(queue, claim, step=1)
     with watching(api, claim) as watch:
-        told(watch, "training")
+        wait_for_line(watch, "training")
         watch.send_signal(signal.SIGINT)
         assert watch.stderr is not None
-        said = watch.stderr.read()
+        note = watch.stderr.read()
         assert watch.wait(60) == 130
-    assert f"qlora cancel {claim.job_id}" in said
-    assert "Traceback" not in said
+    assert f"qlora cancel {claim.job_id}" in note
+    assert "Traceback" not in note
     job = client.get(claim.job_id)
     assert (job.status, job.stop_request) == ("running", None)
     end(api.data_dir, queue, claim, "cancelled")
@@ -175,7 +175,7 @@ def test_download_prints_the_directory(run: Any, api: RunningApi, queue: Queue, 
     assert (tmp_path / "adapter" / "adapter_config.json").read_bytes() == b"{}"
 
 
-def test_interrupted_download_says_how_to_go_on_and_goes_on(
+def test_interrupted_download_prints_the_command_that_resumes_it(
     run: Any, api: RunningApi, queue: Queue, claim: Claim, tmp_path: Path
 ) -> None:
     weights = os.urandom(300_000)
@@ -191,9 +191,9 @@ def test_interrupted_download_says_how_to_go_on_and_goes_on(
                 assert downloading.poll() is None
                 time.sleep(0.02)
             downloading.send_signal(signal.SIGINT)
-            said = downloading.stderr.read()
+            note = downloading.stderr.read()
     assert downloading.returncode == 130
-    assert said == f"stopped; what has arrived is kept. Go on with it: qlora download {claim.job_id} {target}\n"
+    assert note == f"stopped; the bytes received so far are kept. Resume: qlora download {claim.job_id} {target}\n"
     assert part.exists()
     assert run("download", claim.job_id, target).code == 0
     assert (target / "adapter_model.safetensors").read_bytes() == weights
@@ -220,7 +220,7 @@ def test_jobs_are_listed_with_whole_ids(run: Any, api: RunningApi, queue: Queue,
     assert "no jobs" in run("jobs", "--base-model", "other").stderr
 
 
-def test_cancel_says_what_happens(run: Any, api: RunningApi, client: Client, queue: Queue, claim: Claim) -> None:
+def test_cancel_prints_the_effect(run: Any, api: RunningApi, client: Client, queue: Queue, claim: Claim) -> None:
     outcome = run("cancel", claim.job_id)
     assert outcome.code == 0
     assert "running and stops at its next step" in outcome.stderr

@@ -18,69 +18,69 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def keys(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs `qlora keys`; exit code, stdout, stderr."""
+    """Runs `qlora keys` on a temporary data directory; returns exit code, stdout, stderr."""
     monkeypatch.setenv("QLORA_DATA_DIR", str(tmp_path))
 
-    def call(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
+    def run_keys(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exited:
             main(["keys", *arguments])
-        printed = capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, printed.out, printed.err
+        output = capsys.readouterr()
+        assert isinstance(exited.value.code, int)
+        return exited.value.code, output.out, output.err
 
-    return call
+    return run_keys
 
 
 @pytest.fixture
 def access(tmp_path: Path) -> Iterator[Access]:
-    """As the service sees the keys."""
+    """The service's own access to the keys."""
     access = open_access(f"sqlite:///{tmp_path / 'state.db'}")
     yield access
     access.close()
 
 
-def test_made_key_is_all_of_stdout_and_opens_the_project(keys: Run, access: Access) -> None:
+def test_create_prints_only_the_key_which_gives_access_to_the_project(keys: Run, access: Access) -> None:
     code, secret, note = keys(
         "create", "--project", "team-a", "--name", "laptop", "--scope", "read", "--scope", "admin"
     )
     assert code == 0
     caller = access.authenticate(secret.rstrip("\n"))
     assert (caller.project, caller.scopes) == ("team-a", frozenset(Scope))
-    assert f"key {caller.key_id} of project team-a, for read, admin" in note
+    assert f"key {caller.key_id} of project team-a, scope read, admin" in note
     assert secret.strip() not in note
 
 
-def test_key_submits_to_the_default_project_unless_told_otherwise(keys: Run, access: Access) -> None:
-    made = json.loads(keys("create", "--json")[1])
-    assert (made["project"], made["scopes"]) == ("local", ["submit"])
-    assert access.authenticate(made["secret"]).key_id == made["id"]
+def test_key_has_the_default_project_and_scope(keys: Run, access: Access) -> None:
+    created = json.loads(keys("create", "--json")[1])
+    assert (created["project"], created["scopes"]) == ("local", ["submit"])
+    assert access.authenticate(created["secret"]).key_id == created["id"]
 
 
 def test_keys_are_listed_without_secrets(keys: Run, access: Access) -> None:
     assert access.list_keys(None) == []
     assert "no keys yet" in keys("list")[2]
-    made = [json.loads(keys("create", "--project", project, "--json")[1]) for project in ("team-a", "team-b")]
-    secrets = [key.pop("secret") for key in made]
+    created = [json.loads(keys("create", "--project", project, "--json")[1]) for project in ("team-a", "team-b")]
+    secrets = [key.pop("secret") for key in created]
     code, listed, _ = keys("list", "--json")
     assert code == 0
-    assert json.loads(listed) == made[::-1]
-    assert json.loads(keys("list", "--project", "team-a", "--json")[1]) == made[:1]
+    assert json.loads(listed) == created[::-1]
+    assert json.loads(keys("list", "--project", "team-a", "--json")[1]) == created[:1]
     table = keys("list")[1]
-    assert made[0]["id"] in table
+    assert created[0]["id"] in table
     assert not any(secret in table for secret in secrets)
 
 
 def test_key_is_revoked_by_its_id(keys: Run, access: Access) -> None:
-    made = json.loads(keys("create", "--scope", "admin", "--json")[1])
-    # Also the last admin key: who can run this can make another.
-    code, _, note = keys("revoke", made["id"])
-    assert (code, note.startswith(f"revoked {made['id']}")) == (0, True)
+    created = json.loads(keys("create", "--scope", "admin", "--json")[1])
+    # The last admin key can be revoked too, because `qlora keys create` needs no key.
+    code, _, note = keys("revoke", created["id"])
+    assert (code, note.startswith(f"revoked {created['id']}")) == (0, True)
     with pytest.raises(Unauthenticated, match="revoked"):
-        access.authenticate(made["secret"])
+        access.authenticate(created["secret"])
     assert json.loads(keys("list", "--json")[1])[0]["revoked_at"] is not None
 
 
-def test_key_given_in_place_of_its_id_is_not_shown(keys: Run, access: Access) -> None:
+def test_key_given_in_place_of_its_id_is_not_printed(keys: Run, access: Access) -> None:
     secret = json.loads(keys("create", "--json")[1])["secret"]
     code, out, note = keys("revoke", secret)
     assert (code, out) == (2, "")
@@ -98,7 +98,7 @@ def test_key_given_in_place_of_its_id_is_not_shown(keys: Run, access: Access) ->
     ],
 )
 @pytest.mark.usefixtures("access")
-def test_what_cannot_be_done_is_one_clear_line(keys: Run, arguments: tuple[str, ...], message: str) -> None:
+def test_refused_command_prints_one_line(keys: Run, arguments: tuple[str, ...], message: str) -> None:
     code, out, note = keys(*arguments)
     assert (code, out) == (1, "")
     assert note.startswith(f"error: {message}")
@@ -106,7 +106,7 @@ def test_what_cannot_be_done_is_one_clear_line(keys: Run, arguments: tuple[str, 
 
 
 @pytest.mark.parametrize("arguments", [("list",), ("revoke", "key_none")])
-def test_a_mistyped_directory_is_told_and_not_made(keys: Run, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_mistyped_directory_is_an_error_and_not_created(keys: Run, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     mistyped = tmp_path / "dtaa"
     code, out, note = keys(*arguments, "--data-dir", str(mistyped))
     assert (code, out) == (1, "")
@@ -116,8 +116,8 @@ def test_a_mistyped_directory_is_told_and_not_made(keys: Run, tmp_path: Path, ar
     assert keys("list", "--data-dir", str(mistyped))[0] == 0
 
 
-def test_database_that_cannot_be_used_is_one_clear_line(keys: Run, tmp_path: Path) -> None:
-    (tmp_path / "state.db").write_bytes(b"no database at all, but long enough to be taken for one")
+def test_unusable_database_is_one_message(keys: Run, tmp_path: Path) -> None:
+    (tmp_path / "state.db").write_bytes(b"not a database, but long enough for SQLite to read a header")
     code, _, note = keys("list")
     assert code == 1
     assert f"error: the database of {tmp_path} cannot be used" in note

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_service.models.base.quantized_cache import Ingredients, QuantizedCache
+from qlora_service.models.base.quantized_cache import BaseIdentity, QuantizedCache
 from tests.workspace import Workspace
 
 
@@ -42,17 +42,17 @@ def test_refused_model_lists_every_finding(tiny_model: Path, tmp_path: Path) -> 
     assert "Traceback" not in outcome.stderr
 
 
-def test_the_cache_of_quantized_models_is_listed_and_cleared(run: Any, tmp_path: Path) -> None:
+def test_cached_quantized_models_are_listed_and_cleared(run: Any, tmp_path: Path) -> None:
     def cache(*arguments: object) -> Any:
         return run("models", "cache", *arguments, "--data-dir", tmp_path)
 
     assert "nothing is cached" in cache("list").stderr
-    made_of = Ingredients("w", "c", "nf4", True, "bfloat16", "cpu", {})
-    with QuantizedCache(tmp_path / "cache" / "quantized", 2**30).open(made_of) as entry:
+    identity = BaseIdentity("w", "c", "nf4", True, "bfloat16", "cpu", {})
+    with QuantizedCache(tmp_path / "cache" / "quantized", 2**30).open(identity) as entry:
         entry.lock_for_writing()
-        entry.store("org/tiny", 0, lambda to: (to / "config.json").write_text("{}"))
-    (listed,) = json.loads(cache("list", "--json").stdout)
-    assert (listed["base_model"], listed["quantization"], listed["compute_dtype"]) == ("org/tiny", "nf4", "bfloat16")
+        entry.store("org/tiny", 0, lambda directory: (directory / "config.json").write_text("{}"))
+    (cached,) = json.loads(cache("list", "--json").stdout)
+    assert (cached["base_model"], cached["quantization"], cached["compute_dtype"]) == ("org/tiny", "nf4", "bfloat16")
     assert "org/tiny  nf4" in cache("list").stdout
     assert "removed 1" in cache("clear").stderr
     assert json.loads(cache("list", "--json").stdout) == []
@@ -66,15 +66,13 @@ def test_models_of_a_running_service_are_listed(
 
     monkeypatch.setenv("QLORA_DATA_DIR", str(tmp_path))
     assert listed("--url", api.url) == ["tiny"]
-    assert listed() == ["tiny"]  # QLORA_URL names it
+    assert listed() == ["tiny"]  # from QLORA_URL
     assert listed("--data-dir", tmp_path) == []
     monkeypatch.delenv("QLORA_URL")
     assert listed() == []
 
 
-def test_a_model_that_jobs_still_need_is_removed_by_force_alone(
-    run: Any, workspace: Workspace, tiny_model: Path
-) -> None:
+def test_model_that_jobs_still_need_is_removed_only_by_force(run: Any, workspace: Workspace, tiny_model: Path) -> None:
     def remove(*flags: str) -> Any:
         return run("models", "remove", "tiny", "--data-dir", workspace.settings.data_dir, *flags)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_service.cli import main
-from qlora_service.cli.plan import _time
+from qlora_service.cli.plan import _time_line
 from qlora_service.client import Client
 from tests.planning_models import MODELS
 
@@ -21,19 +21,19 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_config_is_planned_without_a_service(
+def test_config_is_planned_without_a_service(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("QLORA_URL", "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(SystemExit) as caught:
+    monkeypatch.setenv("QLORA_URL", "http://127.0.0.1:9")  # no service listens there
+    with pytest.raises(SystemExit) as exited:
         main(["plan", "--config", str(config), *GB24, "--set", "training.batch_size=1"])
-    assert caught.value.code == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("fits: the job needs ")
-    assert "trained parameters  39,976,960" in printed
+    assert exited.value.code == 0
+    output = capsys.readouterr().out
+    assert output.startswith("fits: the job needs ")
+    assert "trained parameters  39,976,960" in output
 
 
-def test_figures_stand_under_each_other(run: Any, config: Path) -> None:
+def test_figures_are_aligned(run: Any, config: Path) -> None:
     lines = run("plan", "--config", config, *GB24).stdout.splitlines()
     figures = [line for line in lines if line.startswith("  ")]
     assert len(figures) > 12
@@ -41,7 +41,7 @@ def test_figures_stand_under_each_other(run: Any, config: Path) -> None:
     assert all(line[-3] == "." for line in figures)
 
 
-def test_a_job_that_does_not_fit_has_an_exit_code_of_its_own(run: Any, config: Path) -> None:
+def test_job_that_does_not_fit_has_its_own_exit_code(run: Any, config: Path) -> None:
     outcome = run("plan", "--config", config, "--device", "4GB")
     assert outcome.code == 6
     assert outcome.stdout.startswith("does not fit: ")
@@ -50,61 +50,61 @@ def test_a_job_that_does_not_fit_has_an_exit_code_of_its_own(run: Any, config: P
     assert json.loads(fits_if.stdout)["verdict"] == "fits_if"
 
 
-def test_a_spec_file_and_flags_say_what_is_planned(run: Any, config: Path, tmp_path: Path) -> None:
+def test_plan_is_for_the_spec_file_and_the_flags(run: Any, config: Path, tmp_path: Path) -> None:
     spec = tmp_path / "spec.yaml"
     spec.write_text("base_model: other\ntraining: {max_seq_len_tokens: 4096, micro_batch_tokens: 512}\n")
-    asked = run("plan", spec, "--config", config, *GB24, "--set", "training.micro_batch_tokens=1024", "--json")
-    plan = json.loads(asked.stdout)
+    outcome = run("plan", spec, "--config", config, *GB24, "--set", "training.micro_batch_tokens=1024", "--json")
+    plan = json.loads(outcome.stdout)
     assert (plan["longest_tokens"], plan["settings"]["micro_batch_tokens"]) == (4096, 1024)
 
 
-def test_the_service_plans_for_its_catalog_and_its_rows(run: Any, client: Client, rows: Path) -> None:
+def test_service_plans_for_a_model_of_its_catalog_and_a_stored_dataset(run: Any, client: Client, rows: Path) -> None:
     dataset = client.upload(rows)
-    asked = ("plan", "--base-model", "tiny", "--dataset-id", dataset.id, "--set", "training.max_seq_len_tokens=64")
-    plan = json.loads(run(*asked, *GB24, "--json").stdout)
+    command = ("plan", "--base-model", "tiny", "--dataset-id", dataset.id, "--set", "training.max_seq_len_tokens=64")
+    plan = json.loads(run(*command, *GB24, "--json").stdout)
     assert plan["verdict"] == "fits"
     assert plan["longest_tokens"] < 64
     assert plan["device"]["name"] == "a card of 24 GB"
 
 
-def test_time_is_told_or_why_it_is_not_known(run: Any, client: Client, rows: Path) -> None:
+def test_time_is_printed_or_why_it_is_not_known(run: Any, client: Client, rows: Path) -> None:
     dataset = client.upload(rows)
-    asked = ("plan", "--base-model", "tiny", "--dataset-id", dataset.id, "--set", "training.max_seq_len_tokens=64")
-    assert "time                not known: no job on tiny" in run(*asked).stdout
-    assert "not known: its step waits to be timed" in run(*asked, "--probe").stdout
+    command = ("plan", "--base-model", "tiny", "--dataset-id", dataset.id, "--set", "training.max_seq_len_tokens=64")
+    assert "time                not known: no job on tiny" in run(*command).stdout
+    assert "not known: its step waits to be timed" in run(*command, "--probe").stdout
 
 
 @pytest.mark.parametrize(
-    ("time", "said"),
+    ("time", "expected"),
     [
-        ({"seconds": 40.2, "error": 0.3, "basis": "history"}, "about 40 s, give or take 30% (from jobs of its kind)"),
-        ({"seconds": 5400, "error": 0.4, "basis": "probe"}, "about 90 min, give or take 40% (from a step that was"),
+        ({"seconds": 40.2, "error": 0.3, "basis": "history"}, "about 40 s ± 30% (from earlier jobs of the same kind)"),
+        ({"seconds": 5400, "error": 0.4, "basis": "probe"}, "about 90 min ± 40% (from a timed step)"),
     ],
 )
-def test_time_is_told_with_its_error_and_where_it_comes_from(time: dict[str, Any], said: str) -> None:
-    assert said in "".join(_time(time))
+def test_time_is_printed_with_its_error_and_source(time: dict[str, Any], expected: str) -> None:
+    assert expected in _time_line(time)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "reason"),
     [
         ((), 2, "no base model"),
         (("--base-model", "absent"), 1, "no base model 'absent'"),
         (("--base-model", "tiny", "--device", "RTX 3091"), 1, "did you mean RTX 3090"),
     ],
 )
-def test_wrong_requests_say_what_to_do(run: Any, arguments: tuple[str, ...], code: int, said: str) -> None:
+def test_refused_plan_has_a_reason(run: Any, arguments: tuple[str, ...], code: int, reason: str) -> None:
     outcome = run("plan", *arguments)
     assert outcome.code == code
-    assert said in outcome.stderr
+    assert reason in outcome.stderr
 
 
-def test_what_is_no_config_is_told(run: Any, config: Path, rows: Path) -> None:
+def test_unusable_config_is_refused(run: Any, config: Path, rows: Path) -> None:
     assert run("plan", "--config", config, "--base-model", "tiny").code == 2
     assert run("plan", "--config", config, "--probe").code == 2
-    assert "is no JSON" in run("plan", "--config", rows).stderr
+    assert "is not JSON" in run("plan", "--config", rows).stderr
     config.write_text("[]")
-    assert "no JSON object" in run("plan", "--config", config).stderr
+    assert "is not a JSON object" in run("plan", "--config", config).stderr
     config.write_text("{}")
     assert "no hidden_size" in run("plan", "--config", config, *GB24).stderr
 

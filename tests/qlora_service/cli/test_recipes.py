@@ -14,14 +14,14 @@ from qlora_service.specs import RECIPES, parse_spec
 
 def qlora(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command that needs no service."""
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as exited:
         main(arguments)
-    printed = capsys.readouterr()
-    assert isinstance(caught.value.code, int)
-    return caught.value.code, printed.out, printed.err
+    output = capsys.readouterr()
+    assert isinstance(exited.value.code, int)
+    return exited.value.code, output.out, output.err
 
 
-def test_recipes_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_are_listed_with_their_titles(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = qlora(capsys, "recipes")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == list(RECIPES)
@@ -29,7 +29,7 @@ def test_recipes_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_printed_recipe_is_a_configuration_that_does_the_same(
+def test_printed_recipe_is_an_equivalent_configuration(
     name: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, out, _ = qlora(capsys, "recipes", name)
@@ -42,7 +42,7 @@ def test_printed_recipe_is_a_configuration_that_does_the_same(
     assert parse_spec(document) == named.model_copy(update={"recipe": None})
 
 
-def test_recipes_are_json_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_are_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     every = json.loads(qlora(capsys, "recipes", "--json")[1])
     assert {recipe["name"]: recipe["values"] for recipe in every} == {
         name: recipe.values for name, recipe in RECIPES.items()
@@ -51,10 +51,11 @@ def test_recipes_are_json_for_scripts(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("qlora_paper", "did you mean 'qlora-paper'?"), ("zzz", "there are qlora-paper, lit-llama-alp")]
+    ("name", "hint"),
+    [("qlora_paper", "did you mean 'qlora-paper'?"), ("zzz", "the recipes are qlora-paper, lit-llama-alp")],
 )
 def test_unknown_recipe_is_one_message(name: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = qlora(capsys, "recipes", name)
     assert code == 1
-    assert err.startswith(f"error: no recipe is called {name!r}: {hint}")
+    assert err.startswith(f"error: there is no recipe {name!r}: {hint}")
     assert err.count("\n") == 1

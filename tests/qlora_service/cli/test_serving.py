@@ -39,7 +39,7 @@ class Served:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Served]:
-    """`qlora serve` in full swing."""
+    """`qlora serve` with a ready worker."""
     log = tmp_path / "serve.log"
     command = [sys.executable, "-m", "qlora_service.cli", "serve", "--port", "0", "--data-dir", str(tmp_path / "data")]
     with log.open("wb") as output:
@@ -67,7 +67,7 @@ def alive(pids: Iterable[int]) -> set[int]:
     return {pid for pid in pids if Path(f"/proc/{pid}").exists()}
 
 
-def test_served_job_trains_and_the_service_stops_with_its_children(
+def test_served_job_succeeds_and_the_service_stops_with_its_children(
     serve: Served, tiny_model: Path, tmp_path: Path
 ) -> None:
     Catalog(tmp_path / "data" / "models").import_model("tiny", tiny_model)
@@ -86,13 +86,13 @@ def test_served_job_trains_and_the_service_stops_with_its_children(
     assert not alive(children.values())
 
 
-@pytest.mark.parametrize(("dies", "stays"), [("workers", "api"), ("api", "workers")])
-def test_end_of_one_program_stops_the_other(serve: Served, dies: str, stays: str) -> None:
+@pytest.mark.parametrize(("killed", "other"), [("workers", "api"), ("api", "workers")])
+def test_end_of_one_program_stops_the_other(serve: Served, killed: str, other: str) -> None:
     children = serve.children()
-    os.kill(children[dies], signal.SIGKILL)
+    os.kill(children[killed], signal.SIGKILL)
     assert serve.process.wait(30) == 1
-    assert f"python -m {dies} ended with signal SIGKILL" in serve.log.read_text()
-    assert not alive([children[stays]])
+    assert f"python -m {killed} ended with signal SIGKILL" in serve.log.read_text()
+    assert not alive([children[other]])
 
 
 def test_killed_service_leaves_no_process_behind(serve: Served) -> None:
@@ -103,9 +103,9 @@ def test_killed_service_leaves_no_process_behind(serve: Served) -> None:
     wait_until(lambda: not alive(children.values()))
 
 
-def test_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
+def test_used_port_is_reported_before_anything_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
         command = [sys.executable, "-m", "qlora_service.cli", "serve", "--port", port, "--data-dir", str(tmp_path)]
         child = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert child.returncode == 1

@@ -14,7 +14,7 @@ from tests.running_api import RunningApi
 SHORT = ("--max-seq-len-tokens", 64)
 
 
-def newest(client: Client) -> str:
+def newest_job_id(client: Client) -> str:
     return next((job.id for job in islice(client.jobs(), 1)), "none")
 
 
@@ -23,7 +23,7 @@ def spec_of(client: Client, job_id: str) -> dict[str, Any]:
     return spec
 
 
-def test_submit_prints_the_id_alone_for_scripts(run: Any, client: Client, rows: Path) -> None:
+def test_submit_prints_only_the_id_without_a_terminal(run: Any, client: Client, rows: Path) -> None:
     outcome = run("submit", rows, "--base-model", "tiny", *SHORT)
     assert outcome.code == 0
     assert client.get(outcome.stdout.strip()).status == "queued"
@@ -35,7 +35,7 @@ def test_submit_prints_the_job_as_json(run: Any, rows: Path) -> None:
     assert json.loads(outcome.stdout)["base_model"] == "tiny"
 
 
-def test_stored_dataset_is_used_again(run: Any, client: Client, rows: Path) -> None:
+def test_stored_dataset_is_used(run: Any, client: Client, rows: Path) -> None:
     dataset = client.upload(rows)
     outcome = run("submit", "--dataset-id", dataset.id, "--base-model", "tiny", *SHORT)
     assert client.get(outcome.stdout.strip()).dataset_id == dataset.id
@@ -81,7 +81,7 @@ def test_flags_override_the_file(run: Any, client: Client, rows: Path, tmp_path:
         ((), 9, 1),
     ],
 )
-def test_typed_epochs_win_over_the_steps_of_the_file(
+def test_typed_epochs_override_the_steps_of_the_file(
     run: Any, client: Client, rows: Path, tmp_path: Path, flags: tuple[object, ...], steps: int | None, epochs: float
 ) -> None:
     config = tmp_path / "spec.yaml"
@@ -97,12 +97,12 @@ def test_json_file_is_a_configuration_too(run: Any, client: Client, rows: Path, 
     assert spec_of(client, outcome.stdout.strip())["training"]["max_steps"] == 3
 
 
-def test_misspelt_field_is_reported_with_line_and_nearest_name(
+def test_misspelled_field_is_reported_with_line_and_nearest_name(
     run: Any, client: Client, rows: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "spec.yaml"
     config.write_text("base_model: tiny\ntraining:\n  max_steps: 5\n  learnin_rate: 1e-3\n  batch_size: 0\n")
-    before = newest(client)
+    before = newest_job_id(client)
     outcome = run("submit", rows, "--config", config)
     assert outcome.code == 1
     assert f"{config}:4: /training/learnin_rate: unknown field 'learnin_rate': did you mean 'learning_rate'?" in (
@@ -110,13 +110,13 @@ def test_misspelt_field_is_reported_with_line_and_nearest_name(
     )
     assert f"{config}:5: /training/batch_size: " in outcome.stderr
     assert outcome.stdout == ""
-    assert newest(client) == before
+    assert newest_job_id(client) == before
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("base_model: tiny\nbase_model: two\n", "spec.yaml:2: /base_model: named before in line 1"),
+        ("base_model: tiny\nbase_model: two\n", "spec.yaml:2: /base_model: already set in line 1"),
         ("base_model: [tiny\n", "spec.yaml:2: "),
         ("- tiny\n", "spec.yaml:1: expected fields"),
         ("", "spec.yaml:1: expected fields"),
@@ -124,7 +124,7 @@ def test_misspelt_field_is_reported_with_line_and_nearest_name(
         ("[" * 2000, "nested too deeply"),
     ],
 )
-def test_file_that_is_no_configuration_is_refused(
+def test_file_that_is_not_a_configuration_is_refused(
     run: Any, rows: Path, tmp_path: Path, text: str, expected: str
 ) -> None:
     config = tmp_path / "spec.yaml"
@@ -134,16 +134,16 @@ def test_file_that_is_no_configuration_is_refused(
     assert expected in outcome.stderr
 
 
-def test_bad_rows_are_reported_with_file_and_line(run: Any, client: Client, tmp_path: Path) -> None:
+def test_unusable_rows_are_reported_with_file_and_line(run: Any, client: Client, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": 1, "completion": "b"}\n{"prompt": "a"\n')
-    before = newest(client)
+    before = newest_job_id(client)
     outcome = run("submit", rows, "--base-model", "tiny", *SHORT)
     assert outcome.code == 1
     assert f"{rows}:1: " in outcome.stderr
     assert f"{rows}:2: " in outcome.stderr
     assert outcome.stderr.count("must be a string") == 1
-    assert newest(client) == before
+    assert newest_job_id(client) == before
 
 
 def test_warnings_go_to_stderr(run: Any, client: Client, rows: Path) -> None:
@@ -166,16 +166,16 @@ def test_unknown_base_model_is_refused_by_the_service(run: Any, rows: Path) -> N
     [
         ((), "no dataset: give a FILE", 2),
         (("rows.jsonl", "--dataset-id", "ds_1"), "two datasets", 2),
-        (("absent.jsonl",), "absent.jsonl is no file", 2),
+        (("absent.jsonl",), "absent.jsonl is not a file", 2),
         (("rows.jsonl", "--set", "training.optim"), "write FIELD=VALUE", 2),
-        (("rows.jsonl", "--set", "name.first=a", "--set", "base_model.x=1"), "cannot be set: base_model holds no", 2),
+        (("rows.jsonl", "--set", "name.first=a", "--set", "base_model.x=1"), "cannot be set: base_model has no", 2),
         (("rows.jsonl", "--set", "base_model="), "no base model: give --base-model;", 2),
         (("rows.jsonl", "--set", "training.max_steps=many"), "/training/max_steps", 1),
         (("rows.jsonl", "--epochs", 2, "--set", "training=5"), "/training", 1),
         (("--set", "dataset.rows=&x [*x]"), "/dataset/rows", 1),
     ],
 )
-def test_command_that_cannot_work_is_refused_before_it_is_sent(
+def test_command_that_cannot_work_is_refused_without_a_request(
     run: Any, rows: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], expected: str, code: int
 ) -> None:
     monkeypatch.chdir(rows.parent)
@@ -185,9 +185,7 @@ def test_command_that_cannot_work_is_refused_before_it_is_sent(
     assert expected in outcome.stderr
 
 
-def test_submit_without_a_base_model_names_the_option_and_of_a_file_the_field(
-    run: Any, rows: Path, tmp_path: Path
-) -> None:
+def test_missing_base_model_is_reported_as_option_or_as_field_of_the_file(run: Any, rows: Path, tmp_path: Path) -> None:
     config = tmp_path / "spec.yaml"
     config.write_text("name: none\n")
     outcome = run("submit", rows)
@@ -196,7 +194,7 @@ def test_submit_without_a_base_model_names_the_option_and_of_a_file_the_field(
     assert f"{config}: /base_model: this field is required" in run("submit", rows, "--config", config).stderr
 
 
-def test_waiting_for_a_busy_service_is_said_once(run: Any, api: RunningApi, client: Client, rows: Path) -> None:
+def test_waiting_for_a_busy_service_is_reported_once(run: Any, api: RunningApi, client: Client, rows: Path) -> None:
     with BreakingProxy(api.port) as proxy:
         proxy.refusals = 2
         outcome = run("submit", rows, "--base-model", "tiny", *SHORT, "--url", proxy.url)

@@ -1,4 +1,4 @@
-"""A running API with one base model, a client of it, and a proxy between the two that breaks connections."""
+"""Fixtures: a running API with one base model, a client of it, and a proxy that breaks connections to it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def proxy(api: RunningApi) -> Iterator[BreakingProxy]:
 
 @pytest.fixture
 def claim(client: Client, queue: Queue, rows: Path) -> Claim:
-    """A running job: the most urgent of all."""
+    """The claim of a running job, which was queued with the highest priority."""
     spec = {"base_model": "tiny", "training": {"max_seq_len_tokens": 64}, "priority": 100}
     job = client.submit(spec, rows)
     claimed = queue.claim("test")

@@ -23,13 +23,13 @@ from tests.running_api import ROWS, RunningApi
 SPEC = {"base_model": "tiny", "training": {"max_seq_len_tokens": 64}}
 
 
-def step(queue: Queue, claim: Claim, number: int) -> None:
+def report_step(queue: Queue, claim: Claim, number: int) -> None:
     metrics = {"step": number, "loss": 1.0 / number}
     progress = Progress(phase="training", step=number, total_steps=3, metrics=metrics)
     queue.report(claim, progress, ("metrics", {**metrics, "attempt": claim.token}))
 
 
-def test_uploaded_dataset_comes_back_with_its_counts(client: Client, rows: Path) -> None:
+def test_uploaded_dataset_has_its_counts(client: Client, rows: Path) -> None:
     dataset = client.upload(rows)
     assert (dataset.filename, dataset.rows, dataset.usable_rows) == ("rows.jsonl", 8, 8)
     assert dataset.bytes == rows.stat().st_size
@@ -51,7 +51,7 @@ def test_unreadable_file_is_named(client: Client, tmp_path: Path) -> None:
         client.upload(tmp_path / "absent.jsonl")
 
 
-def test_dataset_tells_lengths_and_shows_what_is_learned(client: Client, rows: Path) -> None:
+def test_dataset_has_lengths_and_preview_marks_trained_tokens(client: Client, rows: Path) -> None:
     uploaded = client.upload(rows)
     assert uploaded.lengths is None
     lengths = client.dataset(uploaded.id, base_model="tiny").lengths
@@ -66,7 +66,7 @@ def test_dataset_tells_lengths_and_shows_what_is_learned(client: Client, rows: P
     assert "max_seq_len_tokens is 2" in left_out.problem
 
 
-def test_deleted_dataset_is_gone(client: Client, rows: Path) -> None:
+def test_deleted_dataset_is_not_found(client: Client, rows: Path) -> None:
     dataset = client.upload(rows)
     client.delete_dataset(dataset.id)
     assert dataset.id not in {other.id for other in client.datasets()}
@@ -97,13 +97,13 @@ def test_job_is_submitted_with_a_file_or_with_a_stored_dataset(client: Client, r
     assert client.get(stored.id).id == stored.id
 
 
-def test_job_submitted_again_under_its_key_is_the_same(client: Client, rows: Path) -> None:
-    first = client.submit(SPEC, rows, idempotency_key="mine")
-    assert client.submit(SPEC, rows, idempotency_key="mine").id == first.id
+def test_job_submitted_again_with_its_idempotency_key_is_the_same(client: Client, rows: Path) -> None:
+    first = client.submit(SPEC, rows, idempotency_key="key-1")
+    assert client.submit(SPEC, rows, idempotency_key="key-1").id == first.id
     assert client.submit(SPEC, rows).id != first.id
 
 
-def test_refused_spec_says_where(client: Client, rows: Path) -> None:
+def test_refused_spec_has_a_location(client: Client, rows: Path) -> None:
     with pytest.raises(ServiceError) as caught:
         client.submit({**SPEC, "training": {"learnin_rate": 1}}, rows)
     assert caught.value.status == 422
@@ -111,7 +111,7 @@ def test_refused_spec_says_where(client: Client, rows: Path) -> None:
     assert "learning_rate" in caught.value.message
 
 
-def test_jobs_come_newest_first_over_all_pages(client: Client, rows: Path) -> None:
+def test_jobs_are_newest_first_over_all_pages(client: Client, rows: Path) -> None:
     dataset = client.upload(rows)
     submitted = [client.submit({**SPEC, "dataset": {"id": dataset.id}}).id for _ in range(22)]
     assert [job.id for job in islice(client.jobs(status="queued"), 22)] == submitted[::-1]
@@ -134,7 +134,7 @@ def test_queued_job_is_paused_and_resumed(client: Client, queue: Queue, rows: Pa
     client.cancel(job.id)
 
 
-def test_running_job_shows_what_it_was_asked(client: Client, queue: Queue, claim: Claim) -> None:
+def test_running_job_has_its_stop_request(client: Client, queue: Queue, claim: Claim) -> None:
     assert client.pause(claim.job_id).stop_request == "pause"
     assert client.cancel(claim.job_id).stop_request == "cancel"
     queue.cancelled(claim)
@@ -146,8 +146,8 @@ def test_unknown_job_is_not_found(client: Client) -> None:
     assert caught.value.status == 404
 
 
-def test_events_run_from_the_given_number_to_the_end(client: Client, queue: Queue, claim: Claim) -> None:
-    step(queue, claim, 1)
+def test_events_start_after_the_given_number_and_end_with_the_job(client: Client, queue: Queue, claim: Claim) -> None:
+    report_step(queue, claim, 1)
     queue.fail(claim, {"code": "job_failed", "message": "no"})
     events = list(client.watch(claim.job_id))
     assert [event.type for event in events] == ["status", "status", "metrics", "status"]
@@ -157,36 +157,38 @@ def test_events_run_from_the_given_number_to_the_end(client: Client, queue: Queu
     assert [record["loss"] for record in client.metrics(claim.job_id)] == [1.0]
 
 
-def test_events_up_to_now_end_while_the_job_goes_on(client: Client, queue: Queue, claim: Claim) -> None:
-    step(queue, claim, 1)
+def test_events_up_to_now_end_while_the_job_runs(client: Client, queue: Queue, claim: Claim) -> None:
+    report_step(queue, claim, 1)
     events = list(client.events(claim.job_id))
     assert [event.data.get("step") for event in events] == [None, None, 1]
-    step(queue, claim, 2)
+    report_step(queue, claim, 2)
     assert [event.data["step"] for event in client.events(claim.job_id, after=events[-1].seq)] == [2]
     queue.fail(claim, {"code": "job_failed", "message": "no"})
 
 
-def test_events_are_asked_for_until_there_are_no_more(client: Client, queue: Queue, claim: Claim) -> None:
+def test_events_are_requested_until_a_stream_has_none(client: Client, queue: Queue, claim: Claim) -> None:
     events = client.events(claim.job_id)
     first = next(events)
-    # The answer has ended behind the second event, as it does when the service stops.
+    # The stream has ended after the second event, as it does when the service stops.
     time.sleep(0.3)
-    step(queue, claim, 1)
+    report_step(queue, claim, 1)
     assert [event.data.get("step") for event in (first, *events)] == [None, None, 1]
     queue.fail(claim, {"code": "job_failed", "message": "no"})
 
 
 def test_events_of_all_jobs_are_watched(client: Client, queue: Queue, claim: Claim) -> None:
-    step(queue, claim, 1)
-    began = next(client.watch(claim.job_id)).seq
+    report_step(queue, claim, 1)
+    first_seq = next(client.watch(claim.job_id)).seq
     queue.fail(claim, {"code": "job_failed", "message": "no"})
     other = client.cancel(client.submit({**SPEC, "dataset": {"rows": ROWS}}).id)
-    seen = list(islice(client.watch_all(began - 1), 6))
-    assert [event.job_id for event in seen] == [claim.job_id] * 4 + [other.id] * 2
-    assert seen[-1].data["status"] == "cancelled"
+    events = list(islice(client.watch_all(first_seq - 1), 6))
+    assert [event.job_id for event in events] == [claim.job_id] * 4 + [other.id] * 2
+    assert events[-1].data["status"] == "cancelled"
 
 
-def test_events_go_on_after_the_service_was_killed(api: RunningApi, client: Client, queue: Queue, claim: Claim) -> None:
+def test_events_continue_after_the_service_was_killed(
+    api: RunningApi, client: Client, queue: Queue, claim: Claim
+) -> None:
     events: list[Event] = []
     dropped: list[float] = []
 
@@ -194,11 +196,11 @@ def test_events_go_on_after_the_service_was_killed(api: RunningApi, client: Clie
         events.extend(client.watch(claim.job_id, on_drop=lambda _, patience_s: dropped.append(patience_s)))
 
     reader = threading.Thread(target=watch)
-    step(queue, claim, 1)
+    report_step(queue, claim, 1)
     reader.start()
     time.sleep(1.0)
     api.stop(signal.SIGKILL)
-    step(queue, claim, 2)
+    report_step(queue, claim, 2)
     api.start()
     queue.fail(claim, {"code": "job_failed", "message": "no"})
     reader.join(20)
@@ -207,9 +209,9 @@ def test_events_go_on_after_the_service_was_killed(api: RunningApi, client: Clie
     assert len({event.seq for event in events}) == 5
 
 
-def test_every_event_comes_once_over_connections_that_break(proxy: BreakingProxy, queue: Queue, claim: Claim) -> None:
+def test_every_event_arrives_once_over_broken_connections(proxy: BreakingProxy, queue: Queue, claim: Claim) -> None:
     for number in range(1, 60):
-        step(queue, claim, number)
+        report_step(queue, claim, number)
     queue.fail(claim, {"code": "job_failed", "message": "no"})
     proxy.cut_after = 2500
     with Client(proxy.url, patience_s=20) as client:
@@ -233,13 +235,13 @@ def test_waiting_survives_a_restart(api: RunningApi, client: Client, queue: Queu
     assert ended == ["failed"]
 
 
-def test_waiting_ends_with_its_time(client: Client, claim: Claim, queue: Queue) -> None:
+def test_waiting_ends_at_its_timeout(client: Client, claim: Claim, queue: Queue) -> None:
     with pytest.raises(TimeoutError, match="is running after"):
         client.wait(claim.job_id, timeout_s=0.2, poll_s=0.1)
     queue.fail(claim, {"code": "job_failed", "message": "no"})
 
 
-def test_refused_connection_says_how_to_start_a_service() -> None:
+def test_error_for_a_refused_connection_says_how_to_start_a_service() -> None:
     with Client("http://127.0.0.1:9") as client, pytest.raises(Unavailable, match="qlora serve"):
         client.get("job_1")
     with Client("http://127.0.0.1:9") as client, pytest.raises(Unavailable):
@@ -254,7 +256,7 @@ def test_address_without_a_host_is_refused(address: str) -> None:
         Client(address)
 
 
-def test_another_server_is_told_apart(tmp_path: Path) -> None:
+def test_another_server_is_detected(tmp_path: Path) -> None:
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args: object) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Downloads from a real API, through a proxy of real sockets where a connection has to break."""
+"""Downloads from a real API; where a connection has to break, through a proxy of real sockets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.running_api import RunningApi, succeed
 FILES = {"adapter_model.safetensors": os.urandom(300_000), "adapter_config.json": b"{}", "empty.txt": b""}
 
 
-def test_download_brings_every_file_and_its_manifest(
+def test_download_has_every_file_and_the_manifest(
     api: RunningApi, client: Client, queue: Queue, claim: Claim, tmp_path: Path
 ) -> None:
     succeed(api.data_dir, queue, claim, FILES)
@@ -28,11 +28,11 @@ def test_download_brings_every_file_and_its_manifest(
     assert {path.name for path in paths} == {*FILES, "manifest.json"}
     assert all((tmp_path / "out" / name).read_bytes() == content for name, content in FILES.items())
     assert not list(tmp_path.glob("out/*.part"))
-    before = [path.stat().st_ino for path in paths]
-    assert [path.stat().st_ino for path in client.download(claim.job_id, tmp_path / "out")] == before
+    inodes = [path.stat().st_ino for path in paths]
+    assert [path.stat().st_ino for path in client.download(claim.job_id, tmp_path / "out")] == inodes
 
 
-def test_broken_off_download_is_resumed(
+def test_interrupted_download_is_resumed(
     api: RunningApi, client: Client, queue: Queue, claim: Claim, tmp_path: Path
 ) -> None:
     succeed(api.data_dir, queue, claim, FILES)
@@ -46,7 +46,7 @@ def test_broken_off_download_is_resumed(
     assert "adapter_model.safetensors" in partial[0]
 
 
-def test_file_arrives_over_connections_that_break(
+def test_file_arrives_over_broken_connections(
     api: RunningApi, proxy: BreakingProxy, queue: Queue, claim: Claim, tmp_path: Path
 ) -> None:
     succeed(api.data_dir, queue, claim, FILES)
@@ -59,7 +59,7 @@ def test_file_arrives_over_connections_that_break(
     assert max(proxy.brought) <= 80_000
 
 
-def test_download_gives_up_when_no_byte_arrives_any_more(
+def test_download_fails_when_no_more_bytes_arrive(
     api: RunningApi, proxy: BreakingProxy, queue: Queue, claim: Claim, tmp_path: Path
 ) -> None:
     succeed(api.data_dir, queue, claim, FILES)
@@ -92,17 +92,17 @@ def test_damaged_file_never_gets_its_name(
     assert not list(tmp_path.glob("adapter_config.json*"))
 
 
-def test_download_leaves_files_of_others_alone(
+def test_download_never_overwrites_other_files(
     api: RunningApi, client: Client, queue: Queue, claim: Claim, tmp_path: Path
 ) -> None:
     succeed(api.data_dir, queue, claim, FILES)
-    mine = tmp_path / "out" / "adapter_config.json"
-    mine.parent.mkdir()
-    mine.write_text("mine")
-    with pytest.raises(InvalidRequest, match=r"holds another adapter_config\.json"):
-        client.download(claim.job_id, mine.parent)
-    assert list(mine.parent.iterdir()) == [mine]
-    assert mine.read_text() == "mine"
+    existing = tmp_path / "out" / "adapter_config.json"
+    existing.parent.mkdir()
+    existing.write_text("other content")
+    with pytest.raises(InvalidRequest, match=r"contains another adapter_config\.json"):
+        client.download(claim.job_id, existing.parent)
+    assert list(existing.parent.iterdir()) == [existing]
+    assert existing.read_text() == "other content"
 
 
 def test_download_into_a_file_is_refused(
@@ -114,19 +114,19 @@ def test_download_into_a_file_is_refused(
         client.download(claim.job_id, tmp_path / "file")
 
 
-def test_full_disk_is_one_message_and_keeps_what_arrived(
+def test_full_disk_is_an_error_and_keeps_the_received_bytes(
     api: RunningApi, client: Client, queue: Queue, claim: Claim, tmp_path: Path
 ) -> None:
     succeed(api.data_dir, queue, claim, FILES)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    previous_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(InvalidRequest, match="cannot be written"):
             client.download(claim.job_id, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, ignored)
+        signal.signal(signal.SIGXFSZ, previous_handler)
     assert 0 < (tmp_path / "out" / "adapter_model.safetensors.part").stat().st_size <= 100_000
     client.download(claim.job_id, tmp_path / "out")
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == FILES["adapter_model.safetensors"]

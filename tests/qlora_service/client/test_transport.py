@@ -1,4 +1,4 @@
-"""Requests through a proxy that answers 503, and to a server that keeps the headers it was sent."""
+"""Requests through a proxy that answers 503, and to a server that records the request headers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUSY = b'{"error": {"code": "CODE", "message": "no", "location": null, "findings
 
 
 class Recorder(ThreadingHTTPServer):
-    """Answers every GET with an empty list, the first `limited` ones with a 429."""
+    """Answers every GET with an empty list, the first `limited` requests with a 429; records the headers in `seen`."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -59,21 +59,21 @@ def recorder() -> Iterator[Recorder]:
         thread.join()
 
 
-def test_request_that_meets_503_is_sent_again_and_said_once(proxy: BreakingProxy, rows: Path) -> None:
-    said: list[tuple[str, float]] = []
-    with Client(proxy.url, on_drop=lambda error, patience_s: said.append((str(error), patience_s))) as client:
+def test_request_is_retried_after_503_and_reported_once(proxy: BreakingProxy, rows: Path) -> None:
+    reports: list[tuple[str, float]] = []
+    with Client(proxy.url, on_drop=lambda error, patience_s: reports.append((str(error), patience_s))) as client:
         proxy.refusals = 2
         job = client.submit(SPEC, rows)
-        ((message, patience_s),) = said
+        ((message, patience_s),) = reports
         assert "HTTP 503" in message
         assert patience_s == 60.0
-    with Client(proxy.url, on_drop=lambda error, patience_s: said.append((str(error), patience_s))) as client:
+    with Client(proxy.url, on_drop=lambda error, patience_s: reports.append((str(error), patience_s))) as client:
         proxy.refusals = 1
         assert client.get(job.id).id == job.id
-    assert len(said) == 2
+    assert len(reports) == 2
 
 
-def test_patience_ends_with_the_services_error(proxy: BreakingProxy) -> None:
+def test_retries_end_with_the_error_of_the_service(proxy: BreakingProxy) -> None:
     proxy.refusals = 100
     with Client(proxy.url, patience_s=0.3) as client, pytest.raises(ServiceError) as caught:
         client.models()
@@ -81,16 +81,18 @@ def test_patience_ends_with_the_services_error(proxy: BreakingProxy) -> None:
     assert 2 <= len(proxy.brought) <= 5
 
 
-def test_request_over_the_rate_limit_is_sent_again_when_told_to(recorder: Recorder) -> None:
+def test_request_over_the_rate_limit_is_retried_after_retry_after(recorder: Recorder) -> None:
     recorder.limited = 1
-    waited: list[float] = []
-    with Client(recorder.url, on_drop=lambda error, _: waited.append(getattr(error, "retry_after_s", 0.0))) as client:
+    retry_after: list[float] = []
+    with Client(
+        recorder.url, on_drop=lambda error, _: retry_after.append(getattr(error, "retry_after_s", 0.0))
+    ) as client:
         assert client.models() == []
-    assert waited == [1.0]
+    assert retry_after == [1.0]
     assert len(recorder.seen) == 2
 
 
-def test_request_over_a_quota_is_not_sent_again(recorder: Recorder) -> None:
+def test_request_over_a_quota_is_not_retried(recorder: Recorder) -> None:
     recorder.limited, recorder.code = 1, "quota_exceeded"
     with Client(recorder.url) as client, pytest.raises(ServiceError) as caught:
         client.models()
@@ -98,7 +100,7 @@ def test_request_over_a_quota_is_not_sent_again(recorder: Recorder) -> None:
     assert len(recorder.seen) == 1
 
 
-def test_backoff_waits_as_long_as_a_rate_limit_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backoff_sleeps_for_the_retry_after_of_a_rate_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr("time.sleep", slept.append)
     backoff = Backoff(100.0)
@@ -108,7 +110,7 @@ def test_backoff_waits_as_long_as_a_rate_limit_asks(monkeypatch: pytest.MonkeyPa
     assert slept == [7.0, 0.4, 0.8]
 
 
-def test_key_is_sent_as_bearer_and_never_shown(recorder: Recorder) -> None:
+def test_key_is_sent_as_bearer_token_and_never_shown(recorder: Recorder) -> None:
     with Client(recorder.url, api_key="sk-secret") as client:
         client.models()
         assert "secret" not in repr(client)
@@ -125,18 +127,18 @@ def test_key_that_cannot_be_sent_is_refused_without_showing_it(key: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("url", "may_be_shown"),
+    ("url", "is_read"),
     [("http://127.0.0.1", False), ("https://127.0.0.1", True), ("http://a.test", True), ("https://a.test", True)],
 )
-def test_authorities_are_read_where_a_certificate_may_be_shown(
-    url: str, may_be_shown: bool, monkeypatch: pytest.MonkeyPatch
+def test_certificate_authorities_are_read_only_if_a_certificate_can_be_presented(
+    url: str, is_read: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[str] = []
+    reads: list[str] = []
 
-    def authorities(**_: Any) -> ssl.SSLContext:
-        read.append(url)
+    def default_context(**_: Any) -> ssl.SSLContext:
+        reads.append(url)
         return ssl.create_default_context()
 
-    monkeypatch.setattr("httpcore2.default_ssl_context", authorities)
+    monkeypatch.setattr("httpcore2.default_ssl_context", default_context)
     with Client(url):
-        assert bool(read) is may_be_shown  # a proxy, too, may show one
+        assert bool(reads) is is_read  # also for http to another host, because a proxy may present a certificate

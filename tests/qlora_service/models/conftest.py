@@ -1,4 +1,4 @@
-"""Copies of the tiny model that a test may spoil."""
+"""A copy of the tiny model that a test may modify."""
 
 from __future__ import annotations
 

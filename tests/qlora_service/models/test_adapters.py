@@ -1,14 +1,14 @@
+"""Adapters of every method on a base: attached, pruned, detached, saved and loaded."""
+
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, inject_adapter_in_model
+from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -22,7 +22,6 @@ from qlora_service.models.adapters import (
     checkpoint_activations,
     detach,
     load_adapter,
-    peft_config,
     regularization,
     restore_allocation,
     runs_alone,
@@ -31,77 +30,13 @@ from qlora_service.models.adapters import (
     trainable,
 )
 from qlora_service.models.base.quantize import base_fingerprint, dequantized_weight, load_base
-from qlora_service.specs import (
-    IA3,
-    AdaLora,
-    Adapter,
-    LlamaAdapter,
-    Lora,
-    Oft,
-    PrefixTuning,
-    PromptTuning,
-    PTuning,
-    Quantization,
-    Vera,
-)
+from qlora_service.specs import Adapter, LlamaAdapter, Lora, PrefixTuning, PromptTuning, Quantization, Vera
+from tests.qlora_service.models.adapter_cases import ADALORA, CPU, IDS, METHODS, OLORA, load, logits, train
 
-CPU = torch.device("cpu")
-IDS = torch.arange(5, 25)[None]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-ADALORA = AdaLora(method="adalora", init_r=4, target_r=2)
-OLORA = Lora(r=4, init_lora_weights="olora")
-METHODS: list[Adapter] = [
-    Lora(r=4),
-    Lora(r=4, trainable_token_indices=[3, 7]),
-    Lora(r=4, target_modules=["embed_tokens", "q_proj"]),
-    Lora(r=4, use_dora=True),
-    OLORA,
-    ADALORA,
-    IA3(method="ia3", feedforward_modules=["down_proj"]),
-    Vera(method="vera", r=8),
-    Oft(method="oft"),
-    PromptTuning(method="prompt_tuning", num_virtual_tokens=4),
-    PrefixTuning(method="prefix_tuning", num_virtual_tokens=4),
-    PTuning(method="p_tuning", num_virtual_tokens=4, encoder_hidden_size=16),
-    LlamaAdapter(method="llama_adapter", adapter_len=4, adapter_layers=2),
-]
 
 
-def load(
-    directory: Path,
-    adapter: Adapter | None = None,
-    kind: str = "nf4",
-    dtype: torch.dtype = torch.float32,
-    steps: int = 0,
-    total_steps: int = 1000,
-) -> PeftModel:
-    """The model with an adapter, trained for a few steps."""
-    base = load_base(directory, Quantization.model_validate({"type": kind}), dtype, CPU)
-    model = attach(base, adapter or Lora(r=4), seed=0, total_steps=total_steps)
-    train(model, range(1, steps + 1))
-    return model
-
-
-def train(model: PeftModel, steps: range, skipped: Collection[int] = ()) -> None:
-    optimizer = torch.optim.AdamW(trainable(model), lr=0.01, weight_decay=0.0)
-    for step in steps:
-        loss = model(IDS, labels=IDS).loss  # PEFT adds AdaLoRA's regularization itself
-        (loss * (math.nan if step in skipped else 1)).backward()
-        if step not in skipped:
-            optimizer.step()
-        after_step(model, step, skipped=step in skipped)
-        optimizer.zero_grad()
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    return model.eval()(IDS).logits[:, -IDS.shape[1] :]
-
-
-# --- attach
-
-
-def test_the_first_outputs_are_the_bases_bit_for_bit(tiny_model: Path) -> None:
+def test_new_adapter_keeps_the_outputs_of_the_base_bit_for_bit(tiny_model: Path) -> None:
     base = load_base(tiny_model, Quantization(), torch.bfloat16, CPU)
     before = base_fingerprint(base)
     assert base_fingerprint(attach(base, Lora(), seed=0)) == before
@@ -115,7 +50,7 @@ def test_only_the_adapter_is_trainable_and_it_is_float32(tiny_model: Path) -> No
     assert {parameter.dtype for parameter in trainable(model)} == {torch.float32}
 
 
-def test_the_seed_decides_a(tiny_model: Path) -> None:
+def test_seed_decides_the_initial_values_of_a(tiny_model: Path) -> None:
     first, same, other = (
         attach(load_base(tiny_model, Quantization(), torch.float32, CPU), Lora(), seed) for seed in (1, 1, 2)
     )
@@ -128,20 +63,7 @@ def test_a_target_that_does_not_exist_is_refused(tiny_model: Path) -> None:
         load(tiny_model, Lora(target_modules=["nowhere_proj"]))
 
 
-def test_alpha_and_dropout_reach_every_layer(tiny_model: Path) -> None:
-    model = load(tiny_model, Lora(r=4, lora_alpha=6, lora_dropout=0.25))
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    assert len(layers) == 14
-    assert {layer.scaling["default"] for layer in layers} == {1.5}
-    assert {layer.lora_dropout["default"].p for layer in layers} == {0.25}
-
-
-def test_rslora_scales_by_the_root_of_the_rank(tiny_model: Path) -> None:
-    model = load(tiny_model, Lora(r=16, lora_alpha=8, use_rslora=True))
-    assert {layer.scaling["default"] for layer in model.modules() if isinstance(layer, LoraLayer)} == {2.0}
-
-
-def test_the_bases_own_dropout_is_off(tiny_model: Path) -> None:
+def test_dropout_of_the_base_is_off(tiny_model: Path) -> None:
     base = load_base(tiny_model, Quantization(), torch.float32, CPU)
     for layer in base.model.layers:
         layer.self_attn.attention_dropout = 0.5
@@ -149,14 +71,14 @@ def test_the_bases_own_dropout_is_off(tiny_model: Path) -> None:
     assert torch.equal(model(IDS).logits, model(IDS).logits)
 
 
-def test_the_bases_dropout_layers_are_off() -> None:
+def test_dropout_layers_of_the_base_are_off() -> None:
     base = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4)).train()
     silence_dropout(base)
     assert torch.equal(base(IDS).logits, base(IDS).logits)
 
 
 @pytest.mark.parametrize("adapter", METHODS, ids=lambda adapter: adapter.method)
-def test_switched_off_or_detached_every_adapter_leaves_the_base(adapter: Adapter, tiny_model: Path) -> None:
+def test_disabled_or_detached_adapter_leaves_the_base_unchanged(adapter: Adapter, tiny_model: Path) -> None:
     base = load_base(tiny_model, Quantization(), torch.bfloat16, CPU)
     expected, before, names = logits(base), base_fingerprint(base), [name for name, _ in base.named_parameters()]
     model = attach(base, adapter, seed=0, total_steps=4)
@@ -169,82 +91,14 @@ def test_switched_off_or_detached_every_adapter_leaves_the_base(adapter: Adapter
     assert [name for name, _ in detached.named_parameters()] == names
 
 
-def test_prompts_run_alone_and_nothing_else_does(tiny_model: Path) -> None:
+def test_only_prompt_methods_run_alone(tiny_model: Path) -> None:
     alone = {adapter.method for adapter in METHODS[-5:] if runs_alone(load(tiny_model, adapter))}
     assert alone == {"prompt_tuning", "prefix_tuning", "p_tuning"}
-
-
-def test_prompt_tuning_starts_from_tokens_of_the_base(tiny_model: Path) -> None:
-    model = load(tiny_model, PromptTuning(method="prompt_tuning", num_virtual_tokens=6), dtype=torch.bfloat16)
-    (prompt,) = trainable(model)
-    embedding = model.get_base_model().get_input_embeddings().weight.float()
-    assert prompt.dtype == torch.float32
-    assert all((row == embedding).all(dim=1).any() for row in prompt)
 
 
 def test_prefix_tuning_does_not_recompute_activations(tiny_model: Path) -> None:
     assert checkpoint_activations(load(tiny_model, PrefixTuning(method="prefix_tuning"))) is False
     assert checkpoint_activations(load(tiny_model, PromptTuning(method="prompt_tuning"))) is True
-
-
-def test_llama_adapter_leaves_the_two_lowest_layers_alone(tiny_model: Path) -> None:
-    base = load_base(tiny_model, Quantization(type="none"), torch.float32, CPU)
-    asked = LlamaAdapter(method="llama_adapter")
-    base.config.num_hidden_layers = 7
-    assert peft_config(asked, base).adapter_layers == 5
-    base.config.num_hidden_layers = 2
-    assert peft_config(asked, base).adapter_layers == 1
-
-
-# --- other layers
-
-
-def test_a_convolution_gets_a_lora() -> None:
-    network = torch.nn.Sequential()
-    network.add_module("conv", torch.nn.Conv2d(3, 8, kernel_size=3))
-    image = torch.randn(1, 3, 6, 6)
-    expected = network(image)
-    adapted = inject_adapter_in_model(peft_config(Lora(r=2, target_modules=["conv"]), network), network)
-    assert torch.equal(adapted(image), expected)
-    assert adapted.conv.lora_A["default"].weight.shape == (2, 3, 3, 3)
-    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
-    adapted(image).square().sum().backward()
-    optimizer.step()
-    assert not torch.equal(adapted(image), expected)
-
-
-@pytest.fixture(scope="module")
-def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "tiny-gpt2"
-    config = GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        GPT2LMHeadModel(config).save_pretrained(path)
-    return path
-
-
-@pytest.mark.parametrize("kind", ["nf4", "none"])
-@pytest.mark.parametrize(
-    "adapter",
-    [
-        Lora(r=4),
-        Lora(r=4, target_modules=["c_attn", "c_proj", "c_fc"], init_lora_weights="olora"),
-        IA3(method="ia3", target_modules=["c_attn", "c_proj"], feedforward_modules=["c_proj"]),
-        AdaLora(method="adalora", init_r=4, target_r=2),
-        Vera(method="vera", r=8),
-        LlamaAdapter(method="llama_adapter", adapter_layers=2),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value.method,
-)
-def test_gpt2s_transposed_layers_train_and_reload(adapter: Adapter, kind: str, tiny_gpt2: Path, tmp_path: Path) -> None:
-    model = load(tiny_gpt2, adapter, kind, torch.bfloat16, steps=2, total_steps=4)
-    assert not torch.equal(logits(model), logits(load(tiny_gpt2, Lora(r=4), kind, torch.bfloat16)))
-    save_adapter(model, tmp_path, "base", None)
-    base = load_base(tiny_gpt2, Quantization.model_validate({"type": kind}), torch.bfloat16, CPU)
-    assert torch.equal(logits(load_adapter(base, tmp_path)), logits(model))
-
-
-# --- embeddings
 
 
 def test_a_tied_embedding_and_head_share_one_adapter(tiny_model: Path, tmp_path: Path) -> None:
@@ -257,26 +111,23 @@ def test_a_tied_embedding_and_head_share_one_adapter(tiny_model: Path, tmp_path:
     assert all("lora" in name and 4 in tensor.shape for name, tensor in saved.items())
 
 
-def test_of_trained_tokens_only_their_rows_are_stored(tiny_model: Path, tmp_path: Path) -> None:
+def test_trainable_tokens_store_only_their_embedding_rows(tiny_model: Path, tmp_path: Path) -> None:
     model = load(tiny_model, Lora(r=4, trainable_token_indices=[3, 7]), steps=2)
     save_adapter(model, tmp_path, "base", None)
     saved = load_file(tmp_path / WEIGHTS)
     tokens = [tensor for name, tensor in saved.items() if "lora" not in name]
     assert [tuple(tensor.shape) for tensor in tokens] == [(2, 64)]
     reloaded = load_adapter(load_base(tiny_model, Quantization(), torch.float32, CPU), tmp_path)
-    own = load_base(tiny_model, Quantization(), torch.float32, CPU).get_input_embeddings().weight
+    base_embedding = load_base(tiny_model, Quantization(), torch.float32, CPU).get_input_embeddings().weight
     with torch.no_grad():
         embedded = reloaded.get_input_embeddings()(torch.tensor([3, 7, 8]))
     assert torch.equal(embedded[:2], tokens[0])
-    assert not torch.equal(embedded[0], own[3])
-    assert torch.equal(embedded[2], own[8])
-
-
-# --- OLoRA
+    assert not torch.equal(embedded[0], base_embedding[3])
+    assert torch.equal(embedded[2], base_embedding[8])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
-def test_olora_starts_from_the_weights_decomposition_and_at_the_bases_outputs(kind: str, tiny_model: Path) -> None:
+def test_olora_starts_from_the_qr_decomposition_and_keeps_the_outputs_of_the_base(kind: str, tiny_model: Path) -> None:
     expected = logits(load(tiny_model, Lora(r=4), kind))
     model = load(tiny_model, Lora(r=4, lora_alpha=6, init_lora_weights="olora"), kind)
     layer = model.get_base_model().model.layers[0].mlp.up_proj
@@ -288,14 +139,8 @@ def test_olora_starts_from_the_weights_decomposition_and_at_the_bases_outputs(ki
     assert torch.allclose(logits(model), expected, atol=1e-5)
 
 
-def test_olora_keeps_its_scale_with_rslora(tiny_model: Path) -> None:
-    model = load(tiny_model, Lora(r=16, lora_alpha=8, use_rslora=True, init_lora_weights="olora"))
-    scales = [layer.scaling["default"] for layer in model.modules() if isinstance(layer, LoraLayer)]
-    assert scales == pytest.approx([2.0] * 14)
-
-
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "Lion8bit"])
-def test_the_constant_half_of_olora_stays_whatever_optimizes(optimizer: str, tiny_model: Path) -> None:
+def test_constant_half_of_olora_stays_constant_with_every_optimizer(optimizer: str, tiny_model: Path) -> None:
     import bitsandbytes as bnb
 
     model = load(tiny_model, OLORA)
@@ -314,19 +159,9 @@ def test_the_constant_half_of_olora_stays_whatever_optimizes(optimizer: str, tin
         assert not torch.equal(new_b[:, :4], b[:, :4])
 
 
-def test_olora_is_published_as_a_plain_lora(tiny_model: Path, tmp_path: Path) -> None:
-    model = load(tiny_model, OLORA, steps=2)
-    save_adapter(model, tmp_path, "base", None)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 64.0, True)
-
-
-def test_olora_beyond_a_weights_rank_is_refused(tiny_model: Path) -> None:
+def test_olora_rank_above_the_weights_rank_is_refused(tiny_model: Path) -> None:
     with pytest.raises(InvalidSpec, match=r"k_proj.*\(32, 64\)"):
         load(tiny_model, Lora(r=33, init_lora_weights="olora"))
-
-
-# --- AdaLoRA
 
 
 def test_regularization_is_what_peft_adds_to_the_loss(tiny_model: Path) -> None:
@@ -350,7 +185,7 @@ def test_adalora_ends_at_its_mean_rank(total_steps: int, tiny_model: Path) -> No
 
 
 @pytest.mark.parametrize(("total_steps", "skipped"), [(4, {1}), (4, {2}), (4, {1, 2}), (10, {3}), (10, {5, 6})])
-def test_adalora_ends_at_its_mean_rank_whatever_steps_are_skipped(
+def test_adalora_ends_at_its_mean_rank_despite_skipped_steps(
     total_steps: int, skipped: set[int], tiny_model: Path
 ) -> None:
     model = load(tiny_model, ADALORA, total_steps=total_steps)
@@ -360,49 +195,37 @@ def test_adalora_ends_at_its_mean_rank_whatever_steps_are_skipped(
     assert sum(int((layer.lora_E["default"] != 0).sum()) for layer in layers) == 2 * len(layers)
 
 
-def test_adalora_prunes_nothing_in_its_first_steps(tiny_model: Path) -> None:
-    model = load(tiny_model, ADALORA, steps=4, total_steps=40)
-    assert all((layer.lora_E["default"] != 0).all() for layer in model.modules() if isinstance(layer, AdaLoraLayer))
-
-
-def test_adalora_runs_for_one_step(tiny_model: Path) -> None:
-    assert len(allocation_state(load(tiny_model, ADALORA, steps=1, total_steps=1))) > 0
-
-
 def test_adaloras_scale_is_not_trained(tiny_model: Path) -> None:
-    # PEFT does so on a bfloat16 base, and does not save it.
+    # PEFT trains it on a bfloat16 base, and does not save it.
     model = load(tiny_model, ADALORA, dtype=torch.bfloat16)
     assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "ranknum" in name)
 
 
-@pytest.mark.parametrize("at", [3, 7], ids=["while pruning", "after pruning"])
-def test_adalora_goes_on_from_a_checkpoint_as_if_nothing_had_happened(at: int, tiny_model: Path) -> None:
-    model = load(tiny_model, ADALORA, steps=at, total_steps=10)
-    weights, memory = [weight.detach().clone() for weight in trainable(model)], allocation_state(model)
+@pytest.mark.parametrize("saved_at", [3, 7], ids=["while pruning", "after pruning"])
+def test_adalora_resumes_from_a_checkpoint_bit_for_bit(saved_at: int, tiny_model: Path) -> None:
+    model = load(tiny_model, ADALORA, steps=saved_at, total_steps=10)
+    weights, allocation = [weight.detach().clone() for weight in trainable(model)], allocation_state(model)
 
-    train(model, range(at + 1, at + 3))
+    train(model, range(saved_at + 1, saved_at + 3))
     expected = [weight.detach().clone() for weight in trainable(model)]
     resumed = load(tiny_model, ADALORA, total_steps=10)
     with torch.no_grad():
         for weight, saved in zip(trainable(resumed), weights, strict=True):
             weight.copy_(saved)
-    restore_allocation(resumed, memory)
-    train(resumed, range(at + 1, at + 3))
+    restore_allocation(resumed, allocation)
+    train(resumed, range(saved_at + 1, saved_at + 3))
     assert all(torch.equal(one, other) for one, other in zip(expected, trainable(resumed), strict=True))
 
 
-def test_methods_without_memory_have_no_allocation_state(tiny_model: Path) -> None:
+def test_other_methods_have_no_allocation_state(tiny_model: Path) -> None:
     model = load(tiny_model)
     assert allocation_state(model) == {}
     restore_allocation(model, {})
     after_step(model, 1)
 
 
-# --- files
-
-
 @pytest.mark.parametrize("adapter", METHODS, ids=lambda adapter: adapter.method)
-def test_the_files_are_the_same_each_time_and_plain_peft_loads_them(
+def test_saved_files_are_reproducible_and_plain_peft_loads_them(
     adapter: Adapter, tiny_model: Path, tmp_path: Path
 ) -> None:
     for name in ("one", "two"):
@@ -414,7 +237,7 @@ def test_the_files_are_the_same_each_time_and_plain_peft_loads_them(
     assert torch.equal(logits(PeftModel.from_pretrained(base, str(tmp_path / "one"))), logits(model))
 
 
-def test_the_files_name_the_base_and_no_local_path(tiny_model: Path, tmp_path: Path) -> None:
+def test_saved_config_names_the_base_and_no_local_path(tiny_model: Path, tmp_path: Path) -> None:
     save_adapter(load(tiny_model), tmp_path, "org/model", "abc123")
     text = (tmp_path / CONFIG).read_text()
     config = json.loads(text)
@@ -426,7 +249,7 @@ def test_the_files_name_the_base_and_no_local_path(tiny_model: Path, tmp_path: P
     assert config["target_modules"] == sorted(config["target_modules"])
 
 
-def test_saving_leaves_adalora_able_to_go_on(tiny_model: Path, tmp_path: Path) -> None:
+def test_adalora_training_continues_after_saving(tiny_model: Path, tmp_path: Path) -> None:
     model = load(tiny_model, ADALORA, steps=6, total_steps=10)
     before = model.active_peft_config.rank_pattern
     save_adapter(model, tmp_path, "base", None)
@@ -451,6 +274,6 @@ def test_llama_adapter_reloads_in_full_precision_on_an_unquantized_base(tiny_mod
     save_adapter(model, tmp_path, "base", None)
     base = load_base(tiny_model, Quantization(type="none"), torch.bfloat16, CPU)
     reloaded = dict(load_adapter(base, tmp_path).named_parameters())
-    learned = {name: p for name, p in model.named_parameters() if "adaption" in name}
-    assert len(learned) == 4
-    assert all(torch.equal(reloaded[name], parameter) for name, parameter in learned.items())
+    trained = {name: p for name, p in model.named_parameters() if "adaption" in name}
+    assert len(trained) == 4
+    assert all(torch.equal(reloaded[name], parameter) for name, parameter in trained.items())

@@ -1,3 +1,5 @@
+"""Findings about specs on three model types, by the location of each finding."""
+
 from __future__ import annotations
 
 import subprocess
@@ -51,10 +53,10 @@ QWEN = replace(LLAMA, model_type="qwen2")
 WIDE_QUERIES: Modules = {**LLAMA_MODULES, "q_proj": frozenset({(128, 64)})}
 
 
-def found(
+def reasons(
     adapter: dict[str, Any], model: BaseModel = LLAMA, modules: Modules = LLAMA_MODULES, **groups: dict[str, Any]
 ) -> dict[str, str]:
-    """The reasons by pointer."""
+    """The reasons of all findings, by pointer."""
     groups = {"training": {"max_seq_len_tokens": 64}} | groups
     findings = misfits(parse_spec({"base_model": "tiny", "adapter": adapter, **groups}), model, modules)
     assert len({finding.pointer for finding in findings}) == len(findings)
@@ -62,11 +64,14 @@ def found(
 
 
 @pytest.mark.parametrize(
-    ("adapter", "pointer", "says"),
+    ("adapter", "pointer", "reason"),
     [
         ({"target_modules": ["q_proj", "c_attn"]}, "/adapter/target_modules", "tiny has no c_attn; its modules are"),
         ({"target_modules": ["lm_head"]}, "/adapter/target_modules", "its output head is its embedding"),
-        ({"method": "vera", "target_modules": ["embed_tokens"]}, "/adapter/target_modules", "vera has no form"),
+        (
+            {"method": "vera", "target_modules": ["embed_tokens"]},
+            "/adapter/target_modules", "vera cannot adapt an embedding",
+        ),
         ({"use_dora": True, "target_modules": ["embed_tokens"]}, "/adapter/target_modules", "DoRA divides"),
         (
             {"init_lora_weights": "olora", "target_modules": ["embed_tokens"]},
@@ -92,56 +97,56 @@ def found(
         ({"method": "prefix_tuning", "num_virtual_tokens": 128}, "/adapter/num_virtual_tokens", "128 virtual tokens"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_refused(adapter: dict[str, Any], pointer: str, says: str) -> None:
-    findings = found(adapter)
-    assert list(findings) == [pointer]
-    assert says in findings[pointer]
+def test_incompatible_adapter_is_refused(adapter: dict[str, Any], pointer: str, reason: str) -> None:
+    actual = reasons(adapter)
+    assert list(actual) == [pointer]
+    assert reason in actual[pointer]
 
 
-def test_what_depends_on_the_base_is_refused_there_only() -> None:
+def test_limits_of_one_model_type_apply_to_that_type_only() -> None:
     llama_adapter = {"method": "llama_adapter"}
-    assert "of type qwen2" in found(llama_adapter, QWEN)["/adapter/method"]
-    assert "query features" in found(llama_adapter, LLAMA, WIDE_QUERIES)["/adapter/method"]
-    assert not found(llama_adapter)
-    assert not found(llama_adapter, GPT2, GPT2_MODULES)
+    assert "of type qwen2" in reasons(llama_adapter, QWEN)["/adapter/method"]
+    assert "query features" in reasons(llama_adapter, LLAMA, WIDE_QUERIES)["/adapter/method"]
+    assert not reasons(llama_adapter)
+    assert not reasons(llama_adapter, GPT2, GPT2_MODULES)
     dora_head = {"use_dora": True, "target_modules": ["lm_head"]}
-    assert "leave out lm_head" in found(dora_head, LLAMA, UNTIED)["/adapter/target_modules"]
+    assert "leave out lm_head" in reasons(dora_head, LLAMA, UNTIED)["/adapter/target_modules"]
 
 
-def test_gpt2s_transposed_shapes_are_read_the_right_way_round() -> None:
+def test_transposed_shapes_of_gpt2_are_read_as_in_out() -> None:
     by_96 = {"method": "oft", "oft_block_size": 96}
-    place = "/adapter/oft_block_size"
-    assert "c_proj with 256" in found(by_96, GPT2, GPT2_MODULES)[place]
-    assert "c_attn with 64" in found(by_96 | {"target_modules": ["c_attn"]}, GPT2, GPT2_MODULES)[place]
-    assert not found({"method": "oft", "oft_block_size": 64}, GPT2, GPT2_MODULES)
+    pointer = "/adapter/oft_block_size"
+    assert "c_proj with 256" in reasons(by_96, GPT2, GPT2_MODULES)[pointer]
+    assert "c_attn with 64" in reasons(by_96 | {"target_modules": ["c_attn"]}, GPT2, GPT2_MODULES)[pointer]
+    assert not reasons({"method": "oft", "oft_block_size": 64}, GPT2, GPT2_MODULES)
 
 
 def test_an_unquantized_gpt2_has_no_oft() -> None:
-    plain = {"type": "none"}
+    unquantized = {"type": "none"}
     oft = {"method": "oft", "oft_block_size": 64}
-    assert "unquantized gpt2" in found(oft, GPT2, GPT2_MODULES, quantization=plain)["/adapter/method"]
-    assert not found({"method": "oft"}, quantization=plain)
+    assert "unquantized gpt2" in reasons(oft, GPT2, GPT2_MODULES, quantization=unquantized)["/adapter/method"]
+    assert not reasons({"method": "oft"}, quantization=unquantized)
 
 
 def test_an_embedding_that_peft_cannot_tie_is_refused() -> None:
     wte = {"target_modules": ["wte", "c_attn"]}
-    assert "wte is the output head too" in found(wte, GPT2, GPT2_MODULES)["/adapter/target_modules"]
-    assert not found(wte, GPT2, {**GPT2_MODULES, "lm_head": frozenset({(512, 64)})})
-    assert not found({"target_modules": ["wpe"]}, GPT2, GPT2_MODULES)
+    assert "wte is the output head too" in reasons(wte, GPT2, GPT2_MODULES)["/adapter/target_modules"]
+    assert not reasons(wte, GPT2, {**GPT2_MODULES, "lm_head": frozenset({(512, 64)})})
+    assert not reasons({"target_modules": ["wpe"]}, GPT2, GPT2_MODULES)
 
 
 def test_weight_decay_is_refused_with_olora() -> None:
     decay = {"weight_decay": 0.1, "max_seq_len_tokens": 64}
-    assert list(found({"init_lora_weights": "olora"}, training=decay)) == ["/training/weight_decay"]
-    assert not found({}, training=decay)
+    assert list(reasons({"init_lora_weights": "olora"}, training=decay)) == ["/training/weight_decay"]
+    assert not reasons({}, training=decay)
 
 
-def test_every_finding_is_told_at_once() -> None:
+def test_all_findings_are_reported_at_once() -> None:
     adapter = {
         "init_lora_weights": "olora", "r": 40, "target_modules": ["k_proj", "nowhere"],
         "trainable_token_indices": [600],
     }  # fmt: skip
-    assert set(found(adapter)) == {"/adapter/target_modules", "/adapter/r", "/adapter/trainable_token_indices"}
+    assert set(reasons(adapter)) == {"/adapter/target_modules", "/adapter/r", "/adapter/trainable_token_indices"}
 
 
 @pytest.mark.parametrize(
@@ -165,18 +170,18 @@ def test_every_finding_is_told_at_once() -> None:
     ],
 )
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_what_works_is_let_through(adapter: dict[str, Any], quantization: str) -> None:
-    assert not found(adapter, quantization={"type": quantization})
+def test_compatible_adapter_is_accepted(adapter: dict[str, Any], quantization: str) -> None:
+    assert not reasons(adapter, quantization={"type": quantization})
 
 
 def test_an_untied_head_can_be_a_target() -> None:
-    assert not found({"target_modules": ["lm_head"]}, LLAMA, UNTIED)
-    assert not found({"method": "ia3", "target_modules": ["lm_head"]}, LLAMA, UNTIED)
+    assert not reasons({"target_modules": ["lm_head"]}, LLAMA, UNTIED)
+    assert not reasons({"method": "ia3", "target_modules": ["lm_head"]}, LLAMA, UNTIED)
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
-def test_prompts_learn_from_preferences_too(objective: str) -> None:
-    assert not found({"method": "prompt_tuning"}, objective={"type": objective})
+def test_prompt_tuning_is_accepted_with_preference_objectives(objective: str) -> None:
+    assert not reasons({"method": "prompt_tuning"}, objective={"type": objective})
 
 
 def test_virtual_tokens_take_positions() -> None:
@@ -184,7 +189,7 @@ def test_virtual_tokens_take_positions() -> None:
     assert positions_taken(Lora()) == 0
 
 
-def test_it_is_known_without_torch() -> None:
+def test_compatibility_is_checked_without_torch() -> None:
     program = (
         "import sys, qlora_service.models.compatibility\n"
         "assert not {'torch', 'transformers', 'peft', 'bitsandbytes'} & sys.modules.keys()"

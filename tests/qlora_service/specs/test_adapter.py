@@ -1,3 +1,5 @@
+"""Fields, defaults and limits of each adapter method."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -10,12 +12,12 @@ from qlora_service.specs import IA3, Adapter, Lora, PTuning
 ADAPTER: TypeAdapter[Any] = TypeAdapter(Adapter)
 
 
-def test_without_a_method_it_is_lora() -> None:
+def test_method_defaults_to_lora() -> None:
     assert ADAPTER.validate_python({"r": 4}) == Lora(r=4)
     assert ADAPTER.validate_python({"method": "p_tuning"}) == PTuning(method="p_tuning")
 
 
-def test_an_adapter_that_was_built_is_taken_as_it_is() -> None:
+def test_adapter_object_is_accepted_unchanged() -> None:
     adapter = IA3(method="ia3", target_modules=["down_proj"])
     assert ADAPTER.validate_python(adapter) is adapter
 
@@ -51,11 +53,11 @@ def test_an_adapter_that_was_built_is_taken_as_it_is() -> None:
         ({"method": "prompt_tuning", "target_modules": ["q_proj"]}, "not permitted"),
     ],
 )
-def test_method_has_its_own_bounds(values: dict[str, Any], reason: str) -> None:
+def test_value_outside_the_limits_of_a_method_is_refused(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValidationError) as caught:
         ADAPTER.validate_python(values)
     assert reason in str(caught.value)
 
 
-def test_feedforward_modules_can_be_some_of_all_linear_layers() -> None:
+def test_feedforward_modules_are_accepted_with_all_linear_targets() -> None:
     assert ADAPTER.validate_python({"method": "ia3", "feedforward_modules": ["down_proj"]}).feedforward_modules

@@ -1,3 +1,5 @@
+"""Contradictions between parts of a spec, by the location of each finding."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -38,7 +40,7 @@ NOTHING_HELD_OUT_REASON = "no rows are held out: set validation.fraction above 0
                 {"training": {"train_on": "all"}, "objective": {"type": kind}, "evaluation": {"generate_rows": 4}},
                 {
                     "/training/train_on": f'{kind} compares answers, not questions: leave train_on at "assistant"',
-                    "/evaluation/generate_rows": f"{kind} rows have no one right answer",
+                    "/evaluation/generate_rows": f"{kind} rows have no single right answer",
                 },
             )
             for kind in ("dpo", "orpo", "kto")
@@ -57,13 +59,13 @@ NOTHING_HELD_OUT_REASON = "no rows are held out: set validation.fraction above 0
         ),
     ],
 )
-def test_what_would_be_ignored_is_refused_with_its_place(groups: dict[str, Any], findings: dict[str, str]) -> None:
+def test_contradiction_is_refused_with_its_location(groups: dict[str, Any], findings: dict[str, str]) -> None:
     with pytest.raises(InvalidSpec) as caught:
         parse_spec({"base_model": "tiny", **groups})
-    found = {finding.pointer: finding.reason for finding in caught.value.findings}
-    assert found.keys() == findings.keys()
+    reasons = {finding.pointer: finding.reason for finding in caught.value.findings}
+    assert reasons.keys() == findings.keys()
     for pointer, reason in findings.items():
-        assert reason in found[pointer]
+        assert reason in reasons[pointer]
     assert caught.value.location == next(iter(findings))
 
 
@@ -80,5 +82,5 @@ def test_what_would_be_ignored_is_refused_with_its_place(groups: dict[str, Any],
         {"validation": {"fraction": 0.1}, "training": {"early_stopping_patience": 2}},
     ],
 )
-def test_what_works_together_is_taken(groups: dict[str, Any]) -> None:
+def test_consistent_combination_is_accepted(groups: dict[str, Any]) -> None:
     assert parse_spec({"base_model": "tiny", **groups}).base_model == "tiny"

@@ -1,3 +1,5 @@
+"""Defaults, stored form and JSON schema of a job's spec."""
+
 from __future__ import annotations
 
 from typing import Any, get_args
@@ -7,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from qlora_service.specs import RECIPES, Adapter, JobSpec, Objective, Validation, parse_spec
 
-# What the QLoRA paper (arXiv:2305.14314) says: sections 3 and 4, table 9, appendix B; warm-up from its scripts.
+# Source: the QLoRA paper (arXiv:2305.14314), sections 3 and 4, table 9, appendix B; warm-up from its scripts.
 PAPER: dict[str, dict[str, Any]] = {
     "quantization": {"type": "nf4", "double_quant": True},
     "adapter": {"method": "lora", "target_modules": "all-linear"},
@@ -61,7 +63,7 @@ def test_spec_cannot_be_changed() -> None:
         {"quantization": {"type": "int8"}, "validation": {"fraction": 0}},
     ],
 )
-def test_stored_spec_is_read_as_itself(given: dict[str, Any]) -> None:
+def test_stored_spec_is_parsed_to_the_same_spec(given: dict[str, Any]) -> None:
     original = parse_spec(spec(**given))
     for mode in ("json", "python"):
         stored = original.model_dump(mode=mode)
@@ -72,40 +74,40 @@ def test_stored_spec_is_read_as_itself(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "given", [{}, {"recipe": "fast"}, {"adapter": {"method": "oft"}, "objective": {"type": "kto"}}]
 )
-def test_what_was_set_is_enough_to_send_a_spec(given: dict[str, Any]) -> None:
+def test_dump_of_the_set_fields_is_parsed_to_the_same_spec(given: dict[str, Any]) -> None:
     original = parse_spec(spec(**given))
     assert parse_spec(original.model_dump(mode="json", exclude_unset=True)) == original
 
 
 @pytest.mark.parametrize(("field", "tag", "union"), [("adapter", "method", METHODS), ("objective", "type", OBJECTIVES)])
-def test_schema_tells_the_members_of_a_union_apart(field: str, tag: str, union: dict[str, type[BaseModel]]) -> None:
+def test_schema_distinguishes_the_members_of_a_union(field: str, tag: str, union: dict[str, type[BaseModel]]) -> None:
     schema = JobSpec.model_json_schema()
     choices = [choice["$ref"].removeprefix("#/$defs/") for choice in schema["properties"][field]["oneOf"]]
     assert choices == [kind.__name__ for kind in union.values()]
     optional = []
     for (value, kind), name in zip(union.items(), choices, strict=True):
-        shown = schema["$defs"][name]
-        assert shown["properties"][tag]["const"] == value
-        assert shown["additionalProperties"] is False
-        assert shown["description"] == kind.__doc__
-        if tag not in shown.get("required", []):
+        definition = schema["$defs"][name]
+        assert definition["properties"][tag]["const"] == value
+        assert definition["additionalProperties"] is False
+        assert definition["description"] == kind.__doc__
+        if tag not in definition.get("required", []):
             optional.append(value)
-    # Without a tag only one member fits, the default.
+    # The tag is optional for the default member only.
     assert optional == [getattr(JobSpec(base_model="m"), field).model_dump()[tag]]
 
 
-def test_every_field_is_explained() -> None:
+def test_every_field_has_a_description() -> None:
     schema = JobSpec.model_json_schema()
-    silent = [
+    undescribed = [
         f"{name}.{field}"
         for name, part in [("JobSpec", schema), *schema["$defs"].items()]
-        for field, shown in part.get("properties", {}).items()
-        if "description" not in shown and "const" not in shown
+        for field, properties in part.get("properties", {}).items()
+        if "description" not in properties and "const" not in properties
     ]
-    assert silent == []
+    assert undescribed == []
 
 
-def test_a_dataset_to_judge_with_holds_out_nothing_of_the_jobs_own_rows() -> None:
+def test_validation_dataset_holds_out_no_rows_of_the_jobs_own_dataset() -> None:
     validation = Validation(dataset_id="ds_1", fraction=0.2)
     assert (validation.held_out_fraction, validation.holds_out) == (0.0, True)
     assert (Validation().held_out_fraction, Validation().holds_out) == (0.05, True)

@@ -1,3 +1,5 @@
+"""Errors of a spec: every finding with its JSON pointer."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -8,7 +10,7 @@ from qlora_service.errors import InvalidSpec
 from qlora_service.specs import parse_spec
 
 
-def refused(document: Any) -> InvalidSpec:
+def parse_error(document: Any) -> InvalidSpec:
     with pytest.raises(InvalidSpec) as caught:
         parse_spec(document)
     return caught.value
@@ -87,8 +89,8 @@ def spec(**groups: Any) -> dict[str, Any]:
         (spec(dataset={"rows": [], "container": "csv"}), "/dataset", "leave it out beside `rows`"),
     ],
 )
-def test_fault_is_refused_with_its_place(document: Any, pointer: str, reason: str) -> None:
-    error = refused(document)
+def test_fault_is_refused_with_its_location(document: Any, pointer: str, reason: str) -> None:
+    error = parse_error(document)
     assert error.code == "invalid_spec"
     assert error.location == pointer
     assert [finding.pointer for finding in error.findings] == [pointer]
@@ -97,29 +99,31 @@ def test_fault_is_refused_with_its_place(document: Any, pointer: str, reason: st
     assert error.message == f"{pointer}: {error.findings[0].reason}"
 
 
-def test_faults_are_told_all_at_once() -> None:
-    error = refused({"training": {"learning_rte": 1, "batch_size": 0}, "adapter": {"r": "many"}})
+def test_all_faults_are_reported_at_once() -> None:
+    error = parse_error({"training": {"learning_rte": 1, "batch_size": 0}, "adapter": {"r": "many"}})
     assert [finding.pointer for finding in error.findings] == [
         "/base_model", "/adapter/r", "/training/batch_size", "/training/learning_rte",
     ]  # fmt: skip
     assert error.message == "/base_model: this field is required (and 3 more)"
 
 
-def test_branches_of_a_union_are_no_places() -> None:
-    error = refused(spec(adapter={"target_modules": ["q_proj", "a.b"]}))
+def test_pointers_contain_no_union_members() -> None:
+    error = parse_error(spec(adapter={"target_modules": ["q_proj", "a.b"]}))
     assert error.findings[-1].pointer == "/adapter/target_modules/1"
     assert {finding.pointer for finding in error.findings} <= {
         "/adapter/target_modules", "/adapter/target_modules/1",
     }  # fmt: skip
 
 
-def test_rows_are_not_taken_for_parts_of_the_spec() -> None:
-    error = refused(spec(dataset={"rows": [{"adapter": 1}], "adapter": 1}))
+def test_fields_of_rows_are_not_mistaken_for_fields_of_the_spec() -> None:
+    error = parse_error(spec(dataset={"rows": [{"adapter": 1}], "adapter": 1}))
     assert error.findings[0].reason == "unknown field 'adapter': known fields: container, id, rows, shape"
 
 
-def test_contradiction_beside_a_recipe_has_its_place() -> None:
-    error = refused(spec(recipe="fast", training={"early_stopping_patience": 2}, validation={"fraction": 0}))
+def test_contradiction_with_a_recipe_has_its_location() -> None:
+    error = parse_error(spec(recipe="fast", training={"early_stopping_patience": 2}, validation={"fraction": 0}))
     assert error.location == "/training/early_stopping_patience"
-    error = refused(spec(recipe="fast", training={"gradient_checkpointing": True}, adapter={"method": "prefix_tuning"}))
+    error = parse_error(
+        spec(recipe="fast", training={"gradient_checkpointing": True}, adapter={"method": "prefix_tuning"})
+    )
     assert error.location == "/training/gradient_checkpointing"

@@ -1,3 +1,5 @@
+"""Limits of the training and evaluation settings."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -22,13 +24,13 @@ from qlora_service.specs import Evaluation, Training
         ({"train_on": "questions"}, "'assistant' or 'all'"),
     ],
 )
-def test_training_has_its_bounds(values: dict[str, Any], reason: str) -> None:
+def test_training_value_outside_its_limits_is_refused(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Training(**values)
     assert reason in str(caught.value)
 
 
-def test_warmup_may_fill_all_steps_but_the_last() -> None:
+def test_warmup_of_all_steps_but_the_last_is_accepted() -> None:
     assert Training(warmup_steps=9, max_steps=10).warmup_steps == 9
 
 
@@ -42,7 +44,7 @@ def test_warmup_may_fill_all_steps_but_the_last() -> None:
         ({"max_new_tokens": 0}, "greater than or equal to 1"),
     ],
 )
-def test_evaluation_has_its_bounds(values: dict[str, Any], reason: str) -> None:
+def test_evaluation_value_outside_its_limits_is_refused(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Evaluation(**values)
     assert reason in str(caught.value)

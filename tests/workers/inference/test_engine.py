@@ -1,4 +1,4 @@
-"""Text out of real files: compared with what peft and transformers make of the same ones."""
+"""Generated text, compared with that of peft and transformers on the same files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from qlora_service.models.catalog.catalog import BaseModel, Catalog
 from qlora_service.specs import IA3, Lora, PrefixTuning, PromptTuning, Quantization
 from tests.published import ATTEMPT, peft_answer, publish_adapter
 from tests.tiny_model import MAX_POSITIONS
-from workers.inference.engine import KEPT_ADAPTERS, Engine
+from workers.inference.engine import MAX_ATTACHED_ADAPTERS, Engine
 from workers.warm_base import BaseHolder
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER_TOKENS = 24
 GREEDY = Sampling(max_tokens=ANSWER_TOKENS, temperature=0.0)
-JOBS = tuple(f"job_{number}" for number in range(KEPT_ADAPTERS + 2))
+JOBS = tuple(f"job_{number}" for number in range(MAX_ATTACHED_ADAPTERS + 2))
 
 
 @dataclass(frozen=True)
-class House:
-    """A catalog with a base, and a store with adapters on it."""
+class AdapterLibrary:
+    """A base model, and a store with adapters for it."""
 
     base: BaseModel
     store: ArtifactStore
@@ -43,29 +43,29 @@ class House:
 
 
 @pytest.fixture(scope="module")
-def house(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> House:
-    directory = tmp_path_factory.mktemp("house")
+def library(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> AdapterLibrary:
+    directory = tmp_path_factory.mktemp("library")
     base = Catalog(directory / "models").import_model("tiny", tiny_model)
-    house = House(base, ArtifactStore((directory / "artifacts").as_uri()), directory)
+    library = AdapterLibrary(base, ArtifactStore((directory / "artifacts").as_uri()), directory)
     for seed, job_id in enumerate(JOBS):
-        house.publish(job_id, seed)
-    return house
+        library.publish(job_id, seed)
+    return library
 
 
 @pytest.fixture(scope="module")
-def engine(house: House) -> Iterator[Engine]:
-    with house.engine() as engine:
+def engine(library: AdapterLibrary) -> Iterator[Engine]:
+    with library.engine() as engine:
         yield engine
 
 
 def ask(
     engine: Engine, job_id: str | None = None, sampling: Sampling = GREEDY, **request: Any
 ) -> tuple[list[str], Finished]:
-    """The pieces of an answer that were not empty, and its end."""
+    """The non-empty pieces of an answer, and its end."""
     pieces: list[str] = []
     adapter = None if job_id is None else AdapterRef(job_id=job_id, attempt=ATTEMPT)
-    asked = GenerationRequest(adapter=adapter, sampling=sampling, **(request or {"messages": QUESTION}))
-    finished = engine.generate(asked, pieces.append)
+    generation = GenerationRequest(adapter=adapter, sampling=sampling, **(request or {"messages": QUESTION}))
+    finished = engine.generate(generation, pieces.append)
     return [piece for piece in pieces if piece], finished
 
 
@@ -73,35 +73,35 @@ def answer(engine: Engine, job_id: str | None = None, sampling: Sampling = GREED
     return "".join(ask(engine, job_id, sampling, **request)[0])
 
 
-def test_base_and_adapter_answer_as_transformers_and_peft_do(house: House, engine: Engine) -> None:
+def test_base_and_adapter_answer_as_transformers_and_peft_do(library: AdapterLibrary, engine: Engine) -> None:
     base, tuned = answer(engine), answer(engine, JOBS[0])
-    assert base == peft_answer(house.base.path, None, QUESTION, ANSWER_TOKENS)
-    assert tuned == peft_answer(house.base.path, house.directory / JOBS[0], QUESTION, ANSWER_TOKENS)
+    assert base == peft_answer(library.base.path, None, QUESTION, ANSWER_TOKENS)
+    assert tuned == peft_answer(library.base.path, library.directory / JOBS[0], QUESTION, ANSWER_TOKENS)
     assert base != tuned
 
 
-def test_adapters_are_switched_without_a_trace(engine: Engine) -> None:
+def test_switching_adapters_changes_no_answer(engine: Engine) -> None:
     alone = [answer(engine, job_id) for job_id in JOBS]
     assert len(set(alone)) == len(JOBS)
     base = answer(engine)
-    # More than are kept: some are loaded anew.
+    # More than stay attached: some are loaded again.
     assert [answer(engine, job_id) for job_id in reversed(JOBS)] == alone[::-1]
     assert answer(engine) == base
-    assert len(engine._adapters._attached) == KEPT_ADAPTERS
+    assert len(engine._adapters._attached) == MAX_ATTACHED_ADAPTERS
 
 
-def test_an_adapter_that_cannot_share_the_base_is_attached_alone(house: House, engine: Engine) -> None:
+def test_an_adapter_that_cannot_share_the_base_is_attached_alone(library: AdapterLibrary, engine: Engine) -> None:
     base, tuned = answer(engine), answer(engine, JOBS[0])
-    house.publish("job_ia3", adapter=IA3(method="ia3"), noise=3.0)
+    library.publish("job_ia3", adapter=IA3(method="ia3"), noise=3.0)
     scaled = answer(engine, "job_ia3")
-    with house.engine() as another:
+    with library.engine() as another:
         assert answer(another, "job_ia3") == scaled
     assert answer(engine) == base
     assert answer(engine, JOBS[0]) == tuned
     assert scaled not in (base, tuned)
 
 
-CHATTED_WITH: dict[str, Any] = {
+ADAPTERS: dict[str, Any] = {
     "lora": None,
     "ia3": IA3(method="ia3"),
     "prefix": PrefixTuning(method="prefix_tuning", num_virtual_tokens=4),
@@ -109,18 +109,18 @@ CHATTED_WITH: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", CHATTED_WITH)
-def test_chats_leave_the_base_as_it_was_loaded(house: House, kind: str) -> None:
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_chats_leave_the_base_as_it_was_loaded(library: AdapterLibrary, kind: str) -> None:
     job_id, bases = f"job_shared_{kind}", BaseHolder()
-    house.publish(job_id, adapter=CHATTED_WITH[kind], noise=3.0)
-    said = []
+    library.publish(job_id, adapter=ADAPTERS[kind], noise=3.0)
+    answers = []
     for source in ("quantized", "warm", "warm"):
-        with house.engine(bases) as engine:
+        with library.engine(bases) as engine:
             assert engine.base_source == source
-            said.append((answer(engine), answer(engine, job_id), answer(engine)))
-        assert bases.settle()
-    assert said[0] == said[1] == said[2]
-    assert said[0][0] == said[0][2] != said[0][1]
+            answers.append((answer(engine), answer(engine, job_id), answer(engine)))
+        assert bases.restore()
+    assert answers[0] == answers[1] == answers[2]
+    assert answers[0][0] == answers[0][2] != answers[0][1]
 
 
 def test_the_usage_counts_tokens_and_the_length_ends_an_answer(engine: Engine) -> None:
@@ -129,8 +129,8 @@ def test_the_usage_counts_tokens_and_the_length_ends_an_answer(engine: Engine) -
     assert finished.prompt_tokens > 10
 
 
-def test_the_template_stop_token_ends_an_answer(house: House, engine: Engine) -> None:
-    # Greedy text of random weights does not stop by itself; at a high temperature every token comes.
+def test_the_template_stop_token_ends_an_answer(library: AdapterLibrary, engine: Engine) -> None:
+    # Greedy text of random weights never ends; at a high temperature every token occurs.
     sampled = Sampling(max_tokens=400, temperature=2.0, seed=3)
     pieces, finished = ask(engine, sampling=sampled)
     assert finished.reason == "stop"
@@ -152,12 +152,12 @@ def test_a_seed_repeats_an_answer_and_temperature_changes_it(engine: Engine) -> 
     first = answer(engine, JOBS[0], sampled)
     assert answer(engine, JOBS[0], sampled) == first
     assert answer(engine, JOBS[0], sampled.model_copy(update={"seed": 8})) != first
-    # The likeliest tokens alone are greedy's, whatever the seed.
+    # With top_p 0 only the likeliest token remains: the greedy text, whatever the seed.
     likeliest = GREEDY.model_copy(update={"temperature": 1.0, "top_p": 0.0})
     assert answer(engine, JOBS[0], likeliest) == answer(engine, JOBS[0])
 
 
-def test_a_seed_says_nothing_about_the_answers_after_it(engine: Engine) -> None:
+def test_a_seed_does_not_affect_later_answers(engine: Engine) -> None:
     seeded, unseeded = Sampling(max_tokens=16, temperature=1.0, seed=7), Sampling(max_tokens=16, temperature=1.0)
     after = []
     for _ in range(2):
@@ -171,20 +171,20 @@ def test_plain_text_is_continued_without_a_template(engine: Engine) -> None:
     assert finished.prompt_tokens < 6
 
 
-def test_what_is_too_long_for_the_model_is_refused_before_it_is_generated(house: House, engine: Engine) -> None:
+def test_a_request_too_long_for_the_model_is_refused_before_generation(library: AdapterLibrary, engine: Engine) -> None:
     with pytest.raises(ContextTooLong, match=f"room for {MAX_POSITIONS} tokens"):
         ask(engine, sampling=Sampling(max_tokens=MAX_POSITIONS))
     with pytest.raises(ContextTooLong):
         ask(engine, text="one two three " * MAX_POSITIONS, sampling=Sampling())
-    # Virtual tokens take room too.
-    house.publish("job_room", adapter=PromptTuning(method="prompt_tuning", num_virtual_tokens=8))
+    # Virtual tokens take positions too.
+    library.publish("job_room", adapter=PromptTuning(method="prompt_tuning", num_virtual_tokens=8))
     _, finished = ask(engine, text="one", sampling=Sampling(max_tokens=1))
     most = MAX_POSITIONS - finished.prompt_tokens
     with pytest.raises(ContextTooLong):
         ask(engine, "job_room", text="one", sampling=Sampling(max_tokens=most - 7))
 
 
-def test_whoever_is_shown_the_text_can_end_it(engine: Engine) -> None:
+def test_an_error_of_the_callback_ends_the_generation(engine: Engine) -> None:
     class EnoughError(Exception):
         pass
 
@@ -196,17 +196,17 @@ def test_whoever_is_shown_the_text_can_end_it(engine: Engine) -> None:
     assert answer(engine) == answer(engine)
 
 
-def test_damaged_files_are_not_loaded(house: House, engine: Engine) -> None:
-    house.publish("job_damaged")
-    damaged = house.directory / "damaged"
+def test_damaged_files_are_not_loaded(library: AdapterLibrary, engine: Engine) -> None:
+    library.publish("job_damaged")
+    damaged = library.directory / "damaged"
     damaged.write_bytes(b"{}")
-    house.store.put_file(job_key("job_damaged", ATTEMPT, "adapter_config.json"), damaged)
+    library.store.put_file(job_key("job_damaged", ATTEMPT, "adapter_config.json"), damaged)
     with pytest.raises(QLoRAError, match="does not have the bytes that were published"):
         ask(engine, "job_damaged")
 
 
-def test_an_adapter_of_other_weights_is_refused(house: House, engine: Engine) -> None:
-    other = replace(house.base, weights_sha256="0" * 64)
-    publish_adapter(house.store, other, "job_other", house.directory / "job_other")
+def test_an_adapter_trained_on_other_weights_is_refused(library: AdapterLibrary, engine: Engine) -> None:
+    other = replace(library.base, weights_sha256="0" * 64)
+    publish_adapter(library.store, other, "job_other", library.directory / "job_other")
     with pytest.raises(InvalidRequest, match="other weights"):
         ask(engine, "job_other")

@@ -1,4 +1,4 @@
-"""The desk where chats are answered, over a real socket; what it has to say comes from a function here."""
+"""The chat server over a real socket, with a function in place of a model."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from qlora_service.chat.wire import (
 from qlora_service.errors import InvalidRequest
 from qlora_service.store.inference import LoadedBase
 from tests.workspace import ROOT
-from workers.inference.server import MAX_IN_LINE, ClientGone, Desk, serve
+from workers.inference.server import MAX_QUEUED, ClientGone, RequestQueue, serve
 from workers.supervisor_channel import ChatTurn
 
 FINISHED = Finished(reason="stop", prompt_tokens=1, completion_tokens=1)
 Generate = Callable[[GenerationRequest, Callable[[str], None]], Finished]
 
 
-class Visit:
-    """A connection to the desk, with its request sent."""
+class Client:
+    """A connection to the server, with its request sent."""
 
     def __init__(self, path: Path, text: str = "hello") -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -46,14 +46,14 @@ class Visit:
         self._lines = self._socket.makefile("rb")
 
     def answers(self) -> list[Answer]:
-        """What comes until the line ends, but for signs of life."""
+        """The messages until the server closes the connection, without those that report waiting."""
         answers = [Answer.model_validate_json(line) for line in self._lines]
         return [answer for answer in answers if answer.waiting is None]
 
     def next(self) -> Answer:
         return Answer.model_validate_json(self._lines.readline())
 
-    def leave(self) -> None:
+    def close(self) -> None:
         self._lines.close()
         self._socket.close()
 
@@ -64,34 +64,34 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def desk(path: Path) -> Iterator[Desk]:
-    desk = Desk(listen(path))
-    desk.open()
-    yield desk
-    desk.leave(Leaving("the test is over"))
-    desk.close()
+def requests(path: Path) -> Iterator[RequestQueue]:
+    requests = RequestQueue(listen(path))
+    requests.open()
+    yield requests
+    requests.drain(Leaving("the test is over"))
+    requests.close()
 
 
 @pytest.fixture
-def working(desk: Desk) -> Callable[[Generate], threading.Thread]:
-    """Has the desk's requests answered by a function, in a thread."""
+def start_serving(requests: RequestQueue) -> Callable[[Generate], threading.Thread]:
+    """Starts a thread that answers the queue's requests with a function."""
 
     def start(generate: Generate) -> threading.Thread:
-        desk.loaded()
-        thread = threading.Thread(target=serve, args=(desk, generate), daemon=True)
+        requests.finish_loading()
+        thread = threading.Thread(target=serve, args=(requests, generate), daemon=True)
         thread.start()
         return thread
 
     return start
 
 
-def echo(request: GenerationRequest, show: Callable[[str], None]) -> Finished:
+def echo(request: GenerationRequest, emit: Callable[[str], None]) -> Finished:
     for word in request.text.split():
-        show(word)
+        emit(word)
     return FINISHED
 
 
-def until(path: Path, condition: Callable[[Status], bool]) -> Status:
+def wait_until(path: Path, condition: Callable[[Status], bool]) -> Status:
     deadline = time.monotonic() + 10
     while True:
         status = ask_status(path, 5)
@@ -102,161 +102,165 @@ def until(path: Path, condition: Callable[[Status], bool]) -> Status:
         time.sleep(0.01)
 
 
-def test_pieces_and_an_end_are_sent_to_each_in_turn(
-    path: Path, working: Callable[[Generate], threading.Thread]
+def test_each_client_receives_the_pieces_and_the_end_of_its_answer(
+    path: Path, start_serving: Callable[[Generate], threading.Thread]
 ) -> None:
-    working(echo)
-    visits = [Visit(path, f"answer {number}") for number in range(5)]
-    for number, visit in enumerate(visits):
-        assert visit.answers() == [Answer(text="answer"), Answer(text=f"{number}"), Answer(finished=FINISHED)]
-        visit.leave()
+    start_serving(echo)
+    clients = [Client(path, f"answer {number}") for number in range(5)]
+    for number, client in enumerate(clients):
+        assert client.answers() == [Answer(text="answer"), Answer(text=f"{number}"), Answer(finished=FINISHED)]
+        client.close()
 
 
-def test_who_waits_is_told_for_what(path: Path, working: Callable[[Generate], threading.Thread]) -> None:
-    waiting, go_on = Visit(path), threading.Event()
+def test_waiting_clients_are_notified_of_what_they_wait_for(
+    path: Path, start_serving: Callable[[Generate], threading.Thread]
+) -> None:
+    waiting, resume = Client(path), threading.Event()
     assert waiting.next() == Answer(waiting="loading")
 
-    def slowly(request: GenerationRequest, show: Callable[[str], None]) -> Finished:
-        go_on.wait(10)
-        return echo(request, show)
+    def slowly(request: GenerationRequest, emit: Callable[[str], None]) -> Finished:
+        resume.wait(10)
+        return echo(request, emit)
 
-    working(slowly)
-    until(path, lambda status: status.busy)
-    second = Visit(path)
+    start_serving(slowly)
+    wait_until(path, lambda status: status.busy)
+    second = Client(path)
     assert second.next() == Answer(waiting="in line")
-    # It may have been told once more that it waits, before.
+    # It may receive another notice of waiting first.
     places = (answer.waiting for answer in iter(waiting.next, None))
     assert next(place for place in places if place not in {"loading", "in line"}) == "generating"
-    go_on.set()
-    for visit in (waiting, second):
-        assert visit.answers()[-1] == Answer(finished=FINISHED)
-        visit.leave()
-    status = until(path, lambda status: not status.busy)
+    resume.set()
+    for client in (waiting, second):
+        assert client.answers()[-1] == Answer(finished=FINISHED)
+        client.close()
+    status = wait_until(path, lambda status: not status.busy)
     assert (status.loading, status.in_line, status.served) == (False, 0, 2)
 
 
-def test_who_goes_away_ends_the_generation(path: Path, working: Callable[[Generate], threading.Thread]) -> None:
+def test_a_client_that_disconnects_ends_the_generation(
+    path: Path, start_serving: Callable[[Generate], threading.Thread]
+) -> None:
     stopped = threading.Event()
 
-    def endless(request: GenerationRequest, show: Callable[[str], None]) -> Finished:
+    def endless(request: GenerationRequest, emit: Callable[[str], None]) -> Finished:
         if request.text != "for ever":
-            return echo(request, show)
-        show("begun")
+            return echo(request, emit)
+        emit("begun")
         while True:
             time.sleep(0.01)
             try:
-                show("")  # as between the tokens of a character
+                emit("")  # as for a token that completes no character
             except ClientGone:
                 stopped.set()
                 raise
 
-    working(endless)
-    gone, follower = Visit(path, "for ever"), Visit(path)
+    start_serving(endless)
+    gone, follower = Client(path, "for ever"), Client(path)
     assert gone.next() == Answer(text="begun")
-    gone.leave()
+    gone.close()
     assert stopped.wait(10)
     assert follower.answers()[-1] == Answer(finished=FINISHED)
-    follower.leave()
+    follower.close()
 
 
-def test_a_request_that_was_given_up_in_line_is_not_begun(
-    path: Path, working: Callable[[Generate], threading.Thread]
+def test_a_queued_request_whose_client_disconnected_is_not_begun(
+    path: Path, start_serving: Callable[[Generate], threading.Thread]
 ) -> None:
-    gone = Visit(path, "gone")
-    until(path, lambda status: status.in_line == 1)
-    gone.leave()
+    gone = Client(path, "gone")
+    wait_until(path, lambda status: status.in_line == 1)
+    gone.close()
     begun = []
 
-    def note(request: GenerationRequest, show: Callable[[str], None]) -> Finished:
+    def record(request: GenerationRequest, emit: Callable[[str], None]) -> Finished:
         begun.append(request.text)
-        return echo(request, show)
+        return echo(request, emit)
 
-    working(note)
-    visit = Visit(path)
-    visit.answers()
-    visit.leave()
+    start_serving(record)
+    client = Client(path)
+    client.answers()
+    client.close()
     assert begun == ["hello"]
 
 
-def test_a_line_that_is_full_is_said_to_be(path: Path, desk: Desk) -> None:
-    visits = []
-    for number in range(MAX_IN_LINE):
-        visits.append(Visit(path))
-        until(path, lambda status, number=number: status.in_line == number + 1)
-    late = Visit(path)
+def test_a_request_to_a_full_queue_is_refused(path: Path, requests: RequestQueue) -> None:
+    clients = []
+    for number in range(MAX_QUEUED):
+        clients.append(Client(path))
+        wait_until(path, lambda status, number=number: status.in_line == number + 1)
+    late = Client(path)
     (refused,) = late.answers()
     assert refused.error is not None
     assert refused.error["code"] == "quota_exceeded"
-    for visit in [*visits, late]:
-        visit.leave()
+    for client in [*clients, late]:
+        client.close()
 
 
-def test_an_error_is_told_and_the_next_request_answered(
-    path: Path, working: Callable[[Generate], threading.Thread]
+def test_an_error_is_sent_and_the_next_request_is_answered(
+    path: Path, start_serving: Callable[[Generate], threading.Thread]
 ) -> None:
-    def choosy(request: GenerationRequest, show: Callable[[str], None]) -> Finished:
+    def choosy(request: GenerationRequest, emit: Callable[[str], None]) -> Finished:
         if request.text == "bad":
             raise InvalidRequest("not that", location="prompt")
-        return echo(request, show)
+        return echo(request, emit)
 
-    working(choosy)
-    bad, good = Visit(path, "bad"), Visit(path)
+    start_serving(choosy)
+    bad, good = Client(path, "bad"), Client(path)
     (refused,) = bad.answers()
     assert refused.error is not None
     assert (refused.error["code"], refused.error["location"]) == ("invalid_request", "prompt")
     assert good.answers()[-1] == Answer(finished=FINISHED)
-    bad.leave()
-    good.leave()
+    bad.close()
+    good.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_defect_is_told_without_its_text_and_ends_the_process(
-    path: Path, working: Callable[[Generate], threading.Thread]
+def test_an_unexpected_error_is_sent_without_its_text_and_ends_the_process(
+    path: Path, start_serving: Callable[[Generate], threading.Thread]
 ) -> None:
     def broken(_: GenerationRequest, __: Callable[[str], None]) -> Finished:
         raise RuntimeError("the text of a conversation")
 
-    thread = working(broken)
-    visit = Visit(path)
-    (told,) = visit.answers()
-    assert told.error is not None
-    assert told.error["code"] == "internal_error"
-    assert "conversation" not in told.error["message"]
+    thread = start_serving(broken)
+    client = Client(path)
+    (answer,) = client.answers()
+    assert answer.error is not None
+    assert answer.error["code"] == "internal_error"
+    assert "conversation" not in answer.error["message"]
     thread.join(10)
     assert not thread.is_alive()
-    visit.leave()
+    client.close()
 
 
-def test_leaving_lets_what_has_begun_end_and_sends_the_others_away(
-    path: Path, desk: Desk, working: Callable[[Generate], threading.Thread]
+def test_draining_finishes_the_current_answer_and_refuses_the_others(
+    path: Path, requests: RequestQueue, start_serving: Callable[[Generate], threading.Thread]
 ) -> None:
-    go_on = threading.Event()
+    resume = threading.Event()
 
-    def slowly(request: GenerationRequest, show: Callable[[str], None]) -> Finished:
-        go_on.wait(10)
-        return echo(request, show)
+    def slowly(request: GenerationRequest, emit: Callable[[str], None]) -> Finished:
+        resume.wait(10)
+        return echo(request, emit)
 
-    thread = working(slowly)
-    begun = Visit(path)
-    until(path, lambda status: status.busy)
-    waiting = Visit(path)
-    until(path, lambda status: status.in_line == 1)
-    desk.leave(Leaving("room is made"))
-    late = Visit(path)
-    for visit in (waiting, late):
-        (told,) = visit.answers()
-        assert told.error is not None
-        assert told.error["code"] == "leaving"
-        visit.leave()
-    go_on.set()
+    thread = start_serving(slowly)
+    begun = Client(path)
+    wait_until(path, lambda status: status.busy)
+    waiting = Client(path)
+    wait_until(path, lambda status: status.in_line == 1)
+    requests.drain(Leaving("the slot is needed"))
+    late = Client(path)
+    for client in (waiting, late):
+        (answer,) = client.answers()
+        assert answer.error is not None
+        assert answer.error["code"] == "leaving"
+        client.close()
+    resume.set()
     assert begun.answers()[-1] == Answer(finished=FINISHED)
-    begun.leave()
+    begun.close()
     thread.join(10)
     assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("sent", [b"no json\n", b'{"sampling": 3}\n', b""])
-def test_what_is_no_request_is_hung_up_on(path: Path, desk: Desk, sent: bytes) -> None:
+def test_an_invalid_request_closes_the_connection(path: Path, requests: RequestQueue, sent: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as connection, address(path) as name:
         connection.settimeout(10)
         connection.connect(name)
@@ -265,43 +269,43 @@ def test_what_is_no_request_is_hung_up_on(path: Path, desk: Desk, sent: bytes) -
         assert connection.recv(100) == b""
 
 
-def test_a_base_that_cannot_be_loaded_is_told_to_who_waits_and_ends_the_process(path: Path, tmp_path: Path) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, listen(path) as listener:
-        waiting = Visit(path)
+def test_a_load_error_is_sent_to_waiting_clients_and_ends_the_process(path: Path, tmp_path: Path) -> None:
+    parent_end, child_end = socket.socketpair()
+    with parent_end, listen(path) as listener:
+        waiting = Client(path)
         process = subprocess.Popen(
             [sys.executable, "-m", "workers.trainer", "cpu"],
             cwd=ROOT,
             env=os.environ | {"QLORA_DATA_DIR": str(tmp_path / "data")},
-            stdin=theirs.fileno(),
+            stdin=child_end.fileno(),
             stderr=subprocess.DEVNULL,
         )
-        theirs.close()
-        ChatTurn(LoadedBase("nobody", "{}"), listener, tmp_path / "inference.log").send(ours)
+        child_end.close()
+        ChatTurn(LoadedBase("unknown", "{}"), listener, tmp_path / "inference.log").send(parent_end)
         listener.close()
-        (told,) = waiting.answers()
-        waiting.leave()
-        assert told.error is not None
-        assert told.error["code"] == "invalid_model"
+        (answer,) = waiting.answers()
+        waiting.close()
+        assert answer.error is not None
+        assert answer.error["code"] == "invalid_model"
         assert process.wait(10) == 0
     assert "base_not_loaded" in (tmp_path / "inference.log").read_text()
 
 
-def test_a_desk_that_closes_refuses_who_comes_and_tells_who_was_at_the_door(path: Path) -> None:
-    desk = Desk(listen(path))
-    at_the_door = Visit(path)
-    desk.leave(Leaving("room is made"))
-    desk.open()
-    desk.close()
-    (told,) = at_the_door.answers()
-    assert told.error is not None
-    assert told.error["code"] == "leaving"
-    at_the_door.leave()
+def test_a_closing_server_answers_connections_already_made_and_refuses_new_ones(path: Path) -> None:
+    requests = RequestQueue(listen(path))
+    early = Client(path)
+    requests.drain(Leaving("the slot is needed"))
+    requests.open()
+    requests.close()
+    (answer,) = early.answers()
+    assert answer.error is not None
+    assert answer.error["code"] == "leaving"
+    early.close()
     with socket.socket(socket.AF_UNIX) as late, address(path) as name, pytest.raises(ConnectionRefusedError):
         late.connect(name)
 
 
-def test_the_socket_is_its_owners_alone_however_deep_it_lies(tmp_path: Path) -> None:
+def test_the_socket_belongs_to_its_owner_however_deep_its_directory(tmp_path: Path) -> None:
     path = tmp_path / ("deep" * 20) / ("deeper" * 20) / "x.sock"
     path.parent.parent.mkdir()
     with listen(path) as listener:

@@ -1,3 +1,5 @@
+"""Housekeeping on a real database, queue and file system."""
+
 from __future__ import annotations
 
 import os
@@ -48,7 +50,7 @@ def status(database: Database, job_id: str) -> JobStatus:
         return get_job(connection, job_id).status
 
 
-def test_lost_jobs_are_rescued(
+def test_lost_jobs_are_requeued(
     housekeeping: Housekeeping, database: Database, queue: Queue, clock: SteppedClock
 ) -> None:
     add_job(database)
@@ -58,7 +60,7 @@ def test_lost_jobs_are_rescued(
     assert status(database, claim.job_id) is JobStatus.QUEUED
 
 
-def test_jobs_that_wait_for_room_go_on_when_there_is_some(
+def test_jobs_paused_by_a_full_disk_resume_when_space_is_free(
     housekeeping: Housekeeping, database: Database, queue: Queue
 ) -> None:
     small, large = add_job(database), add_job(database)
@@ -69,7 +71,7 @@ def test_jobs_that_wait_for_room_go_on_when_there_is_some(
     assert sorted([status(database, small), status(database, large)]) == [JobStatus.PAUSED, JobStatus.QUEUED]
 
 
-def test_only_the_workers_named_are_asked_to_make_room(
+def test_only_jobs_of_preemptible_workers_are_preempted(
     housekeeping: Housekeeping, database: Database, queue: Queue
 ) -> None:
     add_job(database)
@@ -88,7 +90,7 @@ def store(artifacts: ArtifactStore, tmp_path: Path, claim: Claim) -> str:
     return key
 
 
-def test_of_a_job_that_has_ended_only_what_it_published_stays(
+def test_of_an_ended_job_only_published_files_are_kept(
     housekeeping: Housekeeping, database: Database, queue: Queue, artifacts: ArtifactStore, tmp_path: Path
 ) -> None:
     add_job(database)
@@ -102,7 +104,7 @@ def test_of_a_job_that_has_ended_only_what_it_published_stays(
     queue.died(first, {"message": "killed"})
     housekeeping.after_attempt(first)
     assert not (tmp_path / "tmp" / first.name).exists()
-    assert checkpoints.exists()  # the next attempt goes on from it
+    assert checkpoints.exists()  # the next attempt resumes from it
     second = claim_next(queue)
     published = store(artifacts, tmp_path, second)
     queue.succeed(second, {"attempt": second.token})
@@ -113,7 +115,7 @@ def test_of_a_job_that_has_ended_only_what_it_published_stays(
     assert not unfinished.exists()
 
 
-def test_room_that_a_dead_attempt_held_is_given_up_and_its_checkpoints_are_not(
+def test_the_reserve_of_a_dead_attempt_is_released_and_its_checkpoints_are_kept(
     housekeeping: Housekeeping, queue: Queue, database: Database, tmp_path: Path
 ) -> None:
     add_job(database)
@@ -122,11 +124,11 @@ def test_room_that_a_dead_attempt_held_is_given_up_and_its_checkpoints_are_not(
     (directory / "step-00000001.a1").mkdir(parents=True)
     DiskReserve(directory / RESERVE_FILE).reserve(2**20)
     for _ in range(2):
-        housekeeping.make_room(claim)
+        housekeeping.release_reserve(claim)
     assert [path.name for path in directory.iterdir()] == ["step-00000001.a1"]
 
 
-def test_what_a_failed_job_kept_stays(
+def test_the_kept_attempt_of_a_failed_job_stays(
     housekeeping: Housekeeping, database: Database, queue: Queue, artifacts: ArtifactStore, tmp_path: Path
 ) -> None:
     add_job(database)
@@ -138,7 +140,7 @@ def test_what_a_failed_job_kept_stays(
     assert b"".join(artifacts.read(kept)) == b"bytes"
 
 
-def test_job_of_another_version_does_not_keep_the_rest_from_being_tidied(
+def test_job_of_another_version_does_not_stop_the_deletion_of_other_leftovers(
     housekeeping: Housekeeping, database: Database, queue: Queue, tmp_path: Path
 ) -> None:
     ids = [add_job(database) for _ in range(2)]
@@ -154,7 +156,7 @@ def test_job_of_another_version_does_not_keep_the_rest_from_being_tidied(
     assert not any(directory.exists() for directory in directories)
 
 
-def test_only_old_bytes_that_became_no_dataset_are_removed(
+def test_only_old_bytes_without_a_dataset_are_removed(
     housekeeping: Housekeeping, database: Database, artifacts: ArtifactStore, tmp_path: Path
 ) -> None:
     def kept() -> list[str]:
@@ -168,23 +170,23 @@ def test_only_old_bytes_that_became_no_dataset_are_removed(
     for name, stored_at in (("0", made_at), ("a", made_at - 1), ("b", made_at + 1), ("c", time.time() - 23 * 3600)):
         store(name, stored_at)
     housekeeping.tick(preemptible=[])
-    assert kept() == ["0", "a", "b", "c"]  # a database that knows no dataset is not the one of this store
-    job_id = add_job(database)  # on the dataset of the bytes "0"
-    again(housekeeping).tick(preemptible=[])
+    assert kept() == ["0", "a", "b", "c"]  # a database without datasets does not own this store
+    job_id = add_job(database)  # with the dataset whose bytes are "0"
+    restarted(housekeeping).tick(preemptible=[])
     assert kept() == ["0", "a", "c"]
     with database.write() as connection:
         mark_deleted(connection, get_job(connection, job_id).dataset_id, START)
-    again(housekeeping).tick(preemptible=[])
+    restarted(housekeeping).tick(preemptible=[])
     assert kept() == ["a", "c"]
 
 
-def again(housekeeping: Housekeeping) -> Housekeeping:
-    """The same, as after a restart: it tidies up at once."""
-    housekeeping._next_reap = 0.0
+def restarted(housekeeping: Housekeeping) -> Housekeeping:
+    """The same object, made to reap in the next pass, as after a restart."""
+    housekeeping._next_reap_at = 0.0
     return housekeeping
 
 
-def test_remains_of_jobs_cancelled_between_attempts_are_reaped(
+def test_leftovers_of_jobs_cancelled_between_attempts_are_reaped(
     housekeeping: Housekeeping, database: Database, queue: Queue, tmp_path: Path
 ) -> None:
     add_job(database)
@@ -196,9 +198,9 @@ def test_remains_of_jobs_cancelled_between_attempts_are_reaped(
     queue.release(claim, "the worker was stopped")
     with database.write() as connection:
         request_cancel(connection, claim.job_id, START)
-    stranger = tmp_path / "checkpoints" / "job_of_another_database"
-    stranger.mkdir()
+    foreign = tmp_path / "checkpoints" / "job_of_another_database"
+    foreign.mkdir()
     housekeeping.tick(preemptible=[])
     assert not scratch.exists()
     assert not checkpoints.exists()
-    assert stranger.exists()
+    assert foreign.exists()

@@ -1,4 +1,4 @@
-"""How long chats may have a slot, as times are given; and real processes that end, however their supervisor does."""
+"""The policy for chats on a slot, with given times; and real processes that end with their supervisor."""
 
 from __future__ import annotations
 
@@ -19,10 +19,18 @@ from qlora_service.queue.queue import Queue
 from qlora_service.store import inference
 from qlora_service.store.database import Database
 from qlora_service.store.jobs import get_job
+from tests.chat_process import TINY
 from tests.control_plane import add_job, database
-from tests.speaking_desk import TINY
 from tests.workspace import Workspace, chatting_on
-from workers.supervisor.inference_turns import DRAIN_SHARE, PRESSED_S, UNANSWERED_S, ChatRules, ChatTurns, Stay, Verdict
+from workers.supervisor.inference_turns import (
+    CONTENTION_DELAY_S,
+    DRAIN_SHARE,
+    UNRESPONSIVE_S,
+    ChatRules,
+    ChatTurns,
+    StayPolicy,
+    Verdict,
+)
 
 __all__ = ["database"]
 
@@ -31,109 +39,109 @@ PREEMPTS = ChatRules(idle_s=300.0, hold_s=60.0, preempts=True, hang_s=300.0, max
 
 
 def status(**changes: Any) -> Status:
-    known: dict[str, Any] = {"loading": False, "busy": False, "in_line": 0, "served": 1, "quiet_s": 0.0}
-    return Status(**known | changes)
+    values: dict[str, Any] = {"loading": False, "busy": False, "in_line": 0, "served": 1, "quiet_s": 0.0}
+    return Status(**values | changes)
 
 
 IDLE, BUSY = status(), status(busy=True)
 LOADING = status(loading=True, served=0)
 
 
-class Watched:
-    """A process whose supervisor looks at it every second."""
+class PolledPolicy:
+    """A policy that is consulted every second."""
 
     def __init__(self, rules: ChatRules = RULES) -> None:
         self.now = 0.0
-        self.stay = Stay(rules, self.now)
+        self.policy = StayPolicy(rules, self.now)
 
-    def look(
-        self, seen: Status | None, seconds: float = 1.0, *, job_waits: bool = False, other_waits: bool = False
+    def poll(
+        self, status: Status | None, seconds: float = 1.0, *, job_waits: bool = False, other_waits: bool = False
     ) -> Verdict:
-        """The last verdict, after `seconds` in which it was always the same; one that is not "stay" ends them."""
+        """The first verdict other than "stay" within `seconds` of a constant status, else "stay"."""
         for _ in range(round(seconds)):
             self.now += 1.0
-            verdict = self.stay.judge(self.now, seen, job_waits=job_waits, other_waits=other_waits)
+            verdict = self.policy.decide(self.now, status, job_waits=job_waits, other_waits=other_waits)
             if verdict != "stay":
                 return verdict
         return "stay"
 
 
-def test_it_leaves_when_nobody_has_chatted_for_long() -> None:
-    watched = Watched()
-    assert watched.look(status(quiet_s=299.0)) == "stay"
-    assert watched.look(status(quiet_s=300.0)) == "leave"
-    assert watched.look(status(quiet_s=300.0, busy=True)) == "stay"
-    assert watched.look(status(quiet_s=300.0, in_line=1)) == "stay"
+def test_an_idle_process_yields_after_the_idle_time() -> None:
+    polled = PolledPolicy()
+    assert polled.poll(status(quiet_s=299.0)) == "stay"
+    assert polled.poll(status(quiet_s=300.0)) == "yield"
+    assert polled.poll(status(quiet_s=300.0, busy=True)) == "stay"
+    assert polled.poll(status(quiet_s=300.0, in_line=1)) == "stay"
 
 
-def test_jobs_come_first() -> None:
-    assert Watched().look(IDLE, 3, job_waits=True) == "leave"
-    assert Watched().look(LOADING, 3, job_waits=True) == "leave"
+def test_a_waiting_job_takes_the_slot() -> None:
+    assert PolledPolicy().poll(IDLE, 3, job_waits=True) == "yield"
+    assert PolledPolicy().poll(LOADING, 3, job_waits=True) == "yield"
 
 
 def test_a_job_that_another_slot_takes_at_once_ends_no_chat() -> None:
-    watched = Watched()
-    assert watched.look(IDLE, 1, job_waits=True) == "stay"
-    assert watched.look(IDLE, 10) == "stay"
-    assert watched.look(IDLE, 1, job_waits=True) == "stay"
-    assert watched.stay.held_since is not None
-    watched.look(IDLE)
-    assert watched.stay.held_since is None
+    polled = PolledPolicy()
+    assert polled.poll(IDLE, 1, job_waits=True) == "stay"
+    assert polled.poll(IDLE, 10) == "stay"
+    assert polled.poll(IDLE, 1, job_waits=True) == "stay"
+    assert polled.policy.held_since is not None
+    polled.poll(IDLE)
+    assert polled.policy.held_since is None
 
 
-def test_what_was_begun_may_end_while_a_job_waits_but_not_for_ever() -> None:
-    watched = Watched()
-    assert watched.look(BUSY, 3, job_waits=True) == "leave"
-    verdicts = [watched.look(BUSY, job_waits=True) for _ in range(70)]
-    assert verdicts.index("end") == pytest.approx(RULES.hold_s, abs=3)
+def test_a_current_answer_may_finish_while_a_job_waits_but_only_for_the_hold_time() -> None:
+    polled = PolledPolicy()
+    assert polled.poll(BUSY, 3, job_waits=True) == "yield"
+    verdicts = [polled.poll(BUSY, job_waits=True) for _ in range(70)]
+    assert verdicts.index("kill") == pytest.approx(RULES.hold_s, abs=3)
 
 
-def test_a_chat_for_which_a_job_made_way_is_served_before_it_leaves() -> None:
-    watched = Watched(PREEMPTS)
-    assert watched.look(LOADING, 200, job_waits=True) == "stay"
-    assert watched.look(status(busy=True, served=1), 10, job_waits=True) == "stay"
-    assert watched.look(status(busy=True, served=2), 10, job_waits=True) == "stay"
-    assert watched.look(IDLE, job_waits=True) == "leave"
+def test_a_chat_that_preempted_a_job_is_served_before_the_process_yields() -> None:
+    polled = PolledPolicy(PREEMPTS)
+    assert polled.poll(LOADING, 200, job_waits=True) == "stay"
+    assert polled.poll(status(busy=True, served=1), 10, job_waits=True) == "stay"
+    assert polled.poll(status(busy=True, served=2), 10, job_waits=True) == "stay"
+    assert polled.poll(IDLE, job_waits=True) == "yield"
 
 
-def test_a_chat_that_nobody_waits_for_any_more_gives_the_slot_back() -> None:
-    watched = Watched(PREEMPTS)
-    watched.look(LOADING, 10, job_waits=True)
-    assert watched.look(status(served=0), 2 + PRESSED_S, job_waits=True) == "leave"
+def test_a_process_without_any_request_left_yields_the_slot() -> None:
+    polled = PolledPolicy(PREEMPTS)
+    polled.poll(LOADING, 10, job_waits=True)
+    assert polled.poll(status(served=0), 2 + CONTENTION_DELAY_S, job_waits=True) == "yield"
 
 
-def test_chats_do_not_hold_a_slot_against_a_job_for_ever() -> None:
-    watched = Watched(PREEMPTS)
-    watched.look(LOADING, 10, job_waits=True)
-    loaded_at = watched.now
-    assert watched.look(BUSY, 100, job_waits=True) == "leave"
-    assert watched.now - loaded_at == pytest.approx(DRAIN_SHARE * PREEMPTS.hold_s, abs=3)
-    while watched.look(BUSY, job_waits=True) != "end":
-        assert watched.now - loaded_at < PREEMPTS.hold_s + 3
+def test_chats_hold_a_slot_against_a_job_for_the_hold_time_only() -> None:
+    polled = PolledPolicy(PREEMPTS)
+    polled.poll(LOADING, 10, job_waits=True)
+    loaded_at = polled.now
+    assert polled.poll(BUSY, 100, job_waits=True) == "yield"
+    assert polled.now - loaded_at == pytest.approx(DRAIN_SHARE * PREEMPTS.hold_s, abs=3)
+    while polled.poll(BUSY, job_waits=True) != "kill":
+        assert polled.now - loaded_at < PREEMPTS.hold_s + 3
 
 
 @pytest.mark.parametrize("rules", [RULES, PREEMPTS])
-def test_another_base_gets_its_turn(rules: ChatRules) -> None:
-    assert Watched(rules).look(IDLE, 3, other_waits=True) == "leave"
-    watched = Watched(rules)
-    assert watched.look(BUSY, 10, other_waits=True) == "stay"
-    assert watched.look(BUSY, 40, other_waits=True) == "leave"
+def test_a_process_yields_to_another_base(rules: ChatRules) -> None:
+    assert PolledPolicy(rules).poll(IDLE, 3, other_waits=True) == "yield"
+    polled = PolledPolicy(rules)
+    assert polled.poll(BUSY, 10, other_waits=True) == "stay"
+    assert polled.poll(BUSY, 40, other_waits=True) == "yield"
 
 
-def test_a_process_that_does_not_answer_is_ended() -> None:
-    watched = Watched()
-    assert watched.look(None, UNANSWERED_S) == "stay"
-    assert watched.look(IDLE) == "stay"
-    assert watched.look(None, UNANSWERED_S) == "stay"
-    assert watched.look(None, 1) == "end"
+def test_an_unresponsive_process_is_killed() -> None:
+    polled = PolledPolicy()
+    assert polled.poll(None, UNRESPONSIVE_S) == "stay"
+    assert polled.poll(IDLE) == "stay"
+    assert polled.poll(None, UNRESPONSIVE_S) == "stay"
+    assert polled.poll(None, 1) == "kill"
 
 
-def test_a_process_without_progress_is_ended() -> None:
-    assert Watched().look(status(busy=True, quiet_s=299.0)) == "stay"
-    assert Watched().look(status(busy=True, quiet_s=301.0)) == "end"
+def test_a_process_without_progress_is_killed() -> None:
+    assert PolledPolicy().poll(status(busy=True, quiet_s=299.0)) == "stay"
+    assert PolledPolicy().poll(status(busy=True, quiet_s=301.0)) == "kill"
     # A large base may take long to load.
-    assert Watched().look(status(loading=True, quiet_s=301.0)) == "stay"
-    assert Watched().look(status(loading=True, quiet_s=1801.0)) == "end"
+    assert PolledPolicy().poll(status(loading=True, quiet_s=301.0)) == "stay"
+    assert PolledPolicy().poll(status(loading=True, quiet_s=1801.0)) == "kill"
 
 
 @pytest.fixture
@@ -142,7 +150,7 @@ def turns(database: Database, tmp_path: Path) -> ChatTurns:
     return ChatTurns(database, PREEMPTS, slot="cpu-0", catalog=Catalog(tmp_path / "models"), socket_dir=tmp_path)
 
 
-def is_asked_to_make_way(database: Database, claim: Claim) -> bool:
+def is_preempted(database: Database, claim: Claim) -> bool:
     with database.read() as connection:
         return get_job(connection, claim.job_id).stop_request is StopRequest.PREEMPT
 
@@ -155,43 +163,43 @@ def claimed_job(database: Database) -> tuple[Queue, Claim]:
     return queue, claimed[0]
 
 
-def ask_for_base(database: Database) -> None:
+def request_base(database: Database) -> None:
     with database.write() as connection:
         inference.ask_for(connection, TINY)
 
 
-def test_a_job_is_asked_to_make_way_when_somebody_waits_and_the_base_comes_before_the_next_job(
+def test_a_waiting_client_preempts_the_job_and_its_base_is_loaded_before_the_next_job(
     database: Database, turns: ChatTurns
 ) -> None:
     _, claim = claimed_job(database)
-    turns.consider(claim, "w")
-    assert not is_asked_to_make_way(database, claim)
-    assert turns.first("w") is None
-    ask_for_base(database)
-    turns.consider(claim, "w")
-    assert is_asked_to_make_way(database, claim)
-    assert turns.first("w") == TINY
-    assert turns.first("w") is None  # once
+    turns.consider_preemption(claim, "w")
+    assert not is_preempted(database, claim)
+    assert turns.base_after_preemption("w") is None
+    request_base(database)
+    turns.consider_preemption(claim, "w")
+    assert is_preempted(database, claim)
+    assert turns.base_after_preemption("w") == TINY
+    assert turns.base_after_preemption("w") is None  # only once
 
 
-def test_a_job_that_chats_have_held_up_gets_its_share_first(database: Database, turns: ChatTurns) -> None:
-    turns._owed_s = 0.2  # as `run` leaves it
+def test_a_job_that_chats_delayed_trains_for_its_share_before_preemption(database: Database, turns: ChatTurns) -> None:
+    turns._owed_s = 0.2  # as `run` sets it
     queue, claim = claimed_job(database)
-    ask_for_base(database)
-    turns.consider(claim, "w")
+    request_base(database)
+    turns.consider_preemption(claim, "w")
     time.sleep(0.3)
-    turns.consider(claim, "w")
-    assert not is_asked_to_make_way(database, claim)  # it has not got further by a step
+    turns.consider_preemption(claim, "w")
+    assert not is_preempted(database, claim)  # it has not completed a step
     queue.report(claim, Progress(step=1))
-    turns.consider(claim, "w")
-    assert not is_asked_to_make_way(database, claim)  # nor trained for as long
+    turns.consider_preemption(claim, "w")
+    assert not is_preempted(database, claim)  # it has not trained for long enough
     time.sleep(0.3)
-    turns.consider(claim, "w")
-    assert is_asked_to_make_way(database, claim)
+    turns.consider_preemption(claim, "w")
+    assert is_preempted(database, claim)
 
 
-class House:
-    """A data directory whose workers are asked to load a base, as somebody who waits does."""
+class ChatDemand:
+    """A data directory whose workers a client asks to load a base."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
@@ -203,18 +211,18 @@ class House:
     def processes(self) -> list[int]:
         return chatting_on(self.workspace.settings.data_dir)
 
-    def until(self, condition: Callable[[], object], limit_s: float = 20.0, *, asking: bool = False) -> None:
+    def wait_until(self, condition: Callable[[], object], limit_s: float = 20.0, *, requesting: bool = False) -> None:
         deadline = time.monotonic() + limit_s
         while not condition():
             assert time.monotonic() < deadline
-            if asking:
+            if requesting:
                 with self._database.write() as connection:
                     inference.ask_for(connection, TINY)
             time.sleep(0.05)
 
     def start(self) -> int:
-        """The process that some worker starts, which is loading."""
-        self.until(self.processes, asking=True)
+        """The pid of the process that a worker starts, which is loading the base."""
+        self.wait_until(self.processes, requesting=True)
         (pid,) = self.processes()
         return pid
 
@@ -224,54 +232,54 @@ class House:
 
 
 @pytest.fixture
-def house(tiny_model: Path, tmp_path: Path) -> Iterator[House]:
-    house = House(Workspace(tmp_path / "data", tiny_model))
-    yield house
-    house.close()
+def demand(tiny_model: Path, tmp_path: Path) -> Iterator[ChatDemand]:
+    demand = ChatDemand(Workspace(tmp_path / "data", tiny_model))
+    yield demand
+    demand.close()
 
 
-def test_a_killed_worker_takes_the_process_along_and_the_next_one_is_asked(house: House) -> None:
-    with house.workspace.worker() as worker:
-        first = house.start()
+def test_a_killed_worker_ends_the_process_and_the_next_worker_starts_another(demand: ChatDemand) -> None:
+    with demand.workspace.worker() as worker:
+        first = demand.start()
         worker.kill()
         worker.wait()
-        house.until(lambda: not house.processes(), limit_s=5)
-    with house.workspace.worker():
-        house.until(lambda: set(house.processes()) - {first}, asking=True)
+        demand.wait_until(lambda: not demand.processes(), limit_s=5)
+    with demand.workspace.worker():
+        demand.wait_until(lambda: set(demand.processes()) - {first}, requesting=True)
 
 
-def test_a_process_that_stands_still_does_not_keep_the_slot_of_a_killed_worker(house: House) -> None:
-    with house.workspace.worker() as worker:
-        pid = house.start()
+def test_a_stopped_process_does_not_keep_the_slot_of_a_killed_worker(demand: ChatDemand) -> None:
+    with demand.workspace.worker() as worker:
+        pid = demand.start()
         os.kill(pid, signal.SIGSTOP)
         worker.kill()
         worker.wait()
-    assert house.processes() == [pid]
-    with house.workspace.worker():
-        house.until(lambda: pid not in house.processes(), limit_s=10)
+    assert demand.processes() == [pid]
+    with demand.workspace.worker():
+        demand.wait_until(lambda: pid not in demand.processes(), limit_s=10)
 
 
-def test_a_process_that_stands_still_is_killed_and_followed_by_another(house: House) -> None:
-    with house.workspace.worker(QLORA_HANG_S="1"):
-        pid = house.start()
+def test_a_stopped_process_is_killed_and_replaced(demand: ChatDemand) -> None:
+    with demand.workspace.worker(QLORA_HANG_S="1"):
+        pid = demand.start()
         os.kill(pid, signal.SIGSTOP)
-        house.until(lambda: set(house.processes()) - {pid} == set(house.processes()) != set(), asking=True)
-    assert list(house.workspace.settings.inference_dir.iterdir()) == []
+        demand.wait_until(lambda: set(demand.processes()) - {pid} == set(demand.processes()) != set(), requesting=True)
+    assert list(demand.workspace.settings.inference_dir.iterdir()) == []
 
 
-def test_a_stopped_worker_leaves_no_process_behind(house: House) -> None:
-    with house.workspace.worker() as worker:
-        house.start()
+def test_a_stopped_worker_leaves_no_process_behind(demand: ChatDemand) -> None:
+    with demand.workspace.worker() as worker:
+        demand.start()
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(8) == 0
-    assert house.processes() == []
-    assert house.socket() is None
+    assert demand.processes() == []
+    assert demand.socket() is None
 
 
-def test_a_job_takes_the_slot_of_a_base_that_is_being_loaded(house: House) -> None:
-    with house.workspace.worker():
-        house.start()
-        job_id = house.workspace.submit(max_steps=100_000)
-        house.workspace.wait(job_id, lambda job: job.attempt == 1, limit_s=8)
-        house.workspace.wait(job_id, lambda job: job.phase != "starting")
-        assert house.processes() == []
+def test_a_job_takes_the_slot_of_a_base_that_is_being_loaded(demand: ChatDemand) -> None:
+    with demand.workspace.worker():
+        demand.start()
+        job_id = demand.workspace.submit(max_steps=100_000)
+        demand.workspace.wait(job_id, lambda job: job.attempt == 1, limit_s=8)
+        demand.workspace.wait(job_id, lambda job: job.phase != "starting")
+        assert demand.processes() == []

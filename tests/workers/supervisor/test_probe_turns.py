@@ -1,4 +1,4 @@
-"""Probes by real processes on a slot: between the jobs, and never in their way."""
+"""Probes by real processes on a slot, between jobs and interrupted by them."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def question(workspace: Workspace) -> TimeQuestion:
     )
 
 
-def opened(workspace: Workspace) -> Database:
+def open_database(workspace: Workspace) -> Database:
     return Database(workspace.settings.resolved_database_url)
 
 
-def ask(workspace: Workspace, question: TimeQuestion) -> None:
-    database = opened(workspace)
+def request_probe(workspace: Workspace, question: TimeQuestion) -> None:
+    database = open_database(workspace)
     with database.write() as connection:
         ask_probe(connection, question, utc_now())
     database.close()
 
 
-def find(workspace: Workspace, question: TimeQuestion) -> Probe:
-    database = opened(workspace)
+def stored_probe(workspace: Workspace, question: TimeQuestion) -> Probe:
+    database = open_database(workspace)
     with database.read() as connection:
         probe = find_probe(connection, question.probe_key())
     database.close()
@@ -60,11 +60,11 @@ def find(workspace: Workspace, question: TimeQuestion) -> Probe:
 
 
 def time_of(workspace: Workspace, question: TimeQuestion) -> dict[str, Any]:
-    database = opened(workspace)
+    database = open_database(workspace)
     with database.read() as connection:
-        found = job_time(connection, question)
+        estimate = job_time(connection, question)
     database.close()
-    return found
+    return estimate
 
 
 def probe_pids(workspace: Workspace) -> list[int]:
@@ -72,40 +72,40 @@ def probe_pids(workspace: Workspace) -> list[int]:
     return [pid for pid, command in running.items() if "workers.probe" in command]
 
 
-def wait(until: Callable[[], object]) -> None:
+def wait_until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + LIMIT_S
-    while not until():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_free_slot_times_the_step_and_makes_way_for_a_job(workspace: Workspace, question: TimeQuestion) -> None:
+def test_free_slot_times_the_step_and_a_job_interrupts_it(workspace: Workspace, question: TimeQuestion) -> None:
     assert "ask for a probe" in time_of(workspace, question)["reason"]
-    ask(workspace, question)
+    request_probe(workspace, question)
     assert "waits to be timed" in time_of(workspace, question)["reason"]
     with workspace.worker(QLORA_WARM_S="0"):
-        wait(lambda: probe_pids(workspace))
+        wait_until(lambda: probe_pids(workspace))
         job_id = workspace.submit(max_steps=1, micro_batch_tokens=128)
         job = workspace.wait(job_id, lambda job: job.status is not JobStatus.QUEUED)
-        assert find(workspace, question).result is None
+        assert stored_probe(workspace, question).result is None
         assert not probe_pids(workspace)
         assert workspace.wait_for_end(job.id).status is JobStatus.SUCCEEDED
-        wait(lambda: find(workspace, question).result)
-    result = find(workspace, question).result
+        wait_until(lambda: stored_probe(workspace, question).result)
+    result = stored_probe(workspace, question).result
     assert result is not None
     assert "error" not in result
-    found = time_of(workspace, question)
-    assert found["basis"] == "probe"
-    assert found["phases"]["training"] == pytest.approx(WORK.tokens / result["tokens_per_second"], abs=0.01)
-    assert {"starting", "publishing"} <= found["phases"].keys()  # as the job on this base took them
+    estimate = time_of(workspace, question)
+    assert estimate["basis"] == "probe"
+    assert estimate["phases"]["training"] == pytest.approx(WORK.tokens / result["tokens_per_second"], abs=0.01)
+    assert {"starting", "publishing"} <= estimate["phases"].keys()  # measured with the job on this base
 
 
 class Slot:
-    """A slot's thread with its turns, in this process."""
+    """A slot's thread that runs one probe turn, in this process."""
 
     def __init__(self, workspace: Workspace) -> None:
-        self.database, self.stop = opened(workspace), threading.Event()
-        self.answers: list[bool] = []
+        self.database, self.stop = open_database(workspace), threading.Event()
+        self.results: list[bool] = []
         self.emptied = 0
         self._turns = ProbeTurns(
             self.database,
@@ -116,12 +116,12 @@ class Slot:
             max_running=None,
         )
         self._lock = os.open(os.devnull, os.O_RDONLY)
-        self._thread = threading.Thread(target=self._serve)
+        self._thread = threading.Thread(target=self._run)
 
-    def _serve(self) -> None:
-        self.answers.append(self._turns.run_next("host:cpu-0", self._lock, self.stop, self._empty))
+    def _run(self) -> None:
+        self.results.append(self._turns.run_next("host:cpu-0", self._lock, self.stop, self._empty_slot))
 
-    def _empty(self) -> None:
+    def _empty_slot(self) -> None:
         self.emptied += 1
 
     def __enter__(self) -> Slot:
@@ -135,30 +135,30 @@ class Slot:
         os.close(self._lock)
 
 
-def test_slot_without_a_probe_is_left_as_it_is(workspace: Workspace) -> None:
+def test_slot_is_not_emptied_without_a_probe(workspace: Workspace) -> None:
     with Slot(workspace) as slot:
         pass
-    assert (slot.answers, slot.emptied) == ([False], 0)
+    assert (slot.results, slot.emptied) == ([False], 0)
 
 
-def test_probe_that_dies_is_not_asked_again(workspace: Workspace, question: TimeQuestion) -> None:
-    ask(workspace, question)
+def test_probe_that_dies_is_not_repeated(workspace: Workspace, question: TimeQuestion) -> None:
+    request_probe(workspace, question)
     with Slot(workspace) as slot:
-        wait(lambda: probe_pids(workspace))
+        wait_until(lambda: probe_pids(workspace))
         os.kill(probe_pids(workspace)[0], signal.SIGKILL)
-        wait(lambda: slot.answers)
-    assert (slot.answers, slot.emptied) == ([True], 1)
-    result = find(workspace, question).result
+        wait_until(lambda: slot.results)
+    assert (slot.results, slot.emptied) == ([True], 1)
+    result = stored_probe(workspace, question).result
     assert result is not None
     assert "exit code -9" in result["error"]
     assert "could not be timed" in time_of(workspace, question)["reason"]
 
 
-def test_stopped_worker_leaves_the_probe_to_the_next_one(workspace: Workspace, question: TimeQuestion) -> None:
-    ask(workspace, question)
+def test_stopped_worker_leaves_the_probe_to_the_next_worker(workspace: Workspace, question: TimeQuestion) -> None:
+    request_probe(workspace, question)
     with Slot(workspace):
-        wait(lambda: probe_pids(workspace))
+        wait_until(lambda: probe_pids(workspace))
     assert not probe_pids(workspace)
-    assert find(workspace, question).result is None
+    assert stored_probe(workspace, question).result is None
     with Slot(workspace):
-        wait(lambda: probe_pids(workspace))
+        wait_until(lambda: probe_pids(workspace))

@@ -1,3 +1,5 @@
+"""Slot locks held by real processes."""
+
 from __future__ import annotations
 
 import subprocess
@@ -31,7 +33,7 @@ def end(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def test_a_slot_is_one_process_at_a_time(tmp_path: Path) -> None:
+def test_one_process_at_a_time_holds_a_slot(tmp_path: Path) -> None:
     other = holder(tmp_path)
     lock = SlotLock(tmp_path, "cpu-0")
     assert not lock.acquire()
@@ -39,25 +41,25 @@ def test_a_slot_is_one_process_at_a_time(tmp_path: Path) -> None:
     assert SlotLock(tmp_path, "cpu-1").acquire()
     end(other)
     assert lock.acquire()
-    assert lock.acquire()  # asked again, it is still ours
+    assert lock.acquire()  # a second call keeps the lock
     assert lock.other_holders() == []
     lock.close()
 
 
-def test_a_trainer_holds_the_slot_when_its_supervisor_is_gone(tmp_path: Path) -> None:
+def test_a_trainer_holds_the_slot_after_its_supervisor_has_ended(tmp_path: Path) -> None:
     lock = SlotLock(tmp_path, "cpu-0")
     assert lock.acquire()
     trainer = subprocess.Popen(["sleep", "60"], pass_fds=[lock.descriptor])
     lock.close()
-    again = SlotLock(tmp_path, "cpu-0")
-    assert not again.acquire()
+    second = SlotLock(tmp_path, "cpu-0")
+    assert not second.acquire()
     trainer.kill()
     trainer.wait()
-    assert again.acquire()
-    again.close()
+    assert second.acquire()
+    second.close()
 
 
-def test_a_lock_file_keeps_its_identity_and_no_two_have_the_same(tmp_path: Path) -> None:
+def test_a_lock_file_keeps_its_unique_identity(tmp_path: Path) -> None:
     first = SlotLock(tmp_path, "cpu-0")
     assert first.acquire()
     identity = first.identity

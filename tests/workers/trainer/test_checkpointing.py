@@ -1,4 +1,4 @@
-"""When checkpoints are saved and who is told, with real ones on a real disk."""
+"""When checkpoints are saved and reported, with real checkpoints on a real disk."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 
 from qlora_service.errors import Interrupted
 from qlora_service.training.checkpoint.checkpoints import Checkpoints
-from qlora_service.training.checkpoint.disk_reserve import DiskReserve
+from qlora_service.training.checkpoint.disk_reserve import RESERVE_FILE, DiskReserve
 from tests.qlora_service.training.checkpoint.test_checkpoints import loaded_step, state
-from tests.workers.trainer.test_attempt import AttemptRecorder
+from tests.workers.trainer._attempts import AttemptRecorder
 from workers.trainer.checkpointing import Checkpointing
 from workers.trainer.context import AttemptContext, AttemptInputs
 from workers.trainer.load import Loaded
@@ -24,7 +24,7 @@ MIB = 2**20
 
 
 class Bench:
-    """A control over real checkpoints and a real reserve, and what it told."""
+    """A control over real checkpoints and a real reserve, with a recording reporter."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Bench:
         bytes_at_end: int = 2 * MIB,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.reporter, self.reserve = AttemptRecorder(), DiskReserve(directory / "ballast")
+        self.reporter, self.reserve = AttemptRecorder(), DiskReserve(directory / RESERVE_FILE)
         self.checkpoints = Checkpoints(directory / "checkpoints", token)
         self.checkpoints.latest()
         metrics_file = directory / "metrics.jsonl"
@@ -56,12 +56,12 @@ class Bench:
         )
 
     def save(self, step: int) -> None:
-        """A checkpoint that is on the disk, and was not told yet."""
+        """Saves a durable checkpoint that is not reported yet."""
         self.control.save(state(step))
         self.checkpoints.flush()
 
 
-def test_a_checkpoint_is_due_so_long_after_the_one_before(tmp_path: Path) -> None:
+def test_a_checkpoint_is_due_after_the_interval(tmp_path: Path) -> None:
     bench = Bench(tmp_path, every_s=2)
     assert not bench.control.checkpoint_is_due()
     time.sleep(2.05)
@@ -71,7 +71,7 @@ def test_a_checkpoint_is_due_so_long_after_the_one_before(tmp_path: Path) -> Non
     assert Bench(tmp_path / "always", every_s=0.0).control.checkpoint_is_due()
 
 
-def test_what_became_durable_is_told_once_even_if_the_check_ends_the_attempt(tmp_path: Path) -> None:
+def test_a_durable_checkpoint_is_reported_once_even_if_the_check_ends_the_attempt(tmp_path: Path) -> None:
     def stop() -> None:
         raise Interrupted("enough")
 
@@ -88,23 +88,23 @@ def test_what_became_durable_is_told_once_even_if_the_check_ends_the_attempt(tmp
     bench.control.flush()
     assert bench.reporter.saved_steps == [3, 4]
     assert loaded_step(tmp_path / "checkpoints") == 4
-    # What an attempt goes on from was told by the one before.
+    # The checkpoint that an attempt resumes from was reported by the attempt before.
     following = Bench(tmp_path, token=2)
     following.control.check()
     assert following.reporter.saved_steps == []
 
 
-def test_checkpoints_take_the_ballasts_room_but_for_what_the_end_needs(tmp_path: Path) -> None:
+def test_checkpoints_take_space_from_the_reserve_except_what_publishing_needs(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.reserve.reserve(5 * MIB)
-    held = []
+    held_bytes = []
     for step in (1, 2, 3, 4):
         bench.save(step)
-        held.append(bench.reserve.held_bytes)
-    assert held == [3 * MIB, 2 * MIB, 2 * MIB, 2 * MIB]
+        held_bytes.append(bench.reserve.held_bytes)
+    assert held_bytes == [3 * MIB, 2 * MIB, 2 * MIB, 2 * MIB]
 
 
-def test_every_change_of_the_plan_stays_in_it_and_is_told(tmp_path: Path) -> None:
+def test_every_change_of_the_plan_is_stored_in_it_and_reported(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     changes = [
         {"step": 1, "what": "micro_batch_tokens", "from": 512, "to": 256, "why": "memory"},

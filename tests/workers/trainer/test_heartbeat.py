@@ -1,4 +1,4 @@
-"""What ends a trainer that lost its way, in processes of its own."""
+"""The heartbeat and the ends of a trainer that lost its claim or hangs, in real processes."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ from qlora_service.store.database import Database
 from tests.control_plane import add_job
 from tests.workspace import ROOT
 from workers import exit_codes
-from workers.trainer.heartbeat import ClaimKeeper
+from workers.trainer.heartbeat import Heartbeat
 
-# A trainer's frame without the training: the claim is kept, and the main thread does what the test says.
+# A trainer without training: the heartbeat runs, and the main thread does the work of the test.
 FRAME = """
 import sys, time
 from qlora_service.queue.queue import Queue
 from qlora_service.queue.claim import Claim
 from qlora_service.store.database import Database
-from workers.trainer.heartbeat import ClaimKeeper
+from workers.trainer.heartbeat import Heartbeat
 
 url, job_id, lease_s, hang_s = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
 queue = Queue(Database(url), lease_s=lease_s)
-keeper = ClaimKeeper(
+heartbeat = Heartbeat(
     queue,
     Claim(job_id, 1),
     interval_s=0.1,
     lease_s=lease_s,
     hang_s=hang_s,
-    make_room=lambda: print("made room", flush=True),
+    free_disk_space=lambda: print("freed space", flush=True),
 )
-keeper.start()
+heartbeat.start()
 print("started", flush=True)
 def quickly():
-    # Signs of progress of which none took long; once more where the machine stood still.
+    # Checks at short intervals; repeated if the machine was slow.
     while True:
-        keeper.enter_phase()
+        heartbeat.enter_phase()
         for _ in range(20):
-            keeper.check()
+            heartbeat.check()
             time.sleep(0.01)
-        if keeper._longest_s < 0.1:
+        if heartbeat._longest_s < 0.1:
             return
-def where_it_stood():
+def current_work():
     {work}
-where_it_stood()
+current_work()
 """
 
 
 def start(database: Database, work: str, *, lease_s: float = 60, hang_s: float = 60) -> subprocess.Popen[str]:
-    """A process that has claimed the only job, and does `work`."""
+    """A process that does `work` under a claim on the only job."""
     job_id = add_job(database)
     assert Queue(database, lease_s=lease_s).claim("worker") is not None
     process = launch(database, job_id, work, lease_s=lease_s, hang_s=hang_s)
@@ -68,7 +68,7 @@ def start(database: Database, work: str, *, lease_s: float = 60, hang_s: float =
 def launch(
     database: Database, job_id: str, work: str, *, lease_s: float = 60, hang_s: float = 60
 ) -> subprocess.Popen[str]:
-    """A process that was started to do `work` under the job's first claim."""
+    """A process that does `work` under the job's first claim, just started."""
     arguments = [database.url, job_id, str(lease_s), str(hang_s)]
     return subprocess.Popen(
         [sys.executable, "-c", FRAME.replace("{work}", work), *arguments],
@@ -94,31 +94,33 @@ def stderr_at_end(process: subprocess.Popen[str], limit_s: float) -> str:
             stream.close()
 
 
-def test_a_main_thread_without_progress_is_ended_with_its_stack(database: Database) -> None:
+def test_a_hanging_attempt_exits_with_its_stack(database: Database) -> None:
     process = start(database, "quickly(); time.sleep(60)", hang_s=0.5)
     printed = stderr_at_end(process, 30)
     assert process.returncode == exit_codes.HUNG
-    assert "where_it_stood" in printed
+    assert "current_work" in printed
     assert "trainer_hangs" in printed
 
 
-def test_patience_is_learned_from_the_longest_sign_so_far(database: Database) -> None:
-    # The fifth of a second that one sign took allows for four seconds, though half of one would do otherwise.
-    signs = "[keeper.check() or time.sleep(0.2) for _ in range(12)]; time.sleep(1.2); keeper.check(); print('alive')"
-    process = start(database, signs, hang_s=0.5)
+def test_patience_follows_the_longest_interval_so_far(database: Database) -> None:
+    # An interval of 0.2 s allows 4 s for the next check, instead of `hang_s`.
+    work = (
+        "[heartbeat.check() or time.sleep(0.2) for _ in range(12)]; time.sleep(1.2); heartbeat.check(); print('alive')"
+    )
+    process = start(database, work, hang_s=0.5)
     assert "alive" in stderr_at_end(process, 30)
     assert process.returncode == 0
 
 
-def test_patience_is_longer_while_the_pace_is_not_known(database: Database) -> None:
-    process = start(database, "time.sleep(1.5); keeper.check(); print('alive')", hang_s=1)
+def test_patience_is_longer_while_the_pace_is_unknown(database: Database) -> None:
+    process = start(database, "time.sleep(1.5); heartbeat.check(); print('alive')", hang_s=1)
     assert "alive" in stderr_at_end(process, 30)
     assert process.returncode == 0
 
 
-def test_the_pace_of_one_phase_says_nothing_about_the_next(database: Database) -> None:
-    # The 2 s that a sign took would allow for 40 s.
-    process = start(database, "time.sleep(2); keeper.check(); quickly(); time.sleep(60)", hang_s=0.5)
+def test_each_phase_has_its_own_pace(database: Database) -> None:
+    # The interval of 2 s would allow 40 s.
+    process = start(database, "time.sleep(2); heartbeat.check(); quickly(); time.sleep(60)", hang_s=0.5)
     stderr_at_end(process, 30)
     assert process.returncode == exit_codes.HUNG
 
@@ -129,9 +131,9 @@ def test_a_trainer_that_renews_its_claim_outlives_its_first_lease(database: Data
     assert process.returncode == 0
 
 
-def test_a_trainer_without_a_database_says_so_before_its_lease_ends(database: Database) -> None:
+def test_a_trainer_without_a_database_logs_it_and_exits_before_its_lease_ends(database: Database) -> None:
     process = start(database, "time.sleep(60)", lease_s=8)
-    time.sleep(0.5)  # the claim is renewed a few times
+    time.sleep(0.5)  # a few renewals
     with database.write() as connection:
         connection.exec_driver_sql("ALTER TABLE jobs RENAME TO away")
     printed = stderr_at_end(process, 30)
@@ -142,27 +144,27 @@ def test_a_trainer_without_a_database_says_so_before_its_lease_ends(database: Da
     assert Queue(database, lease_s=8).requeue_lost() == []
 
 
-def test_a_renewal_that_finds_the_disk_full_makes_room_and_holds_the_job(database: Database) -> None:
-    process = start(database, "[keeper.check() or time.sleep(0.05) for _ in iter(int, 1)]")
+def test_a_renewal_on_a_full_disk_frees_space_and_holds_the_job(database: Database) -> None:
+    process = start(database, "[heartbeat.check() or time.sleep(0.05) for _ in iter(int, 1)]")
     with database.write() as connection:
         connection.exec_driver_sql(
             "CREATE TRIGGER no_room BEFORE UPDATE ON jobs BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
         )
     printed = stderr_at_end(process, 30)
-    assert "made room" in printed
+    assert "freed space" in printed
     assert "Interrupted: the disk is full" in printed
 
 
-def test_a_process_that_holds_the_interpreters_lock_does_not_outlive_its_lease(database: Database) -> None:
-    # The claim is renewed a few times; then no Python thread runs, while the regular expression backtracks.
+def test_a_process_that_holds_the_gil_does_not_outlive_its_lease(database: Database) -> None:
+    # After a few renewals no Python thread runs, while the regular expression backtracks.
     process = start(database, "time.sleep(0.5); __import__('re').match(r'(a*)*b', 'a' * 40)", lease_s=8)
     printed = stderr_at_end(process, 30)
     assert process.returncode == 1
-    assert "where_it_stood" in printed
+    assert "current_work" in printed
     assert Queue(database, lease_s=8).requeue_lost() == []
 
 
-def test_a_trainer_that_cannot_renew_its_claim_ends_before_the_lease_does(database: Database) -> None:
+def test_a_trainer_that_cannot_renew_its_claim_exits_before_its_lease_ends(database: Database) -> None:
     process = start(database, "time.sleep(60)", lease_s=6)
     lock = sqlite3.connect(database.url.removeprefix("sqlite:///"), isolation_level=None)
     lock.execute("BEGIN EXCLUSIVE")
@@ -173,7 +175,7 @@ def test_a_trainer_that_cannot_renew_its_claim_ends_before_the_lease_does(databa
     assert process.returncode != 0
 
 
-def test_a_trainer_whose_claim_is_anothers_ends(database: Database) -> None:
+def test_a_trainer_with_a_superseded_claim_exits(database: Database) -> None:
     process = start(database, "time.sleep(60)")
     queue = Queue(database, lease_s=60)
     queue.requeue_of("worker")
@@ -182,7 +184,7 @@ def test_a_trainer_whose_claim_is_anothers_ends(database: Database) -> None:
     assert process.returncode == exit_codes.CLAIM_LOST
 
 
-def test_a_trainer_whose_claim_was_lost_while_it_started_begins_nothing(database: Database) -> None:
+def test_a_trainer_whose_claim_was_lost_at_startup_begins_nothing(database: Database) -> None:
     job_id = add_job(database)
     queue = Queue(database, lease_s=60)
     queue.claim("worker")
@@ -192,8 +194,8 @@ def test_a_trainer_whose_claim_was_lost_while_it_started_begins_nothing(database
     assert process.returncode == exit_codes.CLAIM_LOST
 
 
-def test_a_trainer_begins_with_the_whole_lease_before_it(database: Database) -> None:
-    # As the claim left it, the lease would be over by then.
+def test_a_trainer_begins_with_a_whole_lease(database: Database) -> None:
+    # Without the first renewal the lease would expire meanwhile.
     job_id = add_job(database)
     assert Queue(database, lease_s=1.5).claim("worker") is not None
     process = launch(database, job_id, "__import__('re').match(r'(a*)*b', 'a' * 40)", lease_s=8)
@@ -212,28 +214,28 @@ def test_a_trainer_begins_with_the_whole_lease_before_it(database: Database) -> 
         (StopRequest.PREEMPT, Interrupted, None),
     ],
 )
-def test_what_the_queue_asks_for_is_raised_at_the_next_check(
+def test_a_request_of_the_queue_is_raised_at_the_next_check(
     database: Database, request_: StopRequest, error: type[Exception], hold: str | None
 ) -> None:
-    keeper = ClaimKeeper(Queue(database, lease_s=60), Claim("job_1", 1), interval_s=1, lease_s=60, hang_s=60)
-    keeper.check()
-    keeper.heard(request_)
+    heartbeat = Heartbeat(Queue(database, lease_s=60), Claim("job_1", 1), interval_s=1, lease_s=60, hang_s=60)
+    heartbeat.check()
+    heartbeat.receive(request_)
     with pytest.raises(error) as raised:
-        keeper.check()
+        heartbeat.check()
     details: dict[str, Any] = getattr(raised.value, "details", {})
     assert details.get("hold") == hold
 
 
-def test_a_pause_that_was_taken_back_stops_nothing(database: Database) -> None:
-    keeper = ClaimKeeper(Queue(database, lease_s=60), Claim("job_1", 1), interval_s=1, lease_s=60, hang_s=60)
-    keeper.heard(StopRequest.PAUSE)
-    keeper.heard(None)
-    keeper.check()
-    keeper.stop()
+def test_a_withdrawn_pause_stops_nothing(database: Database) -> None:
+    heartbeat = Heartbeat(Queue(database, lease_s=60), Claim("job_1", 1), interval_s=1, lease_s=60, hang_s=60)
+    heartbeat.receive(StopRequest.PAUSE)
+    heartbeat.receive(None)
+    heartbeat.check()
+    heartbeat.request_stop()
     with pytest.raises(Interrupted, match="worker was stopped"):
-        keeper.check()
+        heartbeat.check()
 
 
-def test_exit_codes_have_their_meaning_in_words() -> None:
+def test_every_exit_code_has_a_cause() -> None:
     numbers = [value for name, value in vars(exit_codes).items() if name.isupper() and isinstance(value, int)]
     assert sorted(numbers) == sorted(exit_codes.CAUSES)

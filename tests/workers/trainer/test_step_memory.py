@@ -1,4 +1,4 @@
-"""The memory of a job's largest step: which one it is, what it takes, and that looking changes nothing."""
+"""The largest step of a job, its memory, and that tracking it changes no weight."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from workers.trainer.step_memory import TrackedStep, find_largest_step
 STEPS = 4
 
 
-def test_the_largest_micro_batch_is_found_by_how_steps_are_cut_not_by_their_sums() -> None:
+def test_the_largest_step_has_the_largest_micro_batch_not_the_largest_sum() -> None:
     lengths = [10, 10, 10, 10, 10, 10, 10, 10, 16, 1]
     steps = [[0, 1, 2], [3, 4, 5], [6, 7, 9], [8, 9], [8, 9]]
-    assert find_largest_step(lengths, steps.__getitem__, 20, range(5)) == 1  # two of ten beside each other
-    assert find_largest_step(lengths, steps.__getitem__, 19, range(5)) == 3  # 16 and 1
-    assert find_largest_step(lengths, steps.__getitem__, 4, range(5)) == 3  # 16 alone
+    assert find_largest_step(lengths, steps.__getitem__, 20, range(5)) == 1  # two rows of 10 in one micro-batch
+    assert find_largest_step(lengths, steps.__getitem__, 19, range(5)) == 3  # rows of 16 and 1
+    assert find_largest_step(lengths, steps.__getitem__, 4, range(5)) == 3  # a row of 16 alone
 
 
-def test_the_first_step_is_looked_at_only_if_there_is_no_other() -> None:
+def test_the_first_step_is_chosen_only_without_another() -> None:
     lengths, steps = [50, 10, 10], [[0], [1], [2]]
     assert find_largest_step(lengths, steps.__getitem__, 100, range(3)) == 1
     assert find_largest_step(lengths, steps.__getitem__, 100, range(1)) == 0
@@ -47,7 +47,7 @@ def trained(model_dir: Path, around: Callable[[Network], AroundStep | None]) -> 
     around_step = around(net)
     control = Unattended()
     if around_step is not None:
-        setattr(control, "around_step", around_step)  # noqa: B010 - a method of this object alone
+        setattr(control, "around_step", around_step)  # noqa: B010 - a method of this object only
     train(
         net,
         make_objective(Supervised()),
@@ -63,24 +63,24 @@ def trained(model_dir: Path, around: Callable[[Network], AroundStep | None]) -> 
 
 @pytest.mark.parametrize("step", [0, 2])
 def test_tracked_step_gives_the_same_weights_bit_for_bit(tiny_model: Path, step: int) -> None:
-    told: list[dict[str, Any]] = []
+    peaks: list[dict[str, Any]] = []
     plain = trained(tiny_model, lambda _: None)
-    tracked = trained(tiny_model, lambda net: TrackedStep(net, step, told.append))
+    tracked = trained(tiny_model, lambda net: TrackedStep(net, step, peaks.append))
     assert plain.keys() == tracked.keys()
     assert all(torch.equal(plain[name], tracked[name]) for name in plain)
-    (memory,) = told
+    (memory,) = peaks
     assert memory["source"] == f"tensors of step {step + 1}"
     assert memory["allocated"] > sum(p.nbytes for p in load(tiny_model).parameters())
 
 
-def test_job_records_what_it_took_within_a_percent_of_what_was_simulated(tmp_path: Path, tiny_model: Path) -> None:
+def test_recorded_memory_is_within_a_percent_of_the_simulation(tmp_path: Path, tiny_model: Path) -> None:
     workspace = Workspace(tmp_path / "data", tiny_model)
     row = {"instruction": "Say it again and again and again.", "output": "It is said again and again, as you asked."}
 
     def measured(**training: Any) -> dict[str, Any]:
-        # Every token is learned, as predictions have it.
-        asked = job_spec(max_steps=3, batch_size=4, train_on="all", **training) | {"dataset": {"rows": [row] * 20}}
-        record = workspace.wait_for_end(workspace.submit_spec(asked)).measured
+        # Predictions assume that every token is trained.
+        spec = job_spec(max_steps=3, batch_size=4, train_on="all", **training) | {"dataset": {"rows": [row] * 20}}
+        record = workspace.wait_for_end(workspace.submit_spec(spec)).measured
         assert record is not None
         return record
 
@@ -88,7 +88,7 @@ def test_job_records_what_it_took_within_a_percent_of_what_was_simulated(tmp_pat
         first = measured(micro_batch_tokens=1000)
         predicted = first["predicted"]["memory"]
         assert predicted["source"] == "formula"
-        # Somebody plans a job of two full micro-batches a step: what is simulated for the plan is kept.
+        # The simulation of a planned job with two full micro-batches per step is cached.
         settings = {name: predicted[name] for name in ("checkpointing", "compute_dtype", "longest_tokens")}
         settings["micro_batch_tokens"] = 2 * predicted["longest_tokens"]
         simulated = Simulator(timeout_s=60, cache_dir=workspace.settings.plan_cache_dir).simulate(

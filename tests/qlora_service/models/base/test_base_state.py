@@ -1,4 +1,4 @@
-"""A base after real training with every method: put back, and what the methods do to its weights."""
+"""Restoring a base after real training with every adapter method."""
 
 from __future__ import annotations
 
@@ -42,64 +42,65 @@ def load(tiny_model: Path, kind: str = "nf4") -> PreTrainedModel:
     return base
 
 
-def weights(base: PreTrainedModel) -> dict[str, str]:
-    """A hash of every tensor, the constants of quantized ones too."""
-    found: dict[str, torch.Tensor] = dict(base.named_parameters()) | dict(base.named_buffers())
+def weight_hashes(base: PreTrainedModel) -> dict[str, str]:
+    """A hash of every tensor, quantization constants included."""
+    tensors: dict[str, torch.Tensor] = dict(base.named_parameters()) | dict(base.named_buffers())
     for name, weight in base.named_parameters():
         if (state := getattr(weight, "quant_state", None)) is not None:
-            found |= {f"{name} absmax": state.absmax, f"{name} code": state.code}
+            tensors |= {f"{name} absmax": state.absmax, f"{name} code": state.code}
     return {
         name: hashlib.sha256(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-        for name, t in found.items()
+        for name, t in tensors.items()
     }
 
 
-def make_up(base: PreTrainedModel) -> dict[str, Any]:
-    """What the base consists of beside its weights' values."""
-    found: dict[str, Any] = {"config": repr(sorted(vars(base.config).items()))}
+def structure(base: PreTrainedModel) -> dict[str, Any]:
+    """Modules, settings, hooks and parameter identities of the base, without the values of its weights."""
+    parts: dict[str, Any] = {"config": repr(sorted(vars(base.config).items()))}
     for name, module in base.named_modules():
         hooks = [len(value) for key, value in vars(module).items() if key.endswith("hooks")]
-        found[name] = id(module), type(module), sorted(vars(module)), hooks, module.training
-    return found | {name: (id(p), p.requires_grad, p.grad) for name, p in base.named_parameters()}
+        parts[name] = id(module), type(module), sorted(vars(module)), hooks, module.training
+    return parts | {name: (id(p), p.requires_grad, p.grad) for name, p in base.named_parameters()}
 
 
 def train(base: PreTrainedModel, method: dict[str, Any]) -> Any:
-    """The base with an adapter that was trained on it, with recomputation where that can be."""
+    """The base with an adapter trained on it, with activation checkpointing where supported."""
     adapter = TypeAdapter(Adapter).validate_python(method)
     model = attach(base, adapter, seed=0, total_steps=2)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's on tied embeddings
+        warnings.simplefilter("ignore")  # PEFT warns about tied embeddings
         network(model).checkpoint()
         run(model, rows(8), Training(batch_size=4, learning_rate=1e-2), steps=2)
     return model
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_base_is_as_it_was_after_every_method_adapter_still_on_it_or_not(
+def test_base_is_restored_after_every_method_with_its_adapter_detached_or_not(
     tiny_model: Path, method: dict[str, Any]
 ) -> None:
     base = load(tiny_model)
-    fingerprint, before, bytes_before, state = base_fingerprint(base), make_up(base), weights(base), BaseState(base)
+    fingerprint, hashes_before = base_fingerprint(base), weight_hashes(base)
+    structure_before, state = structure(base), BaseState(base)
     for unload in (True, False):
         model = train(base, method)
         if unload:
             detach(model)
-        assert make_up(base) != before
+        assert structure(base) != structure_before
         assert state.restore()
-        assert make_up(base) == before
-        assert weights(base) == bytes_before
+        assert structure(base) == structure_before
+        assert weight_hashes(base) == hashes_before
         assert base_fingerprint(base) == fingerprint
 
 
-def test_int8_base_is_as_it_was_too(tiny_model: Path) -> None:
+def test_int8_base_is_restored(tiny_model: Path) -> None:
     base = load(tiny_model, "int8")
-    fingerprint, bytes_before, state = base_fingerprint(base), weights(base), BaseState(base)
+    fingerprint, hashes_before, state = base_fingerprint(base), weight_hashes(base), BaseState(base)
     train(base, METHODS[0])
     assert state.restore()
-    assert (weights(base), base_fingerprint(base)) == (bytes_before, fingerprint)
+    assert (weight_hashes(base), base_fingerprint(base)) == (hashes_before, fingerprint)
 
 
-def test_weight_that_another_has_replaced_is_noticed(tiny_model: Path) -> None:
+def test_replaced_weight_is_detected(tiny_model: Path) -> None:
     base = load(tiny_model)
     state = BaseState(base)
     norm: Any = base.get_decoder().norm
@@ -107,7 +108,7 @@ def test_weight_that_another_has_replaced_is_noticed(tiny_model: Path) -> None:
     assert not state.restore()
 
 
-def test_weight_that_was_written_over_shows_in_the_fingerprint(tiny_model: Path) -> None:
+def test_overwritten_weight_changes_the_fingerprint(tiny_model: Path) -> None:
     base = load(tiny_model)
     fingerprint, state = base_fingerprint(base), BaseState(base)
     with torch.no_grad():

@@ -1,3 +1,5 @@
+"""Quantized layers: their settings, gradients and agreement between training and evaluation."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -17,17 +19,17 @@ IDS = torch.arange(5, 25)[None]
 INT8 = Quantization(type="int8")
 
 
-def linear4bit(model: torch.nn.Module) -> list[bnb.nn.Linear4bit]:
+def linear4bit_layers(model: torch.nn.Module) -> list[bnb.nn.Linear4bit]:
     return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_every_linear_layer_is_in_4_bits_and_guarded(
+def test_every_linear_layer_has_4_bits_and_is_guarded(
     tiny_model: Path, kind: Literal["nf4", "fp4"], double_quant: bool
 ) -> None:
     base = load_base(tiny_model, Quantization(type=kind, double_quant=double_quant), torch.bfloat16, CPU)
-    layers = linear4bit(base)
+    layers = linear4bit_layers(base)
     assert len(layers) == 14
     for layer in layers:
         state = layer.weight.quant_state
@@ -38,9 +40,9 @@ def test_every_linear_layer_is_in_4_bits_and_guarded(
     assert not any(parameter.requires_grad for parameter in base.parameters())
 
 
-def test_the_guard_makes_forward_and_backward_use_one_precision(tiny_model: Path) -> None:
+def test_forward_and_backward_use_the_same_precision(tiny_model: Path) -> None:
     base = load_base(tiny_model, Quantization(), torch.float32, CPU)
-    layer = linear4bit(base)[0]
+    layer = linear4bit_layers(base)[0]
     x = torch.randn(3, layer.in_features, requires_grad=True)
     weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     layer(x).sum().backward()
@@ -56,12 +58,12 @@ def test_fingerprint_is_the_same_for_the_same_weights_and_differs_for_others(tin
     assert base_fingerprint(first) != base_fingerprint(second)
 
 
-def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidModel, match="cannot be loaded"):
         load_base(tmp_path, Quantization(), torch.float32, CPU)
 
 
-def test_the_guard_sets_the_backwards_precision(tiny_model: Path) -> None:
+def test_guard_sets_the_precision_of_the_backward(tiny_model: Path) -> None:
     base = load_base(tiny_model, Quantization(), torch.float32, CPU)
     layer = base.model.layers[0].mlp.up_proj
     layer.weight.quant_state.dtype = torch.float16
@@ -71,58 +73,58 @@ def test_the_guard_sets_the_backwards_precision(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_quantized_has_the_compute_dtype(tiny_model: Path, dtype: torch.dtype) -> None:
+def test_unquantized_weights_have_the_compute_dtype(tiny_model: Path, dtype: torch.dtype) -> None:
     base = load_base(tiny_model, Quantization(), dtype, CPU)
     assert base.get_input_embeddings().weight.dtype == base.model.norm.weight.dtype == dtype
 
 
-def test_the_fingerprint_sees_attention_and_keeps_the_mode(tiny_model: Path) -> None:
+def test_fingerprint_covers_attention_and_keeps_the_training_mode(tiny_model: Path) -> None:
     base = load_base(tiny_model, Quantization(type="none"), torch.float32, CPU).train()
     before = base_fingerprint(base)
-    base.model.layers[0].self_attn.q_proj.weight.data += 0.1  # one token alone would not show it
+    base.model.layers[0].self_attn.q_proj.weight.data += 0.1  # a single token would not show the change
     assert base_fingerprint(base) != before
     assert base.training
 
 
 @pytest.mark.parametrize("quantization", [Quantization(), Quantization(type="fp4"), INT8, Quantization(type="none")])
 @pytest.mark.parametrize("after_evaluation", [False, True])
-def test_gradients_go_through_the_weights_that_are_multiplied_by(
+def test_gradients_use_the_same_weights_as_the_forward(
     tiny_model: Path, quantization: Quantization, after_evaluation: bool
 ) -> None:
     base = load_base(tiny_model, quantization, torch.float32, CPU)
     if after_evaluation:
-        base_fingerprint(base)  # bitsandbytes moves scales and repacks weights there
+        base_fingerprint(base)  # an evaluation, in which bitsandbytes moves scales and repacks weights
     layer = base.train().model.layers[0].mlp.down_proj
     weight = dequantized_weight(layer)
     x = torch.randn(3, layer.in_features, requires_grad=True)
     y = layer(x)
-    upstream = torch.randn_like(y)
-    y.backward(upstream)
+    grad_y = torch.randn_like(y)
+    y.backward(grad_y)
     assert torch.allclose(y, x @ weight.T, atol=1e-5)
     assert x.grad is not None
-    assert torch.allclose(x.grad, upstream @ weight, atol=1e-5)
+    assert torch.allclose(x.grad, grad_y @ weight, atol=1e-5)
 
 
 @pytest.mark.parametrize("quantization", [Quantization(), Quantization(type="fp4"), INT8])
-def test_quantized_weights_are_near_the_models_own(tiny_model: Path, quantization: Quantization) -> None:
+def test_quantized_weights_are_close_to_the_original_weights(tiny_model: Path, quantization: Quantization) -> None:
     layers = [
         load_base(tiny_model, kind, torch.float32, CPU).model.layers[1].self_attn.k_proj
         for kind in (quantization, Quantization(type="none"))
     ]
-    quantized, own = (dequantized_weight(layer) for layer in layers)
-    error = ((quantized - own).norm() / own.norm()).item()
+    quantized, original = (dequantized_weight(layer) for layer in layers)
+    error = ((quantized - original).norm() / original.norm()).item()
     assert 1e-4 < error < (0.02 if quantization is INT8 else 0.2)
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_in_int8_a_row_does_not_depend_on_its_neighbours(tiny_model: Path, training: bool) -> None:
+def test_int8_row_does_not_depend_on_its_neighbors(tiny_model: Path, training: bool) -> None:
     base = load_base(tiny_model, INT8, torch.float32, CPU).train(training)
     assert {module.state.threshold for module in base.modules() if isinstance(module, bnb.nn.Linear8bitLt)} == {0.0}
     embedded = base.get_input_embeddings()(IDS)
-    loud = embedded * 1000  # far beyond the threshold of 6 that transformers would set
+    outliers = embedded * 1000  # far beyond the threshold of 6 that transformers would set
     with torch.no_grad():
         alone = base(inputs_embeds=embedded).logits[0]
-        together = base(inputs_embeds=torch.cat([embedded, loud])).logits[0]
+        together = base(inputs_embeds=torch.cat([embedded, outliers])).logits[0]
     assert torch.allclose(together, alone, atol=1e-5)
 
 
@@ -133,15 +135,15 @@ def test_int8_computes_the_same_in_training_and_in_evaluation(tiny_model: Path) 
     assert torch.equal(evaluated, trained)
 
 
-def test_int8_says_nothing_at_every_call(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_int8_logs_nothing_per_call(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = load_base(tiny_model, INT8, torch.bfloat16, CPU)
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear8bitLt):
-            module.state.__class__ = bnb.MatmulLtState  # the product of CUDA
+            module.state.__class__ = bnb.MatmulLtState  # the product as on CUDA
     base_fingerprint(base)
     assert not caplog.records
 
 
-def test_unquantized_layers_are_plain(tiny_model: Path) -> None:
+def test_unquantized_layers_are_plain_linear_layers(tiny_model: Path) -> None:
     base = load_base(tiny_model, Quantization(type="none", double_quant=True), torch.bfloat16, CPU)
     assert type(base.model.layers[0].mlp.up_proj) is torch.nn.Linear

@@ -1,3 +1,5 @@
+"""Imports into the catalog, its records and its errors."""
+
 import hashlib
 import json
 import os
@@ -19,7 +21,7 @@ def catalog(tmp_path: Path) -> Catalog:
     return Catalog(tmp_path / "models")
 
 
-def entries(catalog: Catalog) -> list[str]:
+def directory_names(catalog: Catalog) -> list[str]:
     return sorted(path.name for path in catalog.models_dir.iterdir())
 
 
@@ -30,7 +32,7 @@ def test_imported_directory_is_copied_and_described(catalog: Catalog, tiny_model
     assert (model.vocab_size, model.hidden_size, model.num_layers, model.max_positions) == (512, 64, 2, 512)
     for path in tiny_model.iterdir():
         assert (model.path / path.name).read_bytes() == path.read_bytes()
-    assert entries(catalog) == ["tiny"]
+    assert directory_names(catalog) == ["tiny"]
 
 
 def test_record_survives_a_restart_and_a_move_of_the_data_directory(
@@ -45,7 +47,7 @@ def test_record_survives_a_restart_and_a_move_of_the_data_directory(
     assert str(tmp_path) not in json.dumps(model.as_dict())
 
 
-def test_weights_hash_is_of_names_and_contents(catalog: Catalog, tiny_model: Path, model_directory: Path) -> None:
+def test_weights_hash_covers_names_and_contents(catalog: Catalog, tiny_model: Path, model_directory: Path) -> None:
     weights = hashlib.sha256((tiny_model / "model.safetensors").read_bytes()).hexdigest()
     expected = hashlib.sha256(f"model.safetensors {weights}\n".encode()).hexdigest()
     assert catalog.import_model("one", tiny_model).weights_sha256 == expected
@@ -55,18 +57,18 @@ def test_weights_hash_is_of_names_and_contents(catalog: Catalog, tiny_model: Pat
     assert catalog.import_model("two", model_directory).weights_sha256 != expected
 
 
-def test_only_what_a_model_needs_is_copied(catalog: Catalog, model_directory: Path) -> None:
-    kept = {path.name for path in model_directory.iterdir()} | {"LICENSE", "README.md", "merges.txt"}
+def test_only_files_of_the_model_are_copied(catalog: Catalog, model_directory: Path) -> None:
+    copied = {path.name for path in model_directory.iterdir()} | {"LICENSE", "README.md", "merges.txt"}
     for name in ["LICENSE", "README.md", "merges.txt", "notes.txt", "flax_model.msgpack", "qlora-model.json"]:
         (model_directory / name).write_text("{}")
     (model_directory / "consolidated.safetensors").write_bytes((model_directory / "model.safetensors").read_bytes())
     (model_directory / "onnx").mkdir()
     (model_directory / "onnx/config.json").write_text("{}")
     model = catalog.import_model("tiny", model_directory)
-    assert {path.name for path in model.path.iterdir()} == kept | {"qlora-model.json"}
+    assert {path.name for path in model.path.iterdir()} == copied | {"qlora-model.json"}
 
 
-def test_shards_come_with_their_index_and_leave_it_when_unused(catalog: Catalog, model_directory: Path) -> None:
+def test_index_is_copied_only_if_its_shards_are_used(catalog: Catalog, model_directory: Path) -> None:
     index = "model.safetensors.index.json"
     tensors = read_header(model_directory / "model.safetensors")
     (model_directory / index).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "shard.safetensors")}))
@@ -79,7 +81,7 @@ def test_shards_come_with_their_index_and_leave_it_when_unused(catalog: Catalog,
     assert sharded.parameters == both.parameters
 
 
-def test_paths_of_other_machines_are_forgotten(catalog: Catalog, model_directory: Path) -> None:
+def test_paths_of_other_machines_are_removed(catalog: Catalog, model_directory: Path) -> None:
     for name, extra in {
         "config.json": {"_name_or_path": "/home/someone/model"},
         "tokenizer_config.json": {"name_or_path": "/home/someone", "is_local": True, "local_files_only": True},
@@ -100,7 +102,7 @@ def test_taken_name_is_a_conflict_and_the_model_stays(catalog: Catalog, tiny_mod
     assert catalog.get("tiny") == model
 
 
-def test_of_two_imports_at_once_one_wins(catalog: Catalog, tiny_model: Path) -> None:
+def test_one_of_four_concurrent_imports_succeeds(catalog: Catalog, tiny_model: Path) -> None:
     outcomes: list[BaseModel | Conflict] = []
     barrier = threading.Barrier(4)
 
@@ -119,18 +121,18 @@ def test_of_two_imports_at_once_one_wins(catalog: Catalog, tiny_model: Path) -> 
     (winner,) = [outcome for outcome in outcomes if isinstance(outcome, BaseModel)]
     assert len(outcomes) == 4
     assert catalog.list() == [winner]
-    assert entries(catalog) == ["tiny"]
+    assert directory_names(catalog) == ["tiny"]
 
 
 def test_refused_import_leaves_nothing(catalog: Catalog, model_directory: Path) -> None:
     (model_directory / "modeling.py").write_text("")
     with pytest.raises(InvalidModel, match=r"modeling\.py is Python code"):
         catalog.import_model("tiny", model_directory)
-    assert entries(catalog) == []
+    assert directory_names(catalog) == []
     assert catalog.list() == []
 
 
-def test_remains_of_a_crash_are_invisible_and_reaped_by_the_next_import(catalog: Catalog, tiny_model: Path) -> None:
+def test_leftovers_of_a_crash_are_invisible_and_deleted_by_the_next_import(catalog: Catalog, tiny_model: Path) -> None:
     crashed = catalog.models_dir / ".staging-0123"
     model = catalog.import_model("tiny", tiny_model)
     model.path.rename(crashed)
@@ -138,13 +140,13 @@ def test_remains_of_a_crash_are_invisible_and_reaped_by_the_next_import(catalog:
     with pytest.raises(InvalidModel):
         catalog.get("tiny")
     catalog.import_model("tiny", tiny_model)
-    assert entries(catalog) == ["tiny"]
+    assert directory_names(catalog) == ["tiny"]
 
 
 @pytest.mark.parametrize(
     "name", ["", ".", "..", ".hidden", "-x", "a/b/c", "/a", "a/", "../a", "a b", "a--b", "a@", "ä", "a\n", "a" * 201]
 )
-def test_name_that_could_be_another_place_is_refused(catalog: Catalog, tiny_model: Path, name: str) -> None:
+def test_name_that_could_be_another_path_is_refused(catalog: Catalog, tiny_model: Path, name: str) -> None:
     with pytest.raises(InvalidModel, match="cannot name a base model"):
         catalog.import_model(name, tiny_model)
     with pytest.raises(InvalidModel, match="there is no base model"):
@@ -153,7 +155,7 @@ def test_name_that_could_be_another_place_is_refused(catalog: Catalog, tiny_mode
         catalog.remove(name)
 
 
-def test_unknown_model_names_the_nearest_the_known_and_the_command(catalog: Catalog, tiny_model: Path) -> None:
+def test_error_for_an_unknown_model_names_the_closest_and_all_known_models(catalog: Catalog, tiny_model: Path) -> None:
     with pytest.raises(InvalidModel, match=r"The catalog is empty.*qlora models import NAME PATH"):
         catalog.get("smollm2")
     catalog.import_model("SmolLM2-135M", tiny_model)
@@ -166,7 +168,7 @@ def test_unknown_model_names_the_nearest_the_known_and_the_command(catalog: Cata
     assert "did you mean" not in caught.value.message
 
 
-def test_directory_name_of_a_model_is_not_its_name(catalog: Catalog, tiny_model: Path) -> None:
+def test_directory_name_of_a_model_is_not_accepted_as_its_name(catalog: Catalog, tiny_model: Path) -> None:
     catalog.import_model("org/tiny", tiny_model)
     with pytest.raises(InvalidModel):
         catalog.get("org--tiny")
@@ -186,7 +188,7 @@ def test_unreadable_record_is_left_out_explained_and_removable(catalog: Catalog,
     with pytest.raises(InvalidModel, match="remove the model and import it again"):
         catalog.get("bad")
     catalog.remove("bad")
-    assert entries(catalog) == ["good"]
+    assert directory_names(catalog) == ["good"]
 
 
 @pytest.mark.parametrize("source", ["/no/such/path", "./no-such", "a/b/c", "org/name@../../x"])
@@ -195,21 +197,21 @@ def test_source_that_is_neither_path_nor_hub_id_is_refused(catalog: Catalog, sou
         catalog.import_model("x", source)
 
 
-def test_file_that_is_no_gguf_is_refused_by_content(catalog: Catalog, tmp_path: Path) -> None:
+def test_file_without_gguf_content_is_refused(catalog: Catalog, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"\x80\x04pickle")
     with pytest.raises(InvalidModel, match="is not a GGUF file"):
         catalog.import_model("x", tmp_path / "model.gguf")
 
 
-def test_conversion_that_hangs_is_ended_and_leaves_nothing(
+def test_hanging_conversion_is_stopped_and_leaves_nothing(
     catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Importing torch alone takes longer.
+    # Shorter than the import of torch.
     monkeypatch.setattr(catalog_module, "CONVERSION_S", 0.1)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(Unavailable, match="could not be converted within"):
         catalog.import_model("x", tmp_path / "model.gguf")
-    assert entries(catalog) == []
+    assert directory_names(catalog) == []
 
 
 def test_models_directory_that_cannot_be_written_is_explained(tiny_model: Path, tmp_path: Path) -> None:
@@ -229,7 +231,7 @@ def test_import_and_list_need_no_torch(tiny_model: Path, tmp_path: Path) -> None
     )
 
 
-def test_module_shapes_are_what_an_adapter_can_target(tmp_path: Path, tiny_model: Path) -> None:
+def test_module_shapes_list_the_modules_that_an_adapter_can_target(tmp_path: Path, tiny_model: Path) -> None:
     catalog = Catalog(tmp_path)
     shapes = catalog.module_shapes(catalog.import_model("tiny", tiny_model))
     assert shapes["down_proj"] == {(64, 128)}

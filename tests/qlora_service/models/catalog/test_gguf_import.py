@@ -1,4 +1,4 @@
-"""Conversions as the catalog runs them: in a real child process."""
+"""Conversions in a real child process, as the catalog runs them."""
 
 import json
 import os
@@ -24,12 +24,12 @@ HEADS, KV_HEADS = 4, 2
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Query and key rows in the order llama.cpp's converter stores them, for its own form of RoPE."""
+    """Query and key rows in the order of llama.cpp's converter, which its form of RoPE needs."""
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write_gguf(model: Path, file: Path, architecture: str = "llama") -> Path:
-    """The tiny model as llama.cpp's converter would write it, in F32."""
+    """A GGUF file of the tiny model in F32, like that of llama.cpp's converter."""
     config = json.loads((model / "config.json").read_bytes())
     tokenizer = json.loads((model / "tokenizer.json").read_bytes())
     vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
@@ -67,16 +67,16 @@ def write_gguf(model: Path, file: Path, architecture: str = "llama") -> Path:
     return file
 
 
-def test_gguf_becomes_the_model_it_was_made_from(tiny_model: Path, tmp_path: Path) -> None:
+def test_gguf_is_converted_back_to_the_original_model(tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    beside = tmp_path / "config.json"
-    beside.write_text('{"model_type": "another model, which happens to lie beside the file"}')
+    other_config = tmp_path / "config.json"
+    other_config.write_text('{"model_type": "another model, beside the GGUF file"}')
     model = Catalog(tmp_path / "models").import_model("tiny", write_gguf(tiny_model, tmp_path / "tiny.gguf"))
     assert model.source == "gguf"
     assert model.reference == "tiny"
     assert model.chat_template
-    # Tied embeddings stay tied: stored once.
+    # Tied embeddings are stored once.
     original = load_file(tiny_model / "model.safetensors")
     converted = load_file(model.path / "model.safetensors")
     assert converted.keys() == original.keys()
@@ -86,11 +86,11 @@ def test_gguf_becomes_the_model_it_was_made_from(tiny_model: Path, tmp_path: Pat
     for name in ["config.json", "tokenizer_config.json", "generation_config.json"]:
         assert "local" not in (model.path / name).read_text()
         assert "_name_or_path" not in (model.path / name).read_text()
-    theirs, ours = (AutoTokenizer.from_pretrained(path) for path in (tiny_model, model.path))
+    expected, actual = (AutoTokenizer.from_pretrained(path) for path in (tiny_model, model.path))
     text = "<|im_start|>user\nThe river, 日本語 🙂<|im_end|>"
-    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
-    assert ours.chat_template == CHATML
-    assert ours.eos_token == "<|im_end|>"
+    assert actual(text)["input_ids"] == expected(text)["input_ids"]
+    assert actual.chat_template == CHATML
+    assert actual.eos_token == "<|im_end|>"
 
 
 def test_gguf_of_an_unknown_architecture_is_refused_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_gguf_of_an_unknown_architecture_is_refused_with_the_reason(tiny_model: 
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_slow_tokenizer_gains_a_fast_one_that_agrees(model_directory: Path, tmp_path: Path) -> None:
+def test_slow_tokenizer_is_converted_to_an_equal_fast_one(model_directory: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     expected = AutoTokenizer.from_pretrained(model_directory)
@@ -136,7 +136,7 @@ def test_killed_conversion_names_the_signal_and_leaves_nothing(tiny_model: Path,
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_conversion_whose_importer_died_keeps_its_directory_until_it_ends(tiny_model: Path, tmp_path: Path) -> None:
+def test_conversion_keeps_its_directory_until_it_ends_after_the_importer_died(tiny_model: Path, tmp_path: Path) -> None:
     file = write_gguf(tiny_model, tmp_path / "tiny.gguf")
     program = (
         "import sys; from pathlib import Path; from qlora_service.models.catalog.catalog import Catalog\n"
@@ -151,20 +151,20 @@ def test_conversion_whose_importer_died_keeps_its_directory_until_it_ends(tiny_m
     assert conversions(file) == children, "the conversion ended before the check"
     os.kill(children[0], signal.SIGKILL)
     deadline = time.monotonic() + 60
-    while list((tmp_path / "models").iterdir()):  # its lock goes a moment after its command line
+    while list((tmp_path / "models").iterdir()):  # its lock is released after its entry in /proc
         assert time.monotonic() < deadline
         reap_stale(tmp_path / "models")
         time.sleep(0.01)
 
 
 def conversions(file: Path) -> list[int]:
-    """Process ids of the conversions of that file."""
+    """Process ids of the running conversions of the file."""
     pids = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (process / "cmdline").read_bytes().split(b"\0")
         except OSError:
-            continue  # ended meanwhile
+            continue  # the process has ended
         if b"qlora_service.models.catalog.gguf_import" in arguments and str(file).encode() in arguments:
             pids.append(int(process.name))
     return pids

@@ -1,4 +1,4 @@
-"""Imports from a hub: the real client against a small server that speaks the few endpoints it uses."""
+"""Imports from a hub: the real client against a small server with the endpoints that it uses."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from qlora_service.models.catalog.hub import parse_hub_id
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-# The endpoint is read when the client is imported, so each import is a process of its own.
+# The client reads the endpoint when it is imported, so each model import runs in a new process.
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -34,7 +34,7 @@ except QLoRAError as error:
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves one directory as org/tiny at the branch `main`, and org/gated to nobody."""
+    """Serves one directory as org/tiny at the branch `main`, and refuses access to org/gated."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(("127.0.0.1", 0), HubHandler)
@@ -46,7 +46,7 @@ class HubHandler(BaseHTTPRequestHandler):
     server: Hub
 
     def log_message(self, *arguments: object) -> None:
-        """Keeps the test's output clean."""
+        """Logs nothing, to keep the test's output clean."""
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -56,7 +56,7 @@ class HubHandler(BaseHTTPRequestHandler):
         if path.startswith("/org/gated/resolve/"):
             self.reply(403, {"error": "gated"}, {"X-Error-Code": "GatedRepo"})
             return
-        path = path.replace("/api/models/org/gated", "/api/models/org/tiny")  # whose listing is public
+        path = path.replace("/api/models/org/gated", "/api/models/org/tiny")  # the listing of a gated model is public
         if path in ("/api/models/org/tiny", "/api/models/org/tiny/revision/main"):
             self.reply(200, {"id": "org/tiny", "sha": COMMIT, "siblings": []})
         elif path.startswith("/api/models/org/tiny/revision/"):
@@ -101,7 +101,7 @@ def hub(model_directory: Path) -> Iterator[Hub]:
 
 
 def import_model(source: str, tmp_path: Path, **environment: str) -> dict[str, Any]:
-    """What the import printed: the model, or the error."""
+    """The JSON document that the import printed: the model, or the error."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "models"), source],
@@ -118,7 +118,7 @@ def endpoint(hub: Hub) -> str:
     return f"http://127.0.0.1:{hub.server_port}"
 
 
-def test_hub_model_is_imported_at_its_commit_without_its_other_formats(hub: Hub, tmp_path: Path) -> None:
+def test_hub_model_is_imported_at_its_commit_without_other_formats(hub: Hub, tmp_path: Path) -> None:
     (hub.directory / "onnx").mkdir()
     for name in ["onnx/config.json", "pytorch_model.bin", "modeling.py", "consolidated.safetensors"]:
         (hub.directory / name).write_text("{}")
@@ -132,7 +132,7 @@ def test_hub_model_is_imported_at_its_commit_without_its_other_formats(hub: Hub,
 
     (tmp_path / "models/ours").rename(tmp_path / "first")
     again = import_model("org/tiny", tmp_path, HF_ENDPOINT=endpoint(hub), HF_HUB_OFFLINE="1")
-    assert again.get("weights_sha256") == model["weights_sha256"], "what the client's cache holds needs no network"
+    assert again.get("weights_sha256") == model["weights_sha256"], "cached files must not need a network"
 
 
 def test_model_with_remote_code_is_refused_before_its_weights_are_fetched(hub: Hub, tmp_path: Path) -> None:
@@ -148,13 +148,13 @@ def test_model_with_remote_code_is_refused_before_its_weights_are_fetched(hub: H
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("org/unknown", "neither a path here nor a model on the hub"),
+        ("org/unknown", "neither a local path nor a model on the hub"),
         ("org/tiny@v9", "org/tiny has no revision v9"),
         ("org/gated", "is gated: accept its terms"),
-        ("org/tiny.", "neither a path here nor a hub id"),
+        ("org/tiny.", "neither a local path nor a hub id"),
     ],
 )
-def test_what_the_hub_does_not_have_is_an_invalid_model(hub: Hub, tmp_path: Path, source: str, words: str) -> None:
+def test_model_that_the_hub_does_not_serve_is_invalid(hub: Hub, tmp_path: Path, source: str, words: str) -> None:
     error = import_model(source, tmp_path, HF_ENDPOINT=endpoint(hub))
     assert error["code"] == "invalid_model"
     assert words in error["message"]
@@ -162,14 +162,14 @@ def test_what_the_hub_does_not_have_is_an_invalid_model(hub: Hub, tmp_path: Path
 
 
 @pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
-def test_hub_out_of_reach_says_what_to_do(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_error_for_an_unreachable_hub_says_what_to_do(tmp_path: Path, environment: dict[str, str]) -> None:
     error = import_model("org/tiny", tmp_path, **environment)
     assert error["code"] == "unavailable"
     assert "download it elsewhere and import the directory" in error["message"]
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_silent_hub_is_given_up_after_the_clients_time_limit(tmp_path: Path) -> None:
+def test_silent_hub_times_out_at_the_clients_limit(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         error = import_model("org/tiny", tmp_path, HF_ENDPOINT=address, HF_HUB_ETAG_TIMEOUT="1")
@@ -191,5 +191,5 @@ def test_silent_hub_is_given_up_after_the_clients_time_limit(tmp_path: Path) -> 
         ("org/näme", None),
     ],
 )
-def test_hub_id_is_told_from_other_text(text: str, parsed: tuple[str, str | None] | None) -> None:
+def test_hub_id_is_distinguished_from_other_text(text: str, parsed: tuple[str, str | None] | None) -> None:
     assert parse_hub_id(text) == parsed

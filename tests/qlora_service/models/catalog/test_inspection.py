@@ -1,3 +1,5 @@
+"""Findings about the files of a model directory."""
+
 import json
 import os
 import pickle
@@ -46,19 +48,19 @@ def test_facts_are_read_from_config_and_headers(tiny_model: Path) -> None:
     assert facts.weight_files == ("model.safetensors",)
 
 
-def test_chat_template_in_tokenizer_config_counts_and_its_absence_shows(model_directory: Path) -> None:
+def test_chat_template_is_read_from_tokenizer_config_too(model_directory: Path) -> None:
     (model_directory / "chat_template.jinja").unlink()
     assert not inspect_model(model_directory, "tiny").chat_template
     edit(model_directory / "tokenizer_config.json", chat_template="{{ messages }}")
     assert inspect_model(model_directory, "tiny").chat_template
 
 
-def test_sizes_of_a_multimodal_config_are_its_language_models(model_directory: Path) -> None:
+def test_multimodal_config_has_the_sizes_of_its_language_model(model_directory: Path) -> None:
     edit(model_directory / "config.json", hidden_size=None, text_config={"hidden_size": 96})
     assert inspect_model(model_directory, "tiny").hidden_size == 96
 
 
-def test_a_model_without_a_longest_sequence_takes_what_jobs_may_ask_for(model_directory: Path) -> None:
+def test_model_without_a_longest_sequence_has_the_largest_limit_of_a_job(model_directory: Path) -> None:
     edit(model_directory / "config.json", max_position_embeddings=None)
     assert finding(model_directory) == "config.json has no max_position_embeddings"
     edit(model_directory / "config.json", model_type="bloom")
@@ -73,10 +75,10 @@ def test_every_finding_is_gathered(model_directory: Path) -> None:
     (model_directory / "tokenizer.json").unlink()
     (model_directory / "model.safetensors").unlink()
     edit(model_directory / "config.json", auto_map={"AutoConfig": "x.Y"}, quantization_config={"quant_method": "awq"})
-    found = findings(model_directory)
-    assert len(found) == 5
+    reasons = findings(model_directory)
+    assert len(reasons) == 5
     for words in ["/auto_map", "Python code", "quantized (awq)", "tokenizer is missing", "model.safetensors is"]:
-        assert any(words in reason for reason in found), words
+        assert any(words in reason for reason in reasons), words
 
 
 @pytest.mark.parametrize(
@@ -90,12 +92,12 @@ def test_every_finding_is_gathered(model_directory: Path) -> None:
         ("anything.json", "auto_map", "m.M"),
     ],
 )
-def test_json_that_asks_for_remote_code_is_refused(model_directory: Path, file: str, key: str, value: Any) -> None:
+def test_json_that_requests_remote_code_is_refused(model_directory: Path, file: str, key: str, value: Any) -> None:
     edit(model_directory / file, **{key: value})
     assert finding(model_directory).startswith(f"{file} has /{key}")
 
 
-def test_auto_map_as_a_word_of_the_vocabulary_is_no_remote_code(model_directory: Path) -> None:
+def test_auto_map_as_a_vocabulary_word_is_accepted(model_directory: Path) -> None:
     before = inspect_model(model_directory, "tiny")
     edit(model_directory / "vocab.json", auto_map=17)
     assert inspect_model(model_directory, "tiny") == before
@@ -109,12 +111,12 @@ def torch_legacy(path: Path) -> None:
     torch.save({"w": torch.zeros(2)}, path, _use_new_zipfile_serialization=False)
 
 
-def zip_behind_other_bytes(path: Path) -> None:
+def zip_after_other_bytes(path: Path) -> None:
     torch_zip(path)
     path.write_bytes(b"GIF89a" + path.read_bytes())
 
 
-def zip_that_hides_its_content(path: Path) -> None:
+def zip_with_damaged_directory(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("data", "x")
     content = path.read_bytes()
@@ -124,10 +126,10 @@ def zip_that_hides_its_content(path: Path) -> None:
 @pytest.mark.parametrize("name", ["weights.model", "README.md", "deep/er/notes.txt", "blob"])
 @pytest.mark.parametrize(
     "write",
-    [torch_zip, torch_legacy, zip_behind_other_bytes, zip_that_hides_its_content]
+    [torch_zip, torch_legacy, zip_after_other_bytes, zip_with_damaged_directory]
     + [lambda path, protocol=protocol: path.write_bytes(pickle.dumps({}, protocol)) for protocol in (2, 3, 4, 5)],
 )
-def test_pickle_is_refused_by_content_whatever_its_name(
+def test_pickle_content_is_refused_under_any_name(
     model_directory: Path, name: str, write: Callable[[Path], None]
 ) -> None:
     (model_directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +138,7 @@ def test_pickle_is_refused_by_content_whatever_its_name(
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "a.pt", "a.PTH", "a.ckpt", "sub/a.pkl"])
-def test_pickle_names_are_refused_whatever_the_content(model_directory: Path, name: str) -> None:
+def test_pickle_names_are_refused_with_any_content(model_directory: Path, name: str) -> None:
     (model_directory / "sub").mkdir()
     (model_directory / name).write_bytes(b"")
     assert finding(model_directory).startswith(f"{name} holds pickled weights")
@@ -159,25 +161,25 @@ def test_header_length_that_looks_like_pickle_magic_is_accepted(model_directory:
     inspect_model(model_directory, "tiny")
 
 
-def test_symlinks_may_not_leave_the_directory(model_directory: Path, tmp_path: Path) -> None:
+def test_symlink_to_a_path_outside_the_directory_is_refused(model_directory: Path, tmp_path: Path) -> None:
     (tmp_path / "outside.txt").write_text("secret")
     (model_directory / "LICENSE").symlink_to("README.md")
     (model_directory / "README.md").write_text("inside")
     inspect_model(model_directory, "tiny")
     (model_directory / "NOTICE").symlink_to("../outside.txt")
     (model_directory / "folder").symlink_to(tmp_path)
-    found = findings(model_directory)
-    assert [reason.split(" is a symbolic link")[0] for reason in found] == ["folder", "NOTICE"]
+    reasons = findings(model_directory)
+    assert [reason.split(" is a symbolic link")[0] for reason in reasons] == ["folder", "NOTICE"]
 
 
-def test_weights_behind_an_outside_symlink_are_refused(model_directory: Path, tmp_path: Path) -> None:
+def test_weights_that_are_a_symlink_to_the_outside_are_refused(model_directory: Path, tmp_path: Path) -> None:
     (model_directory / "model.safetensors").rename(tmp_path / "elsewhere")
     (model_directory / "model.safetensors").symlink_to(tmp_path / "elsewhere")
     assert "model.safetensors is a symbolic link" in findings(model_directory)[0]
 
 
 @pytest.mark.parametrize("name", ["dangling", "loop", "pipe"])
-def test_what_is_no_regular_file_is_refused(model_directory: Path, name: str) -> None:
+def test_irregular_file_is_refused(model_directory: Path, name: str) -> None:
     if name == "pipe":
         os.mkfifo(model_directory / name)
     else:
@@ -214,12 +216,12 @@ def test_missing_part_is_named(model_directory: Path, name: str, reason: str) ->
     assert finding(model_directory).startswith(reason)
 
 
-def test_directory_with_a_gguf_only_says_how_to_import_it(model_directory: Path) -> None:
+def test_error_for_a_gguf_directory_says_how_to_import_it(model_directory: Path) -> None:
     (model_directory / "model.safetensors").rename(model_directory / "tiny.gguf")
     assert finding(model_directory).endswith("to import tiny.gguf, name that file")
 
 
-def test_index_names_the_weights_and_only_those_count(model_directory: Path) -> None:
+def test_only_the_weights_named_by_the_index_count(model_directory: Path) -> None:
     tensors = load_file(model_directory / "model.safetensors")
     whole = inspect_model(model_directory, "tiny").parameters
     (model_directory / "model.safetensors").rename(model_directory / "consolidated.safetensors")
@@ -279,17 +281,17 @@ def test_file_that_is_not_json_is_refused(model_directory: Path, content: str) -
         ("chat_template.jinja", "\udcff"),
     ],
 )
-def test_settings_that_rendering_could_not_use_are_refused(model_directory: Path, name: str, content: str) -> None:
+def test_settings_unusable_for_rendering_are_refused(model_directory: Path, name: str, content: str) -> None:
     (model_directory / name).write_text(content, errors="surrogateescape")
     assert finding(model_directory).startswith(name)
 
 
-def test_tokenizer_json_of_other_json_is_refused(model_directory: Path) -> None:
+def test_tokenizer_json_without_a_tokenizer_is_refused(model_directory: Path) -> None:
     (model_directory / "tokenizer.json").write_text("{}")
     assert finding(model_directory).startswith("tokenizer.json is not a tokenizer")
 
 
-def test_size_of_json_is_capped(model_directory: Path) -> None:
+def test_size_of_json_is_limited(model_directory: Path) -> None:
     with (model_directory / "tokenizer.json").open("a") as file:
         file.write(" " * 5 * 2**20)
     inspect_model(model_directory, "tiny")

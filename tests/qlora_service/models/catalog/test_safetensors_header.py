@@ -1,3 +1,5 @@
+"""Headers of .safetensors files, valid and invalid."""
+
 import json
 from pathlib import Path
 
@@ -14,7 +16,7 @@ def write(path: Path, header: object, buffer: bytes = b"") -> Path:
     return path
 
 
-def test_header_agrees_with_the_library_that_wrote_the_file(tmp_path: Path) -> None:
+def test_header_equals_the_tensors_that_the_library_saved(tmp_path: Path) -> None:
     tensors = {"a": torch.zeros(3, 5, dtype=torch.bfloat16), "b": torch.zeros(7), "scalar": torch.tensor(1)}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     entries = read_header(tmp_path / "x.safetensors")
@@ -26,10 +28,10 @@ def test_header_agrees_with_the_library_that_wrote_the_file(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("buffer", [b"", b"\0" * 7, b"\0" * 9], ids=["no weights", "truncated", "longer"])
-def test_file_whose_length_is_not_what_the_header_promises_is_refused(tmp_path: Path, buffer: bytes) -> None:
+def test_file_whose_length_differs_from_its_header_is_refused(tmp_path: Path, buffer: bytes) -> None:
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     read_header(write(tmp_path / "whole", {"a": entry}, b"\0" * 8))
-    with pytest.raises(ValueError, match="promises 8 bytes"):
+    with pytest.raises(ValueError, match="describes 8 bytes"):
         read_header(write(tmp_path / "broken", {"a": entry}, buffer))
 
 
@@ -41,12 +43,12 @@ def test_file_whose_length_is_not_what_the_header_promises_is_refused(tmp_path: 
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}, "lacks"),
         ({"dtype": "PICKLE", "shape": [2], "data_offsets": [0, 8]}, "dtype PICKLE"),
         ({"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}, "do not fit its shape"),
-        ({"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}, "no whole number"),
-        ({"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}, "no whole number"),
-        ({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "leaves a hole"),
+        ({"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}, "not a whole number"),
+        ({"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}, "not a whole number"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "leaves a gap"),
     ],
 )
-def test_entry_that_cannot_be_true_is_refused(tmp_path: Path, entry: object, reason: str) -> None:
+def test_inconsistent_entry_is_refused(tmp_path: Path, entry: object, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         read_header(write(tmp_path / "x", {"a": entry}, b"\0" * 8))
 
@@ -58,7 +60,7 @@ def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("header", [b"[]", b"not json", b"[" * 100_000], ids=["list", "text", "deep"])
-def test_header_that_is_no_json_object_is_refused(tmp_path: Path, header: bytes) -> None:
+def test_header_without_a_json_object_is_refused(tmp_path: Path, header: bytes) -> None:
     with pytest.raises(ValueError, match="its header is not"):
         read_header(write(tmp_path / "x", header))
 

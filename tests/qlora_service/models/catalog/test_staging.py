@@ -1,3 +1,5 @@
+"""Staging directories of processes that live, fail and die."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ with staging_directory(Path(sys.argv[1])) as staged:
 """
 
 
-def test_published_directory_appears_whole_and_leaves_no_staging(tmp_path: Path) -> None:
+def test_published_directory_is_complete_and_leaves_no_staging(tmp_path: Path) -> None:
     with staging_directory(tmp_path / "models") as staged:
         (staged.path / "file").write_text("x")
         staged.publish(tmp_path / "models/name")
@@ -31,7 +33,7 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_second_publisher_of_a_name_loses_and_changes_nothing(tmp_path: Path) -> None:
+def test_second_publisher_of_a_name_fails_and_changes_nothing(tmp_path: Path) -> None:
     with staging_directory(tmp_path) as first, staging_directory(tmp_path) as second:
         (first.path / "file").write_text("first")
         (second.path / "file").write_text("second")
@@ -42,7 +44,7 @@ def test_second_publisher_of_a_name_loses_and_changes_nothing(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["name"]
 
 
-def test_only_the_staging_of_a_dead_writer_is_reaped(tmp_path: Path) -> None:
+def test_only_the_staging_of_a_dead_writer_is_deleted(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as writer:
@@ -57,10 +59,10 @@ def test_only_the_staging_of_a_dead_writer_is_reaped(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_staging_stays_while_a_child_that_inherited_the_lock_lives(tmp_path: Path) -> None:
+def test_staging_is_kept_while_a_child_with_the_inherited_lock_lives(tmp_path: Path) -> None:
     with staging_directory(tmp_path) as staged:
         child = subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, pass_fds=(staged.lock_fd,))
-        staged.path.rename(tmp_path / ".staging-orphan")  # out of reach of the context's own clean-up
+        staged.path.rename(tmp_path / ".staging-orphan")  # so that the context does not delete it at its end
     with child:
         reap_stale(tmp_path)
         assert (tmp_path / ".staging-orphan").is_dir()
