@@ -27,6 +27,12 @@ demo: install  ## Train a small model on a small dataset, download the adapter, 
 test: install  ## All tests that need no GPU; three files at a time, since some wait
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
+FAST := $(addprefix tests/qlora_service/,actions artifacts chat data domain planning queue specs store webhooks \
+  test_errors.py test_settings.py)
+
+test-fast: install  ## Tests that start no process and train nothing: under a minute on 2 cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(FAST)
+
 chaos: install  ## Fault injection in full size (an hour and more): make chaos ONLY=kills
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.chaos $(if $(ONLY),--only $(ONLY))
 

@@ -37,11 +37,15 @@ SLOWEST = (
 """Paths of the slowest tests, which run first, so that pytest's workers end at about the same time."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> int:
         return next((rank for rank, path in enumerate(SLOWEST) if item.nodeid.startswith(path)), len(SLOWEST))
 
     items.sort(key=rank)
+    for item in items:
+        if "postgres" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
 
 
 # As in trainers when they import torch (`process.startup`): the libraries' two million objects stay alive, and

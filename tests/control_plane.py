@@ -89,7 +89,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
     database.close()
 
 
-@pytest.fixture(name="database", params=["sqlite", "postgresql"])
+@pytest.fixture(name="database", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def each_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
     """Runs each test on a migrated SQLite file and on PostgreSQL; imported instead of `database`."""
     if request.param == "sqlite":

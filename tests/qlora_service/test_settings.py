@@ -122,6 +122,7 @@ def test_error_of_inconsistent_settings_names_them(
     assert "cannot be used: QLORA_HEARTBEAT_S is 20: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["api", "workers", "qlora_service.cli"])
 def test_every_program_reports_invalid_settings_in_one_line(program: str) -> None:
     arguments = ["jobs"] if program == "qlora_service.cli" else []

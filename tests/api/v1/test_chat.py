@@ -85,8 +85,8 @@ def test_stream_contains_the_same_completion_in_chunks(
 def test_completion_continues_plain_text(client: TestClient, echo_server: EchoProcess) -> None:
     answer = client.post(TEXT, json={"model": "tiny", "prompt": ["once more"]}).json()
     assert (answer["object"], answer["choices"][0]["text"]) == ("text_completion", "once more")
-    assert echo_server.asked[-1].messages is None
-    assert echo_server.asked[-1].sampling.max_tokens == 16
+    assert echo_server.received[-1].messages is None
+    assert echo_server.received[-1].sampling.max_tokens == 16
     body = client.post(TEXT, json={"model": "tiny", "prompt": "once more", "stream": True}).text
     *chunks, last = events(body)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "once more"
@@ -102,7 +102,7 @@ def test_request_parameters_reach_the_model(client: TestClient, echo_server: Ech
     tool = {"type": "function", "function": {"name": "now", "parameters": {}}}
     settings = {"temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": "x", "max_completion_tokens": 9}
     client.post(CHAT, json={"model": "tiny", "messages": messages, "tools": [tool], **settings})
-    request = echo_server.asked[-1]
+    request = echo_server.received[-1]
     assert request.messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "assistant", "content": ""},
@@ -111,8 +111,8 @@ def test_request_parameters_reach_the_model(client: TestClient, echo_server: Ech
     assert request.tools == [tool]
     assert request.sampling == Sampling(max_tokens=9, temperature=0.5, top_p=0.9, seed=3, stop=("x",))
     client.post(CHAT, json=chat_body(tools=[tool], tool_choice="none", max_tokens=4, stop=["a", "b"]))
-    assert echo_server.asked[-1].tools is None
-    assert echo_server.asked[-1].sampling == Sampling(max_tokens=4, stop=("a", "b"))
+    assert echo_server.received[-1].tools is None
+    assert echo_server.received[-1].sampling == Sampling(max_tokens=4, stop=("a", "b"))
 
 
 def test_neutral_parameters_are_accepted(client: TestClient, echo_server: EchoProcess) -> None:
@@ -178,9 +178,9 @@ def test_adapter_is_selected_by_model_name_or_job_id(
     for name in (finished_job, job["fine_tuned_model"]):
         answer = client.post(CHAT, json=chat_body(model=name))
         assert answer.json()["model"] == name
-        assert echo_server.asked[-1].adapter == AdapterRef(job_id=finished_job, attempt=1)
+        assert echo_server.received[-1].adapter == AdapterRef(job_id=finished_job, attempt=1)
     client.post(CHAT, json=chat_body())
-    assert echo_server.asked[-1].adapter is None
+    assert echo_server.received[-1].adapter is None
 
 
 def test_deleted_adapter_is_not_found(client: TestClient, echo_server: EchoProcess, finished_job: str) -> None:
@@ -250,8 +250,8 @@ def test_client_disconnect_cancels_the_generation(
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             received, deadline = b"", time.monotonic() + 60
-            while not echo_server.asked or (stream and b"data:" not in received):
+            while not echo_server.received or (stream and b"data:" not in received):
                 assert time.monotonic() < deadline
                 received += connection.recv(65536) if stream else b""
                 time.sleep(0.02)
-        assert echo_server.broken_off.wait(60)
+        assert echo_server.client_gone.wait(60)

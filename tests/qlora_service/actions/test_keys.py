@@ -119,6 +119,7 @@ def work(url):
 """
 
 
+@pytest.mark.slow
 def test_one_of_several_starting_processes_creates_the_first_key(database: Database, access: Access) -> None:
     secrets = run_in_processes(_FIRST_KEY, database.url, processes=4)
     (secret,) = [secret for secret in secrets if secret]

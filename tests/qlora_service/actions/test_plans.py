@@ -74,6 +74,7 @@ def test_default_length_of_a_plan_is_that_of_a_job(service_on: MakeService) -> N
     assert plan.longest_tokens == 512  # the tiny model's maximum
 
 
+@pytest.mark.slow
 def test_plan_for_another_card_than_that_of_the_workers(service_on: MakeService) -> None:
     service = service_on(TOO_SMALL)
     named = service.plans.plan(spec(dataset={}), device="RTX 3090")
@@ -132,6 +133,7 @@ def test_forecast_is_stored_with_the_job(service_on: MakeService) -> None:
     assert submission.warnings == ()
 
 
+@pytest.mark.slow
 def test_a_job_that_does_not_fit_is_refused_and_nothing_is_stored(service_on: MakeService) -> None:
     service = service_on(TOO_SMALL)
     reason = r"needs at least .*, a card of 1 GB has 0 MiB available.*force: true"

@@ -16,6 +16,8 @@ from qlora_service.data.rows.examples import Chat, Completion, SourceRow
 from qlora_service.errors import InvalidRequest
 from tests.tiny_model import CHATML, build_tiny_model
 
+pytestmark = pytest.mark.slow
+
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is the capital of France?"}]
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 

@@ -61,11 +61,11 @@ def read_until(controller: int, expected: str) -> str:
 def test_stdout_is_the_answer_only(run: Any, inference: EchoProcess) -> None:
     outcome = run("chat", "tiny", "Say it again.", "--system", "Be brief.", "--max-tokens", 5, "--temperature", 0)
     assert (outcome.code, outcome.stdout, outcome.stderr) == (0, "Say it again.\n", "")
-    assert inference.asked[-1].messages == [
+    assert inference.received[-1].messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Say it again."},
     ]
-    assert (inference.asked[-1].sampling.max_tokens, inference.asked[-1].sampling.temperature) == (5, 0.0)
+    assert (inference.received[-1].sampling.max_tokens, inference.received[-1].sampling.temperature) == (5, 0.0)
 
 
 def test_a_question_can_be_piped_in(run: Any, inference: EchoProcess, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_ctrl_c_stops_the_generation(api: RunningApi, inference: EchoProcess) ->
         process.send_signal(signal.SIGINT)
         process.stdout.read()
         assert process.wait(20) == ExitCode.INTERRUPTED
-    assert inference.broken_off.wait(10)
+    assert inference.client_gone.wait(10)
 
 
 def test_conversation_keeps_its_history_and_continues_after_a_refusal(api: RunningApi, inference: EchoProcess) -> None:
@@ -114,7 +114,7 @@ def test_conversation_keeps_its_history_and_continues_after_a_refusal(api: Runni
             read_until(controller, answer)
         os.write(controller, b"\x04")
         assert process.wait(20) == 0
-    assert [message["content"] for message in inference.asked[-1].messages or []] == ["one", "one", "two"]
+    assert [message["content"] for message in inference.received[-1].messages or []] == ["one", "one", "two"]
 
 
 def test_conversation_with_an_unknown_model_ends(api: RunningApi) -> None:

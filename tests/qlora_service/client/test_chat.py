@@ -25,13 +25,13 @@ def user_message(content: str) -> list[dict[str, str]]:
 
 def test_answer_arrives_in_pieces(client: Client, inference: EchoProcess) -> None:
     assert list(client.chat("tiny", user_message("one two three"), temperature=0.0)) == ["one", " two", " three"]
-    assert inference.asked[-1].sampling.temperature == 0.0
+    assert inference.received[-1].sampling.temperature == 0.0
 
 
 def test_closing_the_iterator_stops_the_generation(client: Client, inference: EchoProcess) -> None:
     with closing(client.chat("tiny", user_message(ENDLESS))) as pieces:
         assert next(pieces) == "for"
-    assert inference.broken_off.wait(10)
+    assert inference.client_gone.wait(10)
 
 
 def test_refusal_has_code_and_location(client: Client) -> None:

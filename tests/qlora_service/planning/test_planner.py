@@ -75,6 +75,7 @@ def test_reason_of_fits_if_names_the_changes() -> None:
     assert "set training.gradient_checkpointing to auto; or training.max_seq_len_tokens to " in plan.reason
 
 
+@pytest.mark.slow
 def test_simulation_is_stored_for_the_next_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = tight_device()
     first = Planner(cache_dir=tmp_path).plan(SMALL, SPEC, found)
@@ -85,6 +86,7 @@ def test_simulation_is_stored_for_the_next_plan(tmp_path: Path, monkeypatch: pyt
     assert again.as_dict() == first.as_dict()
 
 
+@pytest.mark.slow
 def test_notes_say_why_nothing_was_simulated_and_advise_a_probe() -> None:
     unheard_of = {**CONFIG, "model_type": "unheard_of"}
     plan = Planner().plan(unheard_of, SPEC, Planner().device("24GB"))

@@ -124,6 +124,7 @@ def test_new_claim_resets_progress_but_keeps_the_first_start_time(
     assert job.started_at == START
 
 
+@pytest.mark.slow
 def test_six_processes_run_each_of_200_jobs_once(database: Database) -> None:
     ids = [add_job(database) for _ in range(200)]
     shares = run_in_processes(CLAIM_ALL, database.url, processes=6)
@@ -134,6 +135,7 @@ def test_six_processes_run_each_of_200_jobs_once(database: Database) -> None:
         assert status_history(database, job_id) == ["queued", "running", "succeeded"]
 
 
+@pytest.mark.slow
 def test_concurrent_claims_all_get_a_job_while_there_are_enough(database: Database) -> None:
     ids = [add_job(database) for _ in range(120)]
     shares = run_in_processes(CLAIM_TWENTY, database.url, processes=6)
@@ -304,6 +306,7 @@ def test_ended_job_is_never_claimed_requeued_or_cancelled(
 # --- quotas
 
 
+@pytest.mark.slow
 def test_concurrent_claims_run_no_more_jobs_than_allowed(database: Database) -> None:
     for _ in range(120):
         add_job(database)

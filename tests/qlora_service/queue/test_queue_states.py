@@ -20,6 +20,8 @@ from qlora_service.queue.requests import request_cancel, request_pause, request_
 from qlora_service.store.jobs import events_after, get_job
 from tests.control_plane import LEASE_S, JobRequest, SteppedClock, add_job, read_job, send_request, sqlite_database
 
+pytestmark = pytest.mark.slow
+
 MAX_DEATHS = 3
 MAX_RUNNING = 2
 MAX_JOBS = 4

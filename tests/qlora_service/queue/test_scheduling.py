@@ -124,6 +124,7 @@ def test_a_released_job_keeps_its_count_of_overtakings(queue: Queue, database: D
     assert overtaken(database) == {cold: 1, warm: 0}
 
 
+@pytest.mark.slow
 def test_workers_with_different_bases_starve_no_job_and_claim_each_once(database: Database) -> None:
     ids = [add_job(database, quantization={"type": ("nf4", "fp4", "int8")[n % 3]}) for n in range(60)]
     claimed = run_in_processes(CLAIM_ALL, database.url, processes=4)

@@ -109,6 +109,7 @@ def test_downgrade_leaves_an_empty_schema_that_can_be_migrated_again(database: D
     assert not any(stored_rows(database).values())
 
 
+@pytest.mark.slow
 def test_concurrent_migrations_all_end_with_the_newest_schema(tmp_path: Path) -> None:
     for attempt in range(3):
         url = f"sqlite:///{tmp_path / str(attempt) / 'state.db'}"

@@ -153,6 +153,7 @@ def test_endless_response_is_read_to_a_limit() -> None:
     assert written < 20_000_000
 
 
+@pytest.mark.slow
 def test_certificate_must_match_the_host_name(tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subprocess.run(

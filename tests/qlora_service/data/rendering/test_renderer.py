@@ -18,6 +18,8 @@ from qlora_service.data.rows.examples import Chat, Completion, Example, SourceRo
 from qlora_service.errors import InvalidModel
 from tests.rendered_rows import NOW, RULES, chat, render, render_one, trained_text
 
+pytestmark = pytest.mark.slow
+
 LANGUAGES = ["Grüße aus Köln", "日本語のテキスト", "שלום עולם", "नमस्ते दुनिया", "👩‍👩‍👧 emoji ﷽", "a\u0301 combining"]
 
 

@@ -12,6 +12,8 @@ from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderR
 from qlora_service.data.rows.examples import Completion, Example, LabeledAnswer, Preference, SourceRow, Text
 from tests.rendered_rows import NOW, chat, pair, render, render_one, trained_text
 
+pytestmark = pytest.mark.slow
+
 
 def test_each_side_of_a_pair_is_rendered_as_if_alone(tiny_model: Path) -> None:
     plain = Preference(Completion("two plus two is", " four"), Completion("two plus two is", " five"))

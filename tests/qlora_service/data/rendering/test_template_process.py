@@ -21,6 +21,8 @@ from qlora_service.data.rendering.template_process import TemplateProcess
 from qlora_service.data.rows.examples import Chat
 from qlora_service.errors import InvalidDataset, InvalidModel
 
+pytestmark = pytest.mark.slow
+
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 HANG = (
     "{% if 'hang' in messages[0].content %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"

@@ -13,6 +13,8 @@ from qlora_service.specs import JobSpec
 from tests.planning_models import config
 from tests.planning_published import ROWS, emulated_bytes
 
+pytestmark = pytest.mark.slow
+
 TINY = config(64, 128, 2, 4, 2, 512)
 JOB = JobSpec(base_model="tiny")
 

@@ -12,6 +12,8 @@ import pytest
 from qlora_service.planning.memory import Category
 from tests.planning_tracked import JOBS, TrackedJob, track_real_steps
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("case", JOBS[::3], ids=lambda case: case.name)
 def test_simulated_bytes_equal_those_of_real_tensors(tiny_model: Path, case: TrackedJob) -> None:
