@@ -151,6 +151,7 @@ def test_a_job_that_does_not_fit_is_refused_and_nothing_is_stored(service_on: Ma
     assert service.jobs.list_jobs() == service.datasets.list_datasets() == []
 
 
+@pytest.mark.slow
 def test_job_that_does_not_fit_is_queued_with_force_and_a_warning(service_on: MakeService) -> None:
     submission = service_on(TOO_SMALL).jobs.submit(spec(), force=True)
     (warning,) = submission.warnings
