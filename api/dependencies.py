@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from api.access.auth import CallerOf
 from api.http.uploads import Uploads
-from qlora_service.actions.keys import Access
+from qlora_service.actions.keys import KeyRegistry
 from qlora_service.actions.service import Service
 
 
@@ -18,9 +18,9 @@ async def _service(request: Request, caller: CallerOf) -> Service:
     return service.within(caller.project)
 
 
-async def _access(request: Request) -> Access:
-    access: Access = request.app.state.access
-    return access
+async def _key_registry(request: Request) -> KeyRegistry:
+    registry: KeyRegistry = request.app.state.key_registry
+    return registry
 
 
 async def _uploads(request: Request) -> Uploads:
@@ -29,7 +29,7 @@ async def _uploads(request: Request) -> Uploads:
 
 
 ServiceOf = Annotated[Service, Depends(_service)]
-AccessOf = Annotated[Access, Depends(_access)]
+KeyRegistryOf = Annotated[KeyRegistry, Depends(_key_registry)]
 UploadsOf = Annotated[Uploads, Depends(_uploads)]
 
 JobId = Annotated[str, Path(description="Id of a job.", examples=["job_019a9c2f8d31c4e55f0a7b"])]

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from api.openai_errors import PREFIX as OPENAI_PREFIX
-from api.openai_errors import on_openai_wire
+from api.openai_errors import to_openai_error
 from api.schemas import ErrorResponse
 from qlora_service.errors import (
     Conflict,
@@ -145,7 +145,7 @@ def status_of(error: QLoRAError) -> int:
 
 
 @contextmanager
-def located(locations: Mapping[type[QLoRAError], str]) -> Iterator[None]:
+def error_locations(locations: Mapping[type[QLoRAError], str]) -> Iterator[None]:
     """Sets the location of errors of these classes: only the route knows where in the request their cause is."""
     try:
         yield
@@ -273,5 +273,5 @@ class _ErrorJSONResponse(JSONResponse):
             await super().__call__(scope, receive, send)
             return
         waiting_helps = self.status_code != 429 or "Retry-After" in self._own_headers
-        error, status, openai_headers = on_openai_wire(self._error, self.status_code, waiting_helps=waiting_helps)
+        error, status, openai_headers = to_openai_error(self._error, self.status_code, waiting_helps=waiting_helps)
         await JSONResponse({"error": error}, status, self._own_headers | openai_headers)(scope, receive, send)

@@ -19,7 +19,7 @@ from api.http.request_log import RequestLog
 from api.http.uploads import Uploads
 from api.openapi import Application
 from api.routes import accuracy, artifacts, datasets, docs, events, health, jobs, keys, models, plans, recipes
-from qlora_service.actions.keys import Access
+from qlora_service.actions.keys import KeyRegistry
 from qlora_service.actions.service import open_service
 from qlora_service.models.catalog.staging import reap_stale, staging_directory
 from qlora_service.settings import Settings
@@ -103,19 +103,19 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             plan_cache_dir=settings.plan_cache_dir,
         )
         # On its own connections: keys are checked even while requests occupy all of the service's connections.
-        access = Access(Database(settings.resolved_database_url))
+        registry = KeyRegistry(Database(settings.resolved_database_url))
         if settings.keys == "required":
-            print_first_key(access)
+            print_first_key(registry)
         service.uploads.reap()
         app.state.service = service
-        app.state.access = access
-        keys = access if settings.keys == "required" else None
-        app.state.authenticator = Authenticator(keys, settings.max_requests_per_minute)
+        app.state.key_registry = registry
+        checked_keys = registry if settings.keys == "required" else None
+        app.state.authenticator = Authenticator(checked_keys, settings.max_requests_per_minute)
         app.state.uploads = Uploads(scratch.path, settings.max_upload_bytes)
         database_url = settings.resolved_database_url
         with (
             closing(service),
-            closing(access),
+            closing(registry),
             open_webhooks(database_url, private=settings.webhook_private) as app.state.webhooks,
         ):
             async with running_feed(database_url, lambda: bool(app.state.draining)) as app.state.event_feed:

@@ -30,7 +30,7 @@ class OpenAIErrorResponse(BaseModel):
     error: OpenAIError
 
 
-def on_openai_wire(
+def to_openai_error(
     error: dict[str, Any], status: int, *, waiting_helps: bool = True
 ) -> tuple[dict[str, Any], int, dict[str, str]]:
     """The error in OpenAI's shape, its status and additional headers.

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qlora_service.chat.wire import ContextTooLong, Finished, GenerationRequest, Leaving, listen
+from qlora_service.chat.wire import ContextTooLong, Finished, GenerationRequest, YieldingSlot, listen
 from qlora_service.specs import Quantization
 from qlora_service.store import inference
 from qlora_service.store.database import Database
@@ -34,8 +34,8 @@ class EchoProcess:
         self._database.migrate()
         self.requests = RequestQueue(listen(directory / "x.sock"))
         with self._database.write() as connection:
-            inference.ask_for(connection, base)
-            inference.take(connection, base, "here", str(directory / "x.sock"))
+            inference.request_base(connection, base)
+            inference.assign_base(connection, base, "here", str(directory / "x.sock"))
 
     def __enter__(self) -> Self:
         self.requests.finish_loading()
@@ -47,9 +47,9 @@ class EchoProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._database.write() as connection:
-            inference.give_up(connection, "here")
+            inference.release_base(connection, "here")
         self._database.close()
-        self.requests.drain(Leaving("the test is over"))
+        self.requests.drain(YieldingSlot("the test is over"))
         self.requests.close()
 
     def _answer(self, request: GenerationRequest, emit: Callable[[str], None]) -> Finished:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from qlora_service.models.adapters import attach
+from qlora_service.models.adapters import attach_adapter
 from qlora_service.specs import Adapter, Lora
 from qlora_service.training.network.isolation import isolate_documents
 from qlora_service.training.network.micro_batch import TokenRow
@@ -44,7 +44,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32, gain: fl
 
 def adapted(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
     """The base with an adapter that changes its outputs, in training mode; in float64 if the base is."""
-    model = attach(base, adapter, seed=0)
+    model = attach_adapter(base, adapter, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "lora_embedding_A" in name:  # PEFT initializes these to zero

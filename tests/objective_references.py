@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from qlora_service.specs import Dpo, Kto, Objective, Orpo, Supervised
 from qlora_service.training.network.cross_entropy import TokenLosses
-from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
+from qlora_service.training.network.micro_batch import LabeledRow, PreferencePair, TokenRow, TrainingExample
 from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import Share, _with_answer_of, make_objective
 from tests.network_reference import make_norms_exact, plain_losses
@@ -20,7 +20,7 @@ from tests.tiny_training import FLOAT64, load, rows
 
 ROWS = rows(8, high=40)
 PAIRS = [PreferencePair(row, _with_answer_of(row, other)) for row, other in zip(ROWS[::2], ROWS[1::2], strict=True)]
-LABELLED = [LabelledRow(row, desirable) for row, desirable in zip(ROWS, [True, False, True, True, False], strict=False)]
+LABELLED = [LabeledRow(row, desirable) for row, desirable in zip(ROWS, [True, False, True, True, False], strict=False)]
 SUPERVISED = Supervised()
 DPO = Dpo(type="dpo", beta=0.3)
 SMOOTHED_DPO = Dpo(type="dpo", beta=0.3, label_smoothing=0.2)
@@ -68,7 +68,7 @@ def log_ratios(model: PeftModel, documents: Sequence[TokenRow]) -> torch.Tensor:
     return policy - base
 
 
-def mismatched(labelled: Sequence[LabelledRow]) -> list[TokenRow]:
+def mismatched(labelled: Sequence[LabeledRow]) -> list[TokenRow]:
     """The pairs (x1, y2), (x2, y3), … (xm, y1) of arXiv:2402.01306, section 4, cut at the longer of the two rows."""
     result = []
     for index, example in enumerate(labelled):
@@ -95,7 +95,7 @@ def reference_losses(model: PeftModel, spec: Objective, examples: Sequence[Train
             odds = mean.exp() / (1 - mean.exp())
             return -mean[::2] - spec.beta * (odds[::2] / odds[1::2]).log().sigmoid().log()
         case Kto():  # arXiv:2402.01306, equations 7 and 8
-            labelled = [example for example in examples if isinstance(example, LabelledRow)]
+            labelled = [example for example in examples if isinstance(example, LabeledRow)]
             others = log_ratios(model, mismatched(labelled)).detach() if len(labelled) > 1 else torch.zeros(1)
             baseline = max(0.0, others.mean().item())
             values = []

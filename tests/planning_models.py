@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_service.planning.formula import memory
+from qlora_service.planning.formula import estimated_memory
 from qlora_service.planning.largest_step import largest_step
 from qlora_service.planning.memory import Memory
 from qlora_service.planning.shapes import ModelShape
@@ -83,7 +83,7 @@ class Case:
 
     def estimated(self) -> Memory:
         """The memory by the formula."""
-        return memory(ModelShape.from_config(MODELS[self.model]), self.job(), **self._sizes())
+        return estimated_memory(ModelShape.from_config(MODELS[self.model]), self.job(), **self._sizes())
 
     def _sizes(self) -> dict[str, Any]:
         return {

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from bitsandbytes.autograd._functions import MatMul4Bit
 from peft import LoraConfig, get_peft_model
 
-from qlora_service.models.adapters import trainable
+from qlora_service.models.adapters import trainable_parameters
 from qlora_service.planning.memory import Category
 from qlora_service.planning.simulation.allocator import CUBLAS_WORKSPACE_BYTES
 from qlora_service.planning.simulation.simulated_base import META, simulated_base
@@ -111,7 +111,7 @@ def emulate(row: PublishedRow) -> Tracker:
         if row.notebook:
             resident += _rotation_caches(row)
         else:
-            resident += [torch.zeros_like(p) for p in trainable(model) for _ in range(2)]  # AdamW's moments
+            resident += [torch.zeros_like(p) for p in trainable_parameters(model) for _ in range(2)]  # AdamW's moments
         for tensor in resident:
             tracker.register(tensor, Category.OPTIMIZER)
         ids = torch.empty(row.batch, row.tokens, dtype=torch.long, device=META)

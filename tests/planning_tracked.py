@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qlora_service.models.adapters import after_step, attach, trainable
+from qlora_service.models.adapters import attach_adapter, prune_after_step, trainable_parameters
 from qlora_service.models.base.quantize import load_base
 from qlora_service.planning.largest_step import LargestStep, largest_step
 from qlora_service.planning.memory import Category, Memory
@@ -22,7 +22,7 @@ from qlora_service.training.network.isolation import isolate_documents
 from qlora_service.training.network.network import Network
 from qlora_service.training.network.varlen_attention import BLOCK, _triangle
 from qlora_service.training.objectives import evaluate, make_objective
-from qlora_service.training.optimizer import optimizing
+from qlora_service.training.optimizer import managed_optimizer
 from qlora_service.training.step import StepGradients
 
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ def track_real_steps(case: TrackedJob, model_dir: Path) -> Tracker:
     base = load_base(model_dir, spec.quantization, dtype, CPU)
     isolation = isolate_documents(base)
     network = Network(
-        attach(base, spec.adapter, spec.training.seed),
+        attach_adapter(base, spec.adapter, spec.training.seed),
         isolation,
         checkpointing=case.checkpointing,
         neftune_noise_alpha=spec.training.neftune_noise_alpha,
@@ -120,13 +120,13 @@ def track_real_steps(case: TrackedJob, model_dir: Path) -> Tracker:
     training = spec.training.model_copy(update={"micro_batch_tokens": max(step.tokens, case.micro_batch_tokens)})
     gradients = StepGradients(network, objective, training, lambda _: None)
     step_examples = examples if step.is_whole_step else 2 * examples
-    with tracker, optimizing(network.model, training, CPU) as optimizer:
+    with tracker, managed_optimizer(network.model, training, CPU) as optimizer:
         for number in range(STEPS):
             gradients.compute(number, step_examples)
             with tracker.during(Category.OPTIMIZER):
-                torch.nn.utils.clip_grad_norm_(trainable(network.model), training.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(trainable_parameters(network.model), training.max_grad_norm)
                 optimizer.step()
-                after_step(network.model, number + 1)
+                prune_after_step(network.model, number + 1)
             optimizer.zero_grad(set_to_none=True)
             evaluate(network, objective, examples[:1])
     return tracker

@@ -9,10 +9,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qlora_service.artifacts.manifest import NAME as MANIFEST
+from qlora_service.artifacts.manifest import MANIFEST_NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest, describe_file
 from qlora_service.artifacts.store import ArtifactStore, job_key
-from qlora_service.models.adapters import attach, detach, save_adapter
+from qlora_service.models.adapters import attach_adapter, detach, save_adapter
 from qlora_service.models.base.quantize import load_base
 from qlora_service.models.catalog.catalog import BaseModel
 from qlora_service.specs import Adapter, Lora, Quantization
@@ -32,7 +32,7 @@ def publish_adapter(
     noise: float = 0.3,
 ) -> Path:
     """The directory with the published files; `noise` is large enough to change the model's answers."""
-    model = attach(
+    model = attach_adapter(
         load_base(base.path, Quantization(), torch.float32, torch.device("cpu")), adapter or Lora(r=4), seed=seed
     )
     generator = torch.Generator().manual_seed(seed)

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 
 from qlora_service.errors import Interrupted
-from qlora_service.models.adapters import attach, trainable
+from qlora_service.models.adapters import attach_adapter, trainable_parameters
 from qlora_service.models.base.quantize import load_base
 from qlora_service.specs import Adapter, Lora, Objective, Quantization, Supervised, Training
 from qlora_service.training.checkpoint.checkpoints import Checkpoints
@@ -61,7 +61,7 @@ def load(
     """
     base = load_base(model_dir, quantization, torch.float32 if dtype is torch.float64 else dtype, CPU)
     isolate_documents(base)
-    model = attach(base, adapter or Lora(r=4), seed=0, total_steps=total_steps)
+    model = attach_adapter(base, adapter or Lora(r=4), seed=0, total_steps=total_steps)
     if dtype is torch.float64:
         model.double()
     generator = torch.Generator().manual_seed(1)
@@ -79,7 +79,7 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def frozen_hash(model: PeftModel) -> str:
     """SHA-256 of every tensor that is not trained: weights, codes, scales of quantized weights, buffers."""
-    trained = {parameter.data_ptr() for parameter in trainable(model)}
+    trained = {parameter.data_ptr() for parameter in trainable_parameters(model)}
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.data_ptr() not in trained:
@@ -121,7 +121,7 @@ class Recorder:
         self.evaluations.append(metrics)
 
 
-class Keeper(Unattended):
+class CheckpointingControl(Unattended):
     """A control that saves states in real checkpoints: when `is_due`, and when it interrupts at check `at_check`."""
 
     def __init__(self, checkpoints: Checkpoints, recorder: Recorder, at_check: int | None = None) -> None:

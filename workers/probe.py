@@ -26,7 +26,7 @@ with importing_torch():
 
     from qlora_service.domain.clock import utc_now
     from qlora_service.errors import InvalidModel, QLoRAError
-    from qlora_service.models.adapters import after_step, attach, trainable
+    from qlora_service.models.adapters import attach_adapter, prune_after_step, trainable_parameters
     from qlora_service.models.base.load import load_cached_base
     from qlora_service.models.base.quantized_cache import QuantizedCache
     from qlora_service.models.catalog.catalog import Catalog
@@ -43,7 +43,7 @@ with importing_torch():
     from qlora_service.training.network.micro_batch import TrainingExample
     from qlora_service.training.network.network import Network
     from qlora_service.training.objectives import evaluate, make_objective
-    from qlora_service.training.optimizer import optimizing
+    from qlora_service.training.optimizer import managed_optimizer
     from qlora_service.training.step import StepGradients, example_tokens
     from workers.trainer.step_memory import peak_memory
 
@@ -104,7 +104,7 @@ def timed_step(
     dtype = compute_dtype(spec.quantization.compute_dtype, device)
     model, _ = load_cached_base(cache, base, spec.quantization, dtype, device)
     network = Network(
-        attach(model, spec.adapter, spec.training.seed),
+        attach_adapter(model, spec.adapter, spec.training.seed),
         isolate_documents(model),
         checkpointing=request["checkpointing"],
         neftune_noise_alpha=spec.training.neftune_noise_alpha,
@@ -136,19 +136,19 @@ def _measure(
     gradients = StepGradients(network, objective, training, _raise_does_not_fit)
     model, device = network.model, network.device
     model.train()
-    with optimizing(model, training, device) as optimizer:
+    with managed_optimizer(model, training, device) as optimizer:
 
         def run_step(step: int) -> float:
             """Seconds of the step."""
             if not is_whole_step:
-                for parameter in trainable(model):
+                for parameter in trainable_parameters(model):
                     parameter.grad = torch.zeros_like(parameter)
             synchronize(device)
             started_at = time.perf_counter()
             gradients.compute(step, examples)
-            torch.nn.utils.clip_grad_norm_(trainable(model), training.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(trainable_parameters(model), training.max_grad_norm)
             optimizer.step()
-            after_step(model, step + 1)
+            prune_after_step(model, step + 1)
             optimizer.zero_grad(set_to_none=True)
             synchronize(device)
             return time.perf_counter() - started_at

@@ -22,7 +22,7 @@ from starlette.types import Scope as Connection
 from api.access.origins import SAFE_METHODS
 from api.access.request_rate import RateLimiter
 from api.errors import Forbidden
-from qlora_service.actions.keys import Access
+from qlora_service.actions.keys import KeyRegistry
 from qlora_service.domain.keys import LOCAL_PROJECT, Caller, Scope, digest
 from qlora_service.errors import Unauthenticated
 
@@ -45,16 +45,16 @@ _BEARER = HTTPBearer(
 class Authenticator:
     """Checks keys, request rates and scopes.
 
-    Without `access`, keys are off: every caller is ANONYMOUS, the default project with every scope.
+    Without a registry, keys are off: every caller is ANONYMOUS, the default project with every scope.
     """
 
     def __init__(
         self,
-        access: Access | None,
+        registry: KeyRegistry | None,
         max_requests_per_minute: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._access = access
+        self._registry = registry
         self._limiter = None if max_requests_per_minute is None else RateLimiter(max_requests_per_minute, clock)
         self._clock = clock
         # By hash of the key: caller, and the time when the entry expires. Small, because only existing keys are cached.
@@ -83,7 +83,7 @@ class Authenticator:
 
     async def authenticate(self, secret: str | None) -> Caller:
         """The caller that the key belongs to, whatever its scopes. Raises: Unauthenticated."""
-        if self._access is None:
+        if self._registry is None:
             return ANONYMOUS
         if not secret:
             raise Unauthenticated(
@@ -95,7 +95,7 @@ class Authenticator:
         caller, expires_at = self._cache.get(sha256, (None, now))
         if caller is None or expires_at <= now:
             self._cache.pop(sha256, None)
-            caller = await run_in_threadpool(self._access.authenticate, secret)
+            caller = await run_in_threadpool(self._registry.authenticate, secret)
             self._cache[sha256] = caller, now + CACHED_S
         return caller
 
@@ -162,9 +162,9 @@ class StreamGuard:
                 raise
 
 
-def print_first_key(access: Access) -> None:
+def print_first_key(registry: KeyRegistry) -> None:
     """Prints a new admin key if no key was ever created. Not in the log, because logs are kept and forwarded."""
-    created = access.create_first_key()
+    created = registry.create_first_key()
     if created is not None:
         key, secret = created
         print(

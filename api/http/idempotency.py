@@ -18,7 +18,7 @@ from api.dependencies import ServiceOf
 from api.http.multipart import Form
 from qlora_service.domain.clock import utc_now
 from qlora_service.errors import InvalidRequest
-from qlora_service.store.idempotency import Answer, Attempt, Once, Replay
+from qlora_service.store.idempotency import Answer, Once, Replay, RequestAttempt
 
 HEADER = "Idempotency-Key"
 REPLAYED = "Idempotent-Replayed"
@@ -35,7 +35,7 @@ class Idempotency:
     Without a key, an `attempt` says that the client counts its retries; then the key is the fingerprint itself.
     """
 
-    def __init__(self, key: str | None, attempt: Attempt | None, project: str, head: tuple[str, ...]) -> None:
+    def __init__(self, key: str | None, attempt: RequestAttempt | None, project: str, head: tuple[str, ...]) -> None:
         self._key = key
         self._attempt = attempt if key is None else None
         self._project = project
@@ -112,10 +112,10 @@ def _idempotency(
     return Idempotency(keys[0] if keys else None, _attempt(request), service.project, head)
 
 
-def _attempt(request: Request) -> Attempt | None:
+def _attempt(request: Request) -> RequestAttempt | None:
     """The attempt of a client that counts retries instead of sending a key, such as OpenAI's; None without a count."""
     count = request.headers.get(RETRY_COUNT, "")
-    return Attempt(utc_now(), is_retry=count.strip("0") != "") if count.isdecimal() else None
+    return RequestAttempt(utc_now(), is_retry=count.strip("0") != "") if count.isdecimal() else None
 
 
 IdempotencyOf = Annotated[Idempotency, Depends(_idempotency)]

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from api.dependencies import After, DatasetId, Limit, ServiceOf, UploadsOf
-from api.errors import error_responses, located
+from api.errors import error_locations, error_responses
 from api.http.idempotency import Idempotency, IdempotencyOf
 from api.http.multipart import MEDIA_TYPE as MULTIPART
 from api.http.multipart import Form, is_multipart
@@ -108,7 +108,7 @@ def get_dataset(
     max_seq_len_tokens: MaxSeqLen = None,
 ) -> Dataset:
     """Counts and findings; with `base_model`, also the token lengths of the rows as a histogram."""
-    with located(_LOCATIONS):
+    with error_locations(_LOCATIONS):
         dataset = service.datasets.get(dataset_id)
         if base_model is None:
             return Dataset.of(dataset)
@@ -141,7 +141,7 @@ def preview_dataset(
     limit: Annotated[int, Query(ge=1, le=50, description="Maximum number of rows.")] = 5,
 ) -> Listing[PreviewRow | PreviewProblem]:
     """Rendered rows: the text after the chat template, its tokens, and whether each token is trained."""
-    with located(_LOCATIONS):
+    with error_locations(_LOCATIONS):
         max_tokens = max_seq_len_tokens or default_length(service.models.get(base_model))
         rules = RenderRules(max_tokens, too_long, train_on)
         rows = service.datasets.preview(dataset_id, base_model, rules, skip=skip, limit=limit)

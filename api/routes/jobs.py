@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from api.dependencies import After, JobId, Limit, ServiceOf, UploadsOf
-from api.errors import UnsupportedMediaType, error_responses, located
+from api.errors import UnsupportedMediaType, error_locations, error_responses
 from api.force import take_force
 from api.http.idempotency import Idempotency, IdempotencyOf
 from api.http.json_body import parse_body
@@ -224,12 +224,12 @@ def _submit(
     document, force = take_force(document)
     spec = parse_spec(document)
     once = idempotency.once(_submitted, status=201, content=content, location=_location)
-    with located(_LOCATIONS), _rows_located(inline=spec.dataset.rows is not None):
+    with error_locations(_LOCATIONS), _row_error_locations(inline=spec.dataset.rows is not None):
         return service.jobs.submit(spec, path, filename, force=force, once=once)
 
 
 @contextmanager
-def _rows_located(*, inline: bool) -> Iterator[None]:
+def _row_error_locations(*, inline: bool) -> Iterator[None]:
     """Gives findings in inline rows their location in the body of the request."""
     try:
         yield

@@ -10,13 +10,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from api.access.auth import ADMIN_TAG, CallerOf
-from api.dependencies import AccessOf, KeyId
+from api.dependencies import KeyId, KeyRegistryOf
 from api.errors import error_responses
 from api.http.idempotency import Idempotency, IdempotencyOf
 from api.http.json_body import parse_body, reason_of
 from api.http.uploads import receive_bytes
 from api.schemas import Key, KeyRequest, Listing, NewKey
-from qlora_service.actions.keys import Access
+from qlora_service.actions.keys import KeyRegistry
 from qlora_service.domain.keys import ApiKey
 from qlora_service.errors import Finding, InvalidRequest
 
@@ -41,7 +41,7 @@ _BODY: dict[str, Any] = {
     openapi_extra=_BODY,
 )
 async def create_key(
-    request: Request, response: Response, caller: CallerOf, access: AccessOf, idempotency: IdempotencyOf
+    request: Request, response: Response, caller: CallerOf, registry: KeyRegistryOf, idempotency: IdempotencyOf
 ) -> NewKey:
     """Create a key in your own project. The response shows `secret` only once: the service stores its hash.
 
@@ -50,29 +50,29 @@ async def create_key(
     """
     body = await receive_bytes(request, _MAX_BODY_BYTES)
     response.headers["Cache-Control"] = "no-store"
-    return await run_in_threadpool(_create, access, caller.project, idempotency, body)
+    return await run_in_threadpool(_create, registry, caller.project, idempotency, body)
 
 
 @router.get("", summary="List keys", responses=error_responses(422))
-def list_keys(caller: CallerOf, access: AccessOf) -> Listing[Key]:
+def list_keys(caller: CallerOf, registry: KeyRegistryOf) -> Listing[Key]:
     """All keys of your project, including revoked keys, newest first."""
-    return Listing(data=[Key.of(key) for key in access.list_keys(caller.project)])
+    return Listing(data=[Key.of(key) for key in registry.list_keys(caller.project)])
 
 
 @router.delete("/{key_id}", summary="Revoke a key", responses=error_responses(404, 409, 422))
-def revoke_key(key_id: KeyId, caller: CallerOf, access: AccessOf) -> Key:
+def revoke_key(key_id: KeyId, caller: CallerOf, registry: KeyRegistryOf) -> Key:
     """Revoke the key: requests with it are rejected after at most one second.
 
     The last admin key of a project cannot be revoked here.
     """
-    return Key.of(access.revoke_key(key_id, caller.project, keep_admin=True))
+    return Key.of(registry.revoke_key(key_id, caller.project, keep_admin=True))
 
 
-def _create(access: Access, project: str, idempotency: Idempotency, body: bytes) -> NewKey:
+def _create(registry: KeyRegistry, project: str, idempotency: Idempotency, body: bytes) -> NewKey:
     document = parse_body(body)
     request = _parse_request(document)
     once = idempotency.once(_without_secret, status=201, content={"json": document})
-    key, secret = access.create_key(project, request.name, request.scopes, once=once)
+    key, secret = registry.create_key(project, request.name, request.scopes, once=once)
     return NewKey.of(key).model_copy(update={"secret": secret})
 
 

@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from api.dependencies import ServiceOf
-from api.errors import error_responses, located
+from api.errors import error_locations, error_responses
 from api.http.json_body import parse_body
 from api.http.uploads import receive_bytes
 from api.plan_schemas import Plan, PlanOptions
@@ -84,7 +84,7 @@ def _plan(service: Service, body: bytes) -> Plan:
             raise InvalidSpec("base_model and config name two models: leave one of them out", location="/config")
         document["base_model"] = UNNAMED_MODEL
     spec = parse_spec(document)
-    with located(_LOCATIONS if options.config is None else _LOCATIONS_WITH_CONFIG):
+    with error_locations(_LOCATIONS if options.config is None else _LOCATIONS_WITH_CONFIG):
         plan = service.plans.plan(
             spec, config=options.config, device=options.device, free_bytes=options.free_bytes, probe=options.probe
         )

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from api.dependencies import ServiceOf
 from api.errors import status_of
-from api.openai_errors import on_openai_wire
+from api.openai_errors import to_openai_error
 from api.v1.chat_answers import ChatCompletion, ChatWriter, Completion, TextWriter
 from api.v1.chat_requests import CreateChatCompletion, CreateCompletion
 from api.v1.routes import JsonRoute, openai_errors
@@ -170,7 +170,7 @@ async def _event_stream(
             yield "data: [DONE]\n\n"
         except QLoRAError as error:
             # The HTTP status is sent already; OpenAI's client raises the error of such an event.
-            openai_error, _, _ = on_openai_wire(error.as_dict(), status_of(error))
+            openai_error, _, _ = to_openai_error(error.as_dict(), status_of(error))
             yield _event({"error": openai_error})
 
 

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 from api.dependencies import ServiceOf, UploadsOf
-from api.errors import located
+from api.errors import error_locations
 from api.http.idempotency import Idempotency, IdempotencyOf
 from api.http.multipart import MEDIA_TYPE as MULTIPART
 from api.http.multipart import Form
@@ -178,7 +178,7 @@ def _create(service: Service, idempotency: Idempotency, form: Form) -> File:
     if file is None:
         raise InvalidRequest("the form has no part `file`: send the dataset in it", location="file")
     once = idempotency.once(file_of, content=idempotency.form_content(form, {"purpose": purpose}))
-    with located({InvalidDataset: "file"}):
+    with error_locations({InvalidDataset: "file"}):
         return file_of(service.datasets.upload(file.path, filename=display_name(file.filename), once=once))
 
 

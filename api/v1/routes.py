@@ -16,7 +16,7 @@ from api.access.auth import authenticate
 from api.errors import UnsupportedMediaType, error_responses
 from api.http.json_body import parse_body, reason_of
 from api.http.uploads import receive_bytes
-from api.openai_errors import OpenAIErrorResponse, on_openai_wire
+from api.openai_errors import OpenAIErrorResponse, to_openai_error
 from api.v1.schemas import FILE_ID, JOB_ID, TUNED_MODEL, UPLOAD_ID
 
 FileId = Annotated[str, Path(description="The id of a file.", examples=[FILE_ID])]
@@ -35,7 +35,7 @@ def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     documented: dict[int | str, dict[str, Any]] = {}
     for status, response in error_responses(*({*statuses} - {422})).items():
         native_error = response["content"]["application/json"]["example"]["error"]
-        error, _, _ = on_openai_wire(native_error, int(status))
+        error, _, _ = to_openai_error(native_error, int(status))
         invalid = "The request is invalid; `findings` lists every fault with its location"
         documented[status] = {
             "model": OpenAIErrorResponse,

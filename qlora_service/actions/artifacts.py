@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qlora_service.artifacts.manifest import NAME as MANIFEST
+from qlora_service.artifacts.manifest import MANIFEST_NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest, ManifestFile
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.domain.jobs import Job

@@ -33,7 +33,7 @@ MAX_NAME_CHARS = 64
 _PROJECT = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 
-class Access:
+class KeyRegistry:
     """The keys of all projects; safe to share between threads.
 
     Methods with a `project` see the keys of that project; without, those of all.
@@ -136,8 +136,8 @@ def _is_last_admin(key: ApiKey, keys: Iterable[ApiKey]) -> bool:
     return admins == [key.id]
 
 
-def open_access(database_url: str) -> Access:
+def open_key_registry(database_url: str) -> KeyRegistry:
     """The keys in the database; its schema is migrated to the newest."""
     database = Database(database_url)
     database.migrate()
-    return Access(database)
+    return KeyRegistry(database)

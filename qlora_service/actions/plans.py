@@ -21,7 +21,7 @@ from qlora_service.planning.accuracy import Accuracy, accuracies, learned_margin
 from qlora_service.planning.plan import Plan
 from qlora_service.planning.planner import FoundDevice, Planner
 from qlora_service.planning.time.duration import Work
-from qlora_service.planning.time.job_times import TimeQuestion, ask_probe, job_time, wants_probe
+from qlora_service.planning.time.job_times import TimeQuestion, job_time, request_probe, wants_probe
 from qlora_service.specs import JobSpec
 from qlora_service.store.database import Database
 from qlora_service.store.history import measured_anywhere
@@ -168,7 +168,7 @@ class Plans:
             time = job_time(connection, question)
         if probe and wants_probe(time):
             with self._database.write() as connection:
-                ask_probe(connection, question, self._clock())
+                request_probe(connection, question, self._clock())
                 time = job_time(connection, question)
         return replace(plan, time=time)
 

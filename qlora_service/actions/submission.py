@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from qlora_service.data.rendering.renderer import RenderReport
 from qlora_service.data.rows.examples import Shape
-from qlora_service.data.rows.shapes import objective_misfit
+from qlora_service.data.rows.shapes import objective_mismatch
 from qlora_service.domain.datasets import Dataset
 from qlora_service.errors import Finding, InvalidDataset, InvalidSpec
 from qlora_service.models.catalog.catalog import BaseModel
-from qlora_service.models.compatibility import Modules, misfits, positions_taken
+from qlora_service.models.compatibility import Modules, incompatibilities, positions_taken
 from qlora_service.planning.plan import Plan
 from qlora_service.specs import JobSpec, Training
 
@@ -39,7 +39,7 @@ def check_fit(spec: JobSpec, model: BaseModel, modules: Modules) -> None:
             f"set it to {model.max_positions} or less",
             location="/training/max_seq_len_tokens",
         )
-    if findings := misfits(spec, model, modules):
+    if findings := incompatibilities(spec, model, modules):
         first = findings[0]
         more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
         raise InvalidSpec(f"{first.pointer}: {first.reason}{more}", location=first.pointer, findings=findings)
@@ -47,7 +47,7 @@ def check_fit(spec: JobSpec, model: BaseModel, modules: Modules) -> None:
 
 def check_objective(spec: JobSpec, shape: Shape, place: str = "/objective/type") -> None:
     """Raises: InvalidSpec at `place`, when the objective cannot be trained on rows of the shape."""
-    misfit = objective_misfit(spec.objective.type, shape)
+    misfit = objective_mismatch(spec.objective.type, shape)
     if misfit is not None:
         raise InvalidSpec(misfit, location=place)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-NAME = "manifest.json"
+MANIFEST_NAME = "manifest.json"
 CHUNK_BYTES = 1 << 20
 
 

@@ -10,24 +10,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_service.chat.wire import BEAT_S, MAX_LINE_BYTES, Answer, GenerationRequest, Leaving, address, rebuild_error
+from qlora_service.chat.wire import (
+    KEEPALIVE_S,
+    MAX_LINE_BYTES,
+    Answer,
+    GenerationRequest,
+    YieldingSlot,
+    address,
+    rebuild_error,
+)
 from qlora_service.domain.jobs import JobStatus
 from qlora_service.errors import QuotaExceeded, Unavailable
 from qlora_service.store import inference
 from qlora_service.store.database import Database
-from qlora_service.store.inference import Holder, LoadedBase
+from qlora_service.store.inference import JobAhead, LoadedBase
 
 MAX_CHATS = 64
 """Requests in progress at a time, waiting ones included"""
 POLL_S = 0.25
 REQUEST_REFRESH_S = 2.0
-"""Interval at which a waiting request renews its entry in the database; less than `inference.WANTED_S`"""
+"""Interval at which a waiting request renews its entry in the database; less than `inference.REQUEST_LIFETIME_S`"""
 # How long a request waits for a process, by what blocks it. A worker with a free slot takes half a second.
 JOB_WAIT_S = 2.0
 PREEMPTED_JOB_WAIT_S = 120.0
 OTHER_BASE_WAIT_S = 90.0
 NO_WORKER_WAIT_S = 10.0
-SILENCE_TIMEOUT_S = 60 * BEAT_S
+SILENCE_TIMEOUT_S = 60 * KEEPALIVE_S
 DEFAULT_RETRY_AFTER_S = 30
 """Retry-After when it is not known when a slot will be free"""
 MAX_RETRY_AFTER_S = 600
@@ -37,7 +45,7 @@ MAX_RETRY_AFTER_S = 600
 class SlotUsage:
     """What blocks the loading of a base model."""
 
-    job: Holder | None
+    job: JobAhead | None
     """The job that holds a slot or is queued for one"""
     other_base: bool
     """Whether a process has another base model loaded"""
@@ -74,7 +82,7 @@ class ChatDispatcher:
                             has_begun = True
                             yield line
                     return
-                except Leaving:
+                except YieldingSlot:
                     pass  # sent only before the first line of an answer
                 except _ProcessEnded:
                     # The process may have been ending already: retry once. Not twice, because the request itself may
@@ -133,11 +141,11 @@ class ChatDispatcher:
 
     def _request_base(self, base: LoadedBase) -> None:
         with self._database.write() as connection:
-            inference.ask_for(connection, base)
+            inference.request_base(connection, base)
 
     def _remove_socket(self, socket: str) -> None:
         with self._database.write() as connection:
-            inference.forget(connection, socket)
+            inference.forget_socket(connection, socket)
 
 
 def refusal(base: LoadedBase, usage: SlotUsage, project: str) -> Unavailable:

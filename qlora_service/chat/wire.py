@@ -35,7 +35,7 @@ MAX_LINE_BYTES = 64 << 20
 """Limit of a request; the API accepts no larger one."""
 MAX_SOCKET_NAME_BYTES = 100
 """Below the limits of Linux, 107 bytes, and of other systems, 103 (sys/un.h)."""
-BEAT_S = 1.0
+KEEPALIVE_S = 1.0
 """Interval of the `waiting` lines, which show that the process works."""
 
 
@@ -43,7 +43,7 @@ class ContextTooLong(InvalidRequest):
     code = "context_length_exceeded"
 
 
-class Leaving(QLoRAError):
+class YieldingSlot(QLoRAError):
     """The process is about to exit and accepts no more requests: retry with another."""
 
     code = "leaving"
@@ -120,7 +120,7 @@ class Status(Line):
 
 def rebuild_error(document: dict[str, Any]) -> QLoRAError:
     """The error of an `Answer`, in the class that the inference process raised."""
-    classes = (ContextTooLong, InvalidModel, InvalidRequest, Leaving, NotFound, QuotaExceeded, Unavailable)
+    classes = (ContextTooLong, InvalidModel, InvalidRequest, YieldingSlot, NotFound, QuotaExceeded, Unavailable)
     error_class = next((known for known in classes if known.code == document["code"]), QLoRAError)
     return error_class(document["message"], location=document.get("location"), **document.get("details", {}))
 
@@ -149,7 +149,7 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def ask_status(path: Path, patience_s: float) -> Status | None:
+def query_status(path: Path, patience_s: float) -> Status | None:
     """The state of the process that listens on the socket; None without a valid answer within `patience_s`."""
     try:
         with socket.socket(socket.AF_UNIX) as connection, address(path) as name:

@@ -184,8 +184,8 @@ def _service(data_dir: Path, log: Path) -> Iterator[Client]:
     url = f"http://{HOST}:{port}"
     command = ["-m", "qlora_service.cli", "serve", "--host", HOST, "--port", str(port), "--data-dir", str(data_dir)]
     # Created before the service's first start, which would otherwise create and print one.
-    with open_local_keys(data_dir, create=True) as access:
-        _, key = access.create_key(LOCAL_PROJECT, "demo")
+    with open_local_keys(data_dir, create=True) as registry:
+        _, key = registry.create_key(LOCAL_PROJECT, "demo")
     with log.open("wb") as output:
         process = start_python(command, environment=child_environment(), output=output)
     try:

@@ -15,7 +15,7 @@ from qlora_service.domain.keys import PREFIX as SECRET_PREFIX
 from qlora_service.errors import Unavailable
 
 if TYPE_CHECKING:
-    from qlora_service.actions.keys import Access
+    from qlora_service.actions.keys import KeyRegistry
 
 app = typer.Typer(
     help="Create, list and revoke keys for the service. Run these commands on its machine.", no_args_is_help=True
@@ -43,8 +43,8 @@ def create_key(
 
     `export QLORA_API_KEY=$(qlora keys create --name laptop)`
     """
-    with open_local_keys(data_dir, create=True) as access:
-        key, secret = access.create_key(project, name, scopes or DEFAULT_SCOPES)
+    with open_local_keys(data_dir, create=True) as registry:
+        key, secret = registry.create_key(project, name, scopes or DEFAULT_SCOPES)
     if as_json:
         print_json(key.as_dict() | {"secret": secret})
     else:
@@ -59,8 +59,8 @@ def list_keys(
     as_json: AsJson = False,
 ) -> None:
     """List keys, newest first, including revoked ones. The secrets are not stored and not shown."""
-    with open_local_keys(data_dir) as access:
-        keys = access.list_keys(project)
+    with open_local_keys(data_dir) as registry:
+        keys = registry.list_keys(project)
     if as_json:
         print_json([key.as_dict() for key in keys])
     elif keys:
@@ -81,8 +81,8 @@ def revoke_key(
     """Revoke a key: a running service refuses it within a second. Jobs and datasets created with it are kept."""
     if key_id.startswith(SECRET_PREFIX):
         raise WrongUsage("this is the key itself: revoke it by its id, which `qlora keys list` shows")
-    with open_local_keys(data_dir) as access:
-        key = access.revoke_key(key_id)
+    with open_local_keys(data_dir) as registry:
+        key = registry.revoke_key(key_id)
     if as_json:
         print_json(key.as_dict())
     else:
@@ -90,7 +90,7 @@ def revoke_key(
 
 
 @contextmanager
-def open_local_keys(data_dir: Path | None, *, create: bool = False) -> Iterator[Access]:
+def open_local_keys(data_dir: Path | None, *, create: bool = False) -> Iterator[KeyRegistry]:
     """The keys of the service with this data directory; `create` creates a missing database.
 
     Raises:
@@ -99,7 +99,7 @@ def open_local_keys(data_dir: Path | None, *, create: bool = False) -> Iterator[
     from qlora_service.settings import read_settings
 
     try:
-        from qlora_service.actions.keys import open_access
+        from qlora_service.actions.keys import open_key_registry
         from qlora_service.cli.local_database import has_database, open_local_database
     except ModuleNotFoundError as error:
         raise Unavailable(
@@ -112,8 +112,8 @@ def open_local_keys(data_dir: Path | None, *, create: bool = False) -> Iterator[
             f"{settings.resolved_data_dir} is not a service's data directory, or no service has run there yet: give "
             "the service's data directory with --data-dir or QLORA_DATA_DIR"
         )
-    with open_local_database(settings, open_access) as access:
-        yield access
+    with open_local_database(settings, open_key_registry) as registry:
+        yield registry
 
 
 def _scopes(key: ApiKey) -> str:

@@ -42,7 +42,7 @@ NAME = "default"
 LLAMA_ADAPTER_WEIGHTS = {"adaption_prompt", "adaption_gate"}
 
 
-def attach(base: PreTrainedModel, adapter: Adapter, seed: int, *, total_steps: int = 1000) -> PeftModel:
+def attach_adapter(base: PreTrainedModel, adapter: Adapter, seed: int, *, total_steps: int = 1000) -> PeftModel:
     """The base with a new adapter.
 
     Adapter weights are float32 for every compute dtype. The base stays frozen and unchanged, its own dropout off.
@@ -113,12 +113,12 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
         model.base_model.enable_adapter_layers()
 
 
-def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The trained parameters, in the model's order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def runs_alone(model: PeftModel) -> bool:
+def needs_own_row(model: PeftModel) -> bool:
     """Whether every document needs a row of its own, because virtual tokens belong to one document."""
     return bool(model.active_peft_config.is_prompt_learning)
 
@@ -151,7 +151,7 @@ def silence_dropout(base: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def regularization(model: PeftModel) -> torch.Tensor | None:
+def orthogonality_loss(model: PeftModel) -> torch.Tensor | None:
     """AdaLoRA's weighted orthogonality loss, to be added once per step; None for other methods.
 
     The mean over all A and B of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖ (arXiv:2303.10512, equation 4), as PEFT's
@@ -168,7 +168,7 @@ def regularization(model: PeftModel) -> torch.Tensor | None:
     return model.active_peft_config.orth_reg_weight * torch.stack(distances).mean()
 
 
-def after_step(model: PeftModel, step: int, *, skipped: bool = False) -> None:
+def prune_after_step(model: PeftModel, step: int, *, skipped: bool = False) -> None:
     """Prunes AdaLoRA's ranks; does nothing for other methods.
 
     Call it after the optimizer's `step` (counted from 1) and before the gradients are cleared. The gradients of a

@@ -35,7 +35,7 @@ CONV1D_MODELS = {"gpt2", "openai-gpt"}
 """Model types whose linear layers are transformers' Conv1D unless they are quantized."""
 
 
-def misfits(spec: JobSpec, model: BaseModel, modules: Modules) -> list[Finding]:
+def incompatibilities(spec: JobSpec, model: BaseModel, modules: Modules) -> list[Finding]:
     """Everything in `spec` that cannot work on `model`, each finding with its location and what to do."""
     return [
         *_target_findings(spec.adapter, model, modules),

@@ -39,7 +39,7 @@ def peft_config(adapter: specs.Adapter, base: torch.nn.Module, *, total_steps: i
     """PEFT's configuration of the adapter for this base; `total_steps` sets AdaLoRA's schedule.
 
     OLoRA becomes a plain LoRA of twice the rank and the same scale, as in PEFT's own conversion: see
-    `adapters.attach`.
+    `adapters.attach_adapter`.
     """
     config = _untargeted_config(adapter, base)
     if config is not None:

@@ -25,7 +25,7 @@ from qlora_service.specs import (
     Vera,
 )
 from qlora_service.specs.adapter import LLAMA_ADAPTER_SKIPPED_LAYERS
-from qlora_service.training.sizes import EIGHT_BIT_BLOCK, FEWEST_8BIT_ELEMENTS, FEWEST_PAGED_ELEMENTS
+from qlora_service.training.sizes import EIGHT_BIT_BLOCK, MIN_8BIT_ELEMENTS, MIN_PAGED_ELEMENTS
 
 EMBEDDINGS = {"embed_tokens", "lm_head"}
 ADALORA_STATISTICS = 3
@@ -100,9 +100,9 @@ def optimizer_bytes(training: Training, tensors: list[int], *, cuda: bool) -> tu
     moments = 1 if "lion" in training.optim else 2
     resident = paged = 0
     for elements in tensors:
-        is_8bit = training.optim.endswith("8bit") and elements >= FEWEST_8BIT_ELEMENTS
+        is_8bit = training.optim.endswith("8bit") and elements >= MIN_8BIT_ELEMENTS
         state = moments * elements * (1 if is_8bit else FLOAT32_BYTES)
-        if cuda and training.optim.startswith("paged") and elements >= FEWEST_PAGED_ELEMENTS:
+        if cuda and training.optim.startswith("paged") and elements >= MIN_PAGED_ELEMENTS:
             paged += state
         else:
             resident += moments * rounded(state // moments, ROUNDING)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qlora_service.planning.cards import Device
-from qlora_service.planning.formula import memory
+from qlora_service.planning.formula import estimated_memory
 from qlora_service.planning.largest_step import largest_step
 from qlora_service.planning.layer_cost import FAST_LAYERS
 from qlora_service.planning.memory import Memory
@@ -47,7 +47,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Question:
+class FitQuestion:
     """A job on a model and a device."""
 
     shape: ModelShape
@@ -60,7 +60,7 @@ class Question:
 
     def estimated_memory(self, tokens: int, checkpointing: bool) -> Memory:
         """The memory by the formula."""
-        return memory(
+        return estimated_memory(
             self.shape,
             self.spec,
             micro_batch_tokens=tokens,
@@ -113,7 +113,7 @@ class Fit:
     """The error of the prediction cannot change the verdict"""
 
 
-def fastest_fit(question: Question, simulate: Simulate | None = None) -> Fit:
+def fastest_fit(question: FitQuestion, simulate: Simulate | None = None) -> Fit:
     """The fastest setting that fits, or the one that needs least memory.
 
     The formula decides at once. A setting that fits despite the formula's error is preferred to a faster one within
@@ -126,7 +126,7 @@ def fastest_fit(question: Question, simulate: Simulate | None = None) -> Fit:
     return next((fit for fit in fits if fit.fits), None) or min(fits, key=lambda fit: fit.needed_bytes)
 
 
-def fitting_choices(question: Question) -> list[Choice]:
+def fitting_choices(question: FitQuestion) -> list[Choice]:
     """Every setting that fits by the formula, fastest first; settings that fit despite its error precede the others."""
     choices: dict[tuple[int, bool], Choice] = {}
     for fit in sorted(_fits(question), key=lambda fit: not fit.is_sure):
@@ -135,12 +135,12 @@ def fitting_choices(question: Question) -> list[Choice]:
     return list(choices.values())
 
 
-def surely_fits(question: Question) -> bool:
+def surely_fits(question: FitQuestion) -> bool:
     """Whether the job fits despite the formula's error; whether it fits at all where the formula was not fitted."""
     return any(fit.fits and (fit.is_sure or not question.formula_holds) for fit in _fits(question))
 
 
-def chosen(question: Question, holds: Callable[[int], bool]) -> Choice:
+def choose_settings(question: FitQuestion, holds: Callable[[int], bool]) -> Choice:
     """The execution settings of the job: the fastest that fit, or else the ones with the least memory.
 
     `holds(tokens)` measures whether the device holds the activations of that many tokens; with recomputation on "auto",
@@ -168,7 +168,7 @@ def with_changes(spec: JobSpec, changes: dict[str, Any]) -> JobSpec:
     return JobSpec.model_validate(document)
 
 
-def _fits(question: Question) -> Iterator[Fit]:
+def _fits(question: FitQuestion) -> Iterator[Fit]:
     """Every setting by the formula, fastest first."""
     for tokens, recomputed in question.settings():
         estimated = question.estimated_memory(tokens, recomputed)
@@ -178,7 +178,7 @@ def _fits(question: Question) -> Iterator[Fit]:
             yield Fit(fits, choice, estimated, needed, "formula", is_sure=not _is_doubtful(question, needed))
 
 
-def _simulated(question: Question, by_formula: Sequence[Fit], simulate: Simulate) -> Iterator[Fit]:
+def _simulated(question: FitQuestion, by_formula: Sequence[Fit], simulate: Simulate) -> Iterator[Fit]:
     """The same settings, simulated where the formula cannot decide, up to the first that fits in a simulation."""
     for fit in by_formula:
         tokens, recomputed = fit.choice.micro_batch_tokens, fit.choice.gradient_checkpointing
@@ -198,7 +198,7 @@ def _choices(tokens: int, recomputed: bool, memory: Memory) -> list[Choice]:
     return [resident, replace(resident, optimizer="paged")] if memory.host else [resident]
 
 
-def _is_doubtful(question: Question, needed_bytes: int) -> bool:
+def _is_doubtful(question: FitQuestion, needed_bytes: int) -> bool:
     """Whether the formula's error could change the verdict."""
     usable = question.device.usable_bytes
     if question.formula_holds:

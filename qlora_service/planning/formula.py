@@ -30,7 +30,7 @@ FRAGMENTED_SHARE, FRAGMENTED_BYTES = 0.05, 80 * MIB
 """Reserved minus allocated bytes: a share plus a constant, fitted to the simulator; within 4 % of it from 4 GiB on"""
 
 
-def memory(
+def estimated_memory(
     shape: ModelShape,
     spec: JobSpec,
     *,

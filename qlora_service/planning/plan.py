@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from qlora_service.planning.cards import Device
-from qlora_service.planning.fit import Choice, Fit, Question, Simulate, Source, Verdict, fastest_fit
+from qlora_service.planning.fit import Choice, Fit, FitQuestion, Simulate, Source, Verdict, fastest_fit
 from qlora_service.planning.memory import GIB, MIB, Category, Memory
 from qlora_service.planning.remedies import Changes, Limits, alternatives, limits
 from qlora_service.planning.storage import Storage, storage
@@ -83,7 +83,7 @@ class Plan:
 
 
 def make_plan(
-    question: Question,
+    question: FitQuestion,
     *,
     found_by: FoundBy,
     free_now_bytes: int | None = None,
@@ -123,7 +123,7 @@ def with_notes(plan: Plan, notes: Sequence[str]) -> Plan:
     return replace(plan, notes=(*plan.notes, *notes))
 
 
-def _unquantized_memory(question: Question, choice: Choice) -> Memory:
+def _unquantized_memory(question: FitQuestion, choice: Choice) -> Memory:
     """Memory with an unquantized base in bfloat16, which is the usual comparison even for devices without bfloat16."""
     spec = question.spec.model_copy(update={"quantization": Quantization(type="none")})
     device = replace(question.device, bf16=True)
@@ -132,13 +132,13 @@ def _unquantized_memory(question: Question, choice: Choice) -> Memory:
     )
 
 
-def _full_fine_tuning_bytes(question: Question, choice: Choice) -> int:
+def _full_fine_tuning_bytes(question: FitQuestion, choice: Choice) -> int:
     categories = _unquantized_memory(question, choice).categories
     step_bytes = sum(categories[category] for category in STEP_CATEGORIES)
     return question.shape.parameters * FULL_BYTES_PER_PARAMETER + step_bytes
 
 
-def _reason(question: Question, fit: Fit, changes: Sequence[Changes], largest: Limits | None) -> str:
+def _reason(question: FitQuestion, fit: Fit, changes: Sequence[Changes], largest: Limits | None) -> str:
     """The verdict in words, with the remedy where the job does not fit."""
     needed = _readable_size(fit.needed_bytes)
     available = f"{question.device.name} has {_readable_size(question.device.usable_bytes)} available"

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from qlora_service.errors import Finding, InvalidModel, InvalidRequest
 from qlora_service.planning.cards import Device, named_device
-from qlora_service.planning.fit import Question
+from qlora_service.planning.fit import FitQuestion
 from qlora_service.planning.hardware import gpus, has_torch, this_cpu
 from qlora_service.planning.memory import Memory
 from qlora_service.planning.plan import FoundBy, Plan, make_plan, with_notes
@@ -104,7 +104,7 @@ class Planner:
             InvalidModel: the config lacks a size.
         """
         shape = shape_of(config)
-        question = Question(shape, spec, found.device, longest_tokens or shape.longest_tokens(spec), factor)
+        question = FitQuestion(shape, spec, found.device, longest_tokens or shape.longest_tokens(spec), factor)
         simulations = _Simulations(
             config, found.device, question.longest_tokens, self._cache_dir, self._simulation_lock
         )
@@ -222,7 +222,7 @@ def _query_hardware() -> FoundDevice | None:
     return FoundDevice(this_cpu(), "cpu") if has_torch() else None
 
 
-def _uncertainty_notes(plan: Plan, question: Question) -> list[str]:
+def _uncertainty_notes(plan: Plan, question: FitQuestion) -> list[str]:
     """Reasons why the verdict may be wrong."""
     notes = []
     if plan.source == "formula" and not question.formula_holds:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qlora_service.planning.fit import Question, surely_fits, with_changes
+from qlora_service.planning.fit import FitQuestion, surely_fits, with_changes
 from qlora_service.planning.known_models import KNOWN_MODELS
 from qlora_service.specs import Lora
 
@@ -35,7 +35,7 @@ class Limits:
     """The largest well-known model with which the job fits unchanged"""
 
 
-def alternatives(question: Question) -> list[Changes]:
+def alternatives(question: FitQuestion) -> list[Changes]:
     """Changes of user settings, each of which alone makes the job fit; else one combination of them that does.
 
     Empty: no change helps.
@@ -59,7 +59,7 @@ def alternatives(question: Question) -> list[Changes]:
     return [] if length is None else [combined | {LENGTH: length}]
 
 
-def limits(question: Question) -> Limits:
+def limits(question: FitQuestion) -> Limits:
     """The limits of the device for the job."""
     fitting = [name for name, shape in KNOWN_MODELS.items() if surely_fits(replace(question, shape=shape))]
     return Limits(
@@ -69,7 +69,7 @@ def limits(question: Question) -> Limits:
     )
 
 
-def longest_fitting_tokens(question: Question) -> int | None:
+def longest_fitting_tokens(question: FitQuestion) -> int | None:
     """The greatest length, up to the question's, with which the job fits; None when none does."""
 
     def fits(steps: int) -> bool:
@@ -79,7 +79,7 @@ def longest_fitting_tokens(question: Question) -> int | None:
     return None if steps is None else steps * LENGTH_STEP_TOKENS
 
 
-def _largest_batch_size(question: Question) -> int | None:
+def _largest_batch_size(question: FitQuestion) -> int | None:
     def fits(size: int) -> bool:
         return _helps(question, {"training.batch_size": size})
 
@@ -97,7 +97,7 @@ def _greatest(limit: int, holds: Callable[[int], bool]) -> int | None:
     return low
 
 
-def _single_changes(question: Question) -> Iterator[Changes]:
+def _single_changes(question: FitQuestion) -> Iterator[Changes]:
     """Changes that keep rows whole, starting with the one that affects the result least."""
     training, quantization = question.spec.training, question.spec.quantization
     if training.gradient_checkpointing is False:
@@ -112,17 +112,17 @@ def _single_changes(question: Question) -> Iterator[Changes]:
         yield {"quantization.double_quant": True}
 
 
-def _smaller_ranks(question: Question) -> list[int]:
+def _smaller_ranks(question: FitQuestion) -> list[int]:
     adapter = question.spec.adapter
     return [rank for rank in SMALLER_RANKS if rank < adapter.r] if isinstance(adapter, Lora) else []
 
 
-def _helps(question: Question, changes: Changes) -> bool:
+def _helps(question: FitQuestion, changes: Changes) -> bool:
     changed = _changed(question, changes)
     return changed is not None and surely_fits(changed)
 
 
-def _changed(question: Question, changes: Changes) -> Question | None:
+def _changed(question: FitQuestion, changes: Changes) -> FitQuestion | None:
     """The question with changes to its spec; None when they contradict another setting."""
     try:
         return replace(question, spec=with_changes(question.spec, changes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_service.planning.adapter_shapes import ADALORA_STATISTICS, adapter_shape, optimizer_bytes
-from qlora_service.planning.fit import Fit, Question
+from qlora_service.planning.fit import Fit, FitQuestion
 from qlora_service.planning.memory import FLOAT32_BYTES, GIB
 from qlora_service.training.sizes import DATABASE_BYTES, KEPT_CHECKPOINTS, ROW_BYTES, SMALL_FILES_BYTES, STEP_BYTES
 
@@ -30,7 +30,7 @@ class Storage:
     """Host memory of the trainer; on a CPU this includes its tensors"""
 
 
-def storage(question: Question, fit: Fit, *, rows: int = 0, total_steps: int = 0) -> Storage:
+def storage(question: FitQuestion, fit: Fit, *, rows: int = 0, total_steps: int = 0) -> Storage:
     """Storage of a job; `rows` and `total_steps` are 0 where they are unknown."""
     training = question.spec.training
     adapter = adapter_shape(question.spec.adapter, question.shape)
@@ -48,7 +48,7 @@ def storage(question: Question, fit: Fit, *, rows: int = 0, total_steps: int = 0
     )
 
 
-def _host_bytes(question: Question, fit: Fit) -> int:
+def _host_bytes(question: FitQuestion, fit: Fit) -> int:
     if not question.device.cuda:
         return question.device.context_bytes + fit.needed_bytes
     shape = question.shape

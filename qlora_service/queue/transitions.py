@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 from qlora_service.domain.jobs import HoldReason, JobStatus, sources_of
 from qlora_service.store.jobs import append_event
 from qlora_service.store.tables import jobs
-from qlora_service.store.webhooks import tell_end
+from qlora_service.store.webhooks import insert_end_deliveries
 
 USER_HOLD = {"reason": HoldReason.USER, "message": "paused until it is resumed"}
 
@@ -45,7 +45,7 @@ def hold(connection: Connection, job_id: str, why: dict[str, Any], now: datetime
 def end(connection: Connection, job_id: str, status: JobStatus, now: datetime, **values: Any) -> None:
     """Give a job its terminal status, and queue the deliveries to its project's webhooks."""
     event = {"error": values["error"]} if "error" in values else {}
-    tell_end(connection, job_id, status, now)
+    insert_end_deliveries(connection, job_id, status, now)
     _change_status(connection, job_id, status, now, event, finished_at=now, **values)
 
 

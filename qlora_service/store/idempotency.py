@@ -32,7 +32,7 @@ Answer = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Attempt:
+class RequestAttempt:
     """When a request arrived, and whether its client marked it as a retry."""
 
     arrived_at: datetime
@@ -48,7 +48,7 @@ class Once(Generic[Result]):
     fingerprint: str
     """Hash of the whole request: the same key with another fingerprint is an error"""
     answer: Callable[[Result], Answer]
-    attempt: Attempt | None = None
+    attempt: RequestAttempt | None = None
     """Set where the key is derived from the request, so that an identical request may be intended twice.
 
     A first attempt is then a new request, unless its own retry has overtaken it; a retry gets the answer of the last
@@ -137,12 +137,12 @@ def keep(connection: Connection, once: Once[Result], result: Result) -> None:
     connection.execute(sa.update(keys).where(*_same(once)).values(answer=once.answer(result)))
 
 
-def _mark(attempt: Attempt) -> str:
+def _mark(attempt: RequestAttempt) -> str:
     """Stored instead of a fingerprint where the key is derived from the request: which attempt wrote the row."""
     return "retry" if attempt.is_retry else "first"
 
 
-def _answers(attempt: Attempt) -> sa.ColumnElement[bool]:
+def _answers(attempt: RequestAttempt) -> sa.ColumnElement[bool]:
     """Condition: the row with the attempt's key has the attempt's answer."""
     if attempt.is_retry:
         return keys.c.created_at >= attempt.arrived_at - RETRIED_FOR

@@ -18,7 +18,7 @@ from qlora_service.store.lease_clock import LeaseClock, lease_clock
 from qlora_service.store.tables import inference, jobs
 from qlora_service.store.upsert import insert
 
-WANTED_S = 5.0
+REQUEST_LIFETIME_S = 5.0
 """Lifetime of a request; a waiting client renews it"""
 
 
@@ -32,7 +32,7 @@ class LoadedBase:
 
 
 @dataclass(frozen=True)
-class Holder:
+class JobAhead:
     """A job ahead of a chat: running, or queued."""
 
     id: str
@@ -41,7 +41,7 @@ class Holder:
     eta_s: float | None
 
 
-def ask_for(connection: Connection, base: LoadedBase, leases: LeaseClock = lease_clock) -> None:
+def request_base(connection: Connection, base: LoadedBase, leases: LeaseClock = lease_clock) -> None:
     """Request the base for a waiting client, or renew the request."""
     name, now = leases(connection)
     row = insert(connection, inference).values(**vars(base), asked_at=now, asked_clock=name)
@@ -64,7 +64,7 @@ def another_is_loaded(connection: Connection, base: LoadedBase) -> bool:
     return connection.execute(query.limit(1)).one_or_none() is not None
 
 
-def wanted_base(connection: Connection, worker: str, leases: LeaseClock = lease_clock) -> LoadedBase | None:
+def requested_base(connection: Connection, worker: str, leases: LeaseClock = lease_clock) -> LoadedBase | None:
     """The longest requested base that no process but the caller's own (`worker`) has."""
     free = sa.or_(inference.c.worker.is_(None), inference.c.worker == worker)
     query = sa.select(inference.c.base_model, inference.c.quantization).where(free, _is_wanted(connection, leases))
@@ -72,25 +72,25 @@ def wanted_base(connection: Connection, worker: str, leases: LeaseClock = lease_
     return None if row is None else LoadedBase(*row)
 
 
-def another_is_wanted(connection: Connection, leases: LeaseClock = lease_clock) -> bool:
+def another_is_requested(connection: Connection, leases: LeaseClock = lease_clock) -> bool:
     """Whether a base is requested that no process has."""
     query = sa.select(inference.c.base_model).where(inference.c.worker.is_(None), _is_wanted(connection, leases))
     return connection.execute(query.limit(1)).one_or_none() is not None
 
 
-def take(connection: Connection, base: LoadedBase, worker: str, socket: str) -> bool:
+def assign_base(connection: Connection, base: LoadedBase, worker: str, socket: str) -> bool:
     """Assign the base to the worker, which loads it; False if another worker has it."""
     free = sa.or_(inference.c.worker.is_(None), inference.c.worker == worker)
     statement = sa.update(inference).where(*_is(base), free).values(worker=worker, socket=socket)
     return connection.execute(statement.returning(inference.c.worker)).one_or_none() is not None
 
 
-def give_up(connection: Connection, worker: str) -> None:
+def release_base(connection: Connection, worker: str) -> None:
     """Record that the worker has no base loaded."""
     connection.execute(sa.update(inference).where(inference.c.worker == worker).values(worker=None, socket=None))
 
 
-def forget(connection: Connection, socket: str) -> None:
+def forget_socket(connection: Connection, socket: str) -> None:
     """Remove the socket of a process that was killed together with its worker."""
     connection.execute(sa.update(inference).where(inference.c.socket == socket).values(worker=None, socket=None))
 
@@ -100,18 +100,18 @@ def job_waits(connection: Connection, max_running: int | None) -> bool:
     return connection.execute(claimable(max_running).limit(1)).one_or_none() is not None
 
 
-def job_ahead(connection: Connection) -> Holder | None:
+def job_ahead(connection: Connection) -> JobAhead | None:
     """The running job with the smallest ETA, else the first queued one."""
     columns = (jobs.c.id, jobs.c.project, jobs.c.status, jobs.c.eta_s)
     running = sa.select(*columns).where(jobs.c.status == JobStatus.RUNNING).order_by(jobs.c.eta_s.nulls_last())
     queued = sa.select(*columns).where(jobs.c.status == JobStatus.QUEUED).order_by(jobs.c.priority.desc(), jobs.c.id)
     for query in (running, queued):
         if (row := connection.execute(query.limit(1)).one_or_none()) is not None:
-            return Holder(row.id, row.project, JobStatus(row.status), row.eta_s)
+            return JobAhead(row.id, row.project, JobStatus(row.status), row.eta_s)
     return None
 
 
-def ask_to_make_way(connection: Connection, job_id: str, token: int, now: datetime) -> bool:
+def request_preemption(connection: Connection, job_id: str, token: int, now: datetime) -> bool:
     """Request the preemption of a running attempt for a chat; whether it was requested.
 
     Not while any job is stopping: its slot will be free.
@@ -128,7 +128,7 @@ def ask_to_make_way(connection: Connection, job_id: str, token: int, now: dateti
     return True
 
 
-def steps_done(connection: Connection, job_id: str, token: int) -> int:
+def completed_steps(connection: Connection, job_id: str, token: int) -> int:
     """Completed steps of the attempt; 0 if it is not the latest."""
     query = sa.select(jobs.c.step).where(jobs.c.id == job_id, jobs.c.attempt == token)
     return connection.execute(query).scalar_one_or_none() or 0
@@ -136,7 +136,7 @@ def steps_done(connection: Connection, job_id: str, token: int) -> int:
 
 def _is_wanted(connection: Connection, leases: LeaseClock) -> sa.ColumnElement[bool]:
     name, now = leases(connection)
-    return sa.and_(inference.c.asked_clock == name, inference.c.asked_at > now - WANTED_S)
+    return sa.and_(inference.c.asked_clock == name, inference.c.asked_at > now - REQUEST_LIFETIME_S)
 
 
 def _is(base: LoadedBase) -> tuple[sa.ColumnElement[bool], ...]:

@@ -33,7 +33,7 @@ class Probe:
     """Figures, or `error`; None before the probe has run"""
 
 
-def ask_for(connection: Connection, key: str, request: dict[str, Any], now: datetime) -> None:
+def insert_probe(connection: Connection, key: str, request: dict[str, Any], now: datetime) -> None:
     """Insert the probe unless it exists."""
     row = insert(connection, probes).values(key=key, request=request, created_at=now)
     connection.execute(row.on_conflict_do_nothing(index_elements=["key"]))
@@ -56,14 +56,14 @@ def take_probe(connection: Connection, worker: str, device: str) -> Probe | None
     return Probe(*row)
 
 
-def is_wanted(connection: Connection, worker: str, device: str) -> bool:
+def has_probe(connection: Connection, worker: str, device: str) -> bool:
     """Whether `take_probe` would return a probe."""
     free = (probes.c.result.is_(sa.null()), sa.or_(probes.c.worker.is_(None), probes.c.worker == worker))
     query = sa.select(probes.c.key).where(*free, probes.c.request["device"].as_string() == device)
     return connection.execute(query.limit(1)).one_or_none() is not None
 
 
-def give_back(connection: Connection, worker: str) -> None:
+def release_probe(connection: Connection, worker: str) -> None:
     """Release the worker's probe."""
     connection.execute(sa.update(probes).where(probes.c.worker == worker).values(worker=None))
 
@@ -75,7 +75,7 @@ def finish_probe(connection: Connection, key: str, result: dict[str, Any], now: 
     return connection.execute(statement.returning(probes.c.key)).one_or_none() is not None
 
 
-def drop_old(connection: Connection, now: datetime) -> int:
+def delete_expired(connection: Connection, now: datetime) -> int:
     """Delete probes that no worker took in time, old failures and old results; their number."""
     untaken = sa.and_(probes.c.result.is_(sa.null()), probes.c.worker.is_(None))
     failed = probes.c.result["error"].as_string().is_not(None)

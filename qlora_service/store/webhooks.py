@@ -80,7 +80,7 @@ def insert_delivery(connection: Connection, delivery: Delivery) -> None:
     connection.execute(deliveries.insert().values(vars(delivery)))
 
 
-def tell_end(connection: Connection, job_id: str, status: JobStatus, now: datetime) -> None:
+def insert_end_deliveries(connection: Connection, job_id: str, status: JobStatus, now: datetime) -> None:
     """Insert a delivery of the job's end for every endpoint that subscribes to it."""
     query = (
         sa.select(endpoints.c.id, endpoints.c.event_types)
@@ -123,7 +123,7 @@ def claim_due(connection: Connection, now: datetime, until: datetime, limit: int
     return [(delivery, found[delivery.endpoint_id]) for delivery in claimed]
 
 
-def note_attempt(connection: Connection, delivery: Delivery, **values: Any) -> None:
+def record_attempt(connection: Connection, delivery: Delivery, **values: Any) -> None:
     """Store the outcome of the claimed attempt, unless a later attempt has begun."""
     same = (deliveries.c.id == delivery.id, deliveries.c.attempts == delivery.attempts)
     connection.execute(sa.update(deliveries).where(*same).values(**values))

@@ -84,7 +84,7 @@ def peak_reserved_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
 
 
-def forget_peaks(device: torch.device) -> None:
+def reset_peaks(device: torch.device) -> None:
     """Restarts the measurement of peaks on CUDA; a CPU process's peak is kept by the kernel and cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -121,7 +121,7 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def runs_cpu_kernels(x: torch.Tensor) -> bool:
-    """Whether CPU kernels compute with the tensor. A simulated tensor counts as CUDA, but inside `standing_for_cpu`."""
+    """Whether CPU kernels compute with the tensor. A simulated tensor counts as CUDA, but inside `simulating_cpu`."""
     return x.device.type == "cpu" or (is_simulated(x) and _simulating_cpu.get())
 
 
@@ -155,7 +155,7 @@ def is_simulated(x: torch.Tensor) -> bool:
 
 
 @contextmanager
-def standing_for_cpu() -> Iterator[None]:
+def simulating_cpu() -> Iterator[None]:
     """Simulated tensors inside the block stand for tensors on a CPU."""
     token = _simulating_cpu.set(True)
     try:

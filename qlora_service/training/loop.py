@@ -13,7 +13,7 @@ import torch
 
 from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import Interrupted, JobFailed
-from qlora_service.models.adapters import after_step, allocation_state, restore_allocation, trainable
+from qlora_service.models.adapters import allocation_state, prune_after_step, restore_allocation, trainable_parameters
 from qlora_service.specs import Training
 from qlora_service.training.checkpoint.state import StepHistory, TrainingState, random_state, restore_random_state
 from qlora_service.training.device import peak_memory_bytes, synchronize
@@ -24,8 +24,8 @@ from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import Evaluation, TrainingObjective
 from qlora_service.training.optimizer import (
     learning_rate,
+    managed_optimizer,
     optimizer_state,
-    optimizing,
     restore_optimizer,
     set_learning_rate,
 )
@@ -179,7 +179,7 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
             does not fit into memory.
     """
     model, device = network.model, network.device
-    parameters = trainable(model)
+    parameters = trainable_parameters(model)
     control = control or Unattended()
     total_steps, evaluate_every = workload.total_steps, workload.evaluate_every
     held_out = HeldOut(network, objective, workload.held_out, training, observer.on_evaluation)
@@ -187,7 +187,7 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
     history, rng_state = StepHistory(), random_state(device)
     model.train()
 
-    with optimizing(model, training, device) as optimizer, checking(network, control.check):
+    with managed_optimizer(model, training, device) as optimizer, checks_every_layer(network, control.check):
         if start is not None:
             restore_trainable(model, start.parameters)
             restore_optimizer(optimizer, start.optimizer)
@@ -260,7 +260,7 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
                     # A step that is not finite changes neither weights nor optimizer.
                     if is_finite:
                         optimizer.step()
-                    after_step(model, step + 1, skipped=not is_finite)
+                    prune_after_step(model, step + 1, skipped=not is_finite)
                     optimizer.zero_grad(set_to_none=True)
                 row_losses.record(step + 1, loss.lines, loss.example_losses)
                 history = history.after(loss.total, grad_norm, skipped=not is_finite)
@@ -293,7 +293,7 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
 
 
 @contextmanager
-def checking(network: Network, check: Callable[[], None]) -> Iterator[None]:
+def checks_every_layer(network: Network, check: Callable[[], None]) -> Iterator[None]:
     """Inside, `check` is called before every forward pass, and before each layer of it and of its backward pass.
 
     Every forward pass begins with the input embeddings, whatever code starts it; one pass may take long.

@@ -19,7 +19,7 @@ from qlora_service.errors import JobFailed
 from qlora_service.specs import Dpo, Kto, Objective, Orpo
 from qlora_service.training.device import is_out_of_memory, release_memory
 from qlora_service.training.network.cross_entropy import TokenLosses
-from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
+from qlora_service.training.network.micro_batch import LabeledRow, PreferencePair, TokenRow, TrainingExample
 from qlora_service.training.network.network import Network
 
 MAX_LOG_PROBABILITY = -1e-6
@@ -145,11 +145,11 @@ class KtoObjective:
     def prepare_step(
         self, network: Network, examples: Sequence[TrainingExample], compute_losses: ComputeLosses
     ) -> ComputeShare:
-        baseline = self._baseline(network, _documents(examples, LabelledRow))
+        baseline = self._baseline(network, _documents(examples, LabeledRow))
 
         def share(micro_batch: Sequence[TrainingExample]) -> Share:
-            ratio = _log_ratios(compute_losses, _documents(micro_batch, LabelledRow))  # (examples,)
-            labels = [isinstance(example, LabelledRow) and example.desirable for example in micro_batch]
+            ratio = _log_ratios(compute_losses, _documents(micro_batch, LabeledRow))  # (examples,)
+            labels = [isinstance(example, LabeledRow) and example.desirable for example in micro_batch]
             sign = ratio.new_tensor([1.0 if desirable else -1.0 for desirable in labels])
             weight = ratio.new_tensor([self._weight(desirable) for desirable in labels])
             gain = self.spec.beta * sign * (ratio - baseline)  # (examples,)
@@ -216,7 +216,7 @@ def _single_share(compute_share: ComputeShare, example: TrainingExample, device:
     )
 
 
-def _documents(examples: Sequence[TrainingExample], kind: type[PreferencePair | LabelledRow]) -> list[TokenRow]:
+def _documents(examples: Sequence[TrainingExample], kind: type[PreferencePair | LabeledRow]) -> list[TokenRow]:
     assert all(isinstance(example, kind) for example in examples)
     return [document for example in examples for document in example.documents]
 

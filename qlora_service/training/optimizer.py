@@ -16,7 +16,7 @@ from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import JobFailed
 from qlora_service.specs import Training
 from qlora_service.training.device import can_page, synchronize
-from qlora_service.training.sizes import EIGHT_BIT_BLOCK, FEWEST_8BIT_ELEMENTS, FEWEST_PAGED_ELEMENTS
+from qlora_service.training.sizes import EIGHT_BIT_BLOCK, MIN_8BIT_ELEMENTS, MIN_PAGED_ELEMENTS
 
 OptimizerState = dict[str, dict[str, torch.Tensor]]
 """By the parameter's name in the model: its moments, their quantization constants, and its number of steps"""
@@ -57,7 +57,9 @@ def make_optimizer(model: torch.nn.Module, training: Training, device: torch.dev
 
 
 @contextmanager
-def optimizing(model: torch.nn.Module, training: Training, device: torch.device) -> Iterator[torch.optim.Optimizer]:
+def managed_optimizer(
+    model: torch.nn.Module, training: Training, device: torch.device
+) -> Iterator[torch.optim.Optimizer]:
     """The optimizer; released on exit."""
     optimizer = make_optimizer(model, training, device)
     try:
@@ -77,14 +79,14 @@ def release_optimizer(optimizer: torch.optim.Optimizer) -> None:
     GlobalPageManager.get_instance().initialize()
 
 
-def leaves_paged_memory(model: torch.nn.Module, training: Training, device: torch.device) -> bool:
+def may_leave_paged_memory(model: torch.nn.Module, training: Training, device: torch.device) -> bool:
     """Whether optimizer state lies in managed memory, which is freed only when the process exits.
 
     A process runs no further job after one with paged state, because that job would have less memory
     (see `release_optimizer`).
     """
     trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
-    return _is_paged(training, device) and any(each.numel() >= FEWEST_PAGED_ELEMENTS for each in trainable)
+    return _is_paged(training, device) and any(each.numel() >= MIN_PAGED_ELEMENTS for each in trainable)
 
 
 def learning_rate(step: int, total_steps: int, training: Training) -> float:
@@ -141,7 +143,7 @@ def optimizer_state_bytes(model: torch.nn.Module, training: Training) -> int:
         if not parameter.requires_grad:
             continue
         elements = parameter.numel()
-        if training.optim.endswith("8bit") and elements >= FEWEST_8BIT_ELEMENTS:
+        if training.optim.endswith("8bit") and elements >= MIN_8BIT_ELEMENTS:
             # One byte per value, and a float32 constant per block of 256.
             total += moments * (elements + 4 * math.ceil(elements / EIGHT_BIT_BLOCK))
         else:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qlora_service.data.rendering.renderer import RenderedRow, RenderReport, UnusableRow
-from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
+from qlora_service.training.network.micro_batch import LabeledRow, PreferencePair, TokenRow, TrainingExample
 
 IDS, FLAGS = pa.list_(pa.int32()), pa.list_(pa.bool_())
 SCHEMA = pa.schema(
@@ -57,7 +57,7 @@ class RenderedRows:
         line, input_ids, trained, rejected_input_ids, rejected_trained, desirable = cells
         row = TokenRow(line.as_py(), _values(input_ids), _values(trained))
         if desirable.is_valid:
-            return LabelledRow(row, desirable.as_py())
+            return LabeledRow(row, desirable.as_py())
         if rejected_input_ids.is_valid:
             return PreferencePair(row, TokenRow(row.line, _values(rejected_input_ids), _values(rejected_trained)))
         return row

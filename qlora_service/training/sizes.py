@@ -7,9 +7,9 @@ HEAD_CHUNK = 256
 CPU_ROWS = 16
 """Positions whose float32 logits fit in a CPU's cache"""
 
-FEWEST_PAGED_ELEMENTS = 100_000
+MIN_PAGED_ELEMENTS = 100_000
 """State of smaller parameters never pages. Source: bitsandbytes 0.50, optim/optimizer.py, `get_state_buffer`"""
-FEWEST_8BIT_ELEMENTS, EIGHT_BIT_BLOCK = 4096, 256
+MIN_8BIT_ELEMENTS, EIGHT_BIT_BLOCK = 4096, 256
 """Smaller parameters keep 32-bit state; elements per quantization constant. Source: bitsandbytes 0.50,
 optim/optimizer.py"""
 

@@ -13,7 +13,7 @@ import torch
 from qlora_service.data.batching import pack
 from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import JobFailed
-from qlora_service.models.adapters import regularization
+from qlora_service.models.adapters import orthogonality_loss
 from qlora_service.specs import Training
 from qlora_service.training.device import is_out_of_memory, release_memory
 from qlora_service.training.network.micro_batch import TrainingExample
@@ -127,7 +127,7 @@ def backward_passes(
         # Frees the graph: bitsandbytes' int8 products keep their inputs while it exists.
         del share
         yield detached
-    if (penalty := regularization(network.model)) is not None:
+    if (penalty := orthogonality_loss(network.model)) is not None:
         penalty.backward()
 
 

@@ -1,8 +1,8 @@
 """Delivery of webhook messages: due deliveries are sent, and retried for about a day and a half until they succeed.
 
-A delivery is stored in the transaction that ends the job (`store.webhooks.tell_end`), so that none is lost or invented.
-It is claimed before it is sent, and its outcome is recorded after. If the process dies in between, the claim expires,
-and another process sends the delivery again under the same `webhook-id`.
+A delivery is stored in the transaction that ends the job (`store.webhooks.insert_end_deliveries`), so that none is
+lost or invented. It is claimed before it is sent, and its outcome is recorded after. If the process dies in between,
+the claim expires, and another process sends the delivery again under the same `webhook-id`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qlora_service.domain.clock import utc_now
 from qlora_service.domain.webhooks import Delivery, Endpoint
 from qlora_service.errors import InvalidRequest
 from qlora_service.store.database import Database, persist
-from qlora_service.store.webhooks import any_due, claim_due, disable_endpoint, note_attempt
+from qlora_service.store.webhooks import any_due, claim_due, disable_endpoint, record_attempt
 from qlora_service.webhooks.sending import TIMEOUT_S, Sender
 from qlora_service.webhooks.signing import signed_headers
 
@@ -122,7 +122,7 @@ class Deliverer:
 
     def _record(self, delivery: Delivery, outcome: dict[str, Any]) -> None:
         with self._database.write() as connection:
-            note_attempt(connection, delivery, **outcome)
+            record_attempt(connection, delivery, **outcome)
             if outcome["last_status"] == GONE:
                 disable_endpoint(connection, delivery.endpoint_id, self._clock())
 

@@ -19,7 +19,7 @@ from fastapi.testclient import TestClient
 from starlette.types import ASGIApp, Message
 
 from api.main import create_app
-from qlora_service.artifacts.manifest import NAME as MANIFEST
+from qlora_service.artifacts.manifest import MANIFEST_NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest, describe_file
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.models.catalog.catalog import Catalog

@@ -12,7 +12,7 @@ from obstore.exceptions import GenericError
 from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
-from api.errors import located, response_of, status_of
+from api.errors import error_locations, response_of, status_of
 from api.http.request_log import RequestLog
 from api.main import create_app
 from qlora_service import errors
@@ -175,9 +175,9 @@ def test_defects_are_answered_500_and_not_503(error: Exception) -> None:
 
 
 def test_route_sets_the_location_of_an_error() -> None:
-    with pytest.raises(InvalidModel) as caught, located({InvalidModel: "/base_model"}):
+    with pytest.raises(InvalidModel) as caught, error_locations({InvalidModel: "/base_model"}):
         raise InvalidModel("unknown")
     assert caught.value.location == "/base_model"
-    with pytest.raises(InvalidDataset) as other, located({InvalidModel: "/base_model"}):
+    with pytest.raises(InvalidDataset) as other, error_locations({InvalidModel: "/base_model"}):
         raise InvalidDataset("empty", location="/dataset")
     assert other.value.location == "/dataset"

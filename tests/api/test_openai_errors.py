@@ -4,7 +4,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.errors import status_of
-from api.openai_errors import on_openai_wire
+from api.openai_errors import to_openai_error
 from qlora_service.errors import Conflict, Finding, InvalidSpec, NotFound, QLoRAError, QuotaExceeded, Unavailable
 
 
@@ -20,7 +20,7 @@ from qlora_service.errors import Conflict, Finding, InvalidSpec, NotFound, QLoRA
     ],
 )
 def test_each_error_has_the_status_its_client_expects(error: QLoRAError, status: int, kind: str) -> None:
-    body, openai_status, headers = on_openai_wire(error.as_dict(), status_of(error))
+    body, openai_status, headers = to_openai_error(error.as_dict(), status_of(error))
     assert (openai_status, body["type"], body["code"], body["message"]) == (status, kind, error.code, "no")
     assert headers == ({"x-should-retry": "false"} if status == 409 else {})
 
@@ -30,21 +30,21 @@ def test_each_error_has_the_status_its_client_expects(error: QLoRAError, status:
     [("/method/type", "method.type"), ("file_id", "file_id"), (None, None), ("/", None), ("/model", "model")],
 )
 def test_location_is_translated_to_a_parameter(location: str | None, param: str | None) -> None:
-    body, _, _ = on_openai_wire(InvalidSpec("no", location=location).as_dict(), 422)
+    body, _, _ = to_openai_error(InvalidSpec("no", location=location).as_dict(), 422)
     assert body["param"] == param
 
 
 def test_findings_and_details_are_kept() -> None:
     error = InvalidSpec("no", findings=[Finding("bad", "/a", 3, 7)], limit=4)
-    body, _, _ = on_openai_wire(error.as_dict(), 422)
+    body, _, _ = to_openai_error(error.as_dict(), 422)
     assert body["findings"] == [{"reason": "bad", "pointer": "/a", "line": 3, "byte_offset": 7}]
     assert body["details"] == {"limit": 4}
 
 
 def test_client_does_not_retry_where_waiting_does_not_help() -> None:
     quota_error = QuotaExceeded("no").as_dict()
-    assert on_openai_wire(quota_error, 429, waiting_helps=False)[2] == {"x-should-retry": "false"}
-    assert on_openai_wire(quota_error, 429, waiting_helps=True)[2] == {}
+    assert to_openai_error(quota_error, 429, waiting_helps=False)[2] == {"x-should-retry": "false"}
+    assert to_openai_error(quota_error, 429, waiting_helps=True)[2] == {}
 
 
 def test_the_path_decides_the_shape(bare_client: TestClient) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from qlora_service.actions.keys import open_access
+from qlora_service.actions.keys import open_key_registry
 from qlora_service.domain.keys import Scope
 from qlora_service.models.catalog.catalog import Catalog
 from tests.api.conftest import chat_rows, spec_of
@@ -36,9 +36,9 @@ class Tenant:
 
     def __init__(self, api: RunningApi, project: str) -> None:
         self._data_dir = api.data_dir
-        access = open_access(f"sqlite:///{api.data_dir / 'state.db'}")
-        _, self.secret = access.create_key(project, "admin", [Scope.ADMIN])
-        access.close()
+        registry = open_key_registry(f"sqlite:///{api.data_dir / 'state.db'}")
+        _, self.secret = registry.create_key(project, "admin", [Scope.ADMIN])
+        registry.close()
         self.http = httpx2.Client(base_url=api.url, headers={"Authorization": f"Bearer {self.secret}"}, timeout=60)
         self._rows = chat_rows(8, answer=f"{project} knows")
 

@@ -15,7 +15,7 @@ import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 
-from qlora_service.models.adapters import attach
+from qlora_service.models.adapters import attach_adapter
 from qlora_service.models.base.quantize import load_base
 from qlora_service.specs import Quantization, Supervised
 from qlora_service.training import loop
@@ -95,7 +95,7 @@ def _train_ours(layers: Layers, work: Workload) -> tuple[PeftModel, StepRecorder
     """The trained model and the measurements; the only function that depends on the product's training code."""
     base = load_base(Path(work.model_dir), Quantization(), torch.bfloat16, torch.device("cpu"))
     isolation = isolate_documents(base)
-    model = attach(base, ADAPTER, SEED, total_steps=work.total_steps)
+    model = attach_adapter(base, ADAPTER, SEED, total_steps=work.total_steps)
     net = network.Network(model, isolation, fast=layers == "fast")
     if (net.layers == "general") is not (layers == "general"):
         raise RuntimeError(f"requested {layers} layers, the network chose {net.layers}: see Network._choose_paths")

@@ -20,7 +20,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from qlora_service.actions.keys import Access
+from qlora_service.actions.keys import KeyRegistry
 from qlora_service.domain.ids import new_id
 from qlora_service.domain.jobs import JobStatus
 from qlora_service.models.catalog.catalog import Catalog
@@ -85,7 +85,7 @@ def figures() -> Iterator[dict[str, Any]]:
         database = Database(f"sqlite:///{data_dir / 'state.db'}")
         database.migrate()
         with closing(database):
-            created = Access(database).create_first_key()
+            created = KeyRegistry(database).create_first_key()
             assert created is not None
             prelude = "import os; os.environ |= {'QLORA_KEYS': 'required', 'QLORA_LOG_LEVEL': 'INFO'}"
             with RunningApi(data_dir, prelude) as api:

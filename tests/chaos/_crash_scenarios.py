@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from qlora_service.actions.jobs import Submission
-from qlora_service.artifacts.manifest import NAME as MANIFEST
+from qlora_service.artifacts.manifest import MANIFEST_NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest
 from qlora_service.artifacts.store import dataset_key, job_key
 from qlora_service.domain.jobs import Job, JobStatus

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_service.artifacts.manifest import NAME as MANIFEST
+from qlora_service.artifacts.manifest import MANIFEST_NAME as MANIFEST
 from qlora_service.artifacts.manifest import describe_file
 from qlora_service.domain.jobs import JobStatus
 from tests.workspace import Workspace, processes_on

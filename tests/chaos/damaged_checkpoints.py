@@ -15,7 +15,7 @@ from pathlib import Path
 from qlora_service.specs import Lora, Training
 from qlora_service.training.checkpoint.checkpoints import Checkpoints
 from tests.qlora_service.training.checkpoint.test_checkpoints import DAMAGE, names
-from tests.tiny_training import Keeper, Recorder, load, rows, run
+from tests.tiny_training import CheckpointingControl, Recorder, load, rows, run
 
 LAST, BEFORE = "step-00000012.a1", "step-00000011.a1"
 
@@ -60,11 +60,11 @@ def damage_many(tiny_model: Path, directory: Path, times: int, *, seed: int = 0)
 def _train(tiny_model: Path, directory: Path) -> None:
     """Twelve steps on NF4 with a checkpoint after each; the last two are kept."""
     recorder = Recorder()
-    keeper = Keeper(Checkpoints(directory, 1), recorder)
-    keeper.is_due = True
+    control = CheckpointingControl(Checkpoints(directory, 1), recorder)
+    control.is_due = True
     training = Training(batch_size=4, learning_rate=1e-2, optim="paged_adamw_8bit", load_best_model_at_end=True)
     model = load(tiny_model, adapter=Lora(r=4, lora_dropout=0.1))
-    run(model, rows(16), training, steps=12, recorder=recorder, control=keeper)
+    run(model, rows(16), training, steps=12, recorder=recorder, control=control)
 
 
 def _contents(directory: Path) -> dict[str, bytes]:

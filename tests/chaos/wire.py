@@ -24,7 +24,7 @@ from schemathesis import GenerationMode
 from schemathesis.core.failures import FailureGroup
 
 from api.main import create_app
-from qlora_service.actions.keys import Access
+from qlora_service.actions.keys import KeyRegistry
 from qlora_service.models.catalog.catalog import Catalog
 from qlora_service.queue.claim import Progress
 from qlora_service.settings import Settings
@@ -157,8 +157,8 @@ def attack(target: Stand, operation: str, examples: int, *, same_every_time: boo
 def _first_key(directory: Path) -> str:
     database = Database(f"sqlite:///{directory / 'state.db'}")
     database.migrate()
-    with closing(Access(database)) as access:
-        created = access.create_first_key()
+    with closing(KeyRegistry(database)) as registry:
+        created = registry.create_first_key()
     assert created is not None
     return created[1]
 

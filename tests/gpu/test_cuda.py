@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora_service.models.adapters import attach, trainable
+from qlora_service.models.adapters import attach_adapter, trainable_parameters
 from qlora_service.models.base.quantize import base_fingerprint, load_base
 from qlora_service.specs import Lora, Quantization
 from qlora_service.training.device import choose_device, has_bf16, has_flash_attention, peak_memory_bytes
@@ -39,7 +39,7 @@ def make_network(
     """The tiny model on NF4, with a B that is not zero, in training mode; the same weights on every device."""
     base = load_base(tiny_model, Quantization(), dtype, device)
     isolation = isolate_documents(base)
-    model = attach(base, Lora(r=4), seed=0).train()
+    model = attach_adapter(base, Lora(r=4), seed=0).train()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -187,7 +187,7 @@ def test_gradients_are_the_same_after_an_evaluation(tiny_model: Path, device: to
 def test_the_fingerprint_is_reproducible(tiny_model: Path, device: torch.device) -> None:
     base = load_base(tiny_model, Quantization(), torch.float32, device)
     before = base_fingerprint(base)
-    model = attach(base, Lora(r=4), seed=0)
-    assert len(trainable(model)) == 28
+    model = attach_adapter(base, Lora(r=4), seed=0)
+    assert len(trainable_parameters(model)) == 28
     assert base_fingerprint(model.unload()) == before
     assert peak_memory_bytes(device) > 0

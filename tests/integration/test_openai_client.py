@@ -20,7 +20,7 @@ import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob
 
-from qlora_service.actions.keys import open_access
+from qlora_service.actions.keys import open_key_registry
 from qlora_service.cli.serving import pick_port
 from qlora_service.models.catalog.catalog import Catalog
 from tests.workspace import ROOT
@@ -43,9 +43,9 @@ def client(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """A client of a running `qlora serve`, with a key."""
     data_dir = tmp_path_factory.mktemp("openai") / "data"
     Catalog(data_dir / "models").import_model("tiny", tiny_model)
-    access = open_access(f"sqlite:///{data_dir / 'state.db'}")
-    _, key = access.create_key("local", "test")
-    access.close()
+    registry = open_key_registry(f"sqlite:///{data_dir / 'state.db'}")
+    _, key = registry.create_key("local", "test")
+    registry.close()
     port = pick_port("127.0.0.1")
     command = [sys.executable, "-m", "qlora_service.cli", "serve", "--port", str(port), "--data-dir", str(data_dir)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "QLORA_KEYS": "required"}

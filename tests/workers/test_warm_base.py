@@ -133,7 +133,7 @@ def test_a_job_whose_optimizer_pages_is_the_last_of_its_process(
 ) -> None:
     """A CPU does not page, so the check for paged memory is replaced."""
     bases = BaseHolder()
-    monkeypatch.setattr("workers.trainer.load.leaves_paged_memory", lambda *_: True)
+    monkeypatch.setattr("workers.trainer.load.may_leave_paged_memory", lambda *_: True)
     run(workspace, bases, spec())
     assert not bases.restore()
 

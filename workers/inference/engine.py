@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.utils.logging import disable_progress_bar
 
-from qlora_service.artifacts.manifest import NAME as MANIFEST
+from qlora_service.artifacts.manifest import MANIFEST_NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest
 from qlora_service.artifacts.published import fetch_published
 from qlora_service.artifacts.store import ArtifactStore, job_key

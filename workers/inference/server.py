@@ -1,7 +1,7 @@
 """Chat server of a process that has a base loaded: a Unix socket, a request queue, one answer at a time. No torch.
 
 Requests are queued, also while the base is loading. When the slot is needed for other work, the current answer is
-finished and every other request is refused with `Leaving`, which makes the API send it again.
+finished and every other request is refused with `YieldingSlot`, which makes the API send it again.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import structlog
 from pydantic import ValidationError
 
 from qlora_service.chat.wire import (
-    BEAT_S,
+    KEEPALIVE_S,
     MAX_LINE_BYTES,
     STATUS,
     Answer,
     Finished,
     GenerationRequest,
-    Leaving,
     Line,
     Place,
     Status,
+    YieldingSlot,
 )
 from qlora_service.errors import QLoRAError, QuotaExceeded
 
@@ -146,7 +146,7 @@ class RequestQueue:
 
     def yield_slot(self) -> None:
         """Drains, because the slot is needed for other work; exits the process if the base is still loading."""
-        self.drain(Leaving("the worker is yielding the GPU: retry"))
+        self.drain(YieldingSlot("the worker is yielding the GPU: retry"))
         if self._is_loading:
             os._exit(0)  # loading a base cannot be interrupted
 
@@ -197,7 +197,7 @@ class RequestQueue:
                 )
                 return
         with contextlib.suppress(ClientGone):
-            while not connection.ended.wait(BEAT_S):
+            while not connection.ended.wait(KEEPALIVE_S):
                 connection.send(Answer(waiting=self._place_of(connection)))
 
     def _place_of(self, connection: ChatConnection) -> Place:

@@ -17,7 +17,7 @@ from qlora_service.queue.queue import Queue
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import all_needed_bytes, are_bytes_needed, first_stored_at, lock_bytes
 from qlora_service.store.jobs import get_job
-from qlora_service.store.probes import drop_old
+from qlora_service.store.probes import delete_expired
 from qlora_service.training.checkpoint.disk_reserve import RESERVE_FILE
 
 REAP_EVERY_S = 60.0
@@ -72,7 +72,7 @@ class Housekeeping:
             self._reap_checkpoints(path.name)
         self._artifacts.remove_unfinished(UNFINISHED_S)
         with self._database.write() as connection:
-            drop_old(connection, utc_now())
+            delete_expired(connection, utc_now())
         self._reap_datasets()
 
     def _reap_datasets(self) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import structlog
 
-from qlora_service.chat.wire import Status, ask_status, listen
+from qlora_service.chat.wire import Status, listen, query_status
 from qlora_service.domain.clock import utc_now
 from qlora_service.errors import QLoRAError
 from qlora_service.models.base.needed_base import NeededBase
@@ -123,7 +123,7 @@ class ChatTurns:
     def requested_base(self, worker: str) -> LoadedBase | None:
         """The base to load if no job waits."""
         with self._database.read() as connection:
-            return inference.wanted_base(connection, worker)
+            return inference.requested_base(connection, worker)
 
     def consider_preemption(self, claim: Claim, worker: str) -> None:
         """Preempts the slot's job if a client waits to chat, the operator allows it, and the job had its share.
@@ -134,8 +134,8 @@ class ChatTurns:
             return
         now = time.monotonic()
         with self._database.read() as connection:
-            steps = inference.steps_done(connection, claim.job_id, claim.token)
-            base = inference.wanted_base(connection, worker)
+            steps = inference.completed_steps(connection, claim.job_id, claim.token)
+            base = inference.requested_base(connection, worker)
         if claim != self._claim:
             self._claim, self._first_step, self._training_since = claim, steps, None
         if steps > self._first_step and self._training_since is None:
@@ -145,7 +145,7 @@ class ChatTurns:
         if base is None or not had_share:
             return
         with self._database.write() as connection:
-            self._preempted_job = inference.ask_to_make_way(connection, claim.job_id, claim.token, utc_now())
+            self._preempted_job = inference.request_preemption(connection, claim.job_id, claim.token, utc_now())
         if self._preempted_job:
             log.info("job_makes_way", job=claim.job_id, base_model=base.base_model)
 
@@ -165,7 +165,7 @@ class ChatTurns:
         try:
             with listener:
                 with self._database.write() as connection:
-                    if not inference.take(connection, base, worker, str(path)):
+                    if not inference.assign_base(connection, base, worker, str(path)):
                         return
                 pid = process.begin_chat(base, self._needed_base(base), listener)
             log.info("inference_started", base_model=base.base_model, slot=self._slot, pid=pid)
@@ -211,11 +211,11 @@ class ChatTurns:
 
     def _decide(self, policy: StayPolicy, path: Path) -> Verdict:
         """The policy's verdict on the current status and queue; during a database outage, as if nothing waited."""
-        status = ask_status(path, STATUS_TIMEOUT_S)
+        status = query_status(path, STATUS_TIMEOUT_S)
         try:
             with self._database.read() as connection:
                 job_waits = inference.job_waits(connection, self._rules.max_running)
-                other_waits = inference.another_is_wanted(connection)
+                other_waits = inference.another_is_requested(connection)
         except Exception as error:
             if not is_outage(error):
                 raise
@@ -225,7 +225,7 @@ class ChatTurns:
     def _unregister(self, worker: str) -> None:
         """Deletes the worker's socket from the database."""
         with self._database.write() as connection:
-            inference.give_up(connection, worker)
+            inference.release_base(connection, worker)
 
 
 def _is_idle(status: Status) -> bool:

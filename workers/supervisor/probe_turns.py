@@ -52,7 +52,7 @@ class ProbeTurns:
         A job or chat that arrives meanwhile ends the probe, which is repeated later. Leaves no process behind.
         """
         with self._database.read() as connection:
-            if not probes.is_wanted(connection, worker, self._device):
+            if not probes.has_probe(connection, worker, self._device):
                 return False
         with self._database.write() as connection:
             probe = probes.take_probe(connection, worker, self._device)
@@ -62,7 +62,9 @@ class ProbeTurns:
             empty_slot()
             self._run(probe, worker, lock, stop)
         finally:
-            persist(lambda: self._write(lambda connection: probes.give_back(connection, worker)), DATABASE_PATIENCE_S)
+            persist(
+                lambda: self._write(lambda connection: probes.release_probe(connection, worker)), DATABASE_PATIENCE_S
+            )
         return True
 
     def _run(self, probe: Probe, worker: str, lock: int, stop: threading.Event) -> None:
@@ -114,7 +116,7 @@ class ProbeTurns:
             with self._database.read() as connection:
                 if inference.job_waits(connection, self._max_running):
                     return True
-                return inference.wanted_base(connection, worker) is not None
+                return inference.requested_base(connection, worker) is not None
         except Exception as error:
             if not is_outage(error):
                 raise

@@ -10,13 +10,13 @@ from typing import Any
 
 from peft import PeftModel
 
-from qlora_service.artifacts.manifest import NAME as MANIFEST
+from qlora_service.artifacts.manifest import MANIFEST_NAME as MANIFEST
 from qlora_service.artifacts.manifest import Manifest, describe_file
 from qlora_service.artifacts.model_card import model_card
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.models.adapters import save_adapter
 from qlora_service.models.catalog.catalog import BaseModel
-from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TrainingExample
+from qlora_service.training.network.micro_batch import LabeledRow, PreferencePair, TrainingExample
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -74,6 +74,6 @@ def _held_out_row(example: TrainingExample) -> dict[str, Any]:
     record = {"line": example.line, **documents[0]}
     if isinstance(example, PreferencePair):
         record["rejected"] = documents[1]
-    if isinstance(example, LabelledRow):
+    if isinstance(example, LabeledRow):
         record["desirable"] = example.desirable
     return record

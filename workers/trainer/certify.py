@@ -9,7 +9,7 @@ from qlora_service.artifacts.published import fetch_published
 from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import JobFailed
 from qlora_service.models.adapters import load_adapter
-from qlora_service.training.loop import Outcome, checking
+from qlora_service.training.loop import Outcome, checks_every_layer
 from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import evaluate, make_objective
 from workers.trainer.context import AttemptContext
@@ -38,7 +38,7 @@ def certify(
         del base  # the last reference: the changed base is freed before its replacement is loaded
         base = context.bases.replace_changed(loaded.request).model
     reloaded = Network(load_adapter(base, published), isolation, paths=paths)
-    with checking(reloaded, context.check):
+    with checks_every_layer(reloaded, context.check):
         measured = evaluate(reloaded, make_objective(context.spec.objective), rows.held_out)
     return check_loss(measured.loss, outcome.after.loss) | {"base_reused": is_reused}
 

@@ -6,7 +6,7 @@ import torch
 
 from qlora_service.errors import InvalidModel
 from qlora_service.planning.cards import Device
-from qlora_service.planning.fit import Choice, Question, chosen, longest_example_tokens
+from qlora_service.planning.fit import Choice, FitQuestion, choose_settings, longest_example_tokens
 from qlora_service.planning.shapes import ModelShape
 from qlora_service.specs import JobSpec
 from qlora_service.training.device import device_name, free_memory_bytes, has_bf16
@@ -20,7 +20,7 @@ def starting_settings(network: Network, spec: JobSpec, longest_tokens: int) -> C
     not fitted to, the micro-batch is that of a CPU.
     """
     if network.device.type == "cuda" and (question := _question(network, spec, longest_tokens)) is not None:
-        return chosen(question, network.fits)
+        return choose_settings(question, network.fits)
     training = spec.training
     tokens, checkpointing = training.resolved_micro_batch_tokens, training.gradient_checkpointing
     # A row longer than the micro-batch is a micro-batch by itself; so are both sides of a pair.
@@ -31,11 +31,11 @@ def starting_settings(network: Network, spec: JobSpec, longest_tokens: int) -> C
     )
 
 
-def _question(network: Network, spec: JobSpec, longest_tokens: int) -> Question | None:
+def _question(network: Network, spec: JobSpec, longest_tokens: int) -> FitQuestion | None:
     """The planner's question about the job on this GPU; None if the memory formula does not hold for the model."""
     config = network.model.get_base_model().config.to_dict()
     try:
-        question = Question(ModelShape.from_config(config), spec, _this_gpu(network.device), longest_tokens)
+        question = FitQuestion(ModelShape.from_config(config), spec, _this_gpu(network.device), longest_tokens)
     except InvalidModel:
         return None
     return question if question.formula_holds else None

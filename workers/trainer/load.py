@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from qlora_service.models.adapters import attach
+from qlora_service.models.adapters import attach_adapter
 from qlora_service.models.base.needed_base import may_change_base
 from qlora_service.specs import JobSpec
-from qlora_service.training.device import choose_device, compute_dtype, forget_peaks
+from qlora_service.training.device import choose_device, compute_dtype, reset_peaks
 from qlora_service.training.network.isolation import Isolation
 from qlora_service.training.network.network import KernelPaths, Network
-from qlora_service.training.optimizer import leaves_paged_memory
+from qlora_service.training.optimizer import may_leave_paged_memory
 from workers.trainer.context import AttemptContext
 from workers.trainer.environment import describe_environment, inherit_plan
 from workers.trainer.execution_settings import starting_settings
@@ -48,7 +48,7 @@ def load(context: AttemptContext, rows: PreparedRows) -> Loaded:
     inputs, spec = context.inputs, context.spec
     context.reporter.enter_phase("loading", rows.total_steps)
     device = choose_device(inputs.needs_gpu)
-    forget_peaks(device)
+    reset_peaks(device)
     environment = describe_environment(device)
     plan = inherit_plan(context.job.plan, environment)
     dtype = compute_dtype(plan.get("compute_dtype", spec.quantization.compute_dtype), device)
@@ -63,7 +63,7 @@ def load(context: AttemptContext, rows: PreparedRows) -> Loaded:
     network = _probed_network(warm, spec, rows, plan)
     if may_change_base(spec.adapter):
         context.bases.retire("the job's adapter may change its base")
-    if leaves_paged_memory(network.model, spec.training, device):
+    if may_leave_paged_memory(network.model, spec.training, device):
         context.bases.retire("the job's optimizer leaves paged memory")
     return Loaded(network, warm, request, plan, environment, base_source)
 
@@ -84,7 +84,7 @@ def make_network(
     training = spec.training
     known = {field.name: plan[field.name] for field in fields(KernelPaths) if field.name in plan}
     network = Network(
-        attach(base, spec.adapter, training.seed, total_steps=rows.total_steps),
+        attach_adapter(base, spec.adapter, training.seed, total_steps=rows.total_steps),
         isolation,
         paths=KernelPaths(**known) if known else None,
         neftune_noise_alpha=training.neftune_noise_alpha,

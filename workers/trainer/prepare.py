@@ -17,7 +17,7 @@ from qlora_service.data.rendering.renderer import Renderer, RenderReport, Render
 from qlora_service.domain.datasets import Dataset
 from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import Finding, JobFailed
-from qlora_service.planning.time.duration import JUDGED_TRAINING_ROWS
+from qlora_service.planning.time.duration import FALLBACK_TRAINING_ROWS
 from qlora_service.specs import Training
 from qlora_service.training.evaluation.generation import question_ids
 from qlora_service.training.network.micro_batch import TrainingExample
@@ -43,7 +43,7 @@ class PreparedRows:
     @cached_property
     def held_out(self) -> list[TrainingExample]:
         """The held-out rows; without any, the first training rows."""
-        positions = self.split.held_out or self.split.train[:JUDGED_TRAINING_ROWS]
+        positions = self.split.held_out or self.split.train[:FALLBACK_TRAINING_ROWS]
         rows = self.rows if self.validation is None else self.validation
         return [rows[position] for position in positions]
 

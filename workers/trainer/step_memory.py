@@ -12,7 +12,7 @@ import torch
 
 from qlora_service.data.batching import pack
 from qlora_service.errors import InvalidModel
-from qlora_service.planning.formula import memory
+from qlora_service.planning.formula import estimated_memory
 from qlora_service.planning.shapes import ModelShape
 from qlora_service.planning.simulation.run import CannotSimulate, Simulator
 from qlora_service.planning.simulation.tracked_step import tracking
@@ -41,10 +41,12 @@ def predicted_memory(
     }
     try:
         simulator = Simulator(timeout_s=0, cache_dir=cache_dir)
-        prediction, source = simulator.simulate(config, spec, cuda=cuda, **settings), "simulation"
+        prediction = simulator.simulate(config, spec, cuda=cuda, **settings)
+        source = "simulation"
     except CannotSimulate:
         try:
-            prediction, source = memory(ModelShape.from_config(config), spec, cuda=cuda, **settings), "formula"
+            prediction = estimated_memory(ModelShape.from_config(config), spec, cuda=cuda, **settings)
+            source = "formula"
         except InvalidModel:
             return None
     except InvalidModel:

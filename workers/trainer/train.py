@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qlora_service.planning.time.duration import Kind, Work, evaluation_interval, later_phases
-from qlora_service.planning.time.job_times import readable
+from qlora_service.planning.time.job_times import parse_history
 from qlora_service.training.checkpoint.checkpoints import Checkpoints, expected_bytes
 from qlora_service.training.device import device_name
 from qlora_service.training.evaluation.generation import evaluate_generation
@@ -116,7 +116,7 @@ def _report_expectations(context: AttemptContext, rows: PreparedRows, loaded: Lo
         cache_dir=inputs.plan_cache,
     )
     context.reporter.note(device=device, kind=asdict(kind), work=asdict(work), predicted=predicted)
-    context.reporter.expect(rows.total_steps, evaluate_every, later_phases(work, readable(inputs.history, device)))
+    context.reporter.expect(rows.total_steps, evaluate_every, later_phases(work, parse_history(inputs.history, device)))
 
 
 def _memory_tracking(context: AttemptContext, rows: PreparedRows, loaded: Loaded, steps: range) -> AroundStep:

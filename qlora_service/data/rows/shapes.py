@@ -17,7 +17,7 @@ from qlora_service.data.rows.supervised import (
     read_text,
 )
 
-__all__ = ["COLUMNS", "JSON_COLUMNS", "REQUIRED", "RowProblem", "detect_shape", "objective_misfit", "to_example"]
+__all__ = ["COLUMNS", "JSON_COLUMNS", "REQUIRED", "RowProblem", "detect_shape", "objective_mismatch", "to_example"]
 
 # The required columns of every form of a shape. Of two shapes that fit a row, the earlier, richer one is detected.
 REQUIRED: dict[Shape, tuple[tuple[str, ...], ...]] = {
@@ -68,7 +68,7 @@ def to_example(value: dict[str, Any], shape: Shape) -> Example:
     return _READERS[shape](value)
 
 
-def objective_misfit(objective_type: str, shape: Shape) -> str | None:
+def objective_mismatch(objective_type: str, shape: Shape) -> str | None:
     """Why the objective (`specs.Objective`) cannot train on rows of the shape, and what to do; None if it can."""
     required = _REQUIRED_SHAPES.get(objective_type)
     if required == shape:

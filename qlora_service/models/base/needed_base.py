@@ -35,8 +35,8 @@ def may_change_base(adapter: Adapter) -> bool:
     """Whether training the adapter might change the base's weights unnoticed, so that its job needs its own process.
 
     Trained tokens lie in the embedding, and the fingerprint covers the embedding rows of a few tokens only; PEFT's
-    OLoRA rewrites every weight that it starts from. As `adapters.attach` attaches them, neither changes a byte of the
-    base (peft 0.21, tests/qlora_service/models/base/test_base_state.py); another version of PEFT may.
+    OLoRA rewrites every weight that it starts from. As `adapters.attach_adapter` attaches them, neither changes a byte
+    of the base (peft 0.21, tests/qlora_service/models/base/test_base_state.py); another version of PEFT may.
     """
     if not isinstance(adapter, Lora):
         return False

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_service.planning.memory import FLOAT32_BYTES, Category
 from qlora_service.planning.simulation.allocator import rounded
 from qlora_service.planning.simulation.tracker import Workspace
-from qlora_service.training.device import has_flash_attention, standing_for_cpu
+from qlora_service.training.device import has_flash_attention, simulating_cpu
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ def simulated_device(*, cuda: bool) -> Iterator[MetaValues]:
     values = MetaValues()
     with ExitStack() as stack:
         if not cuda:
-            stack.enter_context(standing_for_cpu())
+            stack.enter_context(simulating_cpu())
         # A TorchFunctionMode would be inactive in the backward pass, which recomputes layers.
         stack.enter_context(replaced(F, "scaled_dot_product_attention", partial(_attention, cuda)))
         stack.enter_context(replaced(F, "linear", _linear))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from qlora_service.models.adapters import attach
+from qlora_service.models.adapters import attach_adapter
 from qlora_service.planning.largest_step import LargestStep
 from qlora_service.planning.memory import Category, Memory
 from qlora_service.planning.simulation.allocator import CUBLAS_WORKSPACE_BYTES, LARGE_STEP, ROUNDING, rounded
@@ -72,4 +72,4 @@ def _with_adapter(
     elif isolation == "per_document":
         base.set_attn_implementation(PER_DOCUMENT)
     with META:
-        return attach(base, spec.adapter, spec.training.seed), isolation
+        return attach_adapter(base, spec.adapter, spec.training.seed), isolation

@@ -12,17 +12,17 @@ from peft import PeftModel
 from torch.utils.hooks import RemovableHandle
 
 from qlora_service.models.adapters import NAME as ADAPTER_NAME
-from qlora_service.models.adapters import after_step, allocation_state, trainable
+from qlora_service.models.adapters import allocation_state, prune_after_step, trainable_parameters
 from qlora_service.planning.largest_step import LargestStep
 from qlora_service.planning.memory import Category
 from qlora_service.planning.simulation.simulated_device import workspaces
 from qlora_service.planning.simulation.tracker import Tracker
 from qlora_service.specs import JobSpec, Objective
-from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
+from qlora_service.training.network.micro_batch import LabeledRow, PreferencePair, TokenRow, TrainingExample
 from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import evaluate, make_objective
 from qlora_service.training.optimizer import make_optimizer
-from qlora_service.training.sizes import FEWEST_PAGED_ELEMENTS
+from qlora_service.training.sizes import MIN_PAGED_ELEMENTS
 from qlora_service.training.step import backward_passes
 
 PAGED_STATES = ("state1", "state2")
@@ -35,7 +35,7 @@ def examples_of(step: LargestStep, objective: Objective) -> list[TrainingExample
     if step.documents_per_example == 2:
         return [PreferencePair(*pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
     if objective.type == "kto":
-        return [LabelledRow(row, desirable=True) for row in rows]
+        return [LabeledRow(row, desirable=True) for row in rows]
     return list(rows)
 
 
@@ -50,7 +50,7 @@ def register_model(tracker: Tracker, model: PeftModel) -> list[RemovableHandle]:
             tracker.register(buffer, _category(f"{name}.{local_name}", module, buffer))
     return [
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.register(p.grad, Category.GRADIENTS))
-        for parameter in trainable(model)
+        for parameter in trainable_parameters(model)
     ]
 
 
@@ -90,25 +90,25 @@ def run_largest_step(network: Network, spec: JobSpec, step: LargestStep, tracker
         evaluate(network, objective, examples[:1])
         if not step.is_whole_step:
             _set_zero_gradients(model)
-            for parameter in trainable(model):
+            for parameter in trainable_parameters(model):
                 assert parameter.grad is not None
                 tracker.register(parameter.grad, Category.GRADIENTS)
         for _ in backward_passes(network, objective, examples, [range(len(examples))]):
             pass
         with tracker.during(Category.OPTIMIZER):
-            torch.nn.utils.clip_grad_norm_(trainable(model), training.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(trainable_parameters(model), training.max_grad_norm)
             _update(optimizer, model)
     return paged_bytes
 
 
 def _set_zero_gradients(model: PeftModel) -> None:
-    for parameter in trainable(model):
+    for parameter in trainable_parameters(model):
         parameter.grad = torch.zeros_like(parameter)
 
 
 def _update(optimizer: torch.optim.Optimizer, model: PeftModel) -> None:
     optimizer.step()
-    after_step(model, 1)
+    prune_after_step(model, 1)
 
 
 def _register_optimizer(tracker: Tracker, optimizer: torch.optim.Optimizer, model: PeftModel, *, can_page: bool) -> int:
@@ -118,7 +118,7 @@ def _register_optimizer(tracker: Tracker, optimizer: torch.optim.Optimizer, mode
         for key, value in state.items():
             if not isinstance(value, torch.Tensor):
                 continue
-            if can_page and key in PAGED_STATES and parameter.numel() >= FEWEST_PAGED_ELEMENTS:
+            if can_page and key in PAGED_STATES and parameter.numel() >= MIN_PAGED_ELEMENTS:
                 paged += value.nbytes
             else:
                 tracker.register(value, Category.OPTIMIZER)

@@ -26,7 +26,7 @@ MIN_ERROR = 0.1
 """Lower bound of the stated error: another process on the machine can slow a job down by this share at any time"""
 EVALUATIONS = 10
 """Held-out evaluations per job, unless the spec sets an interval"""
-JUDGED_TRAINING_ROWS = 32
+FALLBACK_TRAINING_ROWS = 32
 """Training rows for the held-out loss when no rows are held out"""
 
 Basis = Literal["history", "similar", "probe"]
@@ -258,7 +258,7 @@ def _split(spec: JobSpec, usable: int, mean_tokens: float, validation: RenderRep
         return min(validation.usable_rows, limit), validation_mean_tokens, max(1, usable)
     fraction = spec.validation.held_out_fraction
     held_out = min(limit, max(1, round(usable * fraction)), max(0, usable - 1)) if fraction > 0 else 0
-    return held_out or min(usable, JUDGED_TRAINING_ROWS), mean_tokens, max(1, usable - held_out)
+    return held_out or min(usable, FALLBACK_TRAINING_ROWS), mean_tokens, max(1, usable - held_out)
 
 
 def _most_similar(kind: Kind, history: Sequence[Measurement]) -> list[Measurement]:

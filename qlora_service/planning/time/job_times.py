@@ -16,7 +16,7 @@ from qlora_service.planning.largest_step import STEP_FIELDS
 from qlora_service.planning.time.duration import Kind, Measurement, Work, estimate, estimate_from_probe
 from qlora_service.specs import JobSpec
 from qlora_service.store.history import measured_on
-from qlora_service.store.probes import ask_for, find_probe
+from qlora_service.store.probes import find_probe, insert_probe
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,17 @@ def wants_probe(time: dict[str, Any]) -> bool:
     return time.get("basis") not in ("history", "probe")
 
 
-def ask_probe(connection: Connection, question: TimeQuestion, now: datetime) -> None:
+def request_probe(connection: Connection, question: TimeQuestion, now: datetime) -> None:
     """Requests a timing of the question's largest step on a free slot; no effect if it was requested before."""
-    ask_for(connection, question.probe_key(), question.probe_request(), now)
+    insert_probe(connection, question.probe_key(), question.probe_request(), now)
 
 
 def measurements(connection: Connection, base_weights_sha256: str, device: str) -> list[Measurement]:
     """The measurements of the newest jobs on the base and the device, newest first."""
-    return readable(measured_on(connection, base_weights_sha256), device)
+    return parse_history(measured_on(connection, base_weights_sha256), device)
 
 
-def readable(stored: Sequence[dict[str, Any]], device: str) -> list[Measurement]:
+def parse_history(stored: Sequence[dict[str, Any]], device: str) -> list[Measurement]:
     """The stored measurements from the device in this version's format."""
     on_device = [measured for measured in stored if same_device(str(measured.get("device")), device)]
     return [parsed for parsed in map(Measurement.from_dict, on_device) if parsed is not None]

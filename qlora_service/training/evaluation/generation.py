@@ -25,7 +25,7 @@ from qlora_service.errors import InvalidSpec
 from qlora_service.specs import Evaluation
 from qlora_service.training.network.micro_batch import (
     PER_DOCUMENT,
-    LabelledRow,
+    LabeledRow,
     PreferencePair,
     TokenRow,
     TrainingExample,
@@ -235,7 +235,7 @@ def _reference_row(
     match example:
         case PreferencePair():
             row = example.chosen
-        case LabelledRow():
+        case LabeledRow():
             row = example.answer
             if not example.desirable:
                 return None

@@ -49,7 +49,7 @@ class PreferencePair:
 
 
 @dataclass(frozen=True)
-class LabelledRow:
+class LabeledRow:
     """An answer labelled desirable or undesirable."""
 
     answer: TokenRow
@@ -64,7 +64,7 @@ class LabelledRow:
         return (self.answer,)
 
 
-TrainingExample = TokenRow | PreferencePair | LabelledRow
+TrainingExample = TokenRow | PreferencePair | LabeledRow
 
 
 @dataclass(frozen=True)

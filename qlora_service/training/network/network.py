@@ -16,7 +16,7 @@ from peft import PeftModel, PrefixTuningConfig
 from peft.tuners.lora import LoraLayer
 
 from qlora_service.errors import InvalidSpec
-from qlora_service.models.adapters import adapter_off, checkpoint_activations, runs_alone
+from qlora_service.models.adapters import adapter_off, checkpoint_activations, needs_own_row
 from qlora_service.training.device import free_memory_bytes
 from qlora_service.training.network.cross_entropy import TokenLosses, chunked_losses, fused_losses, logit_losses
 from qlora_service.training.network.fused_modules import fuse, unfuse
@@ -82,7 +82,7 @@ class Network:
             getattr(config, "logits_scaling", None) or 1.0
         )
         self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
-        if runs_alone(model):
+        if needs_own_row(model):
             use_default_attention(self._base)
             self.paths = KernelPaths("alone", fused=False, layers="general", head="logits")
         elif paths is None:
@@ -252,7 +252,7 @@ class Network:
 
     def _logits(self, batch: MicroBatch) -> torch.Tensor:
         """Logits (N, vocabulary) of the model's own forward, after the virtual tokens of a prompt method."""
-        if not (runs_alone(self.model) and self._adapter_is_on):
+        if not (needs_own_row(self.model) and self._adapter_is_on):
             return forward(self._base, batch)
         config = self.model.active_peft_config
         # A prefix exists in keys and values only; other prompts occupy positions of the row.

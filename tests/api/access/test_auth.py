@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from api.access.auth import ANONYMOUS, CACHED_S, Authenticator, StreamGuard, authenticated
 from api.http.request_log import RequestLog
 from api.main import create_app
-from qlora_service.actions.keys import open_access
+from qlora_service.actions.keys import open_key_registry
 from qlora_service.domain.keys import Scope
 from qlora_service.errors import RateLimited, Unauthenticated
 from qlora_service.settings import Settings
@@ -32,9 +32,9 @@ def bearer(secret: str) -> dict[str, str]:
 
 def make_key(settings: Settings, *scopes: Scope, project: str = "local") -> tuple[str, str]:
     """Id and secret of a new key, created as `qlora keys` does."""
-    access = open_access(settings.resolved_database_url)
-    key, secret = access.create_key(project, "test", scopes)
-    access.close()
+    registry = open_key_registry(settings.resolved_database_url)
+    key, secret = registry.create_key(project, "test", scopes)
+    registry.close()
     return key.id, secret
 
 
@@ -169,27 +169,27 @@ class Seconds:
 
 def test_revoked_key_is_refused_when_its_cache_entry_expires(settings: Settings) -> None:
     key_id, secret = make_key(settings, Scope.READ)
-    access, clock = open_access(settings.resolved_database_url), Seconds()
-    authenticator = Authenticator(access, clock=clock)
+    registry, clock = open_key_registry(settings.resolved_database_url), Seconds()
+    authenticator = Authenticator(registry, clock=clock)
 
     def authorized_key() -> str | None:
         return anyio.run(authenticator.authorize, secret, Scope.READ).key_id
 
     assert authorized_key() == key_id
-    access.revoke_key(key_id)
+    registry.revoke_key(key_id)
     clock.now += CACHED_S / 2
     assert authorized_key() == key_id
     clock.now += CACHED_S / 2
     for _ in range(2):
         with pytest.raises(Unauthenticated, match="revoked"):
             authorized_key()
-    access.close()
+    registry.close()
 
 
 def test_cached_key_needs_no_database(settings: Settings) -> None:
     _, secret = make_key(settings, Scope.READ)
-    access, clock = open_access(settings.resolved_database_url), Seconds()
-    authenticator = Authenticator(access, clock=clock)
+    registry, clock = open_key_registry(settings.resolved_database_url), Seconds()
+    authenticator = Authenticator(registry, clock=clock)
 
     async def authorize(times: int) -> None:
         for _ in range(times):
@@ -197,7 +197,7 @@ def test_cached_key_needs_no_database(settings: Settings) -> None:
 
     anyio.run(authorize, 1)
     database = settings.resolved_data_dir / "state.db"
-    access.close()
+    registry.close()
     database.rename(database.with_name("away.db"))
     anyio.run(authorize, 100)
     clock.now += CACHED_S
@@ -207,9 +207,9 @@ def test_cached_key_needs_no_database(settings: Settings) -> None:
 
 def test_event_stream_ends_when_its_key_is_revoked(settings: Settings) -> None:
     (key_id, secret), clock = make_key(settings, Scope.READ), Seconds()
-    access = open_access(settings.resolved_database_url)
+    registry = open_key_registry(settings.resolved_database_url)
     app = FastAPI()
-    app.state.authenticator = Authenticator(access, clock=clock)
+    app.state.authenticator = Authenticator(registry, clock=clock)
     app.add_middleware(StreamGuard)
     app.add_middleware(RequestLog)
     ended = []
@@ -217,7 +217,7 @@ def test_event_stream_ends_when_its_key_is_revoked(settings: Settings) -> None:
     async def events() -> AsyncIterator[bytes]:
         try:
             yield b"data: before\n\n"
-            access.revoke_key(key_id)
+            registry.revoke_key(key_id)
             yield b"data: within the second\n\n"
             clock.now += CACHED_S
             yield b"data: after\n\n"
@@ -233,7 +233,7 @@ def test_event_stream_ends_when_its_key_is_revoked(settings: Settings) -> None:
         answer = client.get("/events?media_type=text/event-stream", headers=bearer(secret))
     assert answer.text == "data: before\n\ndata: within the second\n\n"
     assert ended == [True]
-    access.close()
+    registry.close()
 
 
 def test_every_key_has_its_own_rate_limit(settings: Settings) -> None:

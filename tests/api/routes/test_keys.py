@@ -7,7 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.main import create_app
-from qlora_service.actions.keys import open_access
+from qlora_service.actions.keys import open_key_registry
 from qlora_service.domain.keys import Scope
 from qlora_service.settings import Settings
 from tests.api.conftest import URL
@@ -16,9 +16,9 @@ from tests.api.conftest import URL
 @pytest.fixture
 def client(settings: Settings) -> Iterator[TestClient]:
     """A client with an admin key of the project team-a."""
-    access = open_access(settings.resolved_database_url)
-    _, secret = access.create_key("team-a", "admin", [Scope.ADMIN])
-    access.close()
+    registry = open_key_registry(settings.resolved_database_url)
+    _, secret = registry.create_key("team-a", "admin", [Scope.ADMIN])
+    registry.close()
     app = create_app(settings.model_copy(update={"keys": "required"}))
     with TestClient(app, URL, headers={"Authorization": f"Bearer {secret}"}) as client:
         yield client

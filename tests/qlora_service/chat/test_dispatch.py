@@ -18,12 +18,20 @@ from qlora_service.chat.dispatch import (
     SlotUsage,
     refusal,
 )
-from qlora_service.chat.wire import Answer, ContextTooLong, Finished, GenerationRequest, Leaving, listen, rebuild_error
+from qlora_service.chat.wire import (
+    Answer,
+    ContextTooLong,
+    Finished,
+    GenerationRequest,
+    YieldingSlot,
+    listen,
+    rebuild_error,
+)
 from qlora_service.domain.jobs import JobStatus
 from qlora_service.errors import NotFound, QLoRAError, QuotaExceeded, Unavailable
 from qlora_service.store import inference
 from qlora_service.store.database import Database
-from qlora_service.store.inference import Holder
+from qlora_service.store.inference import JobAhead
 from tests.chat_process import ENDLESS, TINY, TOO_LONG, EchoProcess
 from tests.control_plane import database
 
@@ -54,7 +62,7 @@ def test_waiting_request_asks_for_its_base_and_is_answered_once_it_is_loaded(
         response = asyncio.create_task(asyncio.to_thread(relayed, database))
         while True:
             with database.read() as connection:
-                requested = inference.wanted_base(connection, "some worker")
+                requested = inference.requested_base(connection, "some worker")
             if requested is not None:
                 break
             await asyncio.sleep(0.01)
@@ -72,8 +80,8 @@ def test_socket_without_a_listener_is_removed(
     path = tmp_path / "inference" / "dead.sock"
     listen(path).close()
     with database.write() as connection:
-        inference.ask_for(connection, TINY)
-        assert inference.take(connection, TINY, "killed", str(path))
+        inference.request_base(connection, TINY)
+        assert inference.assign_base(connection, TINY, "killed", str(path))
     with pytest.raises(Unavailable, match="no worker has loaded tiny"):
         relayed(database)
     with database.read() as connection:
@@ -83,7 +91,7 @@ def test_socket_without_a_listener_is_removed(
 def test_process_that_is_leaving_gets_no_request(database: Database, tmp_path: Path) -> None:
     with ExitStack() as stack:
         leaving = stack.enter_context(EchoProcess(database.url, tmp_path / "first"))
-        leaving.requests.drain(Leaving("the slot is needed"))
+        leaving.requests.drain(YieldingSlot("the slot is needed"))
 
         async def chat() -> list[Answer]:
             response = asyncio.create_task(asyncio.to_thread(relayed, database))
@@ -100,8 +108,8 @@ def crashing_process(database: Database, path: Path, times: int) -> threading.Th
     """Accepts `times` requests for the base and closes each connection without an answer, as a killed process does."""
     listener = listen(path)
     with database.write() as connection:
-        inference.ask_for(connection, TINY)
-        assert inference.take(connection, TINY, "here", str(path))
+        inference.request_base(connection, TINY)
+        assert inference.assign_base(connection, TINY, "here", str(path))
 
     def close_connections() -> None:
         with listener:
@@ -186,8 +194,8 @@ def test_cancellation_that_coincides_with_a_line_is_not_lost(turns: int) -> None
     assert asyncio.run(cancel())
 
 
-def holder(status: JobStatus = JobStatus.RUNNING, eta_s: float | None = 120.4, project: str = "local") -> Holder:
-    return Holder("job_1", project, status, eta_s)
+def holder(status: JobStatus = JobStatus.RUNNING, eta_s: float | None = 120.4, project: str = "local") -> JobAhead:
+    return JobAhead("job_1", project, status, eta_s)
 
 
 def test_refusal_names_the_job_and_its_eta() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_service.actions.keys import Access, open_access
+from qlora_service.actions.keys import KeyRegistry, open_key_registry
 from qlora_service.cli import main
 from qlora_service.domain.keys import Scope
 from qlora_service.errors import Unauthenticated
@@ -32,32 +32,32 @@ def keys(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.fixture
-def access(tmp_path: Path) -> Iterator[Access]:
-    """The service's own access to the keys."""
-    access = open_access(f"sqlite:///{tmp_path / 'state.db'}")
-    yield access
-    access.close()
+def registry(tmp_path: Path) -> Iterator[KeyRegistry]:
+    """The keys as the service sees them."""
+    registry = open_key_registry(f"sqlite:///{tmp_path / 'state.db'}")
+    yield registry
+    registry.close()
 
 
-def test_create_prints_only_the_key_which_gives_access_to_the_project(keys: Run, access: Access) -> None:
+def test_create_prints_only_the_key_which_gives_access_to_the_project(keys: Run, registry: KeyRegistry) -> None:
     code, secret, note = keys(
         "create", "--project", "team-a", "--name", "laptop", "--scope", "read", "--scope", "admin"
     )
     assert code == 0
-    caller = access.authenticate(secret.rstrip("\n"))
+    caller = registry.authenticate(secret.rstrip("\n"))
     assert (caller.project, caller.scopes) == ("team-a", frozenset(Scope))
     assert f"key {caller.key_id} of project team-a, scope read, admin" in note
     assert secret.strip() not in note
 
 
-def test_key_has_the_default_project_and_scope(keys: Run, access: Access) -> None:
+def test_key_has_the_default_project_and_scope(keys: Run, registry: KeyRegistry) -> None:
     created = json.loads(keys("create", "--json")[1])
     assert (created["project"], created["scopes"]) == ("local", ["submit"])
-    assert access.authenticate(created["secret"]).key_id == created["id"]
+    assert registry.authenticate(created["secret"]).key_id == created["id"]
 
 
-def test_keys_are_listed_without_secrets(keys: Run, access: Access) -> None:
-    assert access.list_keys(None) == []
+def test_keys_are_listed_without_secrets(keys: Run, registry: KeyRegistry) -> None:
+    assert registry.list_keys(None) == []
     assert "no keys yet" in keys("list")[2]
     created = [json.loads(keys("create", "--project", project, "--json")[1]) for project in ("team-a", "team-b")]
     secrets = [key.pop("secret") for key in created]
@@ -70,23 +70,23 @@ def test_keys_are_listed_without_secrets(keys: Run, access: Access) -> None:
     assert not any(secret in table for secret in secrets)
 
 
-def test_key_is_revoked_by_its_id(keys: Run, access: Access) -> None:
+def test_key_is_revoked_by_its_id(keys: Run, registry: KeyRegistry) -> None:
     created = json.loads(keys("create", "--scope", "admin", "--json")[1])
     # The last admin key can be revoked too, because `qlora keys create` needs no key.
     code, _, note = keys("revoke", created["id"])
     assert (code, note.startswith(f"revoked {created['id']}")) == (0, True)
     with pytest.raises(Unauthenticated, match="revoked"):
-        access.authenticate(created["secret"])
+        registry.authenticate(created["secret"])
     assert json.loads(keys("list", "--json")[1])[0]["revoked_at"] is not None
 
 
-def test_key_given_in_place_of_its_id_is_not_printed(keys: Run, access: Access) -> None:
+def test_key_given_in_place_of_its_id_is_not_printed(keys: Run, registry: KeyRegistry) -> None:
     secret = json.loads(keys("create", "--json")[1])["secret"]
     code, out, note = keys("revoke", secret)
     assert (code, out) == (2, "")
     assert "by its id" in note
     assert secret not in note
-    assert access.authenticate(secret).project == "local"
+    assert registry.authenticate(secret).project == "local"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_key_given_in_place_of_its_id_is_not_printed(keys: Run, access: Access) 
         (("create", "--name", ""), "a key's name has 1 to 64 printable characters"),
     ],
 )
-@pytest.mark.usefixtures("access")
+@pytest.mark.usefixtures("registry")
 def test_refused_command_prints_one_line(keys: Run, arguments: tuple[str, ...], message: str) -> None:
     code, out, note = keys(*arguments)
     assert (code, out) == (1, "")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from qlora_service.models.adapters import after_step, attach, trainable
+from qlora_service.models.adapters import attach_adapter, prune_after_step, trainable_parameters
 from qlora_service.models.base.quantize import load_base
 from qlora_service.specs import (
     IA3,
@@ -56,19 +56,19 @@ def load(
 ) -> PeftModel:
     """The model with an adapter, trained for `steps` steps."""
     base = load_base(directory, Quantization.model_validate({"type": kind}), dtype, CPU)
-    model = attach(base, adapter or Lora(r=4), seed=0, total_steps=total_steps)
+    model = attach_adapter(base, adapter or Lora(r=4), seed=0, total_steps=total_steps)
     train(model, range(1, steps + 1))
     return model
 
 
 def train(model: PeftModel, steps: range, skipped: Collection[int] = ()) -> None:
-    optimizer = torch.optim.AdamW(trainable(model), lr=0.01, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainable_parameters(model), lr=0.01, weight_decay=0.0)
     for step in steps:
         loss = model(IDS, labels=IDS).loss  # PEFT adds AdaLoRA's regularization itself
         (loss * (math.nan if step in skipped else 1)).backward()
         if step not in skipped:
             optimizer.step()
-        after_step(model, step, skipped=step in skipped)
+        prune_after_step(model, step, skipped=step in skipped)
         optimizer.zero_grad()
 
 

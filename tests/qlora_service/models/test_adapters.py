@@ -16,18 +16,18 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from qlora_service.errors import InvalidSpec
 from qlora_service.models.adapters import (
-    after_step,
     allocation_state,
-    attach,
+    attach_adapter,
     checkpoint_activations,
     detach,
     load_adapter,
-    regularization,
+    needs_own_row,
+    orthogonality_loss,
+    prune_after_step,
     restore_allocation,
-    runs_alone,
     save_adapter,
     silence_dropout,
-    trainable,
+    trainable_parameters,
 )
 from qlora_service.models.base.quantize import base_fingerprint, dequantized_weight, load_base
 from qlora_service.specs import Adapter, LlamaAdapter, Lora, PrefixTuning, PromptTuning, Quantization, Vera
@@ -39,7 +39,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def test_new_adapter_keeps_the_outputs_of_the_base_bit_for_bit(tiny_model: Path) -> None:
     base = load_base(tiny_model, Quantization(), torch.bfloat16, CPU)
     before = base_fingerprint(base)
-    assert base_fingerprint(attach(base, Lora(), seed=0)) == before
+    assert base_fingerprint(attach_adapter(base, Lora(), seed=0)) == before
 
 
 def test_only_the_adapter_is_trainable_and_it_is_float32(tiny_model: Path) -> None:
@@ -47,15 +47,15 @@ def test_only_the_adapter_is_trainable_and_it_is_float32(tiny_model: Path) -> No
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(names) == 2 * 2 * 2
     assert all("lora_" in name and ("q_proj" in name or "v_proj" in name) for name in names)
-    assert {parameter.dtype for parameter in trainable(model)} == {torch.float32}
+    assert {parameter.dtype for parameter in trainable_parameters(model)} == {torch.float32}
 
 
 def test_seed_decides_the_initial_values_of_a(tiny_model: Path) -> None:
     first, same, other = (
-        attach(load_base(tiny_model, Quantization(), torch.float32, CPU), Lora(), seed) for seed in (1, 1, 2)
+        attach_adapter(load_base(tiny_model, Quantization(), torch.float32, CPU), Lora(), seed) for seed in (1, 1, 2)
     )
-    assert all(torch.equal(a, b) for a, b in zip(trainable(first), trainable(same), strict=True))
-    assert not torch.equal(trainable(first)[0], trainable(other)[0])
+    assert all(torch.equal(a, b) for a, b in zip(trainable_parameters(first), trainable_parameters(same), strict=True))
+    assert not torch.equal(trainable_parameters(first)[0], trainable_parameters(other)[0])
 
 
 def test_a_target_that_does_not_exist_is_refused(tiny_model: Path) -> None:
@@ -67,7 +67,7 @@ def test_dropout_of_the_base_is_off(tiny_model: Path) -> None:
     base = load_base(tiny_model, Quantization(), torch.float32, CPU)
     for layer in base.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    model = attach(base, Lora(), seed=0).train()
+    model = attach_adapter(base, Lora(), seed=0).train()
     assert torch.equal(model(IDS).logits, model(IDS).logits)
 
 
@@ -81,7 +81,7 @@ def test_dropout_layers_of_the_base_are_off() -> None:
 def test_disabled_or_detached_adapter_leaves_the_base_unchanged(adapter: Adapter, tiny_model: Path) -> None:
     base = load_base(tiny_model, Quantization(), torch.bfloat16, CPU)
     expected, before, names = logits(base), base_fingerprint(base), [name for name, _ in base.named_parameters()]
-    model = attach(base, adapter, seed=0, total_steps=4)
+    model = attach_adapter(base, adapter, seed=0, total_steps=4)
     train(model, range(1, 3))
     assert not torch.equal(logits(model), expected)
     with model.disable_adapter():
@@ -92,7 +92,7 @@ def test_disabled_or_detached_adapter_leaves_the_base_unchanged(adapter: Adapter
 
 
 def test_only_prompt_methods_run_alone(tiny_model: Path) -> None:
-    alone = {adapter.method for adapter in METHODS[-5:] if runs_alone(load(tiny_model, adapter))}
+    alone = {adapter.method for adapter in METHODS[-5:] if needs_own_row(load(tiny_model, adapter))}
     assert alone == {"prompt_tuning", "prefix_tuning", "p_tuning"}
 
 
@@ -144,7 +144,7 @@ def test_constant_half_of_olora_stays_constant_with_every_optimizer(optimizer: s
     import bitsandbytes as bnb
 
     model = load(tiny_model, OLORA)
-    optim: Any = getattr(bnb.optim, optimizer)(trainable(model), lr=0.01, weight_decay=0.0)
+    optim: Any = getattr(bnb.optim, optimizer)(trainable_parameters(model), lr=0.01, weight_decay=0.0)
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     start = [(layer.lora_A["default"].weight.clone(), layer.lora_B["default"].weight.clone()) for layer in layers]
     for _ in range(3):
@@ -167,12 +167,12 @@ def test_olora_rank_above_the_weights_rank_is_refused(tiny_model: Path) -> None:
 def test_regularization_is_what_peft_adds_to_the_loss(tiny_model: Path) -> None:
     model = load(tiny_model, ADALORA, steps=2, total_steps=10)
     with torch.no_grad():
-        with_penalty, penalty = model(IDS, labels=IDS).loss, regularization(model)
+        with_penalty, penalty = model(IDS, labels=IDS).loss, orthogonality_loss(model)
         without = model.get_base_model()(IDS, labels=IDS).loss
     assert penalty is not None
     assert penalty > 0
     assert with_penalty.item() == pytest.approx((without + penalty).item(), rel=1e-6)
-    assert regularization(load(tiny_model)) is None
+    assert orthogonality_loss(load(tiny_model)) is None
 
 
 @pytest.mark.parametrize("total_steps", [2, 3, 10])
@@ -191,7 +191,7 @@ def test_adalora_ends_at_its_mean_rank_despite_skipped_steps(
     model = load(tiny_model, ADALORA, total_steps=total_steps)
     train(model, range(1, total_steps + 1), skipped)
     layers = [module for module in model.modules() if isinstance(module, AdaLoraLayer)]
-    assert all(weight.isfinite().all() for weight in trainable(model))
+    assert all(weight.isfinite().all() for weight in trainable_parameters(model))
     assert sum(int((layer.lora_E["default"] != 0).sum()) for layer in layers) == 2 * len(layers)
 
 
@@ -204,24 +204,24 @@ def test_adaloras_scale_is_not_trained(tiny_model: Path) -> None:
 @pytest.mark.parametrize("saved_at", [3, 7], ids=["while pruning", "after pruning"])
 def test_adalora_resumes_from_a_checkpoint_bit_for_bit(saved_at: int, tiny_model: Path) -> None:
     model = load(tiny_model, ADALORA, steps=saved_at, total_steps=10)
-    weights, allocation = [weight.detach().clone() for weight in trainable(model)], allocation_state(model)
+    weights, allocation = [weight.detach().clone() for weight in trainable_parameters(model)], allocation_state(model)
 
     train(model, range(saved_at + 1, saved_at + 3))
-    expected = [weight.detach().clone() for weight in trainable(model)]
+    expected = [weight.detach().clone() for weight in trainable_parameters(model)]
     resumed = load(tiny_model, ADALORA, total_steps=10)
     with torch.no_grad():
-        for weight, saved in zip(trainable(resumed), weights, strict=True):
+        for weight, saved in zip(trainable_parameters(resumed), weights, strict=True):
             weight.copy_(saved)
     restore_allocation(resumed, allocation)
     train(resumed, range(saved_at + 1, saved_at + 3))
-    assert all(torch.equal(one, other) for one, other in zip(expected, trainable(resumed), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(expected, trainable_parameters(resumed), strict=True))
 
 
 def test_other_methods_have_no_allocation_state(tiny_model: Path) -> None:
     model = load(tiny_model)
     assert allocation_state(model) == {}
     restore_allocation(model, {})
-    after_step(model, 1)
+    prune_after_step(model, 1)
 
 
 @pytest.mark.parametrize("adapter", METHODS, ids=lambda adapter: adapter.method)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qlora_service.models.catalog.catalog import BaseModel
-from qlora_service.models.compatibility import Modules, misfits, positions_taken
+from qlora_service.models.compatibility import Modules, incompatibilities, positions_taken
 from qlora_service.specs import Lora, PrefixTuning, parse_spec
 
 LLAMA = BaseModel(
@@ -58,7 +58,7 @@ def reasons(
 ) -> dict[str, str]:
     """The reasons of all findings, by pointer."""
     groups = {"training": {"max_seq_len_tokens": 64}} | groups
-    findings = misfits(parse_spec({"base_model": "tiny", "adapter": adapter, **groups}), model, modules)
+    findings = incompatibilities(parse_spec({"base_model": "tiny", "adapter": adapter, **groups}), model, modules)
     assert len({finding.pointer for finding in findings}) == len(findings)
     return {finding.pointer: finding.reason for finding in findings}
 

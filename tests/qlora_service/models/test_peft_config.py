@@ -12,7 +12,7 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from qlora_service.models.adapters import allocation_state, load_adapter, save_adapter, trainable
+from qlora_service.models.adapters import allocation_state, load_adapter, save_adapter, trainable_parameters
 from qlora_service.models.base.quantize import load_base
 from qlora_service.models.peft_config import peft_config
 from qlora_service.specs import IA3, AdaLora, Adapter, LlamaAdapter, Lora, PromptTuning, Quantization, Vera
@@ -36,7 +36,7 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny_model: Path) -> None:
 
 def test_prompt_tuning_starts_from_tokens_of_the_base(tiny_model: Path) -> None:
     model = load(tiny_model, PromptTuning(method="prompt_tuning", num_virtual_tokens=6), dtype=torch.bfloat16)
-    (prompt,) = trainable(model)
+    (prompt,) = trainable_parameters(model)
     embedding = model.get_base_model().get_input_embeddings().weight.float()
     assert prompt.dtype == torch.float32
     assert all((row == embedding).all(dim=1).any() for row in prompt)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from qlora_service.models.adapters import attach, load_adapter, save_adapter, trainable
+from qlora_service.models.adapters import attach_adapter, load_adapter, save_adapter, trainable_parameters
 from qlora_service.models.base.quantize import load_base
 from qlora_service.models.peft_config import peft_config
 from qlora_service.specs import Lora, Quantization
@@ -20,13 +20,13 @@ IDS = torch.arange(3, 60).reshape(3, 19)
 
 
 def load(directory: Path, dtype: torch.dtype = torch.bfloat16) -> PeftModel:
-    return attach(load_base(directory, Quantization(), dtype, CPU), ADAPTER, seed=0)
+    return attach_adapter(load_base(directory, Quantization(), dtype, CPU), ADAPTER, seed=0)
 
 
 def load_trained(directory: Path, dtype: torch.dtype) -> PeftModel:
     """The model after three steps of bitsandbytes' AdamW, which makes parameters contiguous."""
     model = load(directory, dtype)
-    optimizer = bnb.optim.AdamW(trainable(model), lr=0.01)
+    optimizer = bnb.optim.AdamW(trainable_parameters(model), lr=0.01)
     for _ in range(3):
         model(IDS, labels=IDS).loss.backward()
         optimizer.step()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_service.models.adapters import NAME, attach, save_adapter
+from qlora_service.models.adapters import NAME, attach_adapter, save_adapter
 from qlora_service.models.base.quantize import load_base
 from qlora_service.planning.adapter_shapes import adapter_shape, optimizer_bytes
 from qlora_service.planning.shapes import ModelShape
@@ -39,7 +39,7 @@ def attached(model_dir: Path, adapter: dict[str, Any]) -> tuple[Any, Any]:
     spec = JobSpec.model_validate({"base_model": "tiny", "adapter": adapter})
     base = load_base(model_dir, Quantization(type="none"), torch.float32, CPU)
     shape = ModelShape.from_config(json.loads((model_dir / "config.json").read_text()))
-    return attach(base, spec.adapter, 0), adapter_shape(spec.adapter, shape)
+    return attach_adapter(base, spec.adapter, 0), adapter_shape(spec.adapter, shape)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: "-".join(map(str, adapter.values())))

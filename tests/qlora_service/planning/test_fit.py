@@ -12,8 +12,8 @@ from qlora_service.planning.fit import (
     SEGMENTS_BYTES,
     TOKEN_BUDGETS,
     Choice,
-    Question,
-    chosen,
+    FitQuestion,
+    choose_settings,
     fastest_fit,
     fitting_choices,
     surely_fits,
@@ -30,13 +30,13 @@ SMALLEST = Choice(1024, True, "paged")
 
 def make_question(
     model: str = "Llama-2-7B", device: Device | str = "80GB", longest_tokens: int = 1024, **spec: Any
-) -> Question:
+) -> FitQuestion:
     job = JobSpec.model_validate({"base_model": model} | spec)
     card = named_device(device) if isinstance(device, str) else device
-    return Question(ModelShape.from_config(MODELS[model]), job, card, longest_tokens)
+    return FitQuestion(ModelShape.from_config(MODELS[model]), job, card, longest_tokens)
 
 
-def least_needed_bytes(question: Question) -> int:
+def least_needed_bytes(question: FitQuestion) -> int:
     """The needed bytes of the setting that needs least memory."""
     return min(
         question.needed_bytes(question.estimated_memory(tokens, recomputed), Choice(tokens, recomputed, "paged"))
@@ -44,7 +44,7 @@ def least_needed_bytes(question: Question) -> int:
     )
 
 
-def with_usable_bytes(question: Question, usable_bytes: int) -> Question:
+def with_usable_bytes(question: FitQuestion, usable_bytes: int) -> FitQuestion:
     """The question for a card with these usable bytes."""
     return replace(question, device=Device("card", 80 * GIB, free_bytes=usable_bytes + OVERHEAD_BYTES))
 
@@ -123,7 +123,7 @@ def test_budget_on_a_cpu_is_the_default() -> None:
 class ScaledFormula:
     """Simulated memory as a multiple of the formula's; with `share` None, no simulation."""
 
-    def __init__(self, question: Question, share: float | None) -> None:
+    def __init__(self, question: FitQuestion, share: float | None) -> None:
         self._question, self._share = question, share
         self.calls = 0
 
@@ -205,12 +205,14 @@ def test_setting_without_recomputation_is_measured_first() -> None:
         measured.append(tokens)
         return tokens <= 2048
 
-    assert chosen(make_question(), holds) == Choice(2048, False)
+    assert choose_settings(make_question(), holds) == Choice(2048, False)
     assert measured == [8192, 4096, 2048]
-    assert chosen(make_question(), lambda _: False) == Choice(8192, True)
+    assert choose_settings(make_question(), lambda _: False) == Choice(8192, True)
     # A forbidden recomputation is not measured; running out of memory is handled when it happens.
-    assert chosen(make_question(training={"gradient_checkpointing": False}), lambda _: False) == Choice(8192, False)
+    assert choose_settings(make_question(training={"gradient_checkpointing": False}), lambda _: False) == Choice(
+        8192, False
+    )
 
 
 def test_forced_job_starts_with_the_settings_that_need_least() -> None:
-    assert chosen(make_question(device="4GB"), lambda _: True) == SMALLEST
+    assert choose_settings(make_question(device="4GB"), lambda _: True) == SMALLEST

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_service.planning.formula import memory
+from qlora_service.planning.formula import estimated_memory
 from qlora_service.planning.largest_step import largest_step
 from qlora_service.planning.memory import Category, Memory
 from qlora_service.planning.shapes import ModelShape
@@ -49,7 +49,7 @@ def simulated_and_estimated(model: str, spec: dict[str, Any], options: dict[str,
     simulated = simulated_memory(
         values, job, step, compute_dtype=dtype, checkpointing=sizes["checkpointing"], cuda=sizes["cuda"]
     )
-    return simulated, memory(ModelShape.from_config(values), job, **sizes)
+    return simulated, estimated_memory(ModelShape.from_config(values), job, **sizes)
 
 
 @pytest.mark.parametrize(("model", "spec", "options"), JOBS)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from qlora_service.planning.cards import named_device
-from qlora_service.planning.fit import Question, fastest_fit, surely_fits, with_changes
+from qlora_service.planning.fit import FitQuestion, fastest_fit, surely_fits, with_changes
 from qlora_service.planning.known_models import KNOWN_MODELS
 from qlora_service.planning.remedies import LENGTH, LENGTH_STEP_TOKENS, alternatives, limits
 from tests.qlora_service.planning.test_fit import make_question
 
 
-def changed(question: Question, changes: dict[str, Any]) -> Question:
+def changed(question: FitQuestion, changes: dict[str, Any]) -> FitQuestion:
     longest = min(question.longest_tokens, changes.get(LENGTH, question.longest_tokens))
     return replace(question, spec=with_changes(question.spec, changes), longest_tokens=longest)
 
@@ -37,7 +37,7 @@ def changed(question: Question, changes: dict[str, Any]) -> Question:
         ),
     ],
 )
-def test_each_change_alone_makes_the_job_fit(question: Question, expected: dict[str, Any]) -> None:
+def test_each_change_alone_makes_the_job_fit(question: FitQuestion, expected: dict[str, Any]) -> None:
     assert not fastest_fit(question).fits
     proposed = alternatives(question)
     assert expected in proposed

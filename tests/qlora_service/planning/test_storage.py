@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from qlora_service.actions.plans import read_config
-from qlora_service.models.adapters import attach
+from qlora_service.models.adapters import attach_adapter
 from qlora_service.models.base.quantize import load_base
 from qlora_service.planning.cards import Device
-from qlora_service.planning.fit import Question, fastest_fit
+from qlora_service.planning.fit import FitQuestion, fastest_fit
 from qlora_service.planning.hardware import this_cpu
 from qlora_service.planning.shapes import ModelShape
 from qlora_service.planning.storage import CUDA_PROCESS_BYTES, Storage, storage
@@ -24,7 +24,7 @@ from qlora_service.training.sizes import DATABASE_BYTES, KEPT_CHECKPOINTS
 from tests.qlora_service.planning.test_fit import make_question, with_usable_bytes
 
 
-def planned_storage(question: Question, **work: int) -> Storage:
+def planned_storage(question: FitQuestion, **work: int) -> Storage:
     return storage(question, fastest_fit(question), **work)
 
 
@@ -39,9 +39,9 @@ def planned_storage(question: Question, **work: int) -> Storage:
 def test_checkpoint_has_the_size_that_the_trainer_expects(tiny_model: Path, spec: dict[str, Any]) -> None:
     job = JobSpec.model_validate({"base_model": "tiny"} | spec)
     base = load_base(tiny_model, job.quantization, torch.float32, torch.device("cpu"))
-    network = Network(attach(base, job.adapter, 0, total_steps=10), isolate_documents(base))
+    network = Network(attach_adapter(base, job.adapter, 0, total_steps=10), isolate_documents(base))
     expected = expected_bytes(network, job.training, rows=1000, total_steps=77)
-    question = Question(ModelShape.from_config(read_config(tiny_model)), job, this_cpu(), 128)
+    question = FitQuestion(ModelShape.from_config(read_config(tiny_model)), job, this_cpu(), 128)
     planned = planned_storage(question, rows=1000, total_steps=77).checkpoint_bytes
     assert planned == pytest.approx(expected, rel=0.02)
 

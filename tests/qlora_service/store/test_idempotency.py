@@ -14,9 +14,9 @@ from qlora_service.store.idempotency import (
     DELETED_AT_ONCE,
     KEPT_FOR,
     RETRIED_FOR,
-    Attempt,
     Once,
     Replay,
+    RequestAttempt,
     keep,
     recall,
     reserve,
@@ -109,7 +109,7 @@ def test_old_keys_are_deleted_a_few_at_a_time(database: Database) -> None:
 
 def attempt(retry: bool, after: timedelta = timedelta()) -> Once[int]:
     """The same request in every test, sent for the first time or as a retry."""
-    return replace(once(), attempt=Attempt(START + after, is_retry=retry))
+    return replace(once(), attempt=RequestAttempt(START + after, is_retry=retry))
 
 
 def answer_of(database: Database, request: Once[int], result: int, after: timedelta = timedelta()) -> int:

@@ -11,7 +11,7 @@ from qlora_service.queue.claim import Claim, Progress
 from qlora_service.queue.queue import Queue
 from qlora_service.store import inference
 from qlora_service.store.database import Database
-from qlora_service.store.inference import WANTED_S, LoadedBase
+from qlora_service.store.inference import REQUEST_LIFETIME_S, LoadedBase
 from qlora_service.store.jobs import get_job
 from tests.control_plane import SteppedClock, add_job, clock, each_database, job_events, queue
 
@@ -26,19 +26,19 @@ RequestBase = Callable[[LoadedBase], None]
 def request_base(database: Database, clock: SteppedClock) -> RequestBase:
     def request(base: LoadedBase) -> None:
         with database.write() as connection:
-            inference.ask_for(connection, base, clock.lease_clock)
+            inference.request_base(connection, base, clock.lease_clock)
 
     return request
 
 
 def wanted(database: Database, clock: SteppedClock, worker: str = "w") -> LoadedBase | None:
     with database.read() as connection:
-        return inference.wanted_base(connection, worker, clock.lease_clock)
+        return inference.requested_base(connection, worker, clock.lease_clock)
 
 
 def take(database: Database, base: LoadedBase, worker: str) -> bool:
     with database.write() as connection:
-        return inference.take(connection, base, worker, f"/{worker}.sock")
+        return inference.assign_base(connection, base, worker, f"/{worker}.sock")
 
 
 def socket_of(database: Database, base: LoadedBase) -> str | None:
@@ -52,9 +52,9 @@ def test_a_base_is_wanted_while_its_request_is_renewed(
     assert wanted(database, clock) is None
     request_base(SMALL)
     assert wanted(database, clock) == SMALL
-    clock.advance(WANTED_S - 1)
+    clock.advance(REQUEST_LIFETIME_S - 1)
     request_base(SMALL)
-    clock.advance(WANTED_S - 1)
+    clock.advance(REQUEST_LIFETIME_S - 1)
     assert wanted(database, clock) == SMALL
     clock.advance(2)
     assert wanted(database, clock) is None
@@ -71,10 +71,10 @@ def test_a_base_taken_by_one_worker_is_not_wanted_by_others(
     with database.read() as connection:
         assert inference.another_is_loaded(connection, LARGE)
         assert not inference.another_is_loaded(connection, SMALL)
-        assert not inference.another_is_wanted(connection, clock.lease_clock)
+        assert not inference.another_is_requested(connection, clock.lease_clock)
     request_base(LARGE)
     with database.read() as connection:
-        assert inference.another_is_wanted(connection, clock.lease_clock)
+        assert inference.another_is_requested(connection, clock.lease_clock)
 
 
 @pytest.mark.parametrize("event", ["given up", "forgotten", "worker restarted"])
@@ -89,9 +89,9 @@ def test_a_base_that_its_worker_has_lost_is_wanted_again(
         return
     with database.write() as connection:
         if event == "given up":
-            inference.give_up(connection, "first")
+            inference.release_base(connection, "first")
         else:
-            inference.forget(connection, "/first.sock")
+            inference.forget_socket(connection, "/first.sock")
     assert socket_of(database, SMALL) is None
     assert wanted(database, clock, "second") == SMALL
 
@@ -134,7 +134,7 @@ def test_a_job_is_preempted_once_and_not_while_another_is_stopping(
 ) -> None:
     def preempt(job_id: str, token: int = 1) -> bool:
         with database.write() as connection:
-            return inference.ask_to_make_way(connection, job_id, token, clock())
+            return inference.request_preemption(connection, job_id, token, clock())
 
     first, second = add_job(database), add_job(database)
     assert not preempt(first)  # not running

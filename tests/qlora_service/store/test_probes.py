@@ -16,12 +16,12 @@ FIGURES = {"tokens_per_second": 100.0}
 
 def request_probe(database: Database, key: str, request: dict[str, Any] = CPU, days: float = 0) -> None:
     with database.write() as connection:
-        probes.ask_for(connection, key, request, START + timedelta(days=days))
+        probes.insert_probe(connection, key, request, START + timedelta(days=days))
 
 
 def take(database: Database, worker: str, device: str = "cpu") -> str | None:
     with database.write() as connection:
-        is_wanted = probes.is_wanted(connection, worker, device)
+        is_wanted = probes.has_probe(connection, worker, device)
         probe = probes.take_probe(connection, worker, device)
     assert is_wanted == (probe is not None)
     return None if probe is None else probe.key
@@ -65,7 +65,7 @@ def test_released_probe_is_taken_by_any_worker(database: Database) -> None:
     request_probe(database, "a")
     assert take(database, "one") == "a"
     with database.write() as connection:
-        probes.give_back(connection, "one")
+        probes.release_probe(connection, "one")
     assert take(database, "other") == "a"
 
 
@@ -91,7 +91,7 @@ def test_untaken_probes_failures_and_results_are_deleted_after_their_lifetimes(d
 
     def left(age: timedelta) -> set[str]:
         with database.write() as connection:
-            probes.drop_old(connection, START + age)
+            probes.delete_expired(connection, START + age)
         return {key for key in ("waits", "taken", "failed", "timed") if find(database, key) is not None}
 
     assert left(UNTAKEN) == {"waits", "taken", "failed", "timed"}

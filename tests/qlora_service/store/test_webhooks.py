@@ -20,11 +20,11 @@ from qlora_service.store.webhooks import (
     delete_endpoint,
     disable_endpoint,
     insert_delivery,
+    insert_end_deliveries,
     insert_endpoint,
     list_deliveries,
     new_delivery,
-    note_attempt,
-    tell_end,
+    record_attempt,
 )
 from tests.control_plane import START, add_job, claim_next, clock, each_database, queue
 
@@ -91,7 +91,7 @@ def test_end_that_is_rolled_back_gives_no_delivery(database: Database, queue: Qu
     add_job(database)
     claim = claim_next(queue)
     with suppress(ZeroDivisionError), database.write() as connection:
-        tell_end(connection, claim.job_id, JobStatus.FAILED, START)
+        insert_end_deliveries(connection, claim.job_id, JobStatus.FAILED, START)
         raise ZeroDivisionError
     assert deliveries(database, endpoint) == []
 
@@ -107,7 +107,7 @@ def test_only_enabled_endpoints_of_the_project_for_the_event_get_a_delivery(data
         disable_endpoint(connection, others[-1].id, START)
     job_id = add_job(database)
     with database.write() as connection:
-        tell_end(connection, job_id, JobStatus.FAILED, START)
+        insert_end_deliveries(connection, job_id, JobStatus.FAILED, START)
     assert [len(deliveries(database, endpoint)) for endpoint in subscribed + others] == [1, 1, 0, 0, 0]
     one, other = (deliveries(database, endpoint)[0] for endpoint in subscribed)
     assert one.event_id == other.event_id == one.body["id"]
@@ -118,7 +118,7 @@ def test_claimed_delivery_cannot_be_claimed_again_before_it_is_due(database: Dat
     add_endpoint(database)
     job_id = add_job(database)
     with database.write() as connection:
-        tell_end(connection, job_id, JobStatus.FAILED, START)
+        insert_end_deliveries(connection, job_id, JobStatus.FAILED, START)
     until = START + timedelta(seconds=60)
     with database.write() as connection:
         assert not any_due(connection, START - timedelta(seconds=1))
@@ -160,11 +160,11 @@ def test_late_outcome_of_an_earlier_attempt_changes_nothing(database: Database) 
     endpoint = add_endpoint(database)
     job_id = add_job(database)
     with database.write() as connection:
-        tell_end(connection, job_id, JobStatus.FAILED, START)
+        insert_end_deliveries(connection, job_id, JobStatus.FAILED, START)
         ((first, _),) = claim_due(connection, START, START, 10)
         ((second, _),) = claim_due(connection, START, START, 10)
-        note_attempt(connection, second, last_status=200, delivered_at=START, due_at=None)
-        note_attempt(connection, first, last_status=500, due_at=START)
+        record_attempt(connection, second, last_status=200, delivered_at=START, due_at=None)
+        record_attempt(connection, first, last_status=500, due_at=START)
     (delivery,) = deliveries(database, endpoint)
     assert (delivery.last_status, delivery.delivered_at, delivery.due_at) == (200, START, None)
 

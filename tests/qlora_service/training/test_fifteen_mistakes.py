@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import CONFIG_MAPPING, BitsAndBytesConfig
 
 from qlora_service.errors import JobFailed
-from qlora_service.models.adapters import trainable
+from qlora_service.models.adapters import trainable_parameters
 from qlora_service.models.base.quantize import load_base
 from qlora_service.specs import Lora, Quantization, Training
 from qlora_service.training import optimizer
@@ -39,7 +39,7 @@ Patch = pytest.MonkeyPatch
 def adapter_after(tiny_model: Path, training: Training, steps: int = 2, **options: Any) -> list[torch.Tensor]:
     model = load(tiny_model, FLOAT64, torch.float64, perturb_b=0.05)
     run(model, rows(24), training, steps=steps, **options)
-    return trainable(model)
+    return trainable_parameters(model)
 
 
 def are_close(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:

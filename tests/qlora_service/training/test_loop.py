@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from qlora_service.errors import JobFailed
-from qlora_service.models.adapters import trainable
+from qlora_service.models.adapters import trainable_parameters
 from qlora_service.specs import Lora, Training
 from qlora_service.training.checkpoint.state import TrainingState
 from qlora_service.training.evaluation.row_losses import RowLosses
@@ -145,7 +145,7 @@ def test_the_steps_equal_those_of_a_plain_torch_loop(tiny_model: Path) -> None:
     plain.get_base_model().set_attn_implementation("sdpa")
     make_norms_exact(plain)
     _, recorder = run(model, rows(16), training, steps=4)
-    parameters = trainable(plain.train())
+    parameters = trainable_parameters(plain.train())
     optimizer = torch.optim.AdamW(parameters, betas=(0.8, 0.9), weight_decay=0.1)
     for step, rate in enumerate([0.5e-2, 1e-2, 2e-2 / 3, 1e-2 / 3]):
         optimizer.zero_grad()
@@ -160,7 +160,7 @@ def test_the_steps_equal_those_of_a_plain_torch_loop(tiny_model: Path) -> None:
         metrics = recorder.steps[step]
         assert (metrics.loss, metrics.grad_norm) == pytest.approx((loss.item(), norm.item()), rel=1e-9)
         assert metrics.learning_rate == pytest.approx(rate)
-    for weight, expected in zip(trainable(model), parameters, strict=True):
+    for weight, expected in zip(trainable_parameters(model), parameters, strict=True):
         assert (weight - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
@@ -213,7 +213,7 @@ def test_adapter_weights_that_no_gradient_reaches_are_named(tiny_model: Path) ->
 
 def test_an_adapter_without_a_gradient_is_an_error(tiny_model: Path) -> None:
     model = load(tiny_model)
-    for parameter in trainable(model):
+    for parameter in trainable_parameters(model):
         parameter.register_hook(torch.zeros_like)
     with pytest.raises(JobFailed, match="no gradient reaches the adapter"):
         run(model, rows(8), TRAINING)
@@ -229,7 +229,9 @@ def test_the_same_job_gives_the_same_bytes_with_dropout_and_noise(tiny_model: Pa
     run(first, rows(16), training)
     torch.manual_seed(12345)
     run(second, rows(16), training)
-    assert all(torch.equal(a, b) for a, b in zip(trainable(first), trainable(second), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(trainable_parameters(first), trainable_parameters(second), strict=True)
+    )
 
 
 @pytest.mark.parametrize(("dropout", "alpha"), [(0.5, None), (0.0, 20.0)], ids=["dropout", "noise"])

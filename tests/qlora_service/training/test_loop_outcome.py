@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import JobFailed
-from qlora_service.models.adapters import trainable
+from qlora_service.models.adapters import trainable_parameters
 from qlora_service.specs import Training
 from qlora_service.training.loop import Outcome, StepMetrics
 from qlora_service.training.network.micro_batch import TokenRow
@@ -37,7 +37,7 @@ def poisoning(model: PeftModel, steps: set[int], value: float = float("nan")) ->
     def poison(gradient: torch.Tensor) -> torch.Tensor:
         return torch.full_like(gradient, value) if len(recorder.steps) + 1 in steps else gradient
 
-    trainable(model)[3].register_hook(poison)
+    trainable_parameters(model)[3].register_hook(poison)
     return recorder
 
 
@@ -163,7 +163,7 @@ def test_a_held_out_loss_that_is_not_finite_fails_the_job(tiny_model: Path) -> N
 
     class Overwriting(Recorder):
         def on_step(self, metrics: StepMetrics) -> None:
-            trainable(model)[0].data.fill_(float("inf"))
+            trainable_parameters(model)[0].data.fill_(float("inf"))
 
     with pytest.raises(JobFailed, match="held-out loss after step 1") as failure:
         run(model, rows(24), TRAINING, steps=1, recorder=Overwriting())

@@ -10,14 +10,14 @@ from peft import PeftModel
 
 from qlora_service.errors import InvalidSpec
 from qlora_service.models.adapters import (
-    attach,
+    attach_adapter,
     checkpoint_activations,
     load_adapter,
     save_adapter,
 )
 from qlora_service.models.base.quantize import base_fingerprint, load_base
 from qlora_service.models.catalog.catalog import BaseModel, Catalog
-from qlora_service.models.compatibility import Modules, misfits
+from qlora_service.models.compatibility import Modules, incompatibilities
 from qlora_service.specs import (
     IA3,
     AdaLora,
@@ -86,13 +86,13 @@ def refused(method: str, quantization: str, catalogued_model: tuple[BaseModel, M
         spec = parse_spec({"base_model": "tiny"} | {name: part.model_dump() for name, part in parts.items()})
     except InvalidSpec:
         return True
-    return bool(misfits(spec, *catalogued_model))
+    return bool(incompatibilities(spec, *catalogued_model))
 
 
 def load_attached(directory: Path, method: str, quantization: str) -> PeftModel:
     base = load_base(directory, QUANTIZATIONS[quantization], torch.bfloat16, CPU)
     isolate_documents(base)
-    return attach(base, METHODS[method], seed=0, total_steps=STEPS)
+    return attach_adapter(base, METHODS[method], seed=0, total_steps=STEPS)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
@@ -134,7 +134,7 @@ def test_only_dora_on_int8_is_refused(catalogued_model: tuple[BaseModel, Modules
 def test_initial_outputs_equal_those_of_the_base_bit_for_bit(method: str, quantization: str, tiny_model: Path) -> None:
     base = load_base(tiny_model, QUANTIZATIONS[quantization], torch.bfloat16, CPU)
     before = base_fingerprint(base)
-    assert base_fingerprint(attach(base, METHODS[method], seed=0)) == before
+    assert base_fingerprint(attach_adapter(base, METHODS[method], seed=0)) == before
 
 
 @pytest.mark.parametrize("method", METHODS)

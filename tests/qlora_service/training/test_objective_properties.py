@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from qlora_service.data.files.checks import read_examples
 from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules
-from qlora_service.models.adapters import trainable
+from qlora_service.models.adapters import trainable_parameters
 from qlora_service.specs import Adapter, Dpo, Kto, Lora, Objective, PromptTuning, Training
-from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TokenRow, TrainingExample
+from qlora_service.training.network.micro_batch import LabeledRow, PreferencePair, TokenRow, TrainingExample
 from qlora_service.training.objectives import _with_answer_of, evaluate, make_objective
 from tests.network_reference import make_norms_exact, plain_losses
 from tests.objective_references import (
@@ -118,7 +118,7 @@ def test_losses_and_gradients_are_finite_at_extremes(tiny_model: Path, spec: Obj
     net = network(load(tiny_model))
     examples: list[TrainingExample] = [PreferencePair(ONE_TOKEN, ONE_TOKEN)]
     if isinstance(spec, Kto):
-        examples = [LabelledRow(ONE_TOKEN, True)]
+        examples = [LabeledRow(ONE_TOKEN, True)]
     count = len(examples[0].documents)
     for policy in EXTREMES:
         for other in EXTREMES:
@@ -137,7 +137,7 @@ def test_a_log_ratio_survives_a_long_answer_in_float32(tiny_model: Path) -> None
     nll = torch.full((20_000,), 5.0).double()
     net = network(load(tiny_model))
     compute = fixed_losses((nll - 1e-6).float(), nll.float())
-    examples = [LabelledRow(long, True)]
+    examples = [LabeledRow(long, True)]
     loss = make_objective(Kto(type="kto", beta=1.0)).prepare_step(net, examples, compute)(examples).total
     gain = (nll.float() - (nll - 1e-6).float()).double().sum()
     assert loss.item() == pytest.approx(torch.sigmoid(-gain).item(), abs=1e-6)
@@ -146,7 +146,7 @@ def test_a_log_ratio_survives_a_long_answer_in_float32(tiny_model: Path) -> None
 def test_a_baseline_of_nan_does_not_become_zero(tiny_model: Path) -> None:
     net = network(load(tiny_model, perturb_b=0.05))
     with torch.no_grad():
-        trainable(net.model)[0].fill_(math.nan)
+        trainable_parameters(net.model)[0].fill_(math.nan)
     assert math.isnan(whole_step(net, KTO, LABELLED).total.item())
 
 

@@ -19,8 +19,8 @@ from qlora_service.errors import JobFailed
 from qlora_service.specs import Training
 from qlora_service.training.optimizer import (
     learning_rate,
-    leaves_paged_memory,
     make_optimizer,
+    may_leave_paged_memory,
     optimizer_state,
     release_optimizer,
     restore_optimizer,
@@ -198,10 +198,10 @@ def test_each_name_gives_the_bitsandbytes_optimizer_with_its_bits_and_paging(
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_paged_memory_is_left_if_a_large_weight_is_paged(optim: str, monkeypatch: pytest.MonkeyPatch) -> None:
     large, small = torch.nn.Linear(500, 200), torch.nn.Linear(499, 200)
-    assert not leaves_paged_memory(large, settings(optim), CPU)
+    assert not may_leave_paged_memory(large, settings(optim), CPU)
     monkeypatch.setattr("qlora_service.training.optimizer.can_page", lambda device: True)
-    assert leaves_paged_memory(large, settings(optim), CPU) is optim.startswith("paged")
-    assert not leaves_paged_memory(small, settings(optim), CPU)
+    assert may_leave_paged_memory(large, settings(optim), CPU) is optim.startswith("paged")
+    assert not may_leave_paged_memory(small, settings(optim), CPU)
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)

@@ -21,10 +21,10 @@ from qlora_service.training.device import is_out_of_memory
 from qlora_service.training.evaluation.held_out import trainable_copies
 from qlora_service.training.evaluation.row_losses import RowLosses
 from qlora_service.training.loop import Interrupted, Workload, train
-from qlora_service.training.network.micro_batch import LabelledRow, TokenRow
+from qlora_service.training.network.micro_batch import LabeledRow, TokenRow
 from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import evaluate, make_objective
-from tests.tiny_training import FLOAT64, NF4, Keeper, Recorder, load, network, rows
+from tests.tiny_training import FLOAT64, NF4, CheckpointingControl, Recorder, load, network, rows
 
 TRAINING = Training(batch_size=8, learning_rate=1e-2, warmup_ratio=0.0, optim="adamw_torch", micro_batch_tokens=10_000)
 ROWS = rows(24)
@@ -74,9 +74,9 @@ def float64_network(tiny_model: Path) -> Network:
 
 def train_network(
     net: Network, tmp_path: Path, steps: int = 3, training: Training = TRAINING, **options: Any
-) -> tuple[dict[str, torch.Tensor], Keeper]:
+) -> tuple[dict[str, torch.Tensor], CheckpointingControl]:
     recorder = Recorder()
-    control = options.pop("control", None) or Keeper(Checkpoints(tmp_path, 1), recorder)
+    control = options.pop("control", None) or CheckpointingControl(Checkpoints(tmp_path, 1), recorder)
     examples = options.pop("examples", ROWS)
     size = training.batch_size
     train(
@@ -161,7 +161,7 @@ PREFIX = PrefixTuning(method="prefix_tuning", num_virtual_tokens=4)
 def test_an_example_that_does_not_fit_is_named(tiny_model: Path, tmp_path: Path, adapter: Adapter) -> None:
     longest = max(ROWS[:8], key=lambda row: len(row.input_ids))
     net = network(load(tiny_model, NF4, adapter=adapter), "alone" if adapter is PREFIX else "per_document")
-    control = Keeper(Checkpoints(tmp_path, 1), Recorder())
+    control = CheckpointingControl(Checkpoints(tmp_path, 1), Recorder())
     device = SmallDevice(net, over(len(longest.input_ids) - 1))
     with pytest.raises(JobFailed) as failure:
         train_network(device.network, tmp_path, control=control)
@@ -202,7 +202,7 @@ def test_a_held_out_row_that_does_not_fit_is_retried_and_named(
 
 
 def test_losses_that_the_objective_computes_once_per_step_are_repeated_too(tiny_model: Path, tmp_path: Path) -> None:
-    examples = [LabelledRow(row, row.line % 2 == 0) for row in ROWS]
+    examples = [LabeledRow(row, row.line % 2 == 0) for row in ROWS]
     kto = {"examples": examples, "objective": Kto(type="kto"), "held_out": examples[:2]}
     expected, _ = train_network(float64_network(tiny_model), tmp_path / "whole", **kto)
     net, failed = float64_network(tiny_model), []
@@ -229,7 +229,7 @@ def test_the_change_persists_and_is_part_of_the_state(tiny_model: Path, tmp_path
 
     expected, uninterrupted = train_network(limited().network, tmp_path / "whole")
     assert {change["step"] for change in uninterrupted.changes} == {1}
-    control = Keeper(Checkpoints(tmp_path / "stopped", 1), Recorder(), at_check=uninterrupted.checks - 10)
+    control = CheckpointingControl(Checkpoints(tmp_path / "stopped", 1), Recorder(), at_check=uninterrupted.checks - 10)
     with pytest.raises(Interrupted):
         train_network(limited().network, tmp_path, control=control)
     latest = Checkpoints(tmp_path / "stopped", 2).latest()
@@ -242,7 +242,7 @@ def test_the_change_persists_and_is_part_of_the_state(tiny_model: Path, tmp_path
 
 
 def test_a_change_is_saved_although_its_step_was_not_completed(tiny_model: Path, tmp_path: Path) -> None:
-    class StoppedByTheChange(Keeper):
+    class StoppedByTheChange(CheckpointingControl):
         def check(self) -> None:
             if self.changes:
                 raise Interrupted("enough")

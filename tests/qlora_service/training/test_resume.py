@@ -22,8 +22,8 @@ from qlora_service.training.checkpoint.state import TrainingState, from_files, r
 from qlora_service.training.evaluation.held_out import EvaluationMetrics, trainable_copies
 from qlora_service.training.evaluation.row_losses import RowLosses
 from qlora_service.training.loop import LossNotFinite, Outcome, StepMetrics, Unattended
-from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TrainingExample
-from tests.tiny_training import CPU, Keeper, Recorder, load, rows, run
+from qlora_service.training.network.micro_batch import LabeledRow, PreferencePair, TrainingExample
+from tests.tiny_training import CPU, CheckpointingControl, Recorder, load, rows, run
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 6
@@ -39,8 +39,8 @@ def pairs(count: int, seed: int = 0) -> list[PreferencePair]:
     ]
 
 
-def labelled(count: int, seed: int = 0) -> list[LabelledRow]:
-    return [LabelledRow(row, row.line % 2 == 0) for row in rows(count, seed)]
+def labelled(count: int, seed: int = 0) -> list[LabeledRow]:
+    return [LabeledRow(row, row.line % 2 == 0) for row in rows(count, seed)]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,11 @@ class Result:
 
 
 def attempt(
-    tiny_model: Path, case: Case, recorder: Recorder, control: Keeper | None = None, resume: Checkpoints | None = None
+    tiny_model: Path,
+    case: Case,
+    recorder: Recorder,
+    control: CheckpointingControl | None = None,
+    resume: Checkpoints | None = None,
 ) -> Result:
     """Trains from the beginning, or from the last checkpoint."""
     start = None
@@ -122,7 +126,7 @@ def assert_same(result: Result, expected: Result) -> None:
         assert column.tobytes() == result.row_losses[name].tobytes(), name
 
 
-class EachState(Keeper):
+class EachState(CheckpointingControl):
     """A control that saves every state in a directory of its own."""
 
     def __init__(self, directory: Path, recorder: Recorder) -> None:
@@ -139,9 +143,9 @@ class EachState(Keeper):
 def test_training_resumed_after_any_step_ends_with_the_same_bytes(tiny_model: Path, tmp_path: Path, name: str) -> None:
     """Every state of the paged optimizers and of AdaLoRA; of the others an early, a middle and the last one."""
     case, recorder = CASES[name], Recorder()
-    keeper = EachState(tmp_path, recorder)
-    expected = attempt(tiny_model, case, recorder, keeper)
-    states = list(range(1, keeper.saves + 1))
+    control = EachState(tmp_path, recorder)
+    expected = attempt(tiny_model, case, recorder, control)
+    states = list(range(1, control.saves + 1))
     if name == "early stopping":
         assert expected.outcome.steps < STEPS
         assert 0 < expected.outcome.best_step < expected.outcome.steps
@@ -162,9 +166,9 @@ def test_a_new_process_ends_with_the_same_bytes(tiny_model: Path, tmp_path: Path
     expected = {name: attempt(tiny_model, case, Recorder()) for name, case in PAGED.items()}
     for name, case in PAGED.items():
         recorder = Recorder()
-        keeper = Keeper(Checkpoints(tmp_path / name, 1), recorder, at_check=20)
+        control = CheckpointingControl(Checkpoints(tmp_path / name, 1), recorder, at_check=20)
         with pytest.raises(Interrupted):
-            attempt(tiny_model, case, recorder, keeper)
+            attempt(tiny_model, case, recorder, control)
         assert 0 < len(recorder.steps) < STEPS
     script = f"""
 import importlib.util, pathlib, sys
@@ -193,13 +197,15 @@ def resume_in_new_process(tiny_model: Path, directory: Path) -> None:
 def test_an_interruption_at_any_check_loses_no_completed_step(tiny_model: Path, tmp_path: Path) -> None:
     """Before the first step, at a layer of a forward or a backward pass, in an evaluation, after the last step."""
     case, recorder = CASES["early stopping"], Recorder()
-    counting = Keeper(Checkpoints(tmp_path / "whole", 1), recorder)
+    counting = CheckpointingControl(Checkpoints(tmp_path / "whole", 1), recorder)
     expected = attempt(tiny_model, case, recorder, counting)
     assert counting.checks > 60
     for number in [*range(1, counting.checks, 5), counting.checks]:
         directory, recorder = tmp_path / str(number), Recorder()
         with pytest.raises(Interrupted):
-            attempt(tiny_model, case, recorder, Keeper(Checkpoints(directory, 1), recorder, at_check=number))
+            attempt(
+                tiny_model, case, recorder, CheckpointingControl(Checkpoints(directory, 1), recorder, at_check=number)
+            )
         checkpoints = Checkpoints(directory, 2)
         latest = checkpoints.latest()
         assert latest is not None
@@ -217,7 +223,9 @@ def test_training_interrupted_many_times_ends_with_the_same_bytes(tiny_model: Pa
     for token in range(1, 20):
         recorder, checkpoints = Recorder(), Checkpoints(tmp_path, token)
         try:
-            result = attempt(tiny_model, case, recorder, Keeper(checkpoints, recorder, at_check=100), checkpoints)
+            result = attempt(
+                tiny_model, case, recorder, CheckpointingControl(checkpoints, recorder, at_check=100), checkpoints
+            )
         except Interrupted:
             continue
         assert token > 3
@@ -273,7 +281,7 @@ def test_a_reported_evaluation_is_not_repeated(tiny_model: Path, tmp_path: Path)
 
     recorder, resumed = Stopping(), Recorder()
     with pytest.raises(Interrupted):
-        attempt(tiny_model, case, recorder, Keeper(Checkpoints(tmp_path, 1), recorder))
+        attempt(tiny_model, case, recorder, CheckpointingControl(Checkpoints(tmp_path, 1), recorder))
     assert_same(attempt(tiny_model, case, resumed, resume=Checkpoints(tmp_path, 2)), expected)
     assert [metrics.step for metrics in [*recorder.evaluations, *resumed.evaluations]] == [0, 2, 4, 6]
 
@@ -290,7 +298,7 @@ def test_an_observer_interrupts_after_a_completed_step(tiny_model: Path, tmp_pat
 
     recorder = Stopping()
     with pytest.raises(Interrupted):
-        attempt(tiny_model, case, recorder, Keeper(Checkpoints(tmp_path, 1), recorder))
+        attempt(tiny_model, case, recorder, CheckpointingControl(Checkpoints(tmp_path, 1), recorder))
     checkpoints = Checkpoints(tmp_path, 2)
     assert checkpoints.latest() is not None
     assert checkpoints.durable_step == 3
@@ -298,47 +306,49 @@ def test_an_observer_interrupts_after_a_completed_step(tiny_model: Path, tmp_pat
 
 
 def test_a_cancelled_training_saves_nothing(tiny_model: Path, tmp_path: Path) -> None:
-    class Cancelling(Keeper):
+    class Cancelling(CheckpointingControl):
         def check(self) -> None:
             self.checks += 1
             if self.checks == 20:
                 raise JobCancelled("the job was cancelled")
 
     recorder = Recorder()
-    keeper = Cancelling(Checkpoints(tmp_path, 1), recorder)
+    control = Cancelling(Checkpoints(tmp_path, 1), recorder)
     with pytest.raises(JobCancelled):
-        attempt(tiny_model, PAGED["paged_adamw_32bit"], recorder, keeper)
-    assert keeper.saves == 0
+        attempt(tiny_model, PAGED["paged_adamw_32bit"], recorder, control)
+    assert control.saves == 0
 
 
 def test_the_final_state_is_saved_and_resumes_without_a_step(tiny_model: Path, tmp_path: Path) -> None:
     """Publishing may be interrupted too."""
     case, recorder = CASES["early stopping"], Recorder()
-    expected = attempt(tiny_model, case, recorder, Keeper(Checkpoints(tmp_path, 1), recorder))
+    expected = attempt(tiny_model, case, recorder, CheckpointingControl(Checkpoints(tmp_path, 1), recorder))
     rng_state = random_state(CPU)
     assert (random.random(), np.random.rand(), float(torch.rand(()))) != (0, 0, 0)  # advances the generators
     recorder, checkpoints = Recorder(), Checkpoints(tmp_path, 2)
-    keeper = Keeper(checkpoints, recorder)
-    assert_same(attempt(tiny_model, case, recorder, keeper, resume=checkpoints), expected)
+    control = CheckpointingControl(checkpoints, recorder)
+    assert_same(attempt(tiny_model, case, recorder, control, resume=checkpoints), expected)
     assert random_state(CPU) == rng_state
-    assert (recorder.steps, recorder.evaluations, keeper.saves) == ([], [], 0)
+    assert (recorder.steps, recorder.evaluations, control.saves) == ([], [], 0)
 
 
 def test_training_resumed_after_third_skipped_step_fails_with_the_same_error(tiny_model: Path, tmp_path: Path) -> None:
     """Interrupted in the evaluation of the adapter of the last finite step."""
     training = TRAINING.model_copy(update={"optim": "adamw_torch"})
 
-    def failing(recorder: Recorder, keeper: Keeper | None = None, start: TrainingState | None = None) -> None:
+    def failing(
+        recorder: Recorder, control: CheckpointingControl | None = None, start: TrainingState | None = None
+    ) -> None:
         """Gradients are NaN from the third step on."""
         model = load(tiny_model)
         poisoned = next(p for p in model.parameters() if p.requires_grad)
         poisoned.register_hook(lambda gradient: gradient * (float("nan") if len(recorder.steps) >= 2 else 1.0))
-        run(model, rows(24), training, steps=8, recorder=recorder, start=start, control=keeper)
+        run(model, rows(24), training, steps=8, recorder=recorder, start=start, control=control)
 
     with pytest.raises(LossNotFinite) as expected:
         failing(Recorder())
 
-    class InTheLastEvaluation(Keeper):
+    class InTheLastEvaluation(CheckpointingControl):
         turns_after_five = 0
 
         def check(self) -> None:
@@ -352,9 +362,9 @@ def test_training_resumed_after_third_skipped_step_fails_with_the_same_error(tin
             return False
 
     recorder = Recorder()
-    keeper = InTheLastEvaluation(Checkpoints(tmp_path, 1), recorder)
+    control = InTheLastEvaluation(Checkpoints(tmp_path, 1), recorder)
     with pytest.raises(Interrupted):
-        failing(recorder, keeper)
+        failing(recorder, control)
     latest = Checkpoints(tmp_path, 2).latest()
     assert latest is not None
     assert latest[0].history.skipped_in_a_row == 3
@@ -366,6 +376,6 @@ def test_training_resumed_after_third_skipped_step_fails_with_the_same_error(tin
 
 def test_the_state_of_another_optimizer_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     recorder = Recorder()
-    attempt(tiny_model, PAGED["paged_adamw_8bit"], recorder, Keeper(Checkpoints(tmp_path, 1), recorder))
+    attempt(tiny_model, PAGED["paged_adamw_8bit"], recorder, CheckpointingControl(Checkpoints(tmp_path, 1), recorder))
     with pytest.raises(JobFailed, match="does not fit this job's optimizer"):
         attempt(tiny_model, PAGED["paged_adamw_32bit"], Recorder(), resume=Checkpoints(tmp_path, 2))

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_service.data.rendering.renderer import RenderedRow, UnusableRow
 from qlora_service.errors import Finding
-from qlora_service.training.network.micro_batch import LabelledRow, PreferencePair, TokenRow
+from qlora_service.training.network.micro_batch import LabeledRow, PreferencePair, TokenRow
 from qlora_service.training.rows import BATCH_ROWS, RenderedRows, store_rendered
 
 
@@ -46,8 +46,8 @@ def test_pairs_and_labelled_answers_are_read_as_written(tmp_path: Path) -> None:
     chosen, rejected = TokenRow(1, [5, 6, 7], [False, True, True]), TokenRow(1, [5, 8], [False, True])
     assert [rows[position] for position in range(4)] == [
         PreferencePair(chosen, rejected),
-        LabelledRow(TokenRow(2, [5, 9], [False, True]), desirable=False),
-        LabelledRow(TokenRow(3, [5, 9], [False, True]), desirable=True),
+        LabeledRow(TokenRow(2, [5, 9], [False, True]), desirable=False),
+        LabeledRow(TokenRow(3, [5, 9], [False, True]), desirable=True),
         TokenRow(4, [7, 7], [False, True]),
     ]
     assert report.tokens == 11

@@ -13,7 +13,13 @@ from qlora_service.domain.jobs import JobStatus
 from qlora_service.domain.webhooks import EVENT_TYPES, Delivery, Endpoint
 from qlora_service.queue.queue import Queue
 from qlora_service.store.database import Database
-from qlora_service.store.webhooks import get_endpoint, insert_endpoint, list_deliveries, tell_end, update_endpoint
+from qlora_service.store.webhooks import (
+    get_endpoint,
+    insert_end_deliveries,
+    insert_endpoint,
+    list_deliveries,
+    update_endpoint,
+)
 from qlora_service.webhooks.delivery import JITTER, MAX_CONCURRENT, RETRY_DELAYS, Deliverer
 from qlora_service.webhooks.sending import Sender
 from qlora_service.webhooks.signing import new_secret, signed_headers
@@ -45,7 +51,7 @@ def end_job(database: Database, endpoint: Endpoint, clock: SteppedClock) -> Call
     def end() -> str:
         job_id = add_job(database)
         with database.write() as connection:
-            tell_end(connection, job_id, JobStatus.SUCCEEDED, clock())
+            insert_end_deliveries(connection, job_id, JobStatus.SUCCEEDED, clock())
         return job_id
 
     return end

@@ -18,11 +18,11 @@ from qlora_service.chat.wire import (
     Answer,
     Finished,
     GenerationRequest,
-    Leaving,
     Status,
+    YieldingSlot,
     address,
-    ask_status,
     listen,
+    query_status,
 )
 from qlora_service.errors import InvalidRequest
 from qlora_service.store.inference import LoadedBase
@@ -68,7 +68,7 @@ def requests(path: Path) -> Iterator[RequestQueue]:
     requests = RequestQueue(listen(path))
     requests.open()
     yield requests
-    requests.drain(Leaving("the test is over"))
+    requests.drain(YieldingSlot("the test is over"))
     requests.close()
 
 
@@ -94,7 +94,7 @@ def echo(request: GenerationRequest, emit: Callable[[str], None]) -> Finished:
 def wait_until(path: Path, condition: Callable[[Status], bool]) -> Status:
     deadline = time.monotonic() + 10
     while True:
-        status = ask_status(path, 5)
+        status = query_status(path, 5)
         assert status is not None
         if condition(status):
             return status
@@ -245,7 +245,7 @@ def test_draining_finishes_the_current_answer_and_refuses_the_others(
     wait_until(path, lambda status: status.busy)
     waiting = Client(path)
     wait_until(path, lambda status: status.in_line == 1)
-    requests.drain(Leaving("the slot is needed"))
+    requests.drain(YieldingSlot("the slot is needed"))
     late = Client(path)
     for client in (waiting, late):
         (answer,) = client.answers()
@@ -294,7 +294,7 @@ def test_a_load_error_is_sent_to_waiting_clients_and_ends_the_process(path: Path
 def test_a_closing_server_answers_connections_already_made_and_refuses_new_ones(path: Path) -> None:
     requests = RequestQueue(listen(path))
     early = Client(path)
-    requests.drain(Leaving("the slot is needed"))
+    requests.drain(YieldingSlot("the slot is needed"))
     requests.open()
     requests.close()
     (answer,) = early.answers()
@@ -317,4 +317,4 @@ def test_the_socket_belongs_to_its_owner_however_deep_its_directory(tmp_path: Pa
             accepted, _ = listener.accept()
             with accepted:
                 assert accepted.recv(100) == STATUS
-    assert ask_status(path, 1) is None
+    assert query_status(path, 1) is None

@@ -165,7 +165,7 @@ def claimed_job(database: Database) -> tuple[Queue, Claim]:
 
 def request_base(database: Database) -> None:
     with database.write() as connection:
-        inference.ask_for(connection, TINY)
+        inference.request_base(connection, TINY)
 
 
 def test_a_waiting_client_preempts_the_job_and_its_base_is_loaded_before_the_next_job(
@@ -217,7 +217,7 @@ class ChatDemand:
             assert time.monotonic() < deadline
             if requesting:
                 with self._database.write() as connection:
-                    inference.ask_for(connection, TINY)
+                    inference.request_base(connection, TINY)
             time.sleep(0.05)
 
     def start(self) -> int:

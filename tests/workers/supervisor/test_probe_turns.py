@@ -13,7 +13,7 @@ import pytest
 
 from qlora_service.domain.clock import utc_now
 from qlora_service.domain.jobs import JobStatus
-from qlora_service.planning.time.job_times import TimeQuestion, ask_probe, job_time
+from qlora_service.planning.time.job_times import TimeQuestion, job_time, request_probe
 from qlora_service.specs import parse_spec
 from qlora_service.store.database import Database
 from qlora_service.store.probes import Probe, find_probe
@@ -43,10 +43,10 @@ def open_database(workspace: Workspace) -> Database:
     return Database(workspace.settings.resolved_database_url)
 
 
-def request_probe(workspace: Workspace, question: TimeQuestion) -> None:
+def add_probe(workspace: Workspace, question: TimeQuestion) -> None:
     database = open_database(workspace)
     with database.write() as connection:
-        ask_probe(connection, question, utc_now())
+        request_probe(connection, question, utc_now())
     database.close()
 
 
@@ -81,7 +81,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 def test_free_slot_times_the_step_and_a_job_interrupts_it(workspace: Workspace, question: TimeQuestion) -> None:
     assert "ask for a probe" in time_of(workspace, question)["reason"]
-    request_probe(workspace, question)
+    add_probe(workspace, question)
     assert "waits to be timed" in time_of(workspace, question)["reason"]
     with workspace.worker(QLORA_WARM_S="0"):
         wait_until(lambda: probe_pids(workspace))
@@ -142,7 +142,7 @@ def test_slot_is_not_emptied_without_a_probe(workspace: Workspace) -> None:
 
 
 def test_probe_that_dies_is_not_repeated(workspace: Workspace, question: TimeQuestion) -> None:
-    request_probe(workspace, question)
+    add_probe(workspace, question)
     with Slot(workspace) as slot:
         wait_until(lambda: probe_pids(workspace))
         os.kill(probe_pids(workspace)[0], signal.SIGKILL)
@@ -155,7 +155,7 @@ def test_probe_that_dies_is_not_repeated(workspace: Workspace, question: TimeQue
 
 
 def test_stopped_worker_leaves_the_probe_to_the_next_worker(workspace: Workspace, question: TimeQuestion) -> None:
-    request_probe(workspace, question)
+    add_probe(workspace, question)
     with Slot(workspace):
         wait_until(lambda: probe_pids(workspace))
     assert not probe_pids(workspace)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_service.models.adapters import trainable
+from qlora_service.models.adapters import trainable_parameters
 from qlora_service.planning.simulation.run import Simulator
 from qlora_service.specs import Lora, Supervised, Training, parse_spec
 from qlora_service.training.evaluation.row_losses import RowLosses
@@ -57,7 +57,7 @@ def trained(model_dir: Path, around: Callable[[Network], AroundStep | None]) -> 
         RowLosses(),
         control=control,
     )
-    assert not any(parameter._post_accumulate_grad_hooks for parameter in trainable(model))  # type: ignore[attr-defined]
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in trainable_parameters(model))  # type: ignore[attr-defined]
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_service.data.rows.examples import Chat, Completion, Shape, Text
-from qlora_service.data.rows.shapes import REQUIRED, RowProblem, detect_shape, objective_misfit, to_example
+from qlora_service.data.rows.shapes import REQUIRED, RowProblem, detect_shape, objective_mismatch, to_example
 
 USER = {"role": "user", "content": "Привет"}
 ANSWER = {"role": "assistant", "content": "你好"}
@@ -90,7 +90,7 @@ def test_shape_of_pairs_and_labels_is_detected_by_the_cells_too(value: dict[str,
     ],
 )
 def test_objective_fits_the_rows_or_gets_advice(objective: str, shape: Shape, advice: str | None) -> None:
-    misfit = objective_misfit(objective, shape)
+    misfit = objective_mismatch(objective, shape)
     assert misfit is advice if advice is None else advice in str(misfit)
 
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
-from qlora_service.models.adapters import attach, detach
+from qlora_service.models.adapters import attach_adapter, detach
 from qlora_service.models.base.base_state import BaseState
 from qlora_service.models.base.quantize import base_fingerprint, load_base
 from qlora_service.specs import Adapter, Quantization, Training
@@ -66,7 +66,7 @@ def structure(base: PreTrainedModel) -> dict[str, Any]:
 def train(base: PreTrainedModel, method: dict[str, Any]) -> Any:
     """The base with an adapter trained on it, with activation checkpointing where supported."""
     adapter = TypeAdapter(Adapter).validate_python(method)
-    model = attach(base, adapter, seed=0, total_steps=2)
+    model = attach_adapter(base, adapter, seed=0, total_steps=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns about tied embeddings
         network(model).checkpoint()

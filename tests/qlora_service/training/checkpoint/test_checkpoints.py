@@ -29,7 +29,7 @@ from qlora_service.training.checkpoint.state import (
 from qlora_service.training.evaluation.held_out import HeldOutState
 from qlora_service.training.evaluation.row_losses import RowLosses
 from qlora_service.training.objectives import Evaluation
-from tests.tiny_training import CPU, Keeper, Recorder, load, network, rows, run
+from tests.tiny_training import CPU, CheckpointingControl, Recorder, load, network, rows, run
 
 ROOT = Path(__file__).parents[4]
 DAMAGES = 200
@@ -295,9 +295,9 @@ except MemoryError:
 def test_expected_bytes_are_a_close_upper_bound(tiny_model: Path, tmp_path: Path, optim: str, adapter: Adapter) -> None:
     training = Training(batch_size=4, optim=optim, load_best_model_at_end=True)
     model, recorder, checkpoints = load(tiny_model, adapter=adapter), Recorder(), Checkpoints(tmp_path, 1)
-    keeper = Keeper(checkpoints, recorder)
-    keeper.is_due = True
+    control = CheckpointingControl(checkpoints, recorder)
+    control.is_due = True
     expected = expected_bytes(network(model), training, rows=12, total_steps=3)
-    run(model, rows(12), training, steps=3, recorder=recorder, control=keeper)
+    run(model, rows(12), training, steps=3, recorder=recorder, control=control)
     actual = max(sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in tmp_path.iterdir())
     assert actual <= expected <= actual + 700_000

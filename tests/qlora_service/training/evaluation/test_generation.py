@@ -33,7 +33,7 @@ from qlora_service.training.evaluation.generation import (
     score,
     stop_ids,
 )
-from qlora_service.training.network.micro_batch import PER_DOCUMENT, LabelledRow, PreferencePair, TokenRow
+from qlora_service.training.network.micro_batch import PER_DOCUMENT, LabeledRow, PreferencePair, TokenRow
 from tests.tiny_model import MAX_POSITIONS
 from tests.tiny_training import FLOAT64, NF4, load, network, run
 
@@ -305,8 +305,8 @@ def test_rows_without_a_question_and_undesirable_answers_are_left_out(
     held_out = [
         TokenRow(1, story, [True] * len(story)),
         TokenRow(2, [tokenizer.bos_token_id, *story], [False] + [True] * len(story)),
-        LabelledRow(row(tokenizer, 3, "q", "unwanted"), desirable=False),
-        LabelledRow(row(tokenizer, 4, "q", "wanted"), desirable=True),
+        LabeledRow(row(tokenizer, 3, "q", "unwanted"), desirable=False),
+        LabeledRow(row(tokenizer, 4, "q", "wanted"), desirable=True),
         PreferencePair(row(tokenizer, 5, "q", "chosen"), row(tokenizer, 5, "q", "rejected")),
         row(tokenizer, 6, "q" * 3000, "last"),
         row(tokenizer, 7, "q", "one too many"),

@@ -9,7 +9,7 @@ import torch
 
 from qlora_service.training.network.micro_batch import (
     PER_DOCUMENT,
-    LabelledRow,
+    LabeledRow,
     PreferencePair,
     TokenRow,
     collate,
@@ -37,8 +37,8 @@ def test_an_example_knows_its_documents_and_its_line() -> None:
     first, second = rows(2)
     assert first.documents == (first,)
     assert PreferencePair(first, second).documents == (first, second)
-    assert LabelledRow(second, True).documents == (second,)
-    assert (PreferencePair(first, second).line, LabelledRow(second, False).line) == (1, 2)
+    assert LabeledRow(second, True).documents == (second,)
+    assert (PreferencePair(first, second).line, LabeledRow(second, False).line) == (1, 2)
 
 
 @pytest.mark.parametrize("attention", [PER_DOCUMENT, "sdpa"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_service.models.adapters import attach, detach
+from qlora_service.models.adapters import attach_adapter, detach
 from qlora_service.models.base.quantize import base_fingerprint, load_base
 from qlora_service.specs import Lora
 from qlora_service.training.network.isolation import isolate_documents
@@ -54,7 +54,7 @@ def test_a_detached_base_computes_the_same_as_before(tiny_model: Path, fast: boo
     base = load_base(tiny_model, NF4, torch.bfloat16, CPU)
     isolate_documents(base)
     before = base_fingerprint(base)
-    net = Network(attach(base, Lora(r=4), seed=0), "per_document", fast=fast)
+    net = Network(attach_adapter(base, Lora(r=4), seed=0), "per_document", fast=fast)
     net.losses(DOCUMENTS).nll.sum().backward()
     assert base_fingerprint(detach(net.model)) == before
 
