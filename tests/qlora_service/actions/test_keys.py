@@ -109,7 +109,7 @@ def test_first_key_is_created_only_if_no_key_ever_existed(registry: KeyRegistry)
 
 
 _FIRST_KEY = """
-from qlora_service.actions.keys import Access
+from qlora_service.actions.keys import KeyRegistry
 from qlora_service.store.database import Database
 def work(url):
     registry = KeyRegistry(Database(url))
