@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_service.planning.formula import estimated_memory
 from qlora_service.planning.largest_step import largest_step
 from qlora_service.planning.memory import Memory
+from qlora_service.planning.memory_formula import estimated_memory
 from qlora_service.planning.shapes import ModelShape
 from qlora_service.planning.simulation.run import Simulator
 from qlora_service.planning.simulation.simulated_step import simulated_memory

@@ -12,8 +12,8 @@ from qlora_service.process.logging import configure_logging
 from qlora_service.queue.queue import Queue
 from qlora_service.settings import read_settings
 from qlora_service.store.database import Database
+from workers.supervisor.chat_turns import ChatRules
 from workers.supervisor.housekeeping import Housekeeping
-from workers.supervisor.inference_turns import ChatRules
 from workers.supervisor.supervisor import Slot, Supervisor, SupervisorSettings
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qlora_service.planning.cards import Device
-from qlora_service.planning.formula import estimated_memory
 from qlora_service.planning.largest_step import largest_step
 from qlora_service.planning.layer_cost import FAST_LAYERS
 from qlora_service.planning.memory import Memory
+from qlora_service.planning.memory_formula import estimated_memory
 from qlora_service.planning.shapes import ModelShape
 from qlora_service.specs import JobSpec, PrefixTuning
 

@@ -1,4 +1,4 @@
-"""A claim on a job, and the progress that its holder reports."""
+"""A claim on a job, and the progress that its holder reports; both values of `queue.Queue`, which also renews."""
 
 from __future__ import annotations
 

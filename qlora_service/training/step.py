@@ -1,4 +1,7 @@
-"""Gradients of a step, accumulated over micro-batches that shrink when memory runs out."""
+"""Gradients of a step, accumulated over micro-batches that shrink when memory runs out.
+
+The objective divides the loss (`objectives`): a share of a micro-batch is already divided by the whole step's count.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The supervisor: claims jobs, runs each in its slot's trainer process, and records how the attempt ended.
 
-Between jobs the same process answers chats (`inference_turns`). The supervisor never imports torch.
+Between jobs the same process answers chats (`chat_turns`). The supervisor never imports torch.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from qlora_service.queue.claim import Claim
 from qlora_service.queue.queue import Queue
 from qlora_service.store.database import Database, is_outage, persist
 from workers.exit_codes import CAUSES
+from workers.supervisor.chat_turns import ChatRules, ChatTurns
 from workers.supervisor.host_memory import oom_kills
 from workers.supervisor.housekeeping import Housekeeping
-from workers.supervisor.inference_turns import ChatRules, ChatTurns
 from workers.supervisor.probe_turns import ProbeTurns
 from workers.supervisor.slot_lock import SlotLock
 from workers.supervisor.slot_process import SlotProcess

@@ -12,7 +12,7 @@ import torch
 
 from qlora_service.data.batching import pack
 from qlora_service.errors import InvalidModel
-from qlora_service.planning.formula import estimated_memory
+from qlora_service.planning.memory_formula import estimated_memory
 from qlora_service.planning.shapes import ModelShape
 from qlora_service.planning.simulation.run import CannotSimulate, Simulator
 from qlora_service.planning.simulation.tracked_step import tracking

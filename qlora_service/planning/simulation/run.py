@@ -30,7 +30,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "qlora-service")
 
 
 class CannotSimulate(Exception):
-    """No simulation is possible, for this reason; the closed form (`planning.formula`) remains."""
+    """No simulation is possible, for this reason; the closed form (`planning.memory_formula`) remains."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

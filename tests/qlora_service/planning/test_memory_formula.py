@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from qlora_service.planning.formula import estimated_memory
 from qlora_service.planning.largest_step import largest_step
 from qlora_service.planning.memory import Category, Memory
+from qlora_service.planning.memory_formula import estimated_memory
 from qlora_service.planning.shapes import ModelShape
 from qlora_service.planning.simulation.simulated_step import simulated_memory
 from qlora_service.specs import JobSpec

@@ -22,7 +22,7 @@ from qlora_service.store.jobs import get_job
 from tests.chat_process import TINY
 from tests.control_plane import add_job, database
 from tests.workspace import Workspace, chatting_on
-from workers.supervisor.inference_turns import (
+from workers.supervisor.chat_turns import (
     CONTENTION_DELAY_S,
     DRAIN_SHARE,
     UNRESPONSIVE_S,
