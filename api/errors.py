@@ -23,8 +23,8 @@ from qlora_service.errors import (
     Conflict,
     Finding,
     InvalidRequest,
-    NoRoom,
     NotFound,
+    ObjectLimitReached,
     QLoRAError,
     QuotaExceeded,
     TooLarge,
@@ -221,7 +221,7 @@ def _is_full(error: Exception) -> bool:
 
 def _retry_after_s(error: QLoRAError) -> int | None:
     """Seconds until a retry; None if waiting does not help."""
-    waiting_helps = isinstance(error, Unavailable | QuotaExceeded) and not isinstance(error, NoRoom)
+    waiting_helps = isinstance(error, Unavailable | QuotaExceeded) and not isinstance(error, ObjectLimitReached)
     return int(error.details.get("retry_after_s", RETRY_AFTER_S)) if waiting_helps else None
 
 

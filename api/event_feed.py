@@ -64,7 +64,7 @@ class EventFeed:
             try:
                 events = await to_thread.run_sync(self._tail, limiter=limiter)
             except Exception as error:  # noqa: BLE001  streams must survive any failure of a query
-                log.warning("event_feed_waits", error=type(error).__qualname__)
+                log.warning("event_feed_query_failed", error=type(error).__qualname__)
                 await anyio.sleep(RETRY_S)
                 continue
             self._deliver(events)

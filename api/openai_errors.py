@@ -48,8 +48,8 @@ def to_openai_error(
         "details": error["details"],
     }
     # Without the header, the client retries these twice, including an upload of a file over the storage quota.
-    retry_is_futile = status == 409 or not waiting_helps
-    return body, status, {"x-should-retry": "false"} if retry_is_futile else {}
+    retry_does_not_help = status == 409 or not waiting_helps
+    return body, status, {"x-should-retry": "false"} if retry_does_not_help else {}
 
 
 def _param(location: str | None) -> str | None:

@@ -9,15 +9,15 @@
     ├── NotFound              no such job, dataset, model or artifact
     ├── Conflict              the object exists, but its state forbids the action
     ├── TooLarge              above a configured limit
-    ├── QuotaExceeded         the project is at one of its limits
-    │   ├── NoRoom            a limit on stored objects: deleting helps, waiting does not
-    │   │   └── StorageFull   the limit on stored bytes
-    │   └── RateLimited       the limit on requests; retry after `details["retry_after_s"]`
+    ├── QuotaExceeded         a quota or a limit on concurrent requests is reached
+    │   ├── ObjectLimitReached  a limit on stored objects: deleting helps, waiting does not
+    │   │   └── StorageFull     the limit on stored bytes
+    │   └── RateLimited         the limit on requests; retry after `details["retry_after_s"]`
     ├── Unavailable           retry later
     ├── ClaimLost             a newer claim owns the job: stop, write nothing
     ├── JobCancelled          the attempt stops for good
     ├── Interrupted           the attempt stops; a later one resumes from its last completed step
-    └── JobFailed             the job ended without an adapter
+    └── JobFailed             the job failed; no certified adapter exists
 
 The domain knows no HTTP: `api.errors` has the table from errors to status codes.
 """
@@ -117,11 +117,11 @@ class QuotaExceeded(QLoRAError):
     code = "quota_exceeded"
 
 
-class NoRoom(QuotaExceeded):
+class ObjectLimitReached(QuotaExceeded):
     """Has the code of its base class: to programs it is another quota."""
 
 
-class StorageFull(NoRoom):
+class StorageFull(ObjectLimitReached):
     pass
 
 

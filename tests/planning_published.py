@@ -26,7 +26,7 @@ from qlora_service.models.adapters import trainable_parameters
 from qlora_service.planning.memory import Category
 from qlora_service.planning.simulation.allocator import CUBLAS_WORKSPACE_BYTES
 from qlora_service.planning.simulation.simulated_base import META, simulated_base
-from qlora_service.planning.simulation.simulated_device import replaced, simulated_device, workspaces
+from qlora_service.planning.simulation.simulated_device import patched_attribute, simulated_device, workspaces
 from qlora_service.planning.simulation.tracked_step import register_model
 from qlora_service.planning.simulation.tracker import Tracker
 from qlora_service.specs import Quantization
@@ -104,7 +104,7 @@ def emulate(row: PublishedRow) -> Tracker:
         model.train()
         if row.notebook:
             forward = staticmethod(partial(_forward_keeping_input, MatMul4Bit.forward))
-            stack.enter_context(replaced(MatMul4Bit, "forward", forward))
+            stack.enter_context(patched_attribute(MatMul4Bit, "forward", forward))
         tracker = Tracker(rounding=512, workspaces=workspaces(cuda=True))
         register_model(tracker, model)
         resident = [torch.empty(CUBLAS_WORKSPACE_BYTES, dtype=torch.uint8, device=META)]
@@ -146,7 +146,7 @@ def _autocast() -> Iterator[None]:
     """The effect of autocast on this model's products; autocast does not act on meta tensors."""
     with ExitStack() as stack:
         for name in ("linear", "scaled_dot_product_attention"):
-            stack.enter_context(replaced(F, name, partial(_in_low_precision, getattr(F, name))))
+            stack.enter_context(patched_attribute(F, name, partial(_in_low_precision, getattr(F, name))))
         yield
 
 

@@ -1,4 +1,4 @@
-"""Detection of a full disk, and the hold of a job that met one."""
+"""Detection of a full disk, and the hold of a job that it interrupted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from qlora_service.domain.jobs import HoldReason
 
 MIN_FREE_BYTES = 64 * 2**20
-"""Free bytes, beyond what the job will write, before a job that met a full disk resumes."""
+"""Free bytes, beyond what the job will write, before a job paused by a full disk resumes."""
 _DISK_FULL_MESSAGES = ("no space left", "disk is full", "disk quota exceeded")
 
 

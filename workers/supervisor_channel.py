@@ -42,7 +42,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class ChatTurn:
-    """A base to answer chats with, at a listening socket, until the supervisor asks for the slot."""
+    """A base to answer chats with, at a listening socket, until the supervisor requests the slot."""
 
     base: LoadedBase
     listener: socket.socket

@@ -73,7 +73,7 @@ class Authenticator:
             self._limiter.take(caller.key_id)
         if not caller.may(required):
             raise Forbidden(
-                f"this needs a key of the scope '{required}', and {caller.key_id} has only "
+                f"this needs a key with the scope '{required}', but {caller.key_id} has only "
                 f"{', '.join(scope for scope in Scope if caller.may(scope))}: ask an admin of project "
                 f"{caller.project} for another key",
                 location="authorization",

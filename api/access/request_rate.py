@@ -29,7 +29,7 @@ class RateLimiter:
         if tokens < 1:
             wait_s = math.ceil((1 - tokens) / per_s)
             raise RateLimited(
-                f"more than {self._per_minute} requests a minute came under one key: retry in {wait_s} s, or raise "
+                f"this key sent more than {self._per_minute} requests per minute: retry in {wait_s} s, or raise "
                 "QLORA_MAX_REQUESTS_PER_MINUTE where the service runs",
                 retry_after_s=wait_s,
                 max_requests_per_minute=self._per_minute,

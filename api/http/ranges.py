@@ -46,6 +46,6 @@ def requested_range(range_header: str | None, if_range: str | None, etag: str, s
         end = min(int(last) + 1, size)
     if start >= end:
         raise RangeNotSatisfiable(
-            f"the file has {size} bytes; {match.group()} asks for none of them", location="range", size=size
+            f"the file has {size} bytes; {match.group()} requests none of them", location="range", size=size
         )
     return start, end

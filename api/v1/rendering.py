@@ -20,7 +20,7 @@ from api.v1.schemas import (
 )
 from api.v1.translation import default_rate
 from qlora_service.domain.jobs import Job, JobEvent, JobStatus
-from qlora_service.domain.metrics import METRICS, standing_metrics
+from qlora_service.domain.metrics import METRICS, valid_metrics
 from qlora_service.domain.tuned_models import tuned_model_name
 
 EVENT_TYPES = ("status", "log", *METRICS)
@@ -110,7 +110,7 @@ def fine_tuning_checkpoints(job: Job, events: Sequence[JobEvent]) -> list[FineTu
     else:
         return []
     metrics: dict[str, Any] = {"step": step}
-    for record in standing_metrics(events):
+    for record in valid_metrics(events):
         if record["step"] == step:
             metrics |= _metrics(record, job)
     recorded_at = [event.at for event in events if event.type in METRICS and event.data["step"] == step]

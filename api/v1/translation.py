@@ -29,7 +29,7 @@ from qlora_service.specs import RECIPES, JobSpec, Training, parse_spec
 TARGET_EPOCHS, MAX_EPOCHS = 3, 25
 MIN_EXAMPLES, MAX_EXAMPLES = 100, 25_000
 
-_WHOLE: dict[type[QLoRAError], str] = {InvalidModel: "/base_model", InvalidDataset: "/dataset"}
+_DEFAULT_LOCATIONS: dict[type[QLoRAError], str] = {InvalidModel: "/base_model", InvalidDataset: "/dataset"}
 
 
 class Setting(NamedTuple):
@@ -91,7 +91,7 @@ def in_request(body: CreateFineTuningJob) -> Iterator[None]:
         yield
     except QLoRAError as error:
         # An error about the model or dataset as a whole has no location.
-        default = next((pointer for kind, pointer in _WHOLE.items() if isinstance(error, kind)), None)
+        default = next((pointer for kind, pointer in _DEFAULT_LOCATIONS.items() if isinstance(error, kind)), None)
         pointers = {f"/{'/'.join(setting.path)}": setting.pointer for setting in _settings(body, {})}
         if (location := error.location or default) is not None and location.startswith("/"):
             error.location = _pointer_in_request(location, pointers)

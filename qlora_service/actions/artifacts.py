@@ -74,7 +74,7 @@ def _published_attempt(job: Job) -> int:
     if job.withdrawn_at is not None:
         raise Conflict(
             f"the adapter of job {job.id} was deleted at {job.withdrawn_at:%Y-%m-%d %H:%M} UTC: post the job again "
-            "to train it anew",
+            "to train it again",
             location="job_id",
         )
     if job.published_attempt is None:

@@ -53,7 +53,7 @@ class DatasetStorage:
         """The dataset made of the file at `path`, not stored yet.
 
         Raises:
-            InvalidDataset: the container cannot be told or read, or no row is usable.
+            InvalidDataset: the container cannot be detected or read, or no row is usable.
         """
         report = check_dataset(path, filename=filename, container=container, shape=shape)
         return Dataset(new_id("ds"), self._project, describe_file(path).sha256, filename, self._clock(), report)

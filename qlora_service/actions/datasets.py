@@ -57,7 +57,7 @@ class Datasets:
         """The stored dataset made of the file at `path`; nothing is stored when no row is usable.
 
         Raises:
-            InvalidDataset: the container cannot be told or read, or no row is usable.
+            InvalidDataset: the container cannot be detected or read, or no row is usable.
             StorageFull: the project would store more than it may.
         """
         recall(self._database, once)

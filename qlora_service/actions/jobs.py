@@ -26,7 +26,7 @@ from qlora_service.domain.clock import Clock
 from qlora_service.domain.datasets import Dataset
 from qlora_service.domain.ids import new_id
 from qlora_service.domain.jobs import Job, JobEvent, JobStatus
-from qlora_service.domain.metrics import METRICS, standing_metrics
+from qlora_service.domain.metrics import METRICS, valid_metrics
 from qlora_service.errors import InvalidSpec, QuotaExceeded
 from qlora_service.models.catalog.catalog import BaseModel, Catalog
 from qlora_service.planning.plan import Plan
@@ -242,7 +242,7 @@ class Jobs:
         with self._database.read() as connection:
             job_rows.get_job(connection, job_id, project=self._project)
             events = job_rows.events_after(connection, job_id, types=("log", *METRICS))
-        return standing_metrics(events)
+        return valid_metrics(events)
 
     def _source(self, spec: JobSpec, upload: Path | None, filename: str | None, scratch: Path) -> _Source:
         """Raises: InvalidSpec, NotFound, InvalidDataset."""
@@ -326,7 +326,7 @@ class Jobs:
         if limit is not None and job_rows.count_queued(connection, self._project) > limit:
             raise QuotaExceeded(
                 f"{limit} jobs are in the queue, which is as many as may wait: send the request again when one has "
-                "started, cancel one, or have QLORA_MAX_QUEUED_JOBS raised",
+                "started, cancel one, or ask the operator to raise QLORA_MAX_QUEUED_JOBS",
                 max_queued_jobs=limit,
             )
 

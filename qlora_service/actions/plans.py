@@ -67,7 +67,7 @@ class Plans:
 
         The model is a base of the catalog, or just a `config`. With a stored dataset the plan is for its longest row,
         and the duration is estimated from finished jobs. With `probe`, a step is timed when a slot is free, unless
-        finished jobs tell the duration already.
+        finished jobs already give the duration.
 
         Raises:
             InvalidSpec, InvalidModel, InvalidDataset, InvalidRequest, NotFound: as for a job that is posted.
@@ -104,7 +104,7 @@ class Plans:
         if plan.verdict != "fits" and not force:
             first = next(iter(plan.alternatives[0]), "") if plan.alternatives else "base_model"
             raise InvalidSpec(
-                f"{plan.reason}. Or send force: true, and it is queued all the same",
+                f"{plan.reason}. Or set force to true to queue it anyway",
                 location="/" + first.replace(".", "/"),
                 **{key: value for key, value in plan.as_dict().items() if key in _REFUSAL},
             )

@@ -109,11 +109,9 @@ class Service:
             with tempfile.TemporaryFile(dir=self.stores.tmp_dir) as file:
                 file.write(b"\0")
         except SQLAlchemyError as error:
-            raise Unavailable(
-                f"the database does not answer ({type(error).__name__}): see to it, then retry"
-            ) from error
+            raise Unavailable(f"the database does not answer ({type(error).__name__}): check it, then retry") from error
         except OSError as error:
-            raise Unavailable(f"the data disk cannot be written ({error.strerror}): see to it, then retry") from error
+            raise Unavailable(f"the data disk cannot be written ({error.strerror}): check it, then retry") from error
 
     def close(self) -> None:
         """Close the database's connections."""

@@ -47,9 +47,9 @@ def check_fit(spec: JobSpec, model: BaseModel, modules: Modules) -> None:
 
 def check_objective(spec: JobSpec, shape: Shape, place: str = "/objective/type") -> None:
     """Raises: InvalidSpec at `place`, when the objective cannot be trained on rows of the shape."""
-    misfit = objective_mismatch(spec.objective.type, shape)
-    if misfit is not None:
-        raise InvalidSpec(misfit, location=place)
+    mismatch = objective_mismatch(spec.objective.type, shape)
+    if mismatch is not None:
+        raise InvalidSpec(mismatch, location=place)
 
 
 def check_trainable(report: RenderReport, spec: JobSpec, model: BaseModel) -> None:

@@ -22,7 +22,7 @@ from qlora_service.store import uploads as rows
 from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Once, recall, write_once
 
-PENDING_FOR = timedelta(hours=1)
+UPLOAD_LIFETIME = timedelta(hours=1)
 """How long an upload accepts parts, as in the hosted API"""
 
 
@@ -66,7 +66,7 @@ class Uploads:
             bytes=size,
             dataset_id=None,
             created_at=now,
-            expires_at=now + PENDING_FOR,
+            expires_at=now + UPLOAD_LIFETIME,
         )
 
         def insert(connection: Connection) -> Upload:
@@ -181,8 +181,8 @@ class Uploads:
                     file.write(chunk)
         if md5 is not None and md5.lower() != digest.hexdigest():
             raise InvalidRequest(
-                f"the parts have the MD5 {digest.hexdigest()}, not {md5}: see that they are named in the file's order, "
-                "and send those again that were damaged",
+                f"the parts have the MD5 {digest.hexdigest()}, not {md5}: name them in the file's order, "
+                "and send damaged parts again",
                 location="md5",
             )
 

@@ -181,7 +181,7 @@ class _ProcessEnded(Unavailable):
 async def _exchange(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: GenerationRequest
 ) -> AsyncGenerator[Answer, None]:
-    """The lines with text, and the finished one. Raises: as `ChatDispatcher.answer`; Leaving, before the first line."""
+    """The lines with text, then the finished line. Raises: as `answer`; YieldingSlot, before the first line."""
     try:
         writer.write(request.line())
         while True:
@@ -206,7 +206,7 @@ async def _exchange(
     except OSError:
         pass
     raise _ProcessEnded(
-        "the inference process has ended, to free the slot for a job or by a crash (see logs/inference-* of the "
+        "the inference process has ended, to free the slot for a job or after a crash (see logs/inference-* of the "
         "worker): send the request again",
         retry_after_s=1,
     )

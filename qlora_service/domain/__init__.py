@@ -1,1 +1,1 @@
-"""The types that every room shares, and the state machine of jobs. No I/O."""
+"""Types shared by all packages, and the state machine of jobs. No I/O."""

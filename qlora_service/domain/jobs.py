@@ -55,7 +55,7 @@ class StopRequest(StrEnum):
 
     CANCEL = "cancel"
     PAUSE = "pause"
-    PREEMPT = "preempt"  # for a job with a higher priority: back to the queue
+    PREEMPT = "preempt"  # for a job with a higher priority or a chat: back to the queue
 
 
 class HoldReason(StrEnum):

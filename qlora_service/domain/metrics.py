@@ -23,7 +23,7 @@ def finite_or_null(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def standing_metrics(events: Iterable[JobEvent]) -> list[dict[str, Any]]:
+def valid_metrics(events: Iterable[JobEvent]) -> list[dict[str, Any]]:
     """The records of completed steps, by step.
 
     An attempt that resumes from a checkpoint invalidates the records of later steps until it repeats them.
@@ -40,7 +40,7 @@ def standing_metrics(events: Iterable[JobEvent]) -> list[dict[str, Any]]:
 
 
 def metrics_csv(records: Iterable[dict[str, Any]], *, holds_out: bool) -> str:
-    """CSV with one line per step of `standing_metrics` records; figures that were not measured are empty.
+    """CSV with one line per step of `valid_metrics` records; figures that were not measured are empty.
 
     Without held-out rows (`holds_out`) the evaluations are on training rows, and their columns stay empty.
     """

@@ -1,4 +1,4 @@
-"""Names of fine-tuned models on OpenAI's wire: ft:<base>:<project>:<name>:<job id without prefix>."""
+"""Names of fine-tuned models in OpenAI's API: ft:<base>:<project>:<name>:<job id without prefix>."""
 
 from __future__ import annotations
 

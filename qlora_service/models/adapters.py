@@ -54,7 +54,7 @@ def attach_adapter(base: PreTrainedModel, adapter: Adapter, seed: int, *, total_
     Raises:
         InvalidSpec: PEFT or this base does not support the adapter.
     """
-    silence_dropout(base)
+    disable_dropout(base)
     torch.manual_seed(seed)
     try:
         model = get_peft_model(base, peft_config(adapter, base, total_steps=total_steps), autocast_adapter_dtype=True)
@@ -95,7 +95,7 @@ def detach(model: PeftModel) -> PreTrainedModel:
 
 
 @contextmanager
-def adapter_off(model: PeftModel) -> Iterator[None]:
+def adapter_disabled(model: PeftModel) -> Iterator[None]:
     """Context in which the model computes the outputs of its base.
 
     Same as PEFT's `disable_adapter`, which first checks every layer for partly enabled adapters: 0.2 s a call for the
@@ -140,7 +140,7 @@ def checkpoint_activations(model: PeftModel) -> bool:
     return True
 
 
-def silence_dropout(base: torch.nn.Module) -> None:
+def disable_dropout(base: torch.nn.Module) -> None:
     """Turns off the base's own dropout: the base is frozen, and a spec sets the dropout of the adapter only."""
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):

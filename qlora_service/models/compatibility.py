@@ -202,7 +202,7 @@ def _position_findings(spec: JobSpec, model: BaseModel) -> Iterator[Finding]:
 
 
 def _linear_modules(modules: Modules) -> list[str]:
-    """The modules that "all-linear" stands for."""
+    """The modules that "all-linear" selects."""
     return [name for name in modules if name not in EMBEDDINGS | OUTPUT_HEADS]
 
 

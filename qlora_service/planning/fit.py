@@ -136,7 +136,7 @@ def fitting_choices(question: FitQuestion) -> list[Choice]:
 
 
 def surely_fits(question: FitQuestion) -> bool:
-    """Whether the job fits despite the formula's error; whether it fits at all where the formula was not fitted."""
+    """Whether the job fits despite the formula's error, which is ignored if the formula was not fitted to the model."""
     return any(fit.fits and (fit.is_sure or not question.formula_holds) for fit in _fits(question))
 
 

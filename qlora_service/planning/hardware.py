@@ -103,7 +103,7 @@ def _gpu(nvml: Any, index: int) -> Gpu | None:
         device = Device(str(nvml.nvmlDeviceGetName(handle)), total, bf16=has_bf16)
         return Gpu(str(nvml.nvmlDeviceGetUUID(handle)), device, free)
     except nvml.NVMLError as error:
-        log.warning("gpu_does_not_answer", index=index, error=str(error))
+        log.warning("gpu_not_responding", index=index, error=str(error))
         return None
 
 

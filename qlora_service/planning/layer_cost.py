@@ -63,7 +63,7 @@ BY_METHOD = {
 
 
 def layer_cost(spec: JobSpec, shape: ModelShape) -> LayerCost:
-    """The cost of the job's layers, as far as the config tells."""
+    """The cost of the job's layers, as far as the config determines it."""
     adapter = spec.adapter
     if not isinstance(adapter, Lora):
         return BY_METHOD.get(adapter.method, BY_METHOD["prompt_tuning"])

@@ -228,7 +228,7 @@ def _uncertainty_notes(plan: Plan, question: FitQuestion) -> list[str]:
     if plan.source == "formula" and not question.formula_holds:
         notes.append(f"the formula treats {question.shape.model_type or 'the model'} as a Llama model")
     if not plan.is_sure:
-        notes.append("the prediction's error is larger than the remaining memory: ask for a probe step to be sure")
+        notes.append("the prediction's error is larger than the remaining memory: request a probe to be sure")
     elif notes:
-        notes.append("ask for a probe step to be sure")
+        notes.append("request a probe to be sure")
     return notes

@@ -154,19 +154,19 @@ class Queue:
             return self._record_death(connection, self._fenced(connection, claim, {}), cause)
 
     def requeue_lost(self) -> list[str]:
-        """Requeues jobs whose lease has expired; their ids."""
+        """Requeues jobs whose lease has expired; returns their ids."""
         with self._database.write() as connection:
             name, now = self._leases(connection)
             expired = sa.or_(jobs.c.lease_clock.is_distinct_from(name), jobs.c.lease_until < now)
             return self._record_deaths(connection, expired, "its worker did not renew the claim")
 
     def requeue_of(self, worker: str) -> list[str]:
-        """Requeues the jobs of a worker that is known to be gone; their ids."""
+        """Requeues the jobs of a worker that is known to have ended; returns their ids."""
         with self._database.write() as connection:
             return self._record_deaths(connection, jobs.c.worker == worker, "its worker was killed")
 
     def preempt(self, workers: Collection[str], *, slot_is_free: bool = False) -> str | None:
-        """Asks one job of `workers` to stop for a job with a higher priority; its id. See `scheduling.find_victim`."""
+        """Requests the preemption of one job of `workers` if `scheduling.find_victim` finds one; returns its id."""
         with self._database.write() as connection:
             victim = find_victim(connection, workers, self._max_running, slot_is_free=slot_is_free)
             if victim is None:
@@ -179,13 +179,13 @@ class Queue:
             return victim
 
     def resume_held(self, free_bytes: int) -> list[str]:
-        """Requeues jobs that a full disk paused and that `free_bytes` suffice for; their ids."""
+        """Requeues jobs that a full disk paused if `free_bytes` are enough for them; returns their ids."""
         query = sa.select(jobs.c.id, jobs.c.hold).where(jobs.c.status == JobStatus.PAUSED).with_for_update()
         with self._database.write() as connection:
             held = [row for row in connection.execute(query) if row.hold["reason"] == HoldReason.DISK_FULL]
             ready = [row.id for row in held if row.hold.get("needs_bytes", 0) <= free_bytes]
             for job_id in ready:
-                enqueue(connection, job_id, "there is room on the disk again", self._clock())
+                enqueue(connection, job_id, "the disk has enough free space again", self._clock())
             return ready
 
     def stop_request(self, claim: Claim) -> StopRequest | None:
@@ -230,7 +230,7 @@ class Queue:
         return JobStatus.FAILED
 
     def _requeue(self, connection: Connection, row: Row[Any], reason: str, **values: Any) -> JobStatus:
-        """Queued again, unless its user asked to cancel or pause it; the job's new status."""
+        """Requeues the job, unless a cancel or a pause was requested; returns its new status."""
         if row.stop_request == StopRequest.CANCEL:
             end(connection, row.id, JobStatus.CANCELLED, self._clock(), **values)
             return JobStatus.CANCELLED
@@ -255,7 +255,7 @@ def _stop_request(row: Row[Any]) -> StopRequest | None:
 
 def _unreadable(job_id: str, error: ValidationError) -> dict[str, Any]:
     return JobFailed(
-        f"the stored configuration of job {job_id} is not one that this version understands: post it again "
+        f"the stored configuration of job {job_id} cannot be read by this version: post it again "
         f"({error.error_count()} faults)",
         reason=FailureReason.INVALID_INPUT,
     ).as_dict()
@@ -266,5 +266,5 @@ def _kept_dying(deaths: list[dict[str, Any]]) -> dict[str, Any]:
     causes = "; ".join(f"attempt {death['attempt']}: {death['message']}" for death in deaths)
     reasons = {death.get("reason", FailureReason.TRAINER_DIED) for death in deaths}
     reason = reasons.pop() if len(reasons) == 1 else FailureReason.TRAINER_DIED
-    message = f"{len(deaths)} attempts in a row died without getting further. {causes}"
+    message = f"{len(deaths)} attempts in a row died without a new checkpoint. {causes}"
     return JobFailed(message, reason=reason, deaths=deaths).as_dict()

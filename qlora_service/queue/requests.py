@@ -62,7 +62,7 @@ def request_resume(connection: Connection, job_id: str, now: datetime) -> Job:
     if job.status is JobStatus.PAUSED:
         enqueue(connection, job_id, "resumed", now)
     elif job.stop_request is StopRequest.PAUSE:
-        set_stop_request(connection, job_id, None, "pause taken back", now)
+        set_stop_request(connection, job_id, None, "pause withdrawn", now)
     return get_job(connection, job_id)
 
 

@@ -1,7 +1,7 @@
 """Changes of a job's status, each with its event, in the caller's transaction; what changes is decided by callers.
 
-Every status is written here, but for the first one (`store.jobs.insert_job`) and a claim's (`queue.Queue.claim`). All
-of them hold to `domain.jobs.TRANSITIONS`.
+Every status is written here, except the initial one (`store.jobs.insert_job`) and a claim's (`queue.Queue.claim`).
+Each follows `domain.jobs.TRANSITIONS`.
 """
 
 from __future__ import annotations

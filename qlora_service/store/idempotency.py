@@ -20,10 +20,10 @@ from qlora_service.store.database import Database
 from qlora_service.store.tables import idempotency_keys as keys
 from qlora_service.store.upsert import insert
 
-KEPT_FOR = timedelta(days=7)
-RETRIED_FOR = timedelta(minutes=10)
+KEY_LIFETIME = timedelta(days=7)
+RETRY_WINDOW = timedelta(minutes=10)
 """Longer than any client waits before an automatic retry"""
-DELETED_AT_ONCE = 100
+MAX_DELETED_PER_REQUEST = 100
 """Expired keys that one request deletes at most, so that none waits for a long history"""
 
 Result = TypeVar("Result")
@@ -138,14 +138,14 @@ def keep(connection: Connection, once: Once[Result], result: Result) -> None:
 
 
 def _mark(attempt: RequestAttempt) -> str:
-    """Stored instead of a fingerprint where the key is derived from the request: which attempt wrote the row."""
+    """The value stored instead of a fingerprint if the key is derived from the request: which attempt wrote the row."""
     return "retry" if attempt.is_retry else "first"
 
 
 def _answers(attempt: RequestAttempt) -> sa.ColumnElement[bool]:
     """Condition: the row with the attempt's key has the attempt's answer."""
     if attempt.is_retry:
-        return keys.c.created_at >= attempt.arrived_at - RETRIED_FOR
+        return keys.c.created_at >= attempt.arrived_at - RETRY_WINDOW
     # Written by this attempt's own retry, while the attempt was still at work.
     return sa.and_(keys.c.fingerprint == "retry", keys.c.created_at >= attempt.arrived_at)
 
@@ -157,9 +157,9 @@ def _same(once: Once[Any]) -> tuple[sa.ColumnElement[bool], ...]:
 def _delete_old(connection: Connection, now: datetime) -> None:
     old = (
         sa.select(keys.c.project, keys.c.key)
-        .where(keys.c.created_at < now - KEPT_FOR)
+        .where(keys.c.created_at < now - KEY_LIFETIME)
         .order_by(keys.c.created_at)
-        .limit(DELETED_AT_ONCE)
+        .limit(MAX_DELETED_PER_REQUEST)
         .with_for_update(skip_locked=True)
     )
     connection.execute(sa.delete(keys).where(sa.tuple_(keys.c.project, keys.c.key).in_(old)))

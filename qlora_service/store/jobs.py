@@ -256,8 +256,8 @@ def _shown(row: Row[Any]) -> Job:
             metadata={key: str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {},
         )
         reason = (
-            f"the stored configuration of job {row.id} is not one that this version understands "
-            f"({error.error_count()} faults): post it again to have it run"
+            f"the stored configuration of job {row.id} cannot be read by this version "
+            f"({error.error_count()} faults): post it again to run it"
         )
         return replace(_with_spec(row, remains), unreadable=reason)
 

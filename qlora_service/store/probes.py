@@ -16,9 +16,9 @@ from sqlalchemy.engine import Connection
 from qlora_service.store.tables import probes
 from qlora_service.store.upsert import insert
 
-UNTAKEN = timedelta(days=1)
+PENDING_LIFETIME = timedelta(days=1)
 """Lifetime of a probe that no worker took, and of a failure, which may be temporary"""
-VALID = timedelta(days=30)
+RESULT_LIFETIME = timedelta(days=30)
 """Lifetime of a result: versions and drivers change"""
 
 
@@ -80,7 +80,7 @@ def delete_expired(connection: Connection, now: datetime) -> int:
     untaken = sa.and_(probes.c.result.is_(sa.null()), probes.c.worker.is_(None))
     failed = probes.c.result["error"].as_string().is_not(None)
     since = probes.c.created_at
-    expired = sa.or_(sa.and_(since < now - UNTAKEN, sa.or_(untaken, failed)), since < now - VALID)
+    expired = sa.or_(sa.and_(since < now - PENDING_LIFETIME, sa.or_(untaken, failed)), since < now - RESULT_LIFETIME)
     statement = sa.delete(probes).where(expired).returning(probes.c.key)
     return len(connection.execute(statement).all())
 

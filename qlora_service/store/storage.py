@@ -36,7 +36,7 @@ def check_room(connection: Connection, project: str, max_bytes: int | None, *, m
         raise StorageFull(
             f"project {project} would store {stored + more_bytes} bytes of datasets and adapters, and its limit is "
             f"{max_bytes}: delete datasets (DELETE /datasets/ID) or adapters (DELETE /v1/models/NAME) that are not "
-            "needed any more, or have QLORA_MAX_STORED_BYTES raised",
+            "needed any more, or ask the operator to raise QLORA_MAX_STORED_BYTES",
             stored_bytes=stored,
             max_stored_bytes=max_bytes,
         )

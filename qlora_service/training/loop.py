@@ -164,7 +164,7 @@ def train(  # noqa: PLR0915 - the loop reads top to bottom
     """Trains the adapter in place.
 
     A step is one optimizer step over a set of examples. Its loss is the sum over its trained tokens (or pairs, or
-    labelled answers) divided by their number in the whole step. How the step is cut into micro-batches therefore
+    labeled answers) divided by their number in the whole step. How the step is cut into micro-batches therefore
     changes neither the loss nor its gradients, beyond rounding and the random draws of dropout and noise.
 
     With `start`, a state that `control` has saved, training resumes after the state's last step and, on the same

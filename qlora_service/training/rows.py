@@ -18,7 +18,7 @@ SCHEMA = pa.schema(
         "line": pa.int64(),
         "input_ids": IDS,
         "trained": FLAGS,
-        # The rejected answer of a preference pair; the label of a labelled answer. Null in rows of other kinds.
+        # The rejected answer of a preference pair; the label of a labeled answer. Null in rows of other kinds.
         "rejected_input_ids": IDS,
         "rejected_trained": FLAGS,
         "desirable": pa.bool_(),

@@ -1,8 +1,9 @@
 """Delivery of webhook messages: due deliveries are sent, and retried for about a day and a half until they succeed.
 
 A delivery is stored in the transaction that ends the job (`store.webhooks.insert_end_deliveries`), so that none is
-lost or invented. It is claimed before it is sent, and its outcome is recorded after. If the process dies in between,
-the claim expires, and another process sends the delivery again under the same `webhook-id`.
+lost, and none is sent for an end that was rolled back. It is claimed before it is sent, and its outcome is recorded
+after. If the process dies in between, the claim expires, and another process sends the delivery again under the same
+`webhook-id`.
 """
 
 from __future__ import annotations
@@ -90,10 +91,10 @@ class Deliverer:
             try:
                 self.deliver_due()
             except SQLAlchemyError as error:
-                log.warning("webhooks_wait", error=type(error).__qualname__)
+                log.warning("webhook_database_error", error=type(error).__qualname__)
             except Exception:
                 # If this thread ended, deliveries would stop without any sign of it.
-                log.exception("webhooks_failed")
+                log.exception("webhook_poll_failed")
 
     def _deliver(self, delivery: Delivery, endpoint: Endpoint) -> None:
         outcome: dict[str, Any] = {"last_status": None, "last_error": None}
@@ -108,7 +109,7 @@ class Deliverer:
         try:
             persist(lambda: self._record(delivery, outcome), RECORD_TIMEOUT_S)
         except SQLAlchemyError as error:
-            log.warning("webhook_not_noted", delivery=delivery.id, error=type(error).__qualname__)
+            log.warning("webhook_outcome_not_recorded", delivery=delivery.id, error=type(error).__qualname__)
         log.info("webhook_sent", delivery=delivery.id, attempt=delivery.attempts, status=outcome["last_status"])
 
     def _next_state(self, delivery: Delivery, status: int | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from qlora_service.domain.clock import utc_now
 from qlora_service.domain.ids import new_id
 from qlora_service.domain.keys import LOCAL_PROJECT
 from qlora_service.domain.webhooks import EVENT_TYPES, Delivery, Endpoint
-from qlora_service.errors import InvalidRequest, NoRoom
+from qlora_service.errors import InvalidRequest, ObjectLimitReached
 from qlora_service.store import webhooks as rows
 from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Once, recall, write_once
@@ -62,7 +62,7 @@ class Webhooks:
 
         Raises:
             InvalidRequest: the name, an event type or the URL is not allowed.
-            NoRoom: the project has MAX_ENDPOINTS endpoints.
+            ObjectLimitReached: the project has MAX_ENDPOINTS endpoints.
         """
         recall(self._database, once)
         _check_name(name)
@@ -72,7 +72,7 @@ class Webhooks:
 
         def insert(connection: Connection) -> Endpoint:
             if rows.count_endpoints(connection, self._project) >= MAX_ENDPOINTS:
-                raise NoRoom(
+                raise ObjectLimitReached(
                     f"the project has {MAX_ENDPOINTS} webhook endpoints, which is the limit: delete or change one",
                     max_webhook_endpoints=MAX_ENDPOINTS,
                 )

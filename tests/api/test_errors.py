@@ -35,7 +35,7 @@ SHAPE = {"code", "message", "location", "findings", "details"}
         (errors.Conflict, 409),
         (errors.TooLarge, 413),
         (errors.QuotaExceeded, 429),
-        (errors.NoRoom, 429),
+        (errors.ObjectLimitReached, 429),
         (errors.Unavailable, 503),
         (errors.JobFailed, 500),
     ],
@@ -72,7 +72,12 @@ def test_all_invalid_parameters_are_listed(bare_client: TestClient) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "helps"),
-    [(errors.Unavailable, True), (errors.QuotaExceeded, True), (errors.NoRoom, False), (errors.StorageFull, False)],
+    [
+        (errors.Unavailable, True),
+        (errors.QuotaExceeded, True),
+        (errors.ObjectLimitReached, False),
+        (errors.StorageFull, False),
+    ],
 )
 def test_retry_after_is_sent_only_where_waiting_helps(kind: type[QLoRAError], helps: bool) -> None:
     assert ("Retry-After" in response_of(kind("…")).headers) is helps

@@ -24,7 +24,7 @@ def test_docstring_tree_has_every_class_under_its_parent() -> None:
 
 
 def test_codes_are_distinct_except_those_of_quotas() -> None:
-    quota_errors = {errors.NoRoom, errors.StorageFull}
+    quota_errors = {errors.ObjectLimitReached, errors.StorageFull}
     assert {kind.code for kind in quota_errors} == {errors.QuotaExceeded.code}
     others = [kind.code for kind in CLASSES if kind not in quota_errors]
     assert len(set(others)) == len(others)

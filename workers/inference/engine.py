@@ -40,7 +40,7 @@ GREEDY_BELOW = 1e-4
 
 
 @dataclass(frozen=True)
-class Attached:
+class AttachedAdapter:
     """An adapter that is attached to the base."""
 
     name: str
@@ -117,7 +117,7 @@ class Engine:
             "the device has too little memory for this request: send a shorter conversation, or lower max_tokens"
         )
 
-    def _attach(self, adapter: AdapterRef) -> Attached:
+    def _attach(self, adapter: AdapterRef) -> AttachedAdapter:
         if (attached := self._adapters.find(adapter)) is not None:
             return attached
         key = job_key(adapter.job_id, adapter.attempt, MANIFEST)
@@ -136,13 +136,13 @@ class Engine:
                 raise QLoRAError(error.message) from error
             return self._adapters.attach(adapter, Path(directory))
 
-    def _prompt(self, request: GenerationRequest, attached: Attached | None) -> Prompt:
+    def _prompt(self, request: GenerationRequest, attached: AttachedAdapter | None) -> Prompt:
         if request.messages is None:
             return self._prompts.text(request.text)
         template = None if attached is None else attached.chat_template
         return self._prompts.chat(request.messages, request.tools, template)
 
-    def _max_new_tokens(self, request: GenerationRequest, prompt: Prompt, attached: Attached | None) -> int:
+    def _max_new_tokens(self, request: GenerationRequest, prompt: Prompt, attached: AttachedAdapter | None) -> int:
         """The limit of the answer, in tokens. Raises: ContextTooLong, InvalidRequest."""
         prompt_tokens, requested = len(prompt.ids), request.sampling.max_tokens
         location = "prompt" if request.messages is None else "messages"
@@ -167,7 +167,7 @@ class Engine:
         prompt: Prompt,
         sampling: Sampling,
         max_new_tokens: int,
-        attached: Attached | None,
+        attached: AttachedAdapter | None,
         emit: Callable[[str], None],
     ) -> Finished:
         streamer = _Streamer(TextStream(self._prompts.tokenizer, sampling.stop), emit)
@@ -197,7 +197,7 @@ class Adapters:
         base.eval()
         self._base = base
         self._model: PeftModel | None = None
-        self._attached: dict[AdapterRef, Attached] = {}
+        self._attached: dict[AdapterRef, AttachedAdapter] = {}
         """In order of use, the least recently used first"""
 
     @property
@@ -206,7 +206,7 @@ class Adapters:
         config = None if self._model is None else self._model.active_peft_config
         return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
 
-    def find(self, adapter: AdapterRef) -> Attached | None:
+    def find(self, adapter: AdapterRef) -> AttachedAdapter | None:
         """The adapter, now the active one; None if it is not attached."""
         attached = self._attached.pop(adapter, None)
         if attached is not None:
@@ -215,7 +215,7 @@ class Adapters:
             self._model.set_adapter(attached.name)
         return attached
 
-    def attach(self, adapter: AdapterRef, directory: Path) -> Attached:
+    def attach(self, adapter: AdapterRef, directory: Path) -> AttachedAdapter:
         """The adapter whose files are in `directory`, now the active one."""
         chat_template = (directory / CHAT_TEMPLATE).read_text(encoding="utf-8")
         name = NAME
@@ -232,11 +232,11 @@ class Adapters:
             self._model.load_adapter(str(directory), adapter_name=name, local_files_only=True)
             self._model.set_adapter(name)
         self._model.eval()
-        self._attached[adapter] = Attached(name, chat_template)
+        self._attached[adapter] = AttachedAdapter(name, chat_template)
         return self._attached[adapter]
 
     @contextmanager
-    def active(self, attached: Attached | None) -> Iterator[tuple[Any, PreTrainedModel]]:
+    def active(self, attached: AttachedAdapter | None) -> Iterator[tuple[Any, PreTrainedModel]]:
         """The model that generates with the adapter, or with none; and the base."""
         with ExitStack() as stack:
             # transformers passes position ids; with a prompt method PEFT derives them from the cache's length.

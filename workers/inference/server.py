@@ -193,7 +193,7 @@ class RequestQueue:
                 self._queue.put_nowait(connection)
             except queue.Full:
                 connection.close_with_error(
-                    QuotaExceeded(f"{MAX_QUEUED} chats wait already: send the request again in a moment")
+                    QuotaExceeded(f"{MAX_QUEUED} chats are queued already: send the request again later")
                 )
                 return
         with contextlib.suppress(ClientGone):

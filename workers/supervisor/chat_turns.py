@@ -52,7 +52,7 @@ class ChatRules:
     max_running: int | None
 
 
-class StayPolicy:
+class ChatSlotPolicy:
     """Decides whether a process that answers chats stays on its slot. Pure: the caller passes the time."""
 
     def __init__(self, rules: ChatRules, now: float) -> None:
@@ -60,8 +60,8 @@ class StayPolicy:
         self._answered_at = now
         self._loaded_at: float | None = None
         self._contended_since: float | None = None
-        self.held_since: float | None = None
-        """Since when a job has been waiting for the slot; None if none is"""
+        self.job_waiting_since: float | None = None
+        """Time since which a job has been waiting for the slot; None if no job waits"""
 
     def decide(self, now: float, status: Status | None, *, job_waits: bool, other_waits: bool) -> Verdict:
         """The verdict at time `now`, on a `status` that is None if the process does not answer.
@@ -70,7 +70,7 @@ class StayPolicy:
         """
         rules = self._rules
         self._contended_since = (self._contended_since or now) if job_waits or other_waits else None
-        self.held_since = (self.held_since or now) if job_waits else None
+        self.job_waiting_since = (self.job_waiting_since or now) if job_waits else None
         if status is None:
             return "kill" if now - self._answered_at > min(UNRESPONSIVE_S, rules.hang_s) else "stay"
         self._answered_at = now
@@ -110,7 +110,7 @@ class ChatTurns:
         self._slot, self._catalog, self._socket_dir = slot, catalog, socket_dir
         self._preempted_job = False
         # Seconds that chats held the slot against a waiting job: the next job trains for as long before a preemption.
-        self._owed_s = 0.0
+        self._chat_held_s = 0.0
         self._claim: Claim | None = None
         self._first_step = 0
         self._training_since: float | None = None
@@ -126,9 +126,9 @@ class ChatTurns:
             return inference.requested_base(connection, worker)
 
     def consider_preemption(self, claim: Claim, worker: str) -> None:
-        """Preempts the slot's job if a client waits to chat, the operator allows it, and the job had its share.
+        """Preempts the slot's job if a client waits to chat, the operator allows it, and the job had its turn.
 
-        Its share: since its first completed step it has trained for as long as chats held the slot before.
+        Its turn: after its first completed step it trains at least as long as chats held the slot before.
         """
         if not self._rules.preempts or self._preempted_job:
             return
@@ -141,13 +141,13 @@ class ChatTurns:
         if steps > self._first_step and self._training_since is None:
             self._training_since = now
         trained_s = 0.0 if self._training_since is None else now - self._training_since
-        had_share = self._owed_s == 0.0 or (self._training_since is not None and trained_s >= self._owed_s)
-        if base is None or not had_share:
+        had_turn = self._chat_held_s == 0.0 or (self._training_since is not None and trained_s >= self._chat_held_s)
+        if base is None or not had_turn:
             return
         with self._database.write() as connection:
             self._preempted_job = inference.request_preemption(connection, claim.job_id, claim.token, utc_now())
         if self._preempted_job:
-            log.info("job_makes_way", job=claim.job_id, base_model=base.base_model)
+            log.info("job_preempted_by_chat", job=claim.job_id, base_model=base.base_model)
 
     def run(self, base: LoadedBase, worker: str, process: SlotProcess, stop: threading.Event) -> None:
         """Answers chats with the base, until the slot is needed for other work or `stop` is set.
@@ -190,7 +190,7 @@ class ChatTurns:
 
     def _supervise(self, process: SlotProcess, path: Path, stop: threading.Event) -> bool:
         """Waits until the process answers no more chats; whether it idles with its base while a job waits."""
-        policy = StayPolicy(self._rules, time.monotonic())
+        policy = ChatSlotPolicy(self._rules, time.monotonic())
         is_yield_requested = False
         while (state := process.wait(POLL_S)) == "busy":
             if stop.is_set():
@@ -206,10 +206,10 @@ class ChatTurns:
                 process.send_signal(signal.SIGUSR1)  # prints the stacks of its threads into the log
                 process.wait_for_end(POLL_S)
                 break
-        self._owed_s = 0.0 if policy.held_since is None else time.monotonic() - policy.held_since
-        return state == "idle" and policy.held_since is not None and not stop.is_set()
+        self._chat_held_s = 0.0 if policy.job_waiting_since is None else time.monotonic() - policy.job_waiting_since
+        return state == "idle" and policy.job_waiting_since is not None and not stop.is_set()
 
-    def _decide(self, policy: StayPolicy, path: Path) -> Verdict:
+    def _decide(self, policy: ChatSlotPolicy, path: Path) -> Verdict:
         """The policy's verdict on the current status and queue; during a database outage, as if nothing waited."""
         status = query_status(path, STATUS_TIMEOUT_S)
         try:

@@ -43,7 +43,7 @@ STOP_GRACE_S = 7.0
 """Seconds between SIGTERM and SIGKILL for a trainer; the job of a killed one goes back to the queue. A worker stops
 within 8 s: the last second is for the database."""
 
-End = Literal["idle", "ended", "stopped", "overdue", "lost"]
+WaitResult = Literal["idle", "ended", "stopped", "overdue", "lost"]
 """Why the supervisor stopped waiting for an attempt: the trainer finished it and is idle; the trainer exited; the
 worker is being stopped; the trainer did not obey a request in time; the claim was lost."""
 
@@ -226,7 +226,7 @@ class Supervisor:
         """Runs the claim's attempt to its end; afterwards the trainer is idle, or has ended."""
         oom_kills_before = oom_kills()
         trainer.begin(claim, job)
-        end: End = "ended"
+        end: WaitResult = "ended"
         code = 0
         try:
             end = self._wait_for_attempt(trainer, claim, consider_preemption)
@@ -241,10 +241,12 @@ class Supervisor:
         cause = death_cause(code, end, f"{claim.name}.log", host_oom=host_oom)
         persist(lambda: self._record_end(claim, end, cause), self._settings.lease_s)
 
-    def _wait_for_attempt(self, trainer: SlotProcess, claim: Claim, consider_preemption: Callable[[], None]) -> End:
+    def _wait_for_attempt(
+        self, trainer: SlotProcess, claim: Claim, consider_preemption: Callable[[], None]
+    ) -> WaitResult:
         """Waits for the attempt's end, or for a reason to end it."""
         deadline: float | None = None
-        end: End = "ended"
+        end: WaitResult = "ended"
         next_request_at = time.monotonic() + REQUEST_POLL_S
         while not self._stop.is_set():
             state = trainer.wait(CHILD_POLL_S)
@@ -270,7 +272,7 @@ class Supervisor:
         trainer.wait_for_end(STOP_GRACE_S)
         return "stopped"
 
-    def _record_end(self, claim: Claim, end: End, cause: dict[str, Any]) -> None:
+    def _record_end(self, claim: Claim, end: WaitResult, cause: dict[str, Any]) -> None:
         """Writes the outcome of an attempt whose trainer ended without writing one."""
         try:
             if end == "stopped":
@@ -304,7 +306,7 @@ def parent_pid(pid: int) -> int | None:
         return None
 
 
-def death_cause(returncode: int, end: End, log_name: str, *, host_oom: bool) -> dict[str, Any]:
+def death_cause(returncode: int, end: WaitResult, log_name: str, *, host_oom: bool) -> dict[str, Any]:
     """Why an attempt ended without an outcome: `message`, `reason`, and `signal` or `exit_code`."""
     log_hint = f"the worker's logs/{log_name} has its output"
     cause: dict[str, Any] = {"reason": FailureReason.TRAINER_DIED}

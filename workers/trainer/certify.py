@@ -13,7 +13,7 @@ from qlora_service.training.loop import Outcome, checks_every_layer
 from qlora_service.training.network.network import Network
 from qlora_service.training.objectives import evaluate, make_objective
 from workers.trainer.context import AttemptContext
-from workers.trainer.load import Loaded
+from workers.trainer.load import LoadedNetwork
 from workers.trainer.prepare import PreparedRows
 
 CERTIFICATE_TOLERANCE = 1e-4
@@ -21,7 +21,7 @@ CERTIFICATE_TOLERANCE = 1e-4
 
 
 def certify(
-    context: AttemptContext, rows: PreparedRows, loaded: Loaded, outcome: Outcome, manifest: Manifest
+    context: AttemptContext, rows: PreparedRows, loaded: LoadedNetwork, outcome: Outcome, manifest: Manifest
 ) -> dict[str, Any]:
     """The certificate of the published adapter. Drops network and base from `loaded`.
 

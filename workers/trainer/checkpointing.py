@@ -10,7 +10,7 @@ from qlora_service.training.checkpoint.state import TrainingState
 from qlora_service.training.loop import AroundStep
 from workers.trainer.context import AttemptContext
 from workers.trainer.environment import change_note
-from workers.trainer.load import Loaded
+from workers.trainer.load import LoadedNetwork
 
 
 class Checkpointing:
@@ -20,7 +20,7 @@ class Checkpointing:
         self,
         context: AttemptContext,
         checkpoints: Checkpoints,
-        loaded: Loaded,
+        loaded: LoadedNetwork,
         around_step: AroundStep,
         *,
         checkpoint_bytes: int,

@@ -133,7 +133,7 @@ class Heartbeat:
                 log.error("claim_lost", job=self._claim.job_id, token=self._claim.token)
                 os._exit(exit_codes.CLAIM_LOST)
         except Exception as error:  # noqa: BLE001 - any other error may be temporary: the next renewal tries again
-            log.warning("renew_failed", job=self._claim.job_id, error=str(error))
+            log.warning("claim_renewal_failed", job=self._claim.job_id, error=str(error))
             if is_disk_full(error):
                 self._is_disk_full = True
                 self._free_disk_space()

@@ -22,7 +22,7 @@ from workers.warm_base import BaseRequest, ProbedAdapter, WarmBase
 
 
 @dataclass
-class Loaded:
+class LoadedNetwork:
     """The network to train, and the base and settings it was made from. The plan may change during the attempt."""
 
     network: Network
@@ -38,7 +38,7 @@ class Loaded:
         del self.network, self.warm
 
 
-def load(context: AttemptContext, rows: PreparedRows) -> Loaded:
+def load(context: AttemptContext, rows: PreparedRows) -> LoadedNetwork:
     """The base with a new adapter, and the plan of the execution.
 
     Raises:
@@ -65,7 +65,7 @@ def load(context: AttemptContext, rows: PreparedRows) -> Loaded:
         context.bases.retire("the job's adapter may change its base")
     if may_leave_paged_memory(network.model, spec.training, device):
         context.bases.retire("the job's optimizer leaves paged memory")
-    return Loaded(network, warm, request, plan, environment, base_source)
+    return LoadedNetwork(network, warm, request, plan, environment, base_source)
 
 
 def make_network(

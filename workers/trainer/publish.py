@@ -13,12 +13,12 @@ from qlora_service.training.objectives import Evaluation
 from workers.trainer.adapter_files import publish_directory, write_adapter
 from workers.trainer.context import AttemptContext, AttemptInputs
 from workers.trainer.environment import package_versions
-from workers.trainer.load import Loaded
+from workers.trainer.load import LoadedNetwork
 from workers.trainer.prepare import PreparedRows
-from workers.trainer.train import Trained
+from workers.trainer.train import TrainingResult
 
 
-def publish(context: AttemptContext, rows: PreparedRows, loaded: Loaded, trained: Trained) -> Manifest:
+def publish(context: AttemptContext, rows: PreparedRows, loaded: LoadedNetwork, trained: TrainingResult) -> Manifest:
     """The manifest of the published files. Detaches the adapter from the base.
 
     Raises:
@@ -65,7 +65,7 @@ def held_out_record(outcome: Outcome, rows: PreparedRows) -> dict[str, Any]:
     )
 
 
-def _draft(context: AttemptContext, rows: PreparedRows, loaded: Loaded, outcome: Outcome) -> Manifest:
+def _draft(context: AttemptContext, rows: PreparedRows, loaded: LoadedNetwork, outcome: Outcome) -> Manifest:
     """The manifest without files."""
     inputs, base = context.inputs, context.inputs.base
     return Manifest(

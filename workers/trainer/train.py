@@ -19,13 +19,13 @@ from qlora_service.training.sizes import DATABASE_BYTES, KEPT_CHECKPOINTS
 from workers.trainer.checkpointing import Checkpointing
 from workers.trainer.context import AttemptContext
 from workers.trainer.environment import change_note, environment_changes
-from workers.trainer.load import Loaded
+from workers.trainer.load import LoadedNetwork
 from workers.trainer.prepare import PreparedRows, load_tokenizer
 from workers.trainer.step_memory import TrackedStep, find_largest_step, predicted_memory
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """The result of the training."""
 
     outcome: Outcome
@@ -36,7 +36,7 @@ class Trained:
     """The content of generation.json; None if the evaluation generates nothing"""
 
 
-def train(context: AttemptContext, rows: PreparedRows, loaded: Loaded) -> Trained:
+def train(context: AttemptContext, rows: PreparedRows, loaded: LoadedNetwork) -> TrainingResult:
     """Trains the adapter on `loaded.network`; the result of the training.
 
     Raises:
@@ -80,11 +80,11 @@ def train(context: AttemptContext, rows: PreparedRows, loaded: Loaded) -> Traine
     finally:
         control.flush()
     answers = None if failure is not None else _generate(context, rows, loaded)
-    return Trained(outcome, row_losses, failure, answers)
+    return TrainingResult(outcome, row_losses, failure, answers)
 
 
 def _make_control(
-    context: AttemptContext, rows: PreparedRows, loaded: Loaded, checkpoints: Checkpoints, first_step: int
+    context: AttemptContext, rows: PreparedRows, loaded: LoadedNetwork, checkpoints: Checkpoints, first_step: int
 ) -> Checkpointing:
     """The loop's control, with disk space reserved for its checkpoints and for publishing. Raises: OSError (ENOSPC)."""
     training, steps = context.spec.training, rows.total_steps
@@ -96,7 +96,9 @@ def _make_control(
     return Checkpointing(context, checkpoints, loaded, around_step, checkpoint_bytes=size, bytes_at_end=bytes_at_end)
 
 
-def _report_expectations(context: AttemptContext, rows: PreparedRows, loaded: Loaded, evaluate_every: int) -> None:
+def _report_expectations(
+    context: AttemptContext, rows: PreparedRows, loaded: LoadedNetwork, evaluate_every: int
+) -> None:
     """Reports the predicted memory and time under the final plan, to be compared with the measurements."""
     inputs, spec, plan = context.inputs, context.spec, loaded.plan
     device = device_name(loaded.network.device)
@@ -119,7 +121,7 @@ def _report_expectations(context: AttemptContext, rows: PreparedRows, loaded: Lo
     context.reporter.expect(rows.total_steps, evaluate_every, later_phases(work, parse_history(inputs.history, device)))
 
 
-def _memory_tracking(context: AttemptContext, rows: PreparedRows, loaded: Loaded, steps: range) -> AroundStep:
+def _memory_tracking(context: AttemptContext, rows: PreparedRows, loaded: LoadedNetwork, steps: range) -> AroundStep:
     """On a CPU, a tracker of the tensors of the largest step; none on CUDA, whose allocator records the peak."""
     network = loaded.network
     if network.device.type == "cuda" or not steps:
@@ -128,7 +130,7 @@ def _memory_tracking(context: AttemptContext, rows: PreparedRows, loaded: Loaded
     return TrackedStep(network, step, lambda memory: context.reporter.note(memory=memory))
 
 
-def _generate(context: AttemptContext, rows: PreparedRows, loaded: Loaded) -> dict[str, Any] | None:
+def _generate(context: AttemptContext, rows: PreparedRows, loaded: LoadedNetwork) -> dict[str, Any] | None:
     """The answers of base and adapter, side by side; None if the evaluation generates nothing."""
     evaluation = context.spec.evaluation
     if not (evaluation.generate_rows or evaluation.questions):

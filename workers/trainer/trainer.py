@@ -5,7 +5,7 @@ its claim is lost, or when the supervisor ends (its stdin, a socket, closes). Th
 else, because importing torch alone may take longer than a lease.
 
 After an attempt or chats that left the base as it was loaded, the process keeps it and waits for the next assignment
-(`supervisor_channel`). In any doubt it exits, because a new process is always right.
+(`supervisor_channel`). If any check fails it exits: a new process has a known state.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Trainer:
             self._channel.report_idle(base)
 
     def run(self, claim: Claim) -> NeededBase | None:
-        """Runs the attempt and writes its outcome; the base loaded for the next assignment, None if it must not follow.
+        """Runs the attempt and writes its outcome; returns the loaded base, None if the process must end.
 
         Exits the process when the claim is lost.
         """

@@ -213,7 +213,7 @@ class Catalog:
 
 
 def _is_valid_name(name: str) -> bool:
-    # "--" stands for "/" in directory names, so no name may contain it.
+    # "--" replaces "/" in directory names, so no name may contain it.
     return len(name) <= 200 and "--" not in name and _NAME.fullmatch(name) is not None
 
 

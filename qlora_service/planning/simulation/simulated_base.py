@@ -54,11 +54,11 @@ def simulated_base(
     return model
 
 
-def shortened(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+def with_first_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """The config of the model with only its first `layers`."""
     short = dict(config)
     if isinstance(short.get("text_config"), Mapping):
-        short["text_config"] = shortened(short["text_config"], layers)
+        short["text_config"] = with_first_layers(short["text_config"], layers)
     name = next((name for name in LAYER_COUNTS if name in short), None)
     if name is None or short[name] <= layers:
         return short

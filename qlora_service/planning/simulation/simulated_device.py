@@ -45,17 +45,17 @@ def simulated_device(*, cuda: bool) -> Iterator[MetaValues]:
         if not cuda:
             stack.enter_context(simulating_cpu())
         # A TorchFunctionMode would be inactive in the backward pass, which recomputes layers.
-        stack.enter_context(replaced(F, "scaled_dot_product_attention", partial(_attention, cuda)))
-        stack.enter_context(replaced(F, "linear", _linear))
+        stack.enter_context(patched_attribute(F, "scaled_dot_product_attention", partial(_attention, cuda)))
+        stack.enter_context(patched_attribute(F, "linear", _linear))
         if cuda:
-            stack.enter_context(replaced(F, "dropout", _fused_dropout))
-        stack.enter_context(replaced(bnb, "matmul", partial(_int8_product, cuda)))
+            stack.enter_context(patched_attribute(F, "dropout", _fused_dropout))
+        stack.enter_context(patched_attribute(bnb, "matmul", partial(_int8_product, cuda)))
         stack.enter_context(values)
         yield values
 
 
 @contextmanager
-def replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+def patched_attribute(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """Inside, `function` replaces the module's attribute `name`."""
     original = getattr(module, name)
     setattr(module, name, function)
@@ -77,7 +77,7 @@ def workspaces(*, cuda: bool) -> dict[str, Workspace]:
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """In the weight's precision, as under autocast, which does not act on meta tensors."""
+    """F.linear in the weight's precision: what autocast does for real tensors, but not for meta tensors."""
     return _LINEAR(input.to(weight.dtype), weight, bias)
 
 

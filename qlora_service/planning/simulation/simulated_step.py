@@ -12,7 +12,7 @@ from qlora_service.models.adapters import attach_adapter
 from qlora_service.planning.largest_step import LargestStep
 from qlora_service.planning.memory import Category, Memory
 from qlora_service.planning.simulation.allocator import CUBLAS_WORKSPACE_BYTES, LARGE_STEP, ROUNDING, rounded
-from qlora_service.planning.simulation.simulated_base import META, shortened, simulated_base
+from qlora_service.planning.simulation.simulated_base import META, simulated_base, with_first_layers
 from qlora_service.planning.simulation.simulated_device import simulated_device, workspaces
 from qlora_service.planning.simulation.tracked_step import run_largest_step
 from qlora_service.planning.simulation.tracker import Tracker
@@ -38,7 +38,7 @@ def simulated_memory(
     dtype: torch.dtype = getattr(torch, compute_dtype)
     with simulated_device(cuda=cuda) as meta_values:
         # The kernel paths are probed on the first layers, which include every kind of layer.
-        paths = Network(*_with_adapter(shortened(config, PROBED_LAYERS), spec, dtype)).paths
+        paths = Network(*_with_adapter(with_first_layers(config, PROBED_LAYERS), spec, dtype)).paths
         model, _ = _with_adapter(config, spec, dtype, isolation=paths.isolation)
         network = Network(
             model,

@@ -74,10 +74,10 @@ def job_time(connection: Connection, question: TimeQuestion) -> dict[str, Any]:
         elif estimated is None and result is not None and "error" in result:
             return _unknown(question.work, f"its step could not be timed: {result['error']}")
         elif estimated is None and probe is not None and result is None:
-            return _unknown(question.work, "its step waits to be timed until a slot is free")
+            return _unknown(question.work, "its step will be timed when a slot is free")
     if estimated is None:
         reason = f"no job on {question.spec.base_model} has ended on {question.device} yet"
-        return _unknown(question.work, f"{reason}: ask for a probe to have a step timed")
+        return _unknown(question.work, f"{reason}: request a probe to time a step")
     return estimated.as_dict()
 
 

@@ -50,7 +50,7 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class LabeledRow:
-    """An answer labelled desirable or undesirable."""
+    """An answer labeled desirable or undesirable."""
 
     answer: TokenRow
     desirable: bool

@@ -16,7 +16,7 @@ from peft import PeftModel, PrefixTuningConfig
 from peft.tuners.lora import LoraLayer
 
 from qlora_service.errors import InvalidSpec
-from qlora_service.models.adapters import adapter_off, checkpoint_activations, needs_own_row
+from qlora_service.models.adapters import adapter_disabled, checkpoint_activations, needs_own_row
 from qlora_service.training.device import free_memory_bytes
 from qlora_service.training.network.cross_entropy import TokenLosses, chunked_losses, fused_losses, logit_losses
 from qlora_service.training.network.fused_modules import fuse, unfuse
@@ -235,7 +235,7 @@ class Network:
 
     def _build_decoders(self) -> None:
         self._decoder = llama_decoder(self._base)
-        with adapter_off(self.model):
+        with adapter_disabled(self.model):
             self._base_decoder = llama_decoder(self._base)
 
     def _matches(self, expected: torch.Tensor, head: Head, layers: Layers, batch: MicroBatch) -> bool:
@@ -311,7 +311,7 @@ class Network:
         """A block in which losses are the base model's."""
         trained, self._decoder, self._adapter_is_on = self._decoder, self._base_decoder, False
         try:
-            with adapter_off(self.model):
+            with adapter_disabled(self.model):
                 yield
         finally:
             self._decoder, self._adapter_is_on = trained, True

@@ -93,10 +93,10 @@ def test_forecast_uses_the_time_of_finished_jobs_of_the_same_kind(
 
 
 def test_probe_is_queued_once_when_no_estimate_exists(client: TestClient, dataset_id: str) -> None:
-    assert "ask for a probe" in plan(client, dataset_id=dataset_id)["time"]["reason"]
+    assert "request a probe" in plan(client, dataset_id=dataset_id)["time"]["reason"]
     for _ in range(2):
-        assert "waits to be timed" in plan(client, dataset_id=dataset_id, probe=True)["time"]["reason"]
-    assert "waits to be timed" in plan(client, dataset_id=dataset_id)["time"]["reason"]
+        assert "will be timed" in plan(client, dataset_id=dataset_id, probe=True)["time"]["reason"]
+    assert "will be timed" in plan(client, dataset_id=dataset_id)["time"]["reason"]
 
 
 @pytest.mark.parametrize(

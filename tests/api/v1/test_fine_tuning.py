@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from api.main import create_app
 from qlora_service.queue.claim import Progress
 from qlora_service.queue.queue import Queue
-from qlora_service.store.idempotency import RETRIED_FOR
+from qlora_service.store.idempotency import RETRY_WINDOW
 from tests.api.conftest import URL, chat_rows, settings_in, spec_of
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -324,7 +324,7 @@ def test_retry_of_a_create_returns_the_same_job(client: TestClient, create: Call
     assert second["id"] != first.json()["id"]
     assert send(1).json()["id"] == second["id"]
     assert send(1, suffix="else").json()["id"] not in {second["id"], first.json()["id"]}
-    assert RETRIED_FOR.total_seconds() == 600
+    assert RETRY_WINDOW.total_seconds() == 600
 
 
 def test_retry_of_a_delete_gets_the_first_response(client: TestClient, file_id: str) -> None:

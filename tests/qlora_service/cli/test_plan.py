@@ -71,7 +71,7 @@ def test_time_is_printed_or_why_it_is_not_known(run: Any, client: Client, rows: 
     dataset = client.upload(rows)
     command = ("plan", "--base-model", "tiny", "--dataset-id", dataset.id, "--set", "training.max_seq_len_tokens=64")
     assert "time                not known: no job on tiny" in run(*command).stdout
-    assert "not known: its step waits to be timed" in run(*command, "--probe").stdout
+    assert "not known: its step will be timed" in run(*command, "--probe").stdout
 
 
 @pytest.mark.parametrize(

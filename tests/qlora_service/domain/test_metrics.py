@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_service.domain.jobs import JobEvent
-from qlora_service.domain.metrics import metrics_csv, standing_metrics
+from qlora_service.domain.metrics import metrics_csv, valid_metrics
 from tests.control_plane import START
 
 
@@ -19,7 +19,7 @@ def test_metrics_after_the_checkpoint_of_a_resumed_attempt_are_left_out() -> Non
         ("log", {"message": "resumed", "resumed_from_step": 1}),
         ("metrics", {"step": 2, "loss": 1.5}),
     )
-    assert standing_metrics(events) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.5}]
+    assert valid_metrics(events) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.5}]
 
 
 def test_csv_has_one_line_per_step_with_empty_cells_for_missing_figures() -> None:

@@ -20,13 +20,13 @@ from qlora_service.models.adapters import (
     attach_adapter,
     checkpoint_activations,
     detach,
+    disable_dropout,
     load_adapter,
     needs_own_row,
     orthogonality_loss,
     prune_after_step,
     restore_allocation,
     save_adapter,
-    silence_dropout,
     trainable_parameters,
 )
 from qlora_service.models.base.quantize import base_fingerprint, dequantized_weight, load_base
@@ -73,7 +73,7 @@ def test_dropout_of_the_base_is_off(tiny_model: Path) -> None:
 
 def test_dropout_layers_of_the_base_are_off() -> None:
     base = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4)).train()
-    silence_dropout(base)
+    disable_dropout(base)
     assert torch.equal(base(IDS).logits, base(IDS).logits)
 
 

@@ -11,9 +11,9 @@ import sqlalchemy as sa
 from qlora_service.errors import Conflict
 from qlora_service.store.database import Database
 from qlora_service.store.idempotency import (
-    DELETED_AT_ONCE,
-    KEPT_FOR,
-    RETRIED_FOR,
+    KEY_LIFETIME,
+    MAX_DELETED_PER_REQUEST,
+    RETRY_WINDOW,
     Once,
     Replay,
     RequestAttempt,
@@ -96,12 +96,12 @@ def test_one_of_many_concurrent_requests_does_the_work(database: Database) -> No
 
 
 def test_old_keys_are_deleted_a_few_at_a_time(database: Database) -> None:
-    for number in range(DELETED_AT_ONCE + 1):
+    for number in range(MAX_DELETED_PER_REQUEST + 1):
         act(database, once(f"old {number:03}"), after=timedelta(seconds=number))
-    act(database, once("new"), after=KEPT_FOR)
-    assert len(kept_keys(database)) == DELETED_AT_ONCE + 2
-    act(database, once("newer"), after=KEPT_FOR + timedelta(days=1))
-    assert kept_keys(database) == ["new", "newer", f"old {DELETED_AT_ONCE:03}"]
+    act(database, once("new"), after=KEY_LIFETIME)
+    assert len(kept_keys(database)) == MAX_DELETED_PER_REQUEST + 2
+    act(database, once("newer"), after=KEY_LIFETIME + timedelta(days=1))
+    assert kept_keys(database) == ["new", "newer", f"old {MAX_DELETED_PER_REQUEST:03}"]
 
 
 # --- clients that number their attempts instead of sending a key
@@ -148,5 +148,5 @@ def test_a_first_attempt_that_arrives_after_its_retry_does_nothing(database: Dat
 
 def test_a_late_retry_is_a_new_request(database: Database) -> None:
     assert answer_of(database, attempt(retry=False), 1) == 1
-    late = RETRIED_FOR + timedelta(seconds=1)
+    late = RETRY_WINDOW + timedelta(seconds=1)
     assert answer_of(database, attempt(True, late), 2, late) == 2

@@ -5,7 +5,7 @@ from typing import Any
 
 from qlora_service.store import probes
 from qlora_service.store.database import Database
-from qlora_service.store.probes import UNTAKEN, VALID, Probe
+from qlora_service.store.probes import PENDING_LIFETIME, RESULT_LIFETIME, Probe
 from tests.control_plane import START, each_database
 
 __all__ = ["each_database"]
@@ -94,6 +94,6 @@ def test_untaken_probes_failures_and_results_are_deleted_after_their_lifetimes(d
             probes.delete_expired(connection, START + age)
         return {key for key in ("waits", "taken", "failed", "timed") if find(database, key) is not None}
 
-    assert left(UNTAKEN) == {"waits", "taken", "failed", "timed"}
-    assert left(UNTAKEN + timedelta(seconds=1)) == {"taken", "timed"}
-    assert left(VALID + timedelta(seconds=1)) == set()
+    assert left(PENDING_LIFETIME) == {"waits", "taken", "failed", "timed"}
+    assert left(PENDING_LIFETIME + timedelta(seconds=1)) == {"taken", "timed"}
+    assert left(RESULT_LIFETIME + timedelta(seconds=1)) == set()

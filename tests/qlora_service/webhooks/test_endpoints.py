@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_service.domain.webhooks import Endpoint
-from qlora_service.errors import InvalidRequest, NoRoom, NotFound
+from qlora_service.errors import InvalidRequest, NotFound, ObjectLimitReached
 from qlora_service.store.database import Database
 from qlora_service.store.idempotency import Once, Replay
 from qlora_service.store.webhooks import disable_endpoint
@@ -115,7 +115,7 @@ def test_private_address_is_refused_on_create_and_update(database: Database, web
 def test_endpoints_of_a_project_are_limited(webhooks: Webhooks) -> None:
     for _ in range(MAX_ENDPOINTS):
         webhooks.create("receiver", PUBLIC, TYPES)
-    with pytest.raises(NoRoom, match="delete or change one"):
+    with pytest.raises(ObjectLimitReached, match="delete or change one"):
         webhooks.create("receiver", PUBLIC, TYPES)
     assert webhooks.within("other").create("receiver", PUBLIC, TYPES).project == "other"
 

@@ -27,8 +27,8 @@ from workers.supervisor.chat_turns import (
     DRAIN_SHARE,
     UNRESPONSIVE_S,
     ChatRules,
+    ChatSlotPolicy,
     ChatTurns,
-    StayPolicy,
     Verdict,
 )
 
@@ -52,7 +52,7 @@ class PolledPolicy:
 
     def __init__(self, rules: ChatRules = RULES) -> None:
         self.now = 0.0
-        self.policy = StayPolicy(rules, self.now)
+        self.policy = ChatSlotPolicy(rules, self.now)
 
     def poll(
         self, status: Status | None, seconds: float = 1.0, *, job_waits: bool = False, other_waits: bool = False
@@ -84,9 +84,9 @@ def test_a_job_that_another_slot_takes_at_once_ends_no_chat() -> None:
     assert polled.poll(IDLE, 1, job_waits=True) == "stay"
     assert polled.poll(IDLE, 10) == "stay"
     assert polled.poll(IDLE, 1, job_waits=True) == "stay"
-    assert polled.policy.held_since is not None
+    assert polled.policy.job_waiting_since is not None
     polled.poll(IDLE)
-    assert polled.policy.held_since is None
+    assert polled.policy.job_waiting_since is None
 
 
 def test_a_current_answer_may_finish_while_a_job_waits_but_only_for_the_hold_time() -> None:
@@ -183,7 +183,7 @@ def test_a_waiting_client_preempts_the_job_and_its_base_is_loaded_before_the_nex
 
 
 def test_a_job_that_chats_delayed_trains_for_its_share_before_preemption(database: Database, turns: ChatTurns) -> None:
-    turns._owed_s = 0.2  # as `run` sets it
+    turns._chat_held_s = 0.2  # as `run` sets it
     queue, claim = claimed_job(database)
     request_base(database)
     turns.consider_preemption(claim, "w")

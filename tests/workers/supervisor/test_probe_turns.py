@@ -80,9 +80,9 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def test_free_slot_times_the_step_and_a_job_interrupts_it(workspace: Workspace, question: TimeQuestion) -> None:
-    assert "ask for a probe" in time_of(workspace, question)["reason"]
+    assert "request a probe" in time_of(workspace, question)["reason"]
     add_probe(workspace, question)
-    assert "waits to be timed" in time_of(workspace, question)["reason"]
+    assert "will be timed" in time_of(workspace, question)["reason"]
     with workspace.worker(QLORA_WARM_S="0"):
         wait_until(lambda: probe_pids(workspace))
         job_id = workspace.submit(max_steps=1, micro_batch_tokens=128)

@@ -17,7 +17,7 @@ from tests.qlora_service.training.checkpoint.test_checkpoints import loaded_step
 from tests.workers.trainer._attempts import AttemptRecorder
 from workers.trainer.checkpointing import Checkpointing
 from workers.trainer.context import AttemptContext, AttemptInputs
-from workers.trainer.load import Loaded
+from workers.trainer.load import LoadedNetwork
 from workers.warm_base import BaseHolder
 
 MIB = 2**20
@@ -45,7 +45,7 @@ class Bench:
         self.plan: dict[str, Any] = {"micro_batch_tokens": 512, "changes": []}
         unused: Any = None
         inputs = AttemptInputs(unused, token, unused, unused, unused, unused, unused, every_s, needs_gpu=False)
-        loaded = Loaded(unused, unused, unused, self.plan, environment={"threads": 1}, base_source="cached")
+        loaded = LoadedNetwork(unused, unused, unused, self.plan, environment={"threads": 1}, base_source="cached")
         self.control = Checkpointing(
             AttemptContext(inputs, self.reporter, check, self.reserve, metrics_file, BaseHolder()),
             self.checkpoints,
