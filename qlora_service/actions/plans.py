@@ -104,7 +104,7 @@ class Plans:
         if plan.verdict != "fits" and not force:
             first = next(iter(plan.alternatives[0]), "") if plan.alternatives else "base_model"
             raise InvalidSpec(
-                f"{plan.reason}. Or set force to true to queue it anyway",
+                f"{plan.reason}. Or send force: true to queue it anyway",
                 location="/" + first.replace(".", "/"),
                 **{key: value for key, value in plan.as_dict().items() if key in _REFUSAL},
             )
