@@ -34,15 +34,15 @@ class Settings(BaseSettings):
     port: int = Field(8080, ge=0, le=65535, description="Port that the API listens on.")
     allowed_hosts: str = Field(
         "",
-        description="Host names that requests may name besides `localhost`, loopback addresses and `host`: without "
-        "port, separated by commas. `*` accepts any, and with it requests from any web page.",
+        description="Host names that requests may name besides `localhost`, loopback addresses and `QLORA_HOST`: "
+        "without port, separated by commas. `*` accepts any, and with it requests from any web page.",
     )
     url: str | None = Field(None, description="Address of the service, for the command line.")
     api_key: SecretStr | None = Field(None, description="Key that the command line sends.")
     keys: Literal["required", "off"] = Field(
         "required",
         description="Whether every request needs a key. `off` lets everyone who reaches the API do everything, so "
-        "`host` must then be a loopback address.",
+        "`QLORA_HOST` must then be a loopback address.",
     )
     webhook_private: bool = Field(
         False,
