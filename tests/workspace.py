@@ -191,13 +191,19 @@ def no_trainer_within(job_id: str, limit_s: float) -> bool:
 
 
 def _trainer_logs() -> dict[int, Path]:
-    """The log files of this machine's trainer processes, by pid; a log is named after the assignment."""
-    logs = {}
+    """The log files of this machine's trainer processes, by pid; a log is named after the assignment.
+
+    A child between fork and exec has the command line of its trainer; it is left out.
+    """
+    logs: dict[int, Path] = {}
+    parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
             if entry.name.isdigit() and b"workers.trainer" in (entry / "cmdline").read_bytes().split(b"\0"):
-                logs[int(entry.name)] = (entry / "fd" / "1").readlink()
-    return logs
+                pid = int(entry.name)
+                parents[pid] = parent_of(pid)
+                logs[pid] = (entry / "fd" / "1").readlink()
+    return {pid: log for pid, log in logs.items() if parents[pid] not in logs}
 
 
 def _status(pid: int) -> list[str]:
