@@ -22,6 +22,8 @@ from api.schemas import ErrorResponse
 from qlora_service.errors import (
     Conflict,
     Finding,
+    InvalidDataset,
+    InvalidModel,
     InvalidRequest,
     NotFound,
     ObjectLimitReached,
@@ -88,6 +90,9 @@ STATUS: dict[type[QLoRAError], int] = {
     QLoRAError: 500,
     Unavailable: 503,
 }
+
+SPEC_LOCATIONS: dict[type[QLoRAError], str] = {InvalidModel: "/base_model", InvalidDataset: "/dataset"}
+"""Fields of a spec that errors of these classes refer to, if they have no location of their own"""
 
 _EXAMPLES: dict[int, tuple[str, str, str | None]] = {
     400: ("invalid_json", "the body is not valid JSON: Expecting value at line 1, column 16", None),

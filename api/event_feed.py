@@ -70,7 +70,7 @@ class EventFeed:
             self._deliver(events)
             if len(events) < TAIL_EVENTS:
                 await anyio.sleep(POLL_S)
-        for subscriber in [subscriber for topic in self._subscribers.values() for subscriber in topic]:
+        for subscriber in [subscriber for subscribers in self._subscribers.values() for subscriber in subscribers]:
             subscriber.wake()
 
     async def follow(self, topic: Topic, read_history: ReadHistory, after: int | None) -> AsyncGenerator[JobEvent]:

@@ -17,7 +17,7 @@
     ├── ClaimLost             a newer claim owns the job: stop, write nothing
     ├── JobCancelled          the attempt stops for good
     ├── Interrupted           the attempt stops; a later one resumes from its last completed step
-    └── JobFailed             the job failed; no certified adapter exists
+    └── JobFailed             the job failed, or its adapter failed a check
 
 The domain knows no HTTP: `api.errors` has the table from errors to status codes.
 """

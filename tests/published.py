@@ -9,8 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qlora_service.artifacts.manifest import MANIFEST_NAME as MANIFEST
-from qlora_service.artifacts.manifest import Manifest, describe_file
+from qlora_service.artifacts.manifest import MANIFEST_NAME, Manifest, describe_file
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.models.adapters import attach_adapter, detach, save_adapter
 from qlora_service.models.base.quantize import load_base
@@ -56,7 +55,7 @@ def publish_adapter(
     )
     for path in files:
         store.put_file(job_key(job_id, ATTEMPT, path.name), path)
-    store.create(job_key(job_id, ATTEMPT, MANIFEST), manifest.model_dump_json().encode())
+    store.create(job_key(job_id, ATTEMPT, MANIFEST_NAME), manifest.model_dump_json().encode())
     return directory
 
 

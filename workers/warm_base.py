@@ -76,7 +76,7 @@ class WarmBase:
         return cls(loaded.model, request.identity, loaded.source, isolation, fingerprint, state)
 
     def restore(self) -> bool:
-        """Whether the base, without anything that was attached to it, equals the loaded one bit for bit."""
+        """Removes everything that was attached to the base; whether it equals the loaded one bit for bit."""
         return self.state.restore() and base_fingerprint(self.model) == self.fingerprint
 
 
@@ -119,7 +119,7 @@ class BaseHolder:
         release_memory(device)
 
     def restore(self) -> bool:
-        """Whether another job may run on the held base, which is restored to its loaded state."""
+        """Restores the held base, unless it is retired; whether another job may run on it."""
         if self._held is not None and not self._is_retired and not self._held.restore():
             self.retire("the job changed its base")
         return self._held is not None and not self._is_retired

@@ -37,7 +37,8 @@ _ZIP_RESPONSE: dict[int | str, dict[str, Any]] = {
 def list_artifacts(job_id: JobId, service: ServiceOf) -> Listing[Artifact]:
     """The files that a job published, with sizes and SHA-256.
 
-    Of a succeeded job, its adapter; of a job that failed with a non-finite loss, the adapter of the last finite step.
+    Of a succeeded job, its adapter. Of a job that failed because training losses or gradients were not finite, the
+    adapter of the last finite step.
     """
     return Listing(data=[Artifact.of(job_id, artifact.file) for artifact in service.artifacts.list_files(job_id)])
 

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from api.dependencies import After, JobId, Limit, ServiceOf, UploadsOf
-from api.errors import UnsupportedMediaType, error_locations, error_responses
+from api.errors import SPEC_LOCATIONS, UnsupportedMediaType, error_locations, error_responses
 from api.force import take_force
 from api.http.idempotency import Idempotency, IdempotencyOf
 from api.http.json_body import parse_body
@@ -25,13 +25,11 @@ from qlora_service.actions.service import Service
 from qlora_service.domain.jobs import Job as DomainJob
 from qlora_service.domain.jobs import JobStatus
 from qlora_service.domain.metrics import metrics_csv
-from qlora_service.errors import Finding, InvalidDataset, InvalidModel, InvalidRequest, QLoRAError
+from qlora_service.errors import Finding, InvalidDataset, InvalidRequest
 from qlora_service.specs import parse_spec
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
-# Fields of the spec that errors of these classes refer to, if they have no location of their own.
-_LOCATIONS: dict[type[QLoRAError], str] = {InvalidModel: "/base_model", InvalidDataset: "/dataset"}
 
 MAX_STEP = 2**31 - 1
 
@@ -224,7 +222,7 @@ def _submit(
     document, force = take_force(document)
     spec = parse_spec(document)
     once = idempotency.once(_submitted, status=201, content=content, location=_location)
-    with error_locations(_LOCATIONS), _row_error_locations(inline=spec.dataset.rows is not None):
+    with error_locations(SPEC_LOCATIONS), _row_error_locations(inline=spec.dataset.rows is not None):
         return service.jobs.submit(spec, path, filename, force=force, once=once)
 
 

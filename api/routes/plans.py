@@ -10,19 +10,18 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from api.dependencies import ServiceOf
-from api.errors import error_locations, error_responses
+from api.errors import SPEC_LOCATIONS, error_locations, error_responses
 from api.http.json_body import parse_body
 from api.http.uploads import receive_bytes
 from api.plan_schemas import Plan, PlanOptions
 from qlora_service.actions.plans import UNNAMED_MODEL
 from qlora_service.actions.service import Service
-from qlora_service.errors import Finding, InvalidDataset, InvalidModel, InvalidSpec, QLoRAError
+from qlora_service.errors import Finding, InvalidModel, InvalidSpec, QLoRAError
 from qlora_service.specs import parse_spec
 
 router = APIRouter(prefix="/plans", tags=["plans"])
 
 _MAX_BODY_BYTES = 2**20
-_LOCATIONS: dict[type[QLoRAError], str] = {InvalidModel: "/base_model", InvalidDataset: "/dataset"}
 _LOCATIONS_WITH_CONFIG: dict[type[QLoRAError], str] = {InvalidModel: "/config"}
 _BODY: dict[str, Any] = {
     "requestBody": {
@@ -84,7 +83,7 @@ def _plan(service: Service, body: bytes) -> Plan:
             raise InvalidSpec("base_model and config name two models: leave one of them out", location="/config")
         document["base_model"] = UNNAMED_MODEL
     spec = parse_spec(document)
-    with error_locations(_LOCATIONS if options.config is None else _LOCATIONS_WITH_CONFIG):
+    with error_locations(SPEC_LOCATIONS if options.config is None else _LOCATIONS_WITH_CONFIG):
         plan = service.plans.plan(
             spec, config=options.config, device=options.device, free_bytes=options.free_bytes, probe=options.probe
         )

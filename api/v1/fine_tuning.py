@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from starlette.requests import Request
 
-from api.dependencies import ServiceOf
+from api.dependencies import Limit, ServiceOf
 from api.http.idempotency import IdempotencyOf
 from api.v1.rendering import EVENT_TYPES, fine_tuning_checkpoints, fine_tuning_event, fine_tuning_job
 from api.v1.requests import CreateFineTuningJob
@@ -43,8 +43,6 @@ _METADATA_FILTER: dict[str, Any] = {
     ]
 }
 
-PageLimit = Annotated[int, Query(ge=1, le=100, description="Maximum number of items on a page.")]
-
 
 @router.post("", summary="Create a fine-tuning job", responses=openai_errors(404, 409, 413, 415))
 def create_job(body: CreateFineTuningJob, service: ServiceOf, idempotency: IdempotencyOf) -> FineTuningJob:
@@ -56,9 +54,7 @@ def create_job(body: CreateFineTuningJob, service: ServiceOf, idempotency: Idemp
 
 
 @router.get("", summary="List fine-tuning jobs", responses=openai_errors(), openapi_extra=_METADATA_FILTER)
-def list_jobs(
-    request: Request, service: ServiceOf, after: After = None, limit: PageLimit = 20
-) -> ListPage[FineTuningJob]:
+def list_jobs(request: Request, service: ServiceOf, after: After = None, limit: Limit = 20) -> ListPage[FineTuningJob]:
     """The project's jobs, newest first."""
     jobs = service.jobs.list_jobs(metadata=_metadata_filter(request), before=after, limit=limit + 1)
     positions, ends_in_s, now = service.jobs.queue_positions(jobs), service.jobs.seconds_to_end(jobs), utc_now()
@@ -98,7 +94,7 @@ def list_events(
     after: Annotated[
         str | None, Query(pattern=r"^ftevent-[0-9]{1,18}$", description="Cursor: the last id of the previous page.")
     ] = None,
-    limit: PageLimit = 20,
+    limit: Limit = 20,
 ) -> ListPage[FineTuningEvent]:
     """The events of a job, newest first. GET /jobs/{id}/events streams them as they occur."""
     job = service.jobs.get(fine_tuning_job_id)
@@ -109,7 +105,7 @@ def list_events(
 
 @router.get("/{fine_tuning_job_id}/checkpoints", summary="List a job's checkpoints", responses=openai_errors(404))
 def list_checkpoints(
-    fine_tuning_job_id: FineTuningJobId, service: ServiceOf, after: After = None, limit: PageLimit = 10
+    fine_tuning_job_id: FineTuningJobId, service: ServiceOf, after: After = None, limit: Limit = 10
 ) -> ListPage[FineTuningCheckpoint]:
     """The published adapter of a succeeded job, or the checkpoint that an unfinished job resumes from.
 

@@ -28,6 +28,7 @@ After = Annotated[
 ]
 
 _SCHEMA = {"$ref": "#/components/schemas/OpenAIErrorResponse"}
+_INVALID = "The request is invalid; `findings` lists every error with its location"
 
 
 def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -36,10 +37,9 @@ def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     for status, response in error_responses(*({*statuses} - {422})).items():
         native_error = response["content"]["application/json"]["example"]["error"]
         error, _, _ = to_openai_error(native_error, int(status))
-        invalid = "The request is invalid; `findings` lists every fault with its location"
         documented[status] = {
             "model": OpenAIErrorResponse,
-            "description": invalid if status == 400 else response["description"],
+            "description": _INVALID if status == 400 else response["description"],
             "content": {"application/json": {"schema": _SCHEMA, "example": {"error": error}}},
         }
     return documented

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from api.errors import SPEC_LOCATIONS
 from api.force import take_force
 from api.v1.ids import dataset_of_file, file_not_found
 from api.v1.requests import MAX_SEED, CreateFineTuningJob, DpoHyperparameters, Hyperparameters, UnsupportedMethod
 from qlora_service.actions.service import Service
 from qlora_service.errors import (
     Finding,
-    InvalidDataset,
-    InvalidModel,
     InvalidRequest,
     InvalidSpec,
     NotFound,
@@ -28,8 +27,6 @@ from qlora_service.specs import RECIPES, JobSpec, Training, parse_spec
 # a small file needs more passes and a large one must end in bounded time.
 TARGET_EPOCHS, MAX_EPOCHS = 3, 25
 MIN_EXAMPLES, MAX_EXAMPLES = 100, 25_000
-
-_DEFAULT_LOCATIONS: dict[type[QLoRAError], str] = {InvalidModel: "/base_model", InvalidDataset: "/dataset"}
 
 
 class Setting(NamedTuple):
@@ -91,7 +88,7 @@ def in_request(body: CreateFineTuningJob) -> Iterator[None]:
         yield
     except QLoRAError as error:
         # An error about the model or dataset as a whole has no location.
-        default = next((pointer for kind, pointer in _DEFAULT_LOCATIONS.items() if isinstance(error, kind)), None)
+        default = next((pointer for kind, pointer in SPEC_LOCATIONS.items() if isinstance(error, kind)), None)
         pointers = {f"/{'/'.join(setting.path)}": setting.pointer for setting in _settings(body, {})}
         if (location := error.location or default) is not None and location.startswith("/"):
             error.location = _pointer_in_request(location, pointers)

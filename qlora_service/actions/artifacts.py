@@ -6,8 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qlora_service.artifacts.manifest import MANIFEST_NAME as MANIFEST
-from qlora_service.artifacts.manifest import Manifest, ManifestFile
+from qlora_service.artifacts.manifest import MANIFEST_NAME, Manifest, ManifestFile
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.domain.jobs import Job
 from qlora_service.errors import Conflict, NotFound
@@ -45,7 +44,7 @@ class Artifacts:
         key = self._manifest_key(job_id)
         content = self._read_all(key)
         manifest = Manifest.model_validate_json(content)
-        own_entry = ManifestFile(name=MANIFEST, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        own_entry = ManifestFile(name=MANIFEST_NAME, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
         files = [Artifact(file, job_key(job_id, manifest.attempt, file.name)) for file in manifest.files]
         return [*files, Artifact(own_entry, key)]
 
@@ -63,7 +62,7 @@ class Artifacts:
     def _manifest_key(self, job_id: str) -> str:
         with self._database.read() as connection:
             job = get_job(connection, job_id, project=self._project)
-        return job_key(job_id, _published_attempt(job), MANIFEST)
+        return job_key(job_id, _published_attempt(job), MANIFEST_NAME)
 
     def _read_all(self, key: str) -> bytes:
         return b"".join(self._artifacts.read(key))

@@ -37,7 +37,7 @@ class Manifest(BaseModel):
     """The choices for this machine: compute dtype, device, threads, steps."""
     versions: dict[str, str]
     held_out: dict[str, Any]
-    """Loss before and after training, and the numbers of held-out rows and tokens; held_out.jsonl contains the rows."""
+    """Losses before and after training, number of measured rows and tokens, source of the rows (in held_out.jsonl)."""
     files: tuple[ManifestFile, ...]
 
     @property

@@ -102,7 +102,7 @@ class ArtifactStore:
             shutil.rmtree(self._root / prefix, ignore_errors=True)
 
     def remove_attempts(self, job_id: str, keep: int | None) -> None:
-        """Removes the artifacts of all attempts at a job except the attempt `keep`, and its unfinished files.
+        """Removes the artifacts of all attempts at a job except the attempt `keep`, of which only unfinished files go.
 
         The artifacts of an attempt are kept or removed as a unit.
         """

@@ -43,7 +43,7 @@ MAX_RETRY_AFTER_S = 600
 
 @dataclass(frozen=True)
 class SlotUsage:
-    """What blocks the loading of a base model."""
+    """Possible reasons why a base model cannot be loaded now."""
 
     job: JobAhead | None
     """The job that holds a slot or is queued for one"""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"
-"""What a decoder writes for bytes that are not a character, including an incomplete one."""
+"""Written by a decoder for bytes that are not a character, including an incomplete one"""
 
 
 class TextStream:

@@ -273,7 +273,7 @@ def _cast_adapter_outputs(model: PeftModel) -> None:
 
 @torch.no_grad()
 def _init_olora(model: PeftModel, rank: int) -> None:
-    """Sets A and B of every layer to A₀, B₀ of its weight's QR decomposition (arXiv:2406.01775), twice.
+    """Sets A and B of every layer to [A₀; -A₀] and [B₀ B₀], from its weight's QR decomposition (arXiv:2406.01775).
 
     Only the first half is trained; the second half stays constant.
 

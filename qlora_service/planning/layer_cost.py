@@ -17,7 +17,7 @@ FAST_LAYERS = {"llama", "mistral", "qwen2", "qwen3"}
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Memory of a layer in addition to that of the fast path."""
+    """Bytes that a layer saves beyond the fast path, and bytes that its backward pass adds to the saved ones."""
 
     per_input_feature: float = 0
     """Bytes kept per token and input feature of each adapted module"""
@@ -30,7 +30,7 @@ class LayerCost:
     survives_checkpointing: bool = False
     """bitsandbytes' int8 product keeps its input where checkpointing cannot free it (autograd/_functions.py)"""
     extra: tuple[float, float] = (0, 0)
-    """Bytes per token and hidden feature, and per token and intermediate feature, at the peak of the last layer"""
+    """Added at the peak of the last layer: bytes per token and hidden feature, and per token and MLP feature"""
     extra_with_checkpointing: tuple[float, float] = (0, 0)
     """`extra` where activations are recomputed"""
     per_mlp_weight: float = 2
@@ -59,7 +59,7 @@ BY_METHOD = {
     "oft": LayerCost(per_input_feature=4, extra=(2, 10), extra_with_checkpointing=(2, 8), per_mlp_weight=0),
     "prompt_tuning": LayerCost(keeps_inputs=True, extra=(20, 6), extra_with_checkpointing=(4, 6)),
 }
-"""PEFT's own layers, with inputs or outputs in float32. Methods without adapted layers cost as prompt tuning does"""
+"""PEFT's own layers, with inputs or outputs in float32. Methods that are not listed cost as prompt tuning does"""
 
 
 def layer_cost(spec: JobSpec, shape: ModelShape) -> LayerCost:

@@ -1,4 +1,4 @@
-"""A claim on a job, and the progress that its holder reports; both values of `queue.Queue`, which also renews."""
+"""A claim on a job, and the progress that its holder reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The queue as workers use it: claim a job, renew the claim, report progress, finish; requeue or fail what died.
+"""The queue as workers use it: claim a job, renew the claim, report progress, finish; requeue or fail dead attempts.
 
 Every write about a running attempt is fenced by its token, the attempt's number: each claim adds one, so the writes of
 an older claim find no row (`WHERE id = ? AND attempt = ? AND status = 'running'`) and raise `ClaimLost`.

@@ -1,4 +1,4 @@
-"""Changes of a job's status, each with its event, in the caller's transaction; what changes is decided by callers.
+"""Changes of a job's status, each with its event, in the caller's transaction. Callers decide when to change it.
 
 Every status is written here, except the initial one (`store.jobs.insert_job`) and a claim's (`queue.Queue.claim`).
 Each follows `domain.jobs.TRANSITIONS`.

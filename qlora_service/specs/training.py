@@ -70,7 +70,8 @@ class Training(SpecPart):
         1024,
         ge=8,
         le=1_048_576,
-        description="Maximum length of a row, in tokens. The default is lowered to the base model's limit if needed.",
+        description="Maximum length of a row, in tokens. The default is lowered to the base model's limit if needed, "
+        "and by the adapter's virtual tokens.",
     )
     too_long: Literal["refuse", "truncate", "drop"] = Field(
         "refuse",

@@ -52,7 +52,7 @@ class Once(Generic[Result]):
     """Set where the key is derived from the request, so that an identical request may be intended twice.
 
     A first attempt is then a new request, unless its own retry has overtaken it; a retry gets the answer of the last
-    identical request within RETRIED_FOR.
+    identical request within RETRY_WINDOW.
     """
 
 

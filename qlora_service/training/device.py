@@ -121,7 +121,7 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def runs_cpu_kernels(x: torch.Tensor) -> bool:
-    """Whether CPU kernels compute with the tensor. A simulated tensor counts as CUDA, but inside `simulating_cpu`."""
+    """Whether CPU kernels compute with the tensor. A simulated tensor counts as CUDA, except in `simulating_cpu`."""
     return x.device.type == "cpu" or (is_simulated(x) and _simulating_cpu.get())
 
 

@@ -19,8 +19,7 @@ from fastapi.testclient import TestClient
 from starlette.types import ASGIApp, Message
 
 from api.main import create_app
-from qlora_service.artifacts.manifest import MANIFEST_NAME as MANIFEST
-from qlora_service.artifacts.manifest import Manifest, describe_file
+from qlora_service.artifacts.manifest import MANIFEST_NAME, Manifest, describe_file
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.models.catalog.catalog import Catalog
 from qlora_service.queue.claim import Claim
@@ -140,7 +139,7 @@ def publish(claim: Claim, settings: Settings, outbox: Path) -> None:
         held_out={},
         files=tuple(describe_file(outbox / name) for name in FILES),
     )
-    store.create(job_key(claim.job_id, claim.token, MANIFEST), manifest.model_dump_json().encode())
+    store.create(job_key(claim.job_id, claim.token, MANIFEST_NAME), manifest.model_dump_json().encode())
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def measure(name: str, work: Workload) -> Run:
-    """The measurements of a training with `SFTTrainer`, used as in its documentation."""
+    """The measurements of a training with `SFTTrainer`."""
     setting = SETTINGS[name]
     model = AutoModelForCausalLM.from_pretrained(
         work.model_dir,

@@ -71,24 +71,18 @@ def _claims(base: BaseModel) -> Iterator[dict[str, Any]]:
             yield _figure(f"claim to first micro-batch, {name}: until torch was imported", import_s, "s")
         seconds = statistics.median(_seconds_from_claim(workspace, job_id)[0] for job_id in warm)
         yield _figure("claim to first micro-batch, warm", seconds, "s") | {"must": 1.0}
-        yield {
-            "figure": "different adapters",
-            "value": len(adapters),
-            "unit": "",
-            "must": 1,
-            "better": "lower",
-        }
+        yield {"figure": "different adapters", "value": len(adapters), "unit": "", "must": 1, "better": "lower"}
 
 
 def _job(workspace: Workspace) -> str:
-    """Runs a job; its id."""
+    """Runs a job until it has succeeded, and returns its id."""
     job_id = workspace.submit(micro_batch_tokens=256)
     assert workspace.wait(job_id, lambda job: job.status.terminal, limit_s=600).status is JobStatus.SUCCEEDED
     return job_id
 
 
 def _seconds_from_claim(workspace: Workspace, job_id: str) -> tuple[float, float]:
-    """Seconds from the claim to the first micro-batch, and from the claim to the begin of rendering."""
+    """Seconds from the claim to the first micro-batch, and from the claim to the start of rendering."""
     times = {
         event.data.get("message") or event.data.get("status"): event.at
         for event in workspace.service.jobs.events(job_id)

@@ -16,8 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from qlora_service.actions.jobs import Submission
-from qlora_service.artifacts.manifest import MANIFEST_NAME as MANIFEST
-from qlora_service.artifacts.manifest import Manifest
+from qlora_service.artifacts.manifest import MANIFEST_NAME, Manifest
 from qlora_service.artifacts.store import dataset_key, job_key
 from qlora_service.domain.jobs import Job, JobStatus
 from qlora_service.errors import ClaimLost, NotFound
@@ -203,7 +202,7 @@ def _publish(data: DataDirectory, token: int) -> None:
 def _publication_faults(data: DataDirectory, job: Job, attempt: int) -> list[str]:
     """Files of the manifest, if there is one, that are missing or differ; a succeeded job without a manifest."""
     try:
-        content = b"".join(data.artifacts.read(job_key(job.id, attempt, MANIFEST)))
+        content = b"".join(data.artifacts.read(job_key(job.id, attempt, MANIFEST_NAME)))
     except NotFound:
         return ["there is no manifest"] if job.status is JobStatus.SUCCEEDED else []
     manifest = Manifest.model_validate_json(content)

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_service.artifacts.manifest import MANIFEST_NAME as MANIFEST
-from qlora_service.artifacts.manifest import describe_file
+from qlora_service.artifacts.manifest import MANIFEST_NAME, describe_file
 from qlora_service.domain.jobs import JobStatus
 from tests.workspace import Workspace, processes_on
 
@@ -89,7 +88,7 @@ def _terminal_statuses(workspace: Workspace, job_id: str) -> list[str]:
 
 
 def _manifests(workspace: Workspace, job_id: str) -> list[Path]:
-    return list((workspace.settings.data_dir / "artifacts" / "jobs" / job_id).glob(f"*/{MANIFEST}"))
+    return list((workspace.settings.data_dir / "artifacts" / "jobs" / job_id).glob(f"*/{MANIFEST_NAME}"))
 
 
 def _faults(workspace: Workspace, job_id: str, steps: int, evaluated: list[int]) -> list[str]:
@@ -108,7 +107,7 @@ def _faults(workspace: Workspace, job_id: str, steps: int, evaluated: list[int])
         faults.append(f"there are artifacts of the attempts {attempts} instead of only {manifest.attempt}")
     published = directory / str(manifest.attempt)
     names = {path.name for path in published.iterdir()}
-    if names != {file.name for file in manifest.files} | {MANIFEST}:
+    if names != {file.name for file in manifest.files} | {MANIFEST_NAME}:
         faults.append(f"the artifacts are not those of the manifest: {sorted(names)}")
     faults += [
         f"size or SHA-256 of {file.name} differs from the manifest"

@@ -34,8 +34,9 @@ def make_model(tiny_model: Path) -> PeftModel:
 
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"])
 def test_a_resumed_training_gives_uninterrupted_weights(tiny_model: Path, tmp_path: Path, optim: str) -> None:
-    """Expected: equal to 1e-4 of each tensor's largest. Bit for bit only if all kernels sum in the same order in every
-    run. The generator's state is part of the checkpoint.
+    """Expected: within 1e-4 of each tensor's largest element; bit for bit only if all kernels sum in a fixed order.
+
+    The generator's state is part of the checkpoint.
     """
     training = TRAINING.model_copy(update={"optim": optim})
     uninterrupted = make_model(tiny_model)

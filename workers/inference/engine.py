@@ -17,8 +17,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.utils.logging import disable_progress_bar
 
-from qlora_service.artifacts.manifest import MANIFEST_NAME as MANIFEST
-from qlora_service.artifacts.manifest import Manifest
+from qlora_service.artifacts.manifest import MANIFEST_NAME, Manifest
 from qlora_service.artifacts.published import fetch_published
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.chat.prompts import Prompt, Prompts
@@ -120,7 +119,7 @@ class Engine:
     def _attach(self, adapter: AdapterRef) -> AttachedAdapter:
         if (attached := self._adapters.find(adapter)) is not None:
             return attached
-        key = job_key(adapter.job_id, adapter.attempt, MANIFEST)
+        key = job_key(adapter.job_id, adapter.attempt, MANIFEST_NAME)
         manifest = Manifest.model_validate_json(b"".join(self._artifacts.read(key)))
         if manifest.base_model["weights_sha256"] != self._weights_sha256:
             raise InvalidRequest(

@@ -184,7 +184,7 @@ class RequestQueue:
         )
 
     def _enqueue(self, connection: ChatConnection) -> None:
-        """Queues the request, and reports what it waits for every second until its answer ends."""
+        """Queues the request, and sends the client its state every second until its answer ends."""
         with self._enqueue_lock:
             if self._drain_error is not None:
                 connection.close_with_error(self._drain_error)

@@ -128,7 +128,7 @@ class ChatTurns:
     def consider_preemption(self, claim: Claim, worker: str) -> None:
         """Preempts the slot's job if a client waits to chat, the operator allows it, and the job had its turn.
 
-        Its turn: after its first completed step it trains at least as long as chats held the slot before.
+        Its turn, if chats held the slot against a job before: it completes a step, then trains for at least as long.
         """
         if not self._rules.preempts or self._preempted_job:
             return

@@ -264,7 +264,7 @@ class Supervisor:
                         end, deadline = "overdue", now + self._settings.cancel_grace_s
                     else:
                         consider_preemption()
-                except ClaimLost:  # the outcome is written and the trainer is exiting, or a newer claim owns the job
+                except ClaimLost:  # the outcome is written and the attempt about to end, or a newer claim owns the job
                     end, deadline = "lost", now + STOP_GRACE_S
                 except SQLAlchemyError as error:  # no reason to end a trainer: the next poll asks again
                     log.warning("database_unavailable", error=str(error))

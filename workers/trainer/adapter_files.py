@@ -10,8 +10,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from qlora_service.artifacts.manifest import MANIFEST_NAME as MANIFEST
-from qlora_service.artifacts.manifest import Manifest, describe_file
+from qlora_service.artifacts.manifest import MANIFEST_NAME, Manifest, describe_file
 from qlora_service.artifacts.model_card import model_card
 from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.models.adapters import save_adapter
@@ -61,7 +60,7 @@ def publish_directory(directory: Path, artifacts: ArtifactStore, draft: Manifest
     for path in files:
         artifacts.put_file(job_key(manifest.job_id, manifest.attempt, path.name), path)
     content = manifest.model_dump_json(indent=2).encode() + b"\n"
-    artifacts.create(job_key(manifest.job_id, manifest.attempt, MANIFEST), content)
+    artifacts.create(job_key(manifest.job_id, manifest.attempt, MANIFEST_NAME), content)
     return manifest
 
 

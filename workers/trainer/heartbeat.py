@@ -21,7 +21,7 @@ EXIT_SHARE, KILL_SHARE = 0.7, 0.8
 """Shares of the lease without a renewal after which the process exits: by itself, or else by faulthandler's watchdog,
 which does not need the GIL. Both come before a newer claim can take the job."""
 HANG_FACTOR = 20
-"""An attempt hangs when its next check takes this many times longer than the longest interval of the phase."""
+"""An attempt hangs when a check takes longer than `hang_s` and than this many times the longest of its phase."""
 PACE_CHECKS = 10
 """Checks of a phase after which its pace counts as known"""
 UNKNOWN_PACE_FACTOR = 6
@@ -65,7 +65,7 @@ class Heartbeat:
         threading.Thread(target=self._renew_repeatedly, name="claim", daemon=True).start()
 
     def request_stop(self) -> None:
-        """Makes the attempt stop at its next step boundary; safe in a signal handler."""
+        """Makes the next `check` raise; safe in a signal handler."""
         self._stop_requested.set()
 
     def stop_renewing(self) -> None:

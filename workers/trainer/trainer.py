@@ -1,7 +1,7 @@
 """The trainer: a child process that runs attempts, and answers chats between them (`python -m workers.trainer DEVICE`).
 
-It is the process that imports torch, and it may crash at any time: the supervisor sees and records that. It exits when
-its claim is lost, or when the supervisor ends (its stdin, a socket, closes). The heartbeat starts before everything
+The process imports torch, and may crash at any time: the supervisor sees and records that. It exits when its claim is
+lost, or when the supervisor ends (its stdin, a socket, closes). The heartbeat starts before everything
 else, because importing torch alone may take longer than a lease.
 
 After an attempt or chats that left the base as it was loaded, the process keeps it and waits for the next assignment

@@ -271,11 +271,11 @@ def _most_similar(kind: Kind, history: Sequence[Measurement]) -> list[Measuremen
     return [measurement for measurement in history if common_fields(measurement) == most]
 
 
-def _phases(work: Work, same_kind: Sequence[Measurement], history: Sequence[Measurement]) -> dict[str, float]:
-    """Seconds of each phase that has measurements and work; those of a kind's phases are taken from `same_kind`."""
+def _phases(work: Work, closest: Sequence[Measurement], history: Sequence[Measurement]) -> dict[str, float]:
+    """Seconds of each phase with measurements and work: KIND_PHASES from `closest`, the others from `history`."""
     phases = {}
     for name in dict.fromkeys(phase for measurement in history for phase in measurement.phases):
-        jobs = same_kind if name in KIND_PHASES else history
+        jobs = closest if name in KIND_PHASES else history
         points = [(job.work.units(name), job.phases.get(name, 0.0)) for job in jobs]
         points = [(units, seconds) for units, seconds in points if units and seconds > 0]
         if points and (units := work.units(name)):

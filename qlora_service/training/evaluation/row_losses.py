@@ -45,7 +45,7 @@ class RowLosses:
             record["times_seen"] += 1
 
     def write(self, path: Path) -> None:
-        """Writes one JSON object per line and row: the rows with a recorded loss, the highest last loss first.
+        """Writes one JSON object per line, one for each row with a recorded loss, the highest last loss first.
 
         A loss that is not finite is written as null; rows whose last loss is not finite come first.
         """

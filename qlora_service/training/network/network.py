@@ -192,7 +192,7 @@ class Network:
                 fast.before_layer = None
 
     def fits(self, micro_batch_tokens: int) -> bool:
-        """Whether the activations of a micro-batch fit into the free memory, from a measurement on few tokens."""
+        """Whether a micro-batch's activations fit into `FREE_SHARE` of the free memory, measured on few tokens."""
         if self.activation_bytes_per_token is None:
             self.activation_bytes_per_token = self.activation_bytes(MEASURED_TOKENS) / MEASURED_TOKENS
         return self.activation_bytes_per_token * micro_batch_tokens <= FREE_SHARE * free_memory_bytes(self.device)

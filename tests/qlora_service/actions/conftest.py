@@ -82,9 +82,9 @@ def running(service: Service, queue: Queue) -> Claim:
 
 @pytest.fixture
 def published(running: Claim, service: Service, queue: Queue, tmp_path: Path) -> Job:
-    """A job whose second attempt published two files; its first attempt was lost after it stored another file."""
+    """A job whose second attempt published two files; its first was stopped after it stored one of the same name."""
     artifacts = ArtifactStore((tmp_path / "artifacts").as_uri())
-    artifacts.create(job_key(running.job_id, running.token, "adapter_model.safetensors"), b"of the lost attempt")
+    artifacts.create(job_key(running.job_id, running.token, "adapter_model.safetensors"), b"of the first attempt")
     queue.release(running, "the worker was stopped")
     claim = claim_next(queue)
     files = []

@@ -32,7 +32,7 @@ def test_unknown_key_is_refused(registry: KeyRegistry, secret: str) -> None:
     assert not secret or secret not in caught.value.message
 
 
-def test_id_of_a_key_is_no_key(registry: KeyRegistry, database: Database) -> None:
+def test_id_of_a_key_is_no_key(registry: KeyRegistry) -> None:
     key, _ = registry.create_key("team-a", "laptop")
     for guess in (key.id, f"qk_{key.id}"):
         with pytest.raises(Unauthenticated):

@@ -194,18 +194,18 @@ def test_cancellation_that_coincides_with_a_line_is_not_lost(turns: int) -> None
     assert asyncio.run(cancel())
 
 
-def holder(status: JobStatus = JobStatus.RUNNING, eta_s: float | None = 120.4, project: str = "local") -> JobAhead:
+def job_ahead(status: JobStatus = JobStatus.RUNNING, eta_s: float | None = 120.4, project: str = "local") -> JobAhead:
     return JobAhead("job_1", project, status, eta_s)
 
 
 def test_refusal_names_the_job_and_its_eta() -> None:
-    error = refusal(TINY, SlotUsage(holder(), other_base=False), "local")
+    error = refusal(TINY, SlotUsage(job_ahead(), other_base=False), "local")
     assert "job job_1 is running" in error.message
     assert error.details == {"retry_after_s": 120, "eta_s": 120.4, "job_id": "job_1"}
 
 
 def test_refusal_does_not_identify_a_job_of_another_project() -> None:
-    error = refusal(TINY, SlotUsage(holder(project="other"), other_base=False), "local")
+    error = refusal(TINY, SlotUsage(job_ahead(project="other"), other_base=False), "local")
     assert "job_1" not in str(error.as_dict())
     assert error.details["retry_after_s"] == 120
 
@@ -214,12 +214,12 @@ def test_refusal_does_not_identify_a_job_of_another_project() -> None:
     ("eta_s", "retry_after_s"), [(None, DEFAULT_RETRY_AFTER_S), (0.0, 1), (1e9, MAX_RETRY_AFTER_S)]
 )
 def test_retry_after_is_capped(eta_s: float | None, retry_after_s: int) -> None:
-    error = refusal(TINY, SlotUsage(holder(eta_s=eta_s), other_base=False), "local")
+    error = refusal(TINY, SlotUsage(job_ahead(eta_s=eta_s), other_base=False), "local")
     assert error.details["retry_after_s"] == retry_after_s
 
 
 def test_refusal_names_a_queued_job_or_another_model() -> None:
-    assert "is queued for the slot" in refusal(TINY, SlotUsage(holder(JobStatus.QUEUED), False), "local").message
+    assert "is queued for the slot" in refusal(TINY, SlotUsage(job_ahead(JobStatus.QUEUED), False), "local").message
     assert "another model" in refusal(TINY, SlotUsage(None, other_base=True), "local").message
 
 

@@ -186,7 +186,7 @@ def test_surely_fits_allows_for_the_formulas_error() -> None:
 
 
 def test_small_model_just_above_the_limit_is_simulated() -> None:
-    """The allocator's segments are large compared with its memory."""
+    """The allocator's segments are large compared with the memory of a small model."""
     simulated = []
 
     def simulate(spec: JobSpec, tokens: int, recomputed: bool) -> Memory | None:

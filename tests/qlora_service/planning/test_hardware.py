@@ -48,5 +48,5 @@ def test_bfloat16_support_equals_that_of_torch() -> None:
     assert this_cpu().bf16 == has_bf16(torch.device("cpu"))
 
 
-def test_torch_is_installed_here() -> None:
+def test_installed_torch_is_found() -> None:
     assert has_torch()

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from qlora_service.store.database import Database
+from tests.control_plane import sqlite_database
 
 
 @pytest.fixture
 def sqlite(tmp_path: Path) -> Iterator[Database]:
     """A migrated SQLite file."""
-    database = Database(f"sqlite:///{tmp_path / 'state.db'}")
-    database.migrate()
+    database = sqlite_database(tmp_path)
     yield database
     database.close()
 

@@ -37,7 +37,7 @@ def run_sql(database: Database, statement: str) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Databases opened by the test wait 0.2 s for a lock, instead of 10 s."""
+    """Databases opened by the test wait 0.2 s for a lock or a free connection, instead of 10 s."""
     monkeypatch.setattr(module, "BUSY_TIMEOUT_MS", 200)
 
 

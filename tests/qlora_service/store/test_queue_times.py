@@ -27,8 +27,8 @@ def ends(database: Database, *job_ids: str) -> dict[str, float]:
 
 
 def test_jobs_end_one_after_the_other_by_priority(database: Database) -> None:
-    first, second, priority = add(database, 100), add(database, 10), add(database, 5, priority=9)
-    assert ends(database, first, second, priority) == {priority: 5, first: 105, second: 115}
+    first, second, higher = add(database, 100), add(database, 10), add(database, 5, priority=9)
+    assert ends(database, first, second, higher) == {higher: 5, first: 105, second: 115}
     assert ends(database, second) == {second: 115}
     assert ends(database) == {}
 

@@ -60,7 +60,7 @@ def test_pending_uploads_count_with_their_announced_bytes(database: Database) ->
 def test_published_files_count_until_they_are_withdrawn(database: Database) -> None:
     succeeded, failed, queued = (add_job(database, project="team-a") for _ in range(3))
     add_job(database, project="team-b")
-    # 3 GiB do not fit in 32 bits.
+    # 3 GiB exceed a signed 32-bit integer, the type "integer" of PostgreSQL.
     set_columns(database, jobs, succeeded, result={"attempt": 1, "published_bytes": 3 * GIB})
     set_columns(database, jobs, failed, error={"code": "job_failed", "details": {"kept_bytes": 1000}})
     assert stored(database) == DATASET_BYTES + 3 * GIB + 1000

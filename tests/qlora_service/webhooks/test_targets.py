@@ -50,9 +50,10 @@ def test_url_is_parsed_into_a_target() -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "", "receiver.example", "//receiver.example/", "ftp://receiver.example/", "file:///etc/passwd", "http://receiver.example/",
-        "https://", "https:///path", "https://:443/", "https://user@receiver.example/", "https://u:p@receiver.example/",
-        "https://@receiver.example/", "https://receiver.example/#part", "https://receiver.example:99999/", "https://receiver.example:x/",
+        "", "receiver.example", "//receiver.example/", "ftp://receiver.example/", "file:///etc/passwd",
+        "http://receiver.example/", "https://", "https:///path", "https://:443/", "https://user@receiver.example/",
+        "https://u:p@receiver.example/", "https://@receiver.example/", "https://receiver.example/#part",
+        "https://receiver.example:99999/", "https://receiver.example:x/",
         "https://receiver.example:0/", "https://receiver.example:00/",
         "https://receiver.example/a b", "https://receiver.example/\r\nHost: inside", "https://receiver\t.example/",
         "https://réceiver.example/", "https://receiver.example\\@inside/", "https://[::1/", "https://[fe80::1%25eth0]/",

@@ -151,7 +151,7 @@ def test_conversion_keeps_its_directory_until_it_ends_after_the_importer_died(ti
     assert conversions(file) == children, "the conversion ended before the check"
     os.kill(children[0], signal.SIGKILL)
     deadline = time.monotonic() + 60
-    while list((tmp_path / "models").iterdir()):  # its lock is released after its entry in /proc
+    while list((tmp_path / "models").iterdir()):  # the killed process releases its lock a moment later
         assert time.monotonic() < deadline
         reap_stale(tmp_path / "models")
         time.sleep(0.01)

@@ -17,7 +17,7 @@ from qlora_service.training.network.micro_batch import TokenRow
 from tests.tiny_training import load, run
 
 
-def test_the_child_prints_the_answers_of_base_and_adapter_alone(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_child_prints_only_the_answers_of_base_and_adapter(tiny_model: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(tiny_model), local_files_only=True)
     train_rows = []
     for line, (question, answer) in enumerate([("one", "Paris is the capital"), ("two", "a little house")], start=1):

@@ -21,7 +21,7 @@ LAYERS = 2
 @BOTH_PATHS
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_no_gradient_is_computed_for_a_frozen_embedding(tiny_model: Path, fast: bool, checkpointing: bool) -> None:
-    """It would cost the first layer's products with its frozen weights, and serve no purpose."""
+    """The gradient would cost the first layer's products with its frozen weights, and nothing would use it."""
     model = load(tiny_model).train()
     net = network(model, fast=fast, checkpointing=checkpointing)
     outputs: list[torch.Tensor] = []
