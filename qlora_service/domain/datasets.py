@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
+from qlora_service.domain.row_warnings import RowWarning
 from qlora_service.errors import Finding
 from qlora_service.specs import Container, Shape
 
@@ -21,6 +22,8 @@ class DatasetReport:
     usable_rows: int
     finding_count: int
     findings: tuple[Finding, ...]
+    warnings: tuple[RowWarning, ...] = ()
+    """Of usable rows: parts that are not trained, or not as one would expect"""
 
     def as_dict(self) -> dict[str, Any]:
         """The report in JSON types."""
@@ -29,7 +32,13 @@ class DatasetReport:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> DatasetReport:
         """The report of an `as_dict` value."""
-        return cls(**value | {"findings": tuple(Finding(**finding) for finding in value["findings"])})
+        return cls(
+            **value
+            | {
+                "findings": tuple(Finding(**finding) for finding in value["findings"]),
+                "warnings": tuple(RowWarning(**warning) for warning in value.get("warnings", ())),
+            }
+        )
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,8 @@ class RenderedRow:
     """The rejected answer's document of a preference pair; the row itself is the chosen answer's document."""
     desirable: bool | None = None
     """The label of a labeled answer."""
+    warnings: tuple[Finding, ...] = ()
+    """Parts of the row that are not trained, or not as one would expect"""
 
     @property
     def trained_tokens(self) -> int:
@@ -269,6 +271,8 @@ class RenderReport:
     """Rows by length: key "128" counts rows of 65 to 128 tokens."""
     finding_count: int = 0
     findings: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    """`RowWarning`s of the usable rows"""
 
     def add(self, result: RenderedRow | UnusableRow) -> None:
         self.rows += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_service.errors import Finding
 from qlora_service.specs import Container, Shape
 
 __all__ = [
@@ -29,11 +30,14 @@ class Chat:
     Each message is a dict with `role` (system, user, assistant, tool), `content` (a string, or None next to
     `tool_calls`), and those of `name`, `tool_calls`, `tool_call_id`, `reasoning_content` that the row has. `trained[i]`
     says whether message i is trained: assistant messages whose `weight` is 1 or absent.
+    `template_arguments` are variables of the chat template that the row sets, such as `enable_thinking`.
     """
 
     messages: tuple[dict[str, Any], ...]
     trained: tuple[bool, ...]
     tools: tuple[dict[str, Any], ...] | None = None
+    documents: tuple[dict[str, Any], ...] | None = None
+    template_arguments: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,3 +94,5 @@ class SourceRow:
     example: Example
     line: int
     byte_offset: int | None
+    warnings: tuple[Finding, ...] = ()
+    """Parts of the row that are not trained, or not as one would expect"""
