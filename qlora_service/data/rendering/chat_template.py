@@ -1,20 +1,16 @@
-"""Chat templates: the text of a conversation, and the character span of each trained answer in it.
+"""Chat templates, rendered as transformers' `apply_chat_template` renders them.
 
 Templates come with the base model and are untrusted programs: they run in Jinja's sandbox, inside a child process
-(`python -m qlora_service.data.rendering.chat_template`, driven by `template_process`) that its parent can kill.
-The environment offers the same as transformers' (`tojson`, `raise_exception`, `strftime_now`, `{% generation %}`,
-loop controls), so that a template renders here as it does at inference.
+(`template_child`) that its parent can kill. The environment offers the same as transformers' (`tojson`,
+`raise_exception`, `strftime_now`, `{% generation %}`, loop controls).
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import resource
 import secrets
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -27,13 +23,25 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 Message = dict[str, Any]
 Span = tuple[int, int]
 
-# Private-use characters without a meaning in tokenizers and templates: they replace an answer in `_differing_region`.
-PROBES = ("\ue000", "\ue001")
-ERROR_CHARS = 500
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning, by precedence (transformers' `_REASONING_FIELDS`)"""
 
 
 class TemplateError(Exception):
     """The template refused the conversation, or the answers cannot be located in the rendered text."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The input of a template. `arguments` are additional variables; they may replace special tokens."""
+
+    messages: tuple[Message, ...]
+    tools: list[Any] | None = None
+    documents: list[Any] | None = None
+    arguments: dict[str, Any] | None = None
+
+    def with_messages(self, messages: Iterable[Message]) -> Conversation:
+        return replace(self, messages=tuple(messages))
 
 
 class ChatTemplate:
@@ -60,77 +68,24 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template does not compile: {error}") from None
 
-    def render(
-        self, messages: Sequence[Message], trained: Sequence[bool], tools: Sequence[Any] | None
+    def text(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
+        """The rendered text. Raises: TemplateError."""
+        return self.text_and_blocks(conversation, add_generation_prompt)[0]
+
+    def text_and_blocks(
+        self, conversation: Conversation, add_generation_prompt: bool = False
     ) -> tuple[str, list[Span]]:
-        """The text of a conversation, and the character span of every trained message.
-
-        Three methods locate the spans, in this order: the template's own `{% generation %}` blocks; the text after
-        the rendered prefix of the conversation with the generation prompt; the region that changes when only that
-        answer changes (for templates that rewrite earlier turns).
-
-        Raises:
-            TemplateError: the template refused the conversation, or an answer cannot be located.
-        """
-        text, blocks = self._strip_marks(self._marked_text(messages, tools))
-        trained_indices = [index for index, is_trained in enumerate(trained) if is_trained]
-        if blocks:
-            answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-            if len(blocks) == len(answers):
-                return text, [block for index, block in zip(answers, blocks, strict=True) if trained[index]]
-            if trained_indices == answers:
-                return text, blocks
-        return text, [self._answer_span(text, messages, index, tools) for index in trained_indices]
-
-    def _answer_span(self, text: str, messages: Sequence[Message], index: int, tools: Sequence[Any] | None) -> Span:
+        """The rendered text and the spans of its `{% generation %}` blocks. Raises: TemplateError."""
+        variables = {
+            **self._special_tokens,
+            **(conversation.arguments or {}),
+            "messages": [_as_transformers_passes(message) for message in conversation.messages],
+            "tools": conversation.tools,
+            "documents": conversation.documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            before = self._plain_text(messages[:index], tools, add_generation_prompt=True)
-            through = text if index + 1 == len(messages) else self._plain_text(messages[: index + 1], tools)
-        except TemplateError:
-            before, through = "", ""
-        if through and text.startswith(through) and through.startswith(before) and len(before) < len(through):
-            return len(before), len(through)
-        span = self._differing_region(text, messages, index, tools)
-        if span is None:
-            raise TemplateError(f"cannot tell which part of the rendered text is the answer in message {index}")
-        return span
-
-    def _differing_region(
-        self, text: str, messages: Sequence[Message], index: int, tools: Sequence[Any] | None
-    ) -> Span | None:
-        """The region that changes with the content of one message; None where it is not exactly that content."""
-        content = messages[index].get("content")
-        if not isinstance(content, str):
-            return None
-        first, second = (
-            self._plain_text([*messages[:index], {**messages[index], "content": probe}, *messages[index + 1 :]], tools)
-            for probe in PROBES
-        )
-        start = len(os.path.commonprefix([first, second]))  # noqa: RUF071 - characters are meant
-        tail = len(os.path.commonprefix([first[::-1], second[::-1]]))  # noqa: RUF071
-        end = len(text) - tail
-        same_around = text[:start] == first[:start] and text[end:] == first[len(first) - tail :]
-        if same_around and text[start:end].strip() == content.strip():
-            return start, end
-        return None
-
-    def _plain_text(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None, add_generation_prompt: bool = False
-    ) -> str:
-        return self._strip_marks(self._marked_text(messages, tools, add_generation_prompt))[0]
-
-    def _marked_text(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None, add_generation_prompt: bool = False
-    ) -> str:
-        """The rendered text, with marks around the `{% generation %}` blocks."""
-        try:
-            return self._template.render(
-                messages=list(messages),
-                tools=list(tools) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+            marked = self._template.render(variables)
         except (
             jinja2.TemplateError,
             TypeError,
@@ -140,6 +95,7 @@ class ChatTemplate:
             AttributeError,
         ) as error:
             raise TemplateError(f"the chat template refused this conversation: {error}") from None
+        return self._strip_marks(marked)
 
     def _strip_marks(self, marked: str) -> tuple[str, list[Span]]:
         """The text without marks, and the spans between them."""
@@ -151,30 +107,6 @@ class ChatTemplate:
             pieces += [body, rest]
             length += len(body) + len(rest)
         return "".join(pieces), blocks
-
-
-def serve(stdin: Any = sys.stdin, stdout: Any = sys.stdout) -> None:
-    """Renders batches of conversations until stdin ends; every request and answer is one JSON line.
-
-    The first line is the setup: template, special_tokens, now, memory_bytes, row_chars, cpu_s. Each further line is a
-    batch: rows, a list of [messages, trained, tools], and cpu_s; its answer is a list of {"text", "spans"} or
-    {"error"}. A line that takes more than about its cpu_s of processor time ends the process.
-    """
-    setup = json.loads(stdin.readline())
-    resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"], setup["memory_bytes"]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _limit_cpu(setup["cpu_s"])
-    try:
-        template = ChatTemplate(setup["template"], setup["special_tokens"], datetime.fromisoformat(setup["now"]))
-        answer: Any = {"ready": True}
-    except TemplateError as error:
-        template, answer = None, {"error": _error_text(error)}
-    print(json.dumps(answer), file=stdout, flush=True)
-    for line in stdin:
-        batch = json.loads(line)
-        _limit_cpu(batch["cpu_s"])
-        answers = [_render_row(template, row, setup["row_chars"]) for row in batch["rows"]]
-        print(json.dumps(answers), file=stdout, flush=True)
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -192,6 +124,21 @@ class _GenerationBlock(jinja2.ext.Extension):
         return f"{opening}{caller()}{closing}"
 
 
+def reasoning(message: Message) -> Any:
+    """The reasoning of a message under any of its names, or None."""
+    return next((message[key] for key in REASONING_KEYS if message.get(key) is not None), None)
+
+
+def _as_transformers_passes(message: Message) -> Message:
+    """The message without null keys, and with its reasoning under the names that templates read.
+
+    Source: transformers 5.23, `apply_chat_template` and `_alias_reasoning_fields`.
+    """
+    message = {key: value for key, value in message.items() if value is not None}
+    thought = reasoning(message)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+
+
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
@@ -205,41 +152,3 @@ def _tojson(
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _limit_cpu(seconds: float) -> None:
-    """Makes the kernel end this process after `seconds` more of processor time, at most a second later.
-
-    The parent kills a template that hangs; if the parent has died, only this limit does.
-    """
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    limit_s = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
-    _, hard_s = resource.getrlimit(resource.RLIMIT_CPU)
-    # The soft limit ends the process too, and can be raised again up to the hard limit.
-    soft_s = limit_s if hard_s == resource.RLIM_INFINITY else min(limit_s, hard_s)
-    resource.setrlimit(resource.RLIMIT_CPU, (soft_s, hard_s))
-
-
-def _render_row(template: ChatTemplate | None, row: Any, row_chars: int) -> dict[str, Any]:
-    assert template is not None
-    try:
-        text, spans = template.render(*row)
-        text.encode()
-    except UnicodeEncodeError:
-        return {"error": "the chat template wrote an unpaired surrogate, which is not a character"}
-    except TemplateError as error:
-        return {"error": _error_text(error)}
-    except (MemoryError, RecursionError) as error:
-        return {"error": f"the chat template exceeded a limit on this conversation ({type(error).__name__})"}
-    if len(text) > row_chars:
-        return {"error": f"the chat template rendered this conversation to {len(text)} characters; at most {row_chars}"}
-    return {"text": text, "spans": spans}
-
-
-def _error_text(error: TemplateError) -> str:
-    """The error's message, any part of which the template may choose, truncated and in valid UTF-8."""
-    return str(error)[:ERROR_CHARS].encode(errors="backslashreplace").decode()
-
-
-if __name__ == "__main__":
-    serve()

@@ -1,0 +1,277 @@
+"""The characters of a rendered conversation that the model generates: its trained answers.
+
+Three methods locate an answer: the template's own `{% generation %}` blocks; the text after the rendered beginning of
+the conversation with the generation prompt; and, for templates that rewrite earlier turns, the marks of its fields
+(`field_marks`) between the texts that the template writes before and after a turn.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora_service.data.rendering.chat_template import (
+    ChatTemplate,
+    Conversation,
+    Message,
+    Span,
+    TemplateError,
+    reasoning,
+)
+from qlora_service.data.rendering.field_marks import MARKS, TAG, Field, MarkedConversation, Unmarkable
+
+
+@dataclass
+class LocatedAnswers:
+    """The text of a conversation, the spans of its trained answers, and warnings.
+
+    A warning is the index of a message (None for the row), a JSON pointer in the message, and the reason.
+    """
+
+    text: str
+    spans: list[Span] = field(default_factory=list)
+    warnings: list[tuple[int | None, str, str]] = field(default_factory=list)
+
+
+def locate_answers(template: ChatTemplate, conversation: Conversation, trained: Sequence[bool]) -> LocatedAnswers:
+    """The rendered conversation; `trained[i]`: whether message i is a trained answer.
+
+    Raises:
+        TemplateError: the template refused the conversation, or an answer cannot be located.
+    """
+    messages = conversation.messages
+    text, blocks = template.text_and_blocks(conversation)
+    result = LocatedAnswers(text)
+    spans = _spans_of_blocks(blocks, messages, trained)
+    if spans is None:
+        spans = {
+            index: _span_after_prefix(template, conversation, text, index)
+            for index, is_trained in enumerate(trained)
+            if is_trained
+        }
+    if None not in spans.values() and all(_is_plainly_rendered(message, text) for message in messages):
+        if not conversation.tools:
+            result.spans = [span for found in spans.values() if found for span in found]
+            return result
+    marks = _RenderedMarks.of(template, conversation, text)
+    for index, found in spans.items():
+        located = marks.spans(index) if found is None and marks is not None else found
+        if located is None:
+            raise TemplateError(f"cannot tell which part of the rendered text is the answer in message {index}")
+        result.spans += located
+    if marks is not None:
+        result.warnings = marks.warnings(trained)
+    return result
+
+
+class _RenderedMarks:
+    """A conversation rendered with marks: which field each part of the text comes from."""
+
+    def __init__(self, template: ChatTemplate, conversation: Conversation, marked: MarkedConversation) -> None:
+        self._template = template
+        self._conversation = conversation.with_messages(marked.messages)
+        self._marked = marked
+        self._text = template.text(self._conversation)
+        self._runs = self._runs_in(self._text)
+
+    @classmethod
+    def of(cls, template: ChatTemplate, conversation: Conversation, text: str) -> _RenderedMarks | None:
+        """None where the template gives the marked conversation another structure."""
+        try:
+            rendered = cls(template, conversation, MarkedConversation.of(conversation.messages))
+        except (TemplateError, Unmarkable):
+            return None
+        return rendered if rendered._has_structure_of(text) else None
+
+    def spans(self, index: int) -> list[Span] | None:
+        """The spans of an answer, empty where the template renders nothing of it; None where they cannot be located."""
+        through = self._beginning(index + 1)
+        own = self._own_runs(index, through)
+        if not own:
+            return [] if self._is_unrendered(index) else None
+        parts: list[list[_Run]] = [[]]
+        for place, run in enumerate(own):
+            # Text of other messages between two parts of an answer: a tool's result that is rendered within the turn.
+            if place and self._runs[own[place - 1].place + 1].message != index:
+                parts.append([])
+            parts[-1].append(run)
+        return [
+            (
+                self._start(index, part[0]) if place == 0 else self._start_after_tag(part[0]),
+                self._end(part[-1], through, is_last=place + 1 == len(parts)),
+            )
+            for place, part in enumerate(parts)
+        ]
+
+    def warnings(self, trained: Sequence[bool]) -> list[tuple[int | None, str, str]]:
+        """The fields that the template leaves out, whole or in part, and the tools that it does not render."""
+        rendered: dict[Field, int] = {}
+        for run in self._runs:
+            rendered[run.field] = rendered.get(run.field, 0) + run.end - run.start
+        warnings: list[tuple[int | None, str, str]] = []
+        for entry in self._marked.fields:
+            reason = _loss(entry, rendered.get(entry, 0), self._conversation.messages, trained)
+            if reason is not None:
+                warnings.append((entry.message, entry.pointer, reason))
+        for place, tool in enumerate(self._conversation.tools or ()):
+            name = _tool_name(tool)
+            if name and name not in self._text:
+                warnings.append((None, f"/tools/{place}", "the chat template does not render this tool"))
+        return warnings
+
+    def _has_structure_of(self, text: str) -> bool:
+        if len(text) != len(self._text):
+            return False
+        end = 0
+        for run in self._runs:
+            if text[end : run.start] != self._text[end : run.start]:
+                return False
+            end = run.end
+        return text[end:] == self._text[end:]
+
+    def _runs_in(self, text: str) -> list[_Run]:
+        return [
+            _Run(place, match.start(), match.end(), self._marked.field_of(match[1]))
+            for place, match in enumerate(MARKS.finditer(text))
+        ]
+
+    def _beginning(self, messages: int, add_generation_prompt: bool = False) -> str:
+        """The first messages, rendered with marks; empty where the template refuses them."""
+        if messages == len(self._conversation.messages) and not add_generation_prompt:
+            return self._text
+        beginning = self._conversation.with_messages(self._conversation.messages[:messages])
+        try:
+            return self._template.text(beginning, add_generation_prompt)
+        except TemplateError:
+            return ""
+
+    def _own_runs(self, index: int, through: str) -> list[_Run]:
+        """The runs of a message, without those that a later turn repeats, such as a function's name in its result."""
+        allowed: dict[Field, int] = {}
+        for run in self._runs_in(through):
+            allowed[run.field] = allowed.get(run.field, 0) + run.end - run.start
+        own = []
+        for run in self._runs:
+            if run.message != index:
+                continue
+            allowed[run.field] = allowed.get(run.field, 0) - (run.end - run.start)
+            if not through or allowed[run.field] >= 0:
+                own.append(run)
+        return own
+
+    def _start(self, index: int, first: _Run) -> int:
+        """The end of what the template writes before an answer: the generation prompt, as far as it is in the text."""
+        prompt = self._beginning(index, add_generation_prompt=True)
+        prompt = prompt[_end_of_last_run(prompt) :]
+        before = self._runs[first.place - 1].end if first.place else 0
+        return before + _common_length(prompt, self._text[before : first.start])
+
+    def _start_after_tag(self, first: _Run) -> int:
+        before = self._runs[first.place - 1].end
+        tags = list(TAG.finditer(self._text, before, first.start))
+        return tags[-1].end() if tags else first.start
+
+    def _end(self, last: _Run, through: str, *, is_last: bool) -> int:
+        """The end of what the template writes after an answer that ends the conversation.
+
+        Where the answer ends otherwise when turns follow it, as with <|end|> for <|return|>, it ends with that tag.
+        """
+        after = self._runs[last.place + 1].start if last.place + 1 < len(self._runs) else len(self._text)
+        closing = through[_end_of_last_run(through) :] if is_last else ""
+        following = self._text[last.end : after]
+        common = _common_length(closing, following)
+        if common < len(closing) or not through or not is_last:
+            tag = TAG.search(self._text, last.end, after)
+            return tag.end() if tag else last.end + common
+        return last.end + common
+
+    def _is_unrendered(self, index: int) -> bool:
+        return all(run.message != index for run in self._runs)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run of one mark in a text, and its place among the runs."""
+
+    place: int
+    start: int
+    end: int
+    field: Field
+
+    @property
+    def message(self) -> int:
+        return self.field.message
+
+
+def _spans_of_blocks(
+    blocks: Sequence[Span], messages: Sequence[Message], trained: Sequence[bool]
+) -> dict[int, list[Span] | None] | None:
+    """The generation blocks of each trained answer; None where they cannot be assigned to the answers."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not blocks:
+        return None
+    if len(blocks) == len(answers):
+        return {index: [block] for index, block in zip(answers, blocks, strict=True) if trained[index]}
+    if answers and answers == [index for index, is_trained in enumerate(trained) if is_trained]:
+        return {index: [*blocks] if index == answers[0] else [] for index in answers}
+    return None
+
+
+def _span_after_prefix(
+    template: ChatTemplate, conversation: Conversation, text: str, index: int
+) -> list[Span] | None:
+    """The span of the answer where the conversation up to it, and through it, are prefixes of the text."""
+    messages = conversation.messages
+    try:
+        before = template.text(conversation.with_messages(messages[:index]), add_generation_prompt=True)
+        is_last = index + 1 == len(messages)
+        through = text if is_last else template.text(conversation.with_messages(messages[: index + 1]))
+    except TemplateError:
+        return None
+    is_prefix = text.startswith(through) and through.startswith(before) and len(before) < len(through)
+    return [(len(before), len(through))] if is_prefix else None
+
+
+def _is_plainly_rendered(message: Message, text: str) -> bool:
+    """Whether the text certainly contains all that the message says."""
+    content = message.get("content") or ""
+    is_plain = isinstance(content, str) and not message.get("tool_calls") and reasoning(message) is None
+    return is_plain and content.strip() in text
+
+
+def _loss(entry: Field, rendered: int, messages: Sequence[Message], trained: Sequence[bool]) -> str | None:
+    """What the template leaves out of a field, and what follows from it; None where it renders all of it."""
+    if rendered >= entry.marks or not entry.marks:
+        return None
+    if entry.pointer == "/content":
+        what = "the message" if rendered == 0 else "a part of the message"
+        content = messages[entry.message]["content"]
+        if "<think>" in content or "</think>" in content:
+            what = "the thought in the message"
+    elif entry.pointer.startswith("/tool_calls"):
+        what = "the tool call" if entry.pointer.endswith("/name") else "the arguments of the tool call"
+    else:
+        what = "the reasoning"
+    consequence = "which is not trained" if trained[entry.message] else "which the model does not see"
+    return f"the chat template leaves out {what}, {consequence}"
+
+
+def _tool_name(tool: Any) -> str | None:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _end_of_last_run(text: str) -> int:
+    return max((match.end() for match in MARKS.finditer(text)), default=0)
+
+
+def _common_length(expected: str, text: str) -> int:
+    """The length of the common beginning; a tag of `expected` that the text does not have in full is not in it."""
+    common = len(os.path.commonprefix([expected, text]))  # noqa: RUF071 - characters are meant
+    for tag in TAG.finditer(expected):
+        if tag.start() < common < tag.end():
+            return tag.start()
+    return common

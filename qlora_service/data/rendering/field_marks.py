@@ -1,0 +1,143 @@
+"""Marked conversations: their letters are replaced by characters that tell, in the rendered text, where they come from.
+
+Each text field of a message (content, reasoning, the name and the arguments of each tool call) has its own mark, a
+private-use character. The template's structure stays as it is, because everything that templates look for is kept:
+lengths, white space, punctuation, and tags such as `</think>` or `[TOOL_CALLS]`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_service.data.rendering.chat_template import REASONING_KEYS, Message, reasoning
+
+TAG = re.compile(r"(<[^<>\s][^<>]{0,60}>|\[/?[A-Z_]+\])")
+"""Text that a template may look for, and that may be a special token"""
+MARKS = re.compile("([\U000f0000-\U000ffffd])\\1*")
+"""A run of one mark. The Supplementary Private Use Area-A has no meaning in templates."""
+
+_FIRST_MARK = 0xF0000
+_MAX_FIELDS = 0xFFFE
+_LETTER = re.compile(r"[^\W_]|[^\x00-\x7f\s]")
+_VISIBLE = re.compile(r"\S")
+_JSON_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
+_JSON_ESCAPE = re.compile(r"(\\u[0-9a-fA-F]{4}|\\.)")
+
+
+class Unmarkable(Exception):
+    """The conversation has more fields than there are marks."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A text field: the index of its message, its JSON pointer in the message, and the number of its marks."""
+
+    message: int
+    pointer: str
+    marks: int
+
+
+@dataclass
+class MarkedConversation:
+    """The messages with marks, and the field of each mark in `fields`."""
+
+    messages: list[Message]
+    fields: list[Field]
+
+    @classmethod
+    def of(cls, messages: Iterable[Message]) -> MarkedConversation:
+        """Raises: Unmarkable."""
+        marked = cls([], [])
+        for index, message in enumerate(messages):
+            marked.messages.append(marked._message(index, message))
+        return marked
+
+    def field_of(self, mark: str) -> Field:
+        return self.fields[ord(mark) - _FIRST_MARK]
+
+    def _message(self, index: int, message: Message) -> Message:
+        result = dict(message)
+        if isinstance(message.get("content"), str):
+            result["content"] = self._text(index, "/content", message["content"])
+        if isinstance(thought := reasoning(message), str):
+            used = next(key for key in REASONING_KEYS if message.get(key) is not None)
+            marked = self._text(index, f"/{used}", thought)
+            # Templates read any of the names; transformers' aliases are equal texts.
+            result |= {key: marked for key in REASONING_KEYS if message.get(key) == thought}
+        if isinstance(message.get("tool_calls"), list):
+            result["tool_calls"] = [
+                self._call(index, f"/tool_calls/{position}", call)
+                for position, call in enumerate(message["tool_calls"])
+            ]
+        return result
+
+    def _call(self, index: int, pointer: str, call: Any) -> Any:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            return call
+        marked = dict(function)
+        if isinstance(function.get("name"), str):
+            marked["name"] = self._text(index, f"{pointer}/function/name", function["name"])
+        if function.get("arguments"):
+            mark = self._next_mark()
+            marked["arguments"] = _mark_arguments(function["arguments"], mark)
+            count = _count(marked["arguments"], mark)
+            self.fields.append(Field(index, f"{pointer}/function/arguments", count))
+        return {**call, "function": marked}
+
+    def _text(self, index: int, pointer: str, text: str) -> str:
+        mark = self._next_mark()
+        marked = mark_text(text, mark)
+        self.fields.append(Field(index, pointer, marked.count(mark)))
+        return marked
+
+    def _next_mark(self) -> str:
+        if len(self.fields) >= _MAX_FIELDS:
+            raise Unmarkable
+        return chr(_FIRST_MARK + len(self.fields))
+
+
+def mark_text(text: str, mark: str) -> str:
+    """The text with marks for its letters and digits; tags are kept unless there is nothing else."""
+    pieces = TAG.split(text)
+    # Odd pieces are tags.
+    marked = [piece if place % 2 else _mark_piece(piece, mark) for place, piece in enumerate(pieces)]
+    result = "".join(marked)
+    return result if mark in result else _LETTER.sub(mark, text)
+
+
+def _mark_piece(piece: str, mark: str) -> str:
+    marked, count = _LETTER.subn(mark, piece)
+    return marked if count else _VISIBLE.sub(mark, piece)
+
+
+def _mark_arguments(value: Any, mark: str) -> Any:
+    """Arguments with marks in their strings; numbers and keys are kept, which templates compare and sort."""
+    if isinstance(value, str):
+        return _JSON_STRING.sub(lambda literal: f'"{_mark_literal(literal[1], mark)}"', value)
+    return _mark_leaves(value, mark)
+
+
+def _mark_literal(literal: str, mark: str) -> str:
+    """A JSON string's source with marks; escape sequences are kept."""
+    pieces = _JSON_ESCAPE.split(literal)
+    return "".join(piece if place % 2 else mark_text(piece, mark) for place, piece in enumerate(pieces))
+
+
+def _mark_leaves(value: Any, mark: str) -> Any:
+    if isinstance(value, str):
+        return mark_text(value, mark)
+    if isinstance(value, dict):
+        return {key: _mark_leaves(entry, mark) for key, entry in value.items()}
+    return [_mark_leaves(entry, mark) for entry in value] if isinstance(value, list) else value
+
+
+def _count(value: Any, mark: str) -> int:
+    if isinstance(value, str):
+        return value.count(mark)
+    if isinstance(value, dict):
+        return sum(_count(entry, mark) for entry in value.values())
+    return sum(_count(entry, mark) for entry in value) if isinstance(value, list) else 0

@@ -1,0 +1,77 @@
+"""The form in which a template renders the arguments of tool calls: JSON text, as OpenAI sends them, or an object."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from qlora_service.data.rendering.chat_template import ChatTemplate, Conversation, Message, TemplateError
+
+Form = Literal["text", "object"]
+
+_OBJECT = {"city": "Oslo"}
+_TEXT = json.dumps(_OBJECT)
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "A city"}}},
+    },
+}
+
+
+def required_form(template: ChatTemplate) -> Form | None:
+    """The only form that the template renders right; None where both forms, or neither, are rendered right."""
+    text = _rendered(template, _TEXT)
+    # The text itself, not quoted and escaped as a JSON string.
+    renders_text = _TEXT in text
+    text = _rendered(template, _OBJECT)
+    # The value, not in Python's notation of a dict.
+    renders_object = _OBJECT["city"] in text and str(_OBJECT) not in text
+    if renders_text == renders_object:
+        return None
+    return "text" if renders_text else "object"
+
+
+def with_arguments_as(form: Form, message: Message) -> Message:
+    """The message with the arguments of its tool calls in the given form."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_converted(form, call) for call in calls]}
+
+
+def _converted(form: Form, call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    arguments = function.get("arguments")
+    if form == "object" and isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return call
+    elif form == "text" and isinstance(arguments, dict):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    else:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _rendered(template: ChatTemplate, arguments: Any) -> str:
+    """A sample conversation with one tool call; empty where the template refuses it with and without a result."""
+    # Mistral's templates accept only ids of nine letters and digits.
+    call = {"id": "weather01", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages: list[Message] = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "weather", "tool_call_id": "weather01", "content": "sunny"},
+        {"role": "assistant", "content": "Sunny."},
+    ]
+    for count in (4, 2):
+        try:
+            return template.text(Conversation(tuple(messages[:count]), [_TOOL]))
+        except TemplateError:
+            continue
+    return ""
