@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks NAME [--OPTION …]`: figures as JSON lines; a ratio compares two values of the same run."""
+"""`python -m tests.benchmarks NAME [OPTION…]`: figures as JSON lines; a ratio compares two values of the same run."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from typing import Any
 from tests.benchmarks._rendering import families
 from tests.benchmarks._rendering.comparison import Comparison, Outcome, compare
 from tests.benchmarks._rendering.conversations import conversations
-from tests.benchmarks._rendering.reference import Family, collapsed
+from tests.benchmarks._rendering.reference import Family
 
 COLUMNS = {
     "rendered": None,
@@ -61,8 +61,7 @@ def compared(family_names: Iterable[str], kinds: Sequence[str]) -> Iterator[Comp
 def _print_table(comparisons: Sequence[Comparison]) -> None:
     for it in comparisons:
         if it.outcome in _SHOWN:
-            lines = "\n".join(collapsed(line, 1_000) for line in it.detail.split("\n  "))
-            print(f"{it.family} | {it.kind} | {it.outcome}\n  {lines}".replace("\n", "\n  "), file=sys.stderr)
+            print(f"{it.family} | {it.kind} | {it.outcome}\n{it.detail}\n", file=sys.stderr)
     print(f"\n{'family':24}" + "".join(f"{name:>20}" for name in COLUMNS), file=sys.stderr)
     for family in [*dict.fromkeys(it.family for it in comparisons), "all"]:
         counts = _counts([it for it in comparisons if family in (it.family, "all")])

@@ -94,11 +94,11 @@ def compare(family: Family, kinds: dict[str, Row]) -> Iterator[Comparison]:
         yield _compared(family, kind, rows[kind], references[kind], result)
 
 
-def marked(text: str, spans: Sequence[Span]) -> str:
-    """The text with ⟦ ⟧ around the spans."""
+def marked(text: str, spans: Sequence[Span], first: int = 0) -> str:
+    """The text from shortly before the character `first`, with ⟦ ⟧ around the spans."""
     for start, end in sorted(spans, reverse=True):
         text = f"{text[:start]}⟦{text[start:end]}⟧{text[end:]}"
-    return text
+    return text[max(0, first - 30) :]
 
 
 def _rendered(family: Family, rows: dict[str, Row]) -> dict[str, RenderedRow | str]:
@@ -121,7 +121,7 @@ def _compared(family: Family, kind: str, row: Row, reference: Reference, result:
     if isinstance(result, str):
         if not any(words in reference.text for words in _answers(row["messages"])):
             return Comparison(family.name, kind, Outcome.REFUSAL_EXPLAINED, (NOTHING_PRINTED,), result)
-        return Comparison(family.name, kind, Outcome.REFUSED, detail=f"{result}\n  {_reference_marks(reference)}")
+        return Comparison(family.name, kind, Outcome.REFUSED, detail=f"{result}\nmarks   {_reference_marks(reference)}")
     if result.input_ids != reference.ids:
         if result.input_ids == reference.other_ids:
             return Comparison(family.name, kind, Outcome.OTHER_IDS_EXPLAINED, (BRACES,))
@@ -138,7 +138,9 @@ def _compared(family: Family, kind: str, row: Row, reference: Reference, result:
         named = tuple(dict.fromkeys(reason for reason in reasons if reason is not None))
         return Comparison(family.name, kind, Outcome.EXPLAINED, named)
     ours = _spans(reference.offsets, result.trained)
-    detail = f"marks   {marked(reference.text, wanted)}\n  service {marked(reference.text, ours)}"
+    unlike = [difference.span for difference, reason in zip(differences, reasons, strict=True) if reason is None]
+    start = min(span[0] for span in [*wanted, *ours, *unlike])
+    detail = f"marks   {marked(reference.text, wanted, start)}\nservice {marked(reference.text, ours, start)}"
     return Comparison(family.name, kind, Outcome.UNEXPLAINED, detail=detail)
 
 
@@ -175,12 +177,14 @@ def _other_text(reference: Reference, result: RenderedRow) -> str:
     pairs = zip(reference.text, result.text, strict=False)
     same = next((place for place, (left, right) in enumerate(pairs) if left != right), None)
     start = max(0, (min(len(reference.text), len(result.text)) if same is None else same) - 60)
-    return f"transformers …{reference.text[start : start + 300]}\n  service      …{result.text[start : start + 300]}"
+    return f"transformers …{reference.text[start : start + 300]}\nservice      …{result.text[start : start + 300]}"
 
 
 def _reference_marks(reference: Reference) -> str:
     marks = reference.trl or reference.own
-    return reference.text if marks is None else marked(reference.text, marks.spans)
+    if marks is None or not marks.spans:
+        return reference.text
+    return marked(reference.text, marks.spans, marks.spans[0][0])
 
 
 def _answers(messages: Sequence[Message]) -> list[str]:

@@ -1,5 +1,7 @@
 """Rows of every kind of conversation, as a user would send them."""
 
+# ruff: noqa: RUF001 - full-width characters are meant
+
 from __future__ import annotations
 
 import json

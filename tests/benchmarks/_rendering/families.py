@@ -1,5 +1,7 @@
 """Model directories of the template families in `trl/chat_templates`, each with a small tokenizer of its own."""
 
+# ruff: noqa: RUF001 - full-width characters are meant
+
 from __future__ import annotations
 
 import json

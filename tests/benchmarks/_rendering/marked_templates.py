@@ -4,6 +4,8 @@ A copy is the installed template with the replacements below. The marks hold eve
 assistant turn: thoughts, words, calls and the end token, without the header that the generation prompt writes.
 """
 
+# ruff: noqa: RUF001 - full-width characters are meant
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from tests.benchmarks._rendering import families
 from tests.benchmarks._rendering.conversations import Message, Row
 from tests.benchmarks._rendering.marked_templates import marked_template
+from tests.benchmarks._rendering.turns import Span, merged, turns
 
-Span = tuple[int, int]
 # Characters before a turn that find its place in the text of the generation prompt.
 _HEADER_CHARS = 8
 
@@ -48,7 +47,7 @@ class Marks:
     @property
     def generated(self) -> tuple[Span, ...]:
         """The spans without what the generation prompt writes, with the stop tokens."""
-        return tuple(_merged([*_without(self.spans, [prompt.span for prompt in self.prompts]), *self.stops]))
+        return tuple(merged([*_without(self.spans, [prompt.span for prompt in self.prompts]), *self.stops]))
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ class Family:
                 tokenize=tokenize,
                 **row.get("chat_template_kwargs", {}),
             )
-        except Exception as error:  # noqa: BLE001 - a template may raise anything
+        except Exception as error:  # a template may raise anything
             raise NotRendered(f"{type(error).__name__}: {error}") from None
 
     def _prints(self, content: Any, words: str) -> bool:
@@ -171,19 +170,18 @@ class Family:
             return None
         try:
             marked_text, blocks = self._render(template, row, row["messages"])
-        except Exception:  # noqa: BLE001 - a training template may refuse what the family's own template renders
+        except Exception:  # a training template may refuse what the family's own template renders
             return None
         if marked_text != text:
             return None
         spans, prompts, row_prompts = [], [], []
-        messages = row["messages"]
-        for index, turn in _turns(text, messages, blocks):
-            if messages[index].get("weight") == 0:
+        by_message = turns(row["messages"], blocks, lambda messages: self._render(template, row, messages))
+        for index, turn in by_message.items():
+            if row["messages"][index].get("weight") == 0:
                 continue
-            spans += turn
+            spans += [self._without_line_break(text, span) for span in turn]
             prompts += self._prompt({**row, "chat_template_kwargs": {}}, index, text, turn[0][0])
             row_prompts += self._prompt(row, index, text, turn[0][0])
-        spans = [self._without_line_break(text, span) for span in spans]
         return Marks(tuple(spans), tuple(prompts), tuple(row_prompts), tuple(self._stops_after(text, spans)))
 
     def _render(
@@ -204,7 +202,7 @@ class Family:
         """What the generation prompt before message `index` writes of the text at `start`; empty without any."""
         try:
             written, _ = self._render(families.template(self.name), row, row["messages"][:index], prompt=True)
-        except Exception:  # noqa: BLE001 - a template may refuse the conversation before a turn
+        except Exception:  # a template may refuse the conversation before a turn
             return []
         header = text[max(0, start - _HEADER_CHARS) : start]
         place = written.rfind(header)
@@ -226,40 +224,6 @@ class Family:
             elif stop == "<|tool_response>":
                 # The stop token of Gemma 4's calls, which end with a special token of their own.
                 yield end, end + len(stop)
-
-
-def _turns(text: str, messages: Sequence[Message], blocks: Sequence[Span]) -> Iterator[tuple[int, list[Span]]]:
-    """The merged blocks of each assistant message. A message's blocks come after the text of the message before it.
-
-    Assistant messages in a row have a block each, or the first has all blocks.
-    """
-    left = [block for block in blocks if block[0] < block[1]]
-    place = 0
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            found = text.find(_words(message), place)
-            place = place if found < 0 else found
-            continue
-        following = next((later for later in messages[index + 1 :] if later["role"] != "assistant"), None)
-        after = len(text) if following is None else text.find(_words(following), place + 1)
-        own = [block for block in left if place <= block[0] < (len(text) if after < 0 else after)]
-        in_a_row = next((n for n, later in enumerate(messages[index:]) if later["role"] != "assistant"), None)
-        if len(own) == (len(messages) - index if in_a_row is None else in_a_row):
-            own = own[:1]
-        left = [block for block in left if block not in own]
-        if own:
-            yield index, _merged(own)
-    assert not left, "every block belongs to a turn"
-
-
-def _merged(blocks: Sequence[Span]) -> list[Span]:
-    merged: list[Span] = []
-    for start, end in sorted(blocks):
-        if merged and merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], end)
-        else:
-            merged.append((start, end))
-    return merged
 
 
 def _without(spans: Sequence[Span], removed: Sequence[Span]) -> Iterator[Span]:
@@ -296,9 +260,3 @@ def _with_arguments(row: Row, change: Callable[[Any], Any]) -> Row:
         for call in message.get("tool_calls") or ():
             call["function"]["arguments"] = change(call["function"]["arguments"])
     return changed
-
-
-def collapsed(text: str, chars: int = 400) -> str:
-    """The text in one line, without its middle where it is long."""
-    line = re.sub(r"\n", "⏎", text)
-    return line if len(line) <= chars else f"{line[: chars // 3]} … {line[-2 * chars // 3 :]}"
