@@ -97,6 +97,9 @@ def _figures(comparisons: Sequence[Comparison]) -> Iterator[dict[str, Any]]:
     )
     yield _figure("masks with a difference explained", counts["explained"], "rows")
     yield _figure("rows with equal ids without marks to compare", counts["no marks"], "rows")
+    agreements = [it.copy_agrees for it in comparisons if it.copy_agrees is not None]
+    yield _figure("rows that TRL's template and the marked copy render", len(agreements), "rows")
+    yield _figure("share of them with the same marks", _share(sum(agreements), len(agreements)), "", must=1)
 
 
 def _share(part: int, whole: int) -> float:

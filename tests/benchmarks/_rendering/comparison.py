@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from itertools import groupby
@@ -39,43 +39,47 @@ class Comparison:
     outcome: Outcome
     reasons: tuple[str, ...] = ()
     detail: str = ""
+    copy_agrees: bool | None = None
+    """Whether the family's marked copy has TRL's marks; None where not both render the text"""
 
 
 @dataclass(frozen=True)
 class Difference:
     """Consecutive tokens on whose training the service and the marks disagree. `trained`: by the service."""
 
-    span: Span
+    tokens: tuple[Span, ...]
     trained: bool
     text: str
     marks: Marks
     family: Family
 
     @property
-    def words(self) -> str:
-        return self.text[slice(*self.span)]
+    def span(self) -> Span:
+        return self.tokens[0][0], self.tokens[-1][1]
+
+    def is_in(self, spans: Iterable[Span]) -> bool:
+        """Whether one of the spans holds all of it."""
+        return any(start <= self.span[0] and self.span[1] <= end for start, end in spans)
 
 
 # A difference has the first reason that applies.
 REASONS: dict[str, Callable[[Difference], bool]] = {
-    "the generation prompt writes it": lambda it: (
-        not it.trained and any(_within(it.span, prompt.span) for prompt in it.marks.prompts)
-    ),
+    "the generation prompt writes it": lambda it: not it.trained and it.is_in(p.span for p in it.marks.prompts),
     "the generation prompt with the row's arguments writes it": lambda it: (
-        not it.trained and any(_within(it.span, prompt.span) for prompt in it.marks.row_prompts)
+        not it.trained and it.is_in(p.span for p in it.marks.row_prompts)
     ),
     "the generation prompt would go on otherwise": lambda it: (
-        it.trained and any(_within(it.span, prompt.span) and not prompt.whole for prompt in it.marks.prompts)
+        it.trained and it.is_in(p.span for p in it.marks.prompts if not p.whole)
     ),
     "the token ends generation, and the template writes it after the turn": lambda it: (
-        it.trained and any(_within(it.span, stop) for stop in it.marks.stops)
+        it.trained and it.is_in(it.marks.stops)
     ),
-    "a second end token after the turn's own": lambda it: (
+    "a second end token after the last turn's own": lambda it: (
         not it.trained
-        and it.words.strip() in it.family.special
-        and it.text[: it.span[0]].rstrip().endswith(it.family.special)
+        and it.text[it.span[0] :].strip() in it.family.stops
+        and it.text[: it.span[0]].rstrip().endswith(it.family.stops)
     ),
-    "a token across the edge of the turn": lambda it: any(_straddles(it.span, span) for span in it.marks.spans),
+    "a token across the edge of the turn": lambda it: all(_straddles(token, it.marks.spans) for token in it.tokens),
 }
 NOTHING_PRINTED = "the template prints nothing of the answers"
 BRACES = "the arguments as an object, where the template writes braces around their text"
@@ -91,7 +95,8 @@ def compare(family: Family, kinds: dict[str, Row]) -> Iterator[Comparison]:
         except NotRendered as error:
             yield Comparison(family.name, kind, Outcome.NOT_RENDERED, detail=str(error))
     for kind, result in _rendered(family, {kind: rows[kind] for kind in references}).items():
-        yield _compared(family, kind, rows[kind], references[kind], result)
+        comparison = _compared(family, kind, rows[kind], references[kind], result)
+        yield replace(comparison, copy_agrees=references[kind].copy_agrees)
 
 
 def marked(text: str, spans: Sequence[Span], first: int = 0) -> str:
@@ -151,9 +156,8 @@ def _differences(
     sides = [None if ours == theirs else ours for ours, theirs in zip(trained, expected, strict=True)]
     for side, group in groupby(range(len(sides)), key=sides.__getitem__):
         if side is not None:
-            tokens = list(group)
-            span = reference.offsets[tokens[0]][0], reference.offsets[tokens[-1]][1]
-            yield Difference(span, side, reference.text, marks, family)
+            tokens = tuple(reference.offsets[token] for token in group)
+            yield Difference(tokens, side, reference.text, marks, family)
 
 
 def _reason(difference: Difference) -> str | None:
@@ -196,9 +200,5 @@ def _answers(messages: Sequence[Message]) -> list[str]:
     return [text.strip() for text in texts] + calls
 
 
-def _within(span: Span, outer: Span) -> bool:
-    return outer[0] <= span[0] and span[1] <= outer[1]
-
-
-def _straddles(span: Span, edge: Span) -> bool:
-    return any(span[0] < place < span[1] for place in edge)
+def _straddles(token: Span, spans: Iterable[Span]) -> bool:
+    return any(token[0] < place < token[1] for span in spans for place in span)

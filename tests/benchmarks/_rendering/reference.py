@@ -65,6 +65,11 @@ class Reference:
     own: Marks | None
     other_ids: tuple[int, ...] | None = None
 
+    @property
+    def copy_agrees(self) -> bool | None:
+        """Whether TRL and the marked copy mark the same, up to the generation prompt; None without one of them."""
+        return None if self.trl is None or self.own is None else self.trl.generated == self.own.generated
+
 
 class NotRendered(Exception):
     """transformers does not render the row."""
@@ -77,8 +82,8 @@ class Family:
     name: str
     model_dir: Path
     special: tuple[str, ...] = ()
+    stops: tuple[str, ...] = ()
     wants_parts: bool = False
-    _stops: tuple[str, ...] = ()
     _tokenizer: Any = None
     _offsets: Tokenizer = field(default=None)
 
@@ -88,7 +93,7 @@ class Family:
         added = self._offsets.get_added_tokens_decoder().values()
         self.special = tuple(token.content for token in added if token.special)
         tokens = families.tokens_of(self.name)
-        self._stops = (tokens.eos, *tokens.stops)
+        self.stops = (tokens.eos, *tokens.stops)
         self.wants_parts = not self._prints("Words", "Words") and self._prints(_parts("Words"), "Words")
 
     def as_sent(self, row: Row) -> Row:
@@ -218,7 +223,7 @@ class Family:
 
     def _stops_after(self, text: str, spans: Sequence[Span]) -> Iterator[Span]:
         for start, end in spans:
-            stop = next((stop for stop in self._stops if text.startswith(stop, end)), None)
+            stop = next((stop for stop in self.stops if text.startswith(stop, end)), None)
             if stop is not None and not text[start:end].endswith(self.special):
                 yield end, end + len(stop)
             elif stop == "<|tool_response>":
