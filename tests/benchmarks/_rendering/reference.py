@@ -117,8 +117,8 @@ class Family:
             text,
             ids,
             tuple(encoding.offsets),
-            self._marks(training, row, text),
-            self._marks(own, row, text),
+            self._marks(training, row, text, encoding.offsets),
+            self._marks(own, row, text, encoding.offsets),
             None if other is None else self._ids(other),
         )
 
@@ -169,7 +169,7 @@ class Family:
         except NotRendered:
             return False
 
-    def _marks(self, template: str | None, row: Row, text: str) -> Marks | None:
+    def _marks(self, template: str | None, row: Row, text: str, tokens: Sequence[Span]) -> Marks | None:
         """The marks of the trained turns; None where the template renders another text."""
         if template is None:
             return None
@@ -185,8 +185,8 @@ class Family:
             if row["messages"][index].get("weight") == 0:
                 continue
             spans += [self._without_line_break(text, span) for span in turn]
-            prompts += self._prompt({**row, "chat_template_kwargs": {}}, index, text, turn[0][0])
-            row_prompts += self._prompt(row, index, text, turn[0][0])
+            prompts += self._prompt({**row, "chat_template_kwargs": {}}, index, text[: turn[0][1]], turn[0][0], tokens)
+            row_prompts += self._prompt(row, index, text[: turn[0][1]], turn[0][0], tokens)
         return Marks(tuple(spans), tuple(prompts), tuple(row_prompts), tuple(self._stops_after(text, spans)))
 
     def _render(
@@ -203,7 +203,7 @@ class Family:
         )
         return text, spans
 
-    def _prompt(self, row: Row, index: int, text: str, start: int) -> list[Prompt]:
+    def _prompt(self, row: Row, index: int, text: str, start: int, tokens: Sequence[Span]) -> list[Prompt]:
         """What the generation prompt before message `index` writes of the text at `start`; empty without any."""
         try:
             written, _ = self._render(families.template(self.name), row, row["messages"][:index], prompt=True)
@@ -213,7 +213,12 @@ class Family:
         place = written.rfind(header)
         rest = "" if place < 0 else written[place + len(header) :]
         common = len(os.path.commonprefix([rest, text[start:]]))  # noqa: RUF071 - characters are meant
-        return [Prompt((start, start + common), common == len(rest))] if common else []
+        end = start + common
+        if whole := common == len(rest):
+            return [Prompt((start, end), whole)] if common else []
+        # The prompt goes on otherwise: whole tokens are in both.
+        end = max((last for _, last in tokens if last <= end), default=0)
+        return [Prompt((start, end), whole)] if end > start else []
 
     def _without_line_break(self, text: str, span: Span) -> Span:
         """The span up to its last token that ends a turn, if only white space follows that token."""
