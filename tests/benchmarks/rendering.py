@@ -10,7 +10,6 @@ the family's own template (`_rendering/marked_templates.py`).
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import tempfile
 from collections import Counter
@@ -41,8 +40,6 @@ def figures(*arguments: str) -> Iterator[dict[str, Any]]:
     parser.add_argument("--family", action="append", choices=families.names(), help="may be repeated; default: all")
     parser.add_argument("--kind", action="append", choices=list(conversations()), help="may be repeated; default: all")
     options = parser.parse_args(arguments)
-    # transformers warns that the families' own templates have no marks.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     comparisons = list(compared(options.family or families.names(), options.kind or list(conversations())))
     _print_table(comparisons)
     yield from _figures(comparisons)

@@ -192,16 +192,16 @@ class Family:
     def _render(
         self, template: str, row: Row, messages: Sequence[Message], prompt: bool = False
     ) -> tuple[str, list[Span]]:
-        (text,), (spans,) = render_jinja_template(
+        (text,), blocks = render_jinja_template(
             conversations=[[{k: v for k, v in message.items() if v is not None} for message in messages]],
             tools=row.get("tools"),
             documents=row.get("documents"),
             chat_template=template,
-            return_assistant_tokens_mask=True,
+            return_assistant_tokens_mask=not prompt,
             add_generation_prompt=prompt,
             **{**self._tokenizer.special_tokens_map, **row.get("chat_template_kwargs", {})},
         )
-        return text, spans
+        return text, [block for spans in blocks for block in spans]
 
     def _prompt(self, row: Row, index: int, text: str, start: int, tokens: Sequence[Span]) -> list[Prompt]:
         """What the generation prompt before message `index` writes of the text at `start`; empty without any."""
@@ -244,18 +244,13 @@ def _without(spans: Sequence[Span], removed: Sequence[Span]) -> Iterator[Span]:
             yield first, end
 
 
-def _words(message: Message) -> str:
-    content = message.get("content") or ""
-    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    return text.strip()
-
-
 def _parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
 
 def _joined(message: Message) -> Message:
-    return {**message, "content": _words(message)} if isinstance(message.get("content"), list) else message
+    content = message.get("content")
+    return {**message, "content": "".join(part["text"] for part in content)} if isinstance(content, list) else message
 
 
 def _arguments(row: Row) -> Iterator[Any]:
