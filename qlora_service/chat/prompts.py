@@ -12,7 +12,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from qlora_service.data.rendering.chat_template import PROBES
 from qlora_service.data.rendering.renderer import PLAIN_TEMPLATE
 from qlora_service.data.rendering.template_process import TemplateProcess
 from qlora_service.data.rendering.tokenizer_settings import read_tokenizer_settings
@@ -21,6 +20,8 @@ from qlora_service.errors import InvalidDataset, InvalidModel, InvalidRequest
 
 MAX_TEMPLATE_PROCESSES = 4
 """Compiled chat templates in the cache, each in its own process"""
+# A private-use character, without a meaning in tokenizers and templates.
+_ANSWER = "\ue000"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Prompts:
             InvalidRequest: the chat template refuses the conversation.
             InvalidModel: the template is not usable.
         """
-        answer = {"role": "assistant", "content": PROBES[0]}
+        answer = {"role": "assistant", "content": _ANSWER}
         trained = (*(False for _ in messages), True)
         chat = Chat((*messages, answer), trained, None if tools is None else tuple(tools))
         try:
@@ -87,7 +88,7 @@ class Prompts:
         if rendered.error is not None:
             raise InvalidRequest(rendered.error, location="messages")
         start, turn = rendered.spans[0][0], rendered.text[rendered.spans[0][0] : rendered.spans[-1][1]]
-        after_answer = turn[turn.find(PROBES[0]) + len(PROBES[0]) :]
+        after_answer = turn[turn.find(_ANSWER) + len(_ANSWER) :]
         return Prompt(tuple(self._ids(rendered.text[:start])), self._stop_ids | self._turn_end(after_answer))
 
     def text(self, text: str) -> Prompt:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_service.data.rendering.chat_template import (
+    REASONING_KEYS,
     ChatTemplate,
     Conversation,
     Message,
@@ -22,17 +23,24 @@ from qlora_service.data.rendering.chat_template import (
 )
 from qlora_service.data.rendering.field_marks import MARKS, TAG, Field, MarkedConversation, Unmarkable
 
+_FIELD_KEYS = {"content", "tool_calls", *REASONING_KEYS}
+
+
+class MessageWarning(NamedTuple):
+    """What the template does not render: the index of a message, None for the row, and a JSON pointer into it."""
+
+    message: int | None
+    pointer: str
+    reason: str
+
 
 @dataclass
 class LocatedAnswers:
-    """The text of a conversation, the spans of its trained answers, and warnings.
-
-    A warning is the index of a message (None for the row), a JSON pointer in the message, and the reason.
-    """
+    """The text of a conversation, the spans of its trained answers, and warnings."""
 
     text: str
     spans: list[Span] = field(default_factory=list)
-    warnings: list[tuple[int | None, str, str]] = field(default_factory=list)
+    warnings: list[MessageWarning] = field(default_factory=list)
 
 
 def locate_answers(template: ChatTemplate, conversation: Conversation, trained: Sequence[bool]) -> LocatedAnswers:
@@ -51,10 +59,10 @@ def locate_answers(template: ChatTemplate, conversation: Conversation, trained: 
             for index, is_trained in enumerate(trained)
             if is_trained
         }
-    if None not in spans.values() and all(_is_plainly_rendered(message, text) for message in messages):
-        if not conversation.tools:
-            result.spans = [span for found in spans.values() if found for span in found]
-            return result
+    is_plain = not conversation.tools and all(_is_plainly_rendered(message, text) for message in messages)
+    if is_plain and None not in spans.values():
+        result.spans = [span for found in spans.values() if found for span in found]
+        return result
     marks = _RenderedMarks.of(template, conversation, text)
     for index, found in spans.items():
         located = marks.spans(index) if found is None and marks is not None else found
@@ -93,32 +101,32 @@ class _RenderedMarks:
             return [] if self._is_unrendered(index) else None
         parts: list[list[_Run]] = [[]]
         for place, run in enumerate(own):
-            # Text of other messages between two parts of an answer: a tool's result that is rendered within the turn.
-            if place and self._runs[own[place - 1].place + 1].message != index:
+            # A tool's result between two parts of an answer: the template writes the answer's words after it.
+            if place and run.place > own[place - 1].place + 1:
                 parts.append([])
             parts[-1].append(run)
         return [
             (
-                self._start(index, part[0]) if place == 0 else self._start_after_tag(part[0]),
-                self._end(part[-1], through, is_last=place + 1 == len(parts)),
+                self._start(index, part[0]) if place == 0 else self._start_of_field(part[0]),
+                self._end(part[-1], through if part is parts[-1] else self._through_part(index, part)),
             )
             for place, part in enumerate(parts)
         ]
 
-    def warnings(self, trained: Sequence[bool]) -> list[tuple[int | None, str, str]]:
+    def warnings(self, trained: Sequence[bool]) -> list[MessageWarning]:
         """The fields that the template leaves out, whole or in part, and the tools that it does not render."""
         rendered: dict[Field, int] = {}
         for run in self._runs:
             rendered[run.field] = rendered.get(run.field, 0) + run.end - run.start
-        warnings: list[tuple[int | None, str, str]] = []
+        warnings = []
         for entry in self._marked.fields:
             reason = _loss(entry, rendered.get(entry, 0), self._conversation.messages, trained)
             if reason is not None:
-                warnings.append((entry.message, entry.pointer, reason))
+                warnings.append(MessageWarning(entry.message, entry.pointer, reason))
         for place, tool in enumerate(self._conversation.tools or ()):
             name = _tool_name(tool)
             if name and name not in self._text:
-                warnings.append((None, f"/tools/{place}", "the chat template does not render this tool"))
+                warnings.append(MessageWarning(None, f"/tools/{place}", "the chat template does not render this tool"))
         return warnings
 
     def _has_structure_of(self, text: str) -> bool:
@@ -166,26 +174,37 @@ class _RenderedMarks:
         prompt = self._beginning(index, add_generation_prompt=True)
         prompt = prompt[_end_of_last_run(prompt) :]
         before = self._runs[first.place - 1].end if first.place else 0
-        return before + _common_length(prompt, self._text[before : first.start])
+        start = before + _common_length(prompt, self._text[before : first.start])
+        return _after_header(self._text, start, self._template)
 
-    def _start_after_tag(self, first: _Run) -> int:
-        before = self._runs[first.place - 1].end
-        tags = list(TAG.finditer(self._text, before, first.start))
-        return tags[-1].end() if tags else first.start
+    def _start_of_field(self, first: _Run) -> int:
+        start = first.start - len(first.field.lead)
+        return start if self._text.startswith(first.field.lead, start) else first.start
 
-    def _end(self, last: _Run, through: str, *, is_last: bool) -> int:
-        """The end of what the template writes after an answer that ends the conversation.
+    def _end(self, last: _Run, through: str) -> int:
+        """The end of what the template writes after an answer: as in `through`, which ends with the answer.
 
         Where the answer ends otherwise when turns follow it, as with <|end|> for <|return|>, it ends with that tag.
         """
         after = self._runs[last.place + 1].start if last.place + 1 < len(self._runs) else len(self._text)
-        closing = through[_end_of_last_run(through) :] if is_last else ""
-        following = self._text[last.end : after]
-        common = _common_length(closing, following)
-        if common < len(closing) or not through or not is_last:
-            tag = TAG.search(self._text, last.end, after)
-            return tag.end() if tag else last.end + common
-        return last.end + common
+        closing = through[_end_of_last_run(through) :]
+        end = last.end + _common_length(closing, self._text[last.end : after])
+        if through and end == last.end + len(closing):
+            return end
+        tag = TAG.search(self._text, end, after)
+        is_end = tag is not None and not self._template.header.startswith(tag[0])
+        return tag.end() if tag is not None and is_end else end
+
+    def _through_part(self, index: int, part: Sequence[_Run]) -> str:
+        """The conversation through an answer that has only the fields of this part."""
+        rendered = {run.field.pointer.split("/")[1] for run in part}
+        message = self._conversation.messages[index]
+        shortened = {key: value for key, value in message.items() if key in rendered or key not in _FIELD_KEYS}
+        messages = [*self._conversation.messages[:index], shortened]
+        try:
+            return self._template.text(self._conversation.with_messages(messages))
+        except TemplateError:
+            return ""
 
     def _is_unrendered(self, index: int) -> bool:
         return all(run.message != index for run in self._runs)
@@ -219,9 +238,7 @@ def _spans_of_blocks(
     return None
 
 
-def _span_after_prefix(
-    template: ChatTemplate, conversation: Conversation, text: str, index: int
-) -> list[Span] | None:
+def _span_after_prefix(template: ChatTemplate, conversation: Conversation, text: str, index: int) -> list[Span] | None:
     """The span of the answer where the conversation up to it, and through it, are prefixes of the text."""
     messages = conversation.messages
     try:
@@ -230,8 +247,14 @@ def _span_after_prefix(
         through = text if is_last else template.text(conversation.with_messages(messages[: index + 1]))
     except TemplateError:
         return None
-    is_prefix = text.startswith(through) and through.startswith(before) and len(before) < len(through)
-    return [(len(before), len(through))] if is_prefix else None
+    start = _after_header(text, len(before), template)
+    is_prefix = text.startswith(through) and through.startswith(before) and start < len(through)
+    return [(start, len(through))] if is_prefix else None
+
+
+def _after_header(text: str, start: int, template: ChatTemplate) -> int:
+    """The end of an answer's header at `start`: templates that write it need not write it as a generation prompt."""
+    return start + len(template.header) if template.header and text.startswith(template.header, start) else start
 
 
 def _is_plainly_rendered(message: Message, text: str) -> bool:
@@ -245,10 +268,9 @@ def _loss(entry: Field, rendered: int, messages: Sequence[Message], trained: Seq
     """What the template leaves out of a field, and what follows from it; None where it renders all of it."""
     if rendered >= entry.marks or not entry.marks:
         return None
-    if entry.pointer == "/content":
+    if entry.pointer.startswith("/content"):
         what = "the message" if rendered == 0 else "a part of the message"
-        content = messages[entry.message]["content"]
-        if "<think>" in content or "</think>" in content:
+        if "</think>" in str(messages[entry.message]["content"]):
             what = "the thought in the message"
     elif entry.pointer.startswith("/tool_calls"):
         what = "the tool call" if entry.pointer.endswith("/name") else "the arguments of the tool call"

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -96,6 +97,16 @@ class ChatTemplate:
         ) as error:
             raise TemplateError(f"the chat template refused this conversation: {error}") from None
         return self._strip_marks(marked)
+
+    @cached_property
+    def header(self) -> str:
+        """What the template writes before an answer: its generation prompt after a user's message."""
+        question = Conversation(({"role": "user", "content": "Hello"},))
+        try:
+            text, with_header = self.text(question), self.text(question, add_generation_prompt=True)
+        except TemplateError:
+            return ""
+        return with_header.removeprefix(text) if with_header.startswith(text) else ""
 
     def _strip_marks(self, marked: str) -> tuple[str, list[Span]]:
         """The text without marks, and the spans between them."""

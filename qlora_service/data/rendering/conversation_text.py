@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from qlora_service.data.rendering.answer_spans import LocatedAnswers, locate_answers
+from qlora_service.data.rendering.answer_spans import LocatedAnswers, MessageWarning, locate_answers
 from qlora_service.data.rendering.chat_template import ChatTemplate, Conversation, Message, TemplateError
-from qlora_service.data.rendering.tool_arguments import Form, required_form, with_arguments_as
+from qlora_service.data.rendering.message_forms import (
+    ArgumentForm,
+    required_argument_form,
+    requires_parts,
+    with_arguments_as,
+    with_parts,
+)
 
 _OTHER_ROLES = {"developer": "system", "function": "tool"}
 """Roles of OpenAI's API that most templates do not know, and what they are called there"""
@@ -37,6 +43,8 @@ class ConversationText:
         """
         if any(message.get("tool_calls") for message in messages) and self._argument_form is not None:
             messages = [with_arguments_as(self._argument_form, message) for message in messages]
+        if self._requires_parts:
+            messages = [with_parts(message) for message in messages]
         conversation = Conversation(tuple(messages), tools or None, documents or None, arguments)
         unusual = [index for index, message in enumerate(messages) if message["role"] in _OTHER_ROLES]
         if not unusual:
@@ -50,8 +58,12 @@ class ConversationText:
         return self._with_older_roles(conversation, trained, located)
 
     @cached_property
-    def _argument_form(self) -> Form | None:
-        return required_form(self._template)
+    def _argument_form(self) -> ArgumentForm | None:
+        return required_argument_form(self._template)
+
+    @cached_property
+    def _requires_parts(self) -> bool:
+        return requires_parts(self._template)
 
     def _with_older_roles(
         self, conversation: Conversation, trained: Sequence[bool], located: LocatedAnswers | None
@@ -66,5 +78,5 @@ class ConversationText:
         for index, message in enumerate(conversation.messages):
             if (role := message["role"]) in _OTHER_ROLES:
                 reason = f"the chat template does not know the role {role}: rendered as {_OTHER_ROLES[role]}"
-                result.warnings.append((index, "/role", reason))
+                result.warnings.append(MessageWarning(index, "/role", reason))
         return result

@@ -33,11 +33,15 @@ class Unmarkable(Exception):
 
 @dataclass(frozen=True)
 class Field:
-    """A text field: the index of its message, its JSON pointer in the message, and the number of its marks."""
+    """A text field: the index of its message, its JSON pointer in the message, and the number of its marks.
+
+    `lead` is what stands before its first mark.
+    """
 
     message: int
     pointer: str
     marks: int
+    lead: str = ""
 
 
 @dataclass
@@ -60,8 +64,11 @@ class MarkedConversation:
 
     def _message(self, index: int, message: Message) -> Message:
         result = dict(message)
-        if isinstance(message.get("content"), str):
-            result["content"] = self._text(index, "/content", message["content"])
+        content = message.get("content")
+        if isinstance(content, str):
+            result["content"] = self._text(index, "/content", content)
+        elif isinstance(content, list):
+            result["content"] = [self._part(index, f"/content/{place}", part) for place, part in enumerate(content)]
         if isinstance(thought := reasoning(message), str):
             used = next(key for key in REASONING_KEYS if message.get(key) is not None)
             marked = self._text(index, f"/{used}", thought)
@@ -88,10 +95,14 @@ class MarkedConversation:
             self.fields.append(Field(index, f"{pointer}/function/arguments", count))
         return {**call, "function": marked}
 
+    def _part(self, index: int, pointer: str, part: Any) -> Any:
+        text = part.get("text") if isinstance(part, dict) else None
+        return {**part, "text": self._text(index, f"{pointer}/text", text)} if isinstance(text, str) else part
+
     def _text(self, index: int, pointer: str, text: str) -> str:
         mark = self._next_mark()
         marked = mark_text(text, mark)
-        self.fields.append(Field(index, pointer, marked.count(mark)))
+        self.fields.append(Field(index, pointer, marked.count(mark), marked[: max(0, marked.find(mark))].lstrip()))
         return marked
 
     def _next_mark(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -44,6 +44,11 @@ RowTexts = tuple[SourceRow, list[RenderedChat]]
 """A row, with the text and the trained character spans of each of its documents."""
 Encoded = tuple[Encoding, bool]
 """The tokens of a text, and whether the whole text is tokenized."""
+
+NO_END = (
+    "the chat template writes no token that ends the last answer: the model is not taught to stop there; "
+    "import the model with a template that writes one"
+)
 
 # For base models without a template; stored with the adapter, so that inference uses it too.
 PLAIN_TEMPLATE = (
@@ -225,12 +230,14 @@ class Renderer:
         is_chat = isinstance(document, Chat)
         if not is_chat and self._bos is not None and ids[:1] != [self._bos]:
             ids, trained = [self._bos, *ids], [False, *trained]
-        # A template ends a turn with a special token of its choice; plain text ends only with a stop token.
-        closing_ids = self._special_ids if is_chat else self._stop_ids
-        lacks_stop = bool(ids) and trained[-1] and ids[-1] not in closing_ids
-        if self._eos is not None and lacks_stop:
-            # Without a trained stop token after its answers, the adapter would never stop generating.
-            ids, trained = [*ids, self._eos], [*trained, True]
+        warnings = _warnings(row, rendered)
+        if self._eos is not None and ids and trained[-1] and ids[-1] not in self._ends(is_chat):
+            if is_chat and not self._special_ids.isdisjoint(ids[1:]):
+                # The ids are those of transformers, because the model has learned its template's turns.
+                warnings.append(Finding(NO_END, line=row.line, byte_offset=row.byte_offset))
+            else:
+                # Without a trained stop token after its answers, the adapter would never stop generating.
+                ids, trained = [*ids, self._eos], [*trained, True]
         # The objectives for rated answers do not use the tokens of the prompt.
         if self._rules.train_on == "all" and not isinstance(row.example, Preference | LabeledAnswer):
             trained = [True] * len(ids)
@@ -239,11 +246,17 @@ class Renderer:
         if cut and self._rules.too_long != "truncate":
             length = f"{len(ids)}" if is_whole else f"over {len(ids)}"
             return _unusable(row, f"{length} tokens long; max_seq_len_tokens is {limit}", too_long=len(ids))
-        result = RenderedRow(row.line, rendered.text, tuple(ids[:limit]), tuple(trained[:limit]), cut)
+        result = RenderedRow(
+            row.line, rendered.text, tuple(ids[:limit]), tuple(trained[:limit]), cut, warnings=tuple(warnings)
+        )
         if result.trained_tokens == 0:
             after = f" after {cut} tokens were cut off" if cut else ""
             return _unusable(row, f"nothing to train: no token of an answer is left{after}")
         return result
+
+    def _ends(self, is_chat: bool) -> Set[int]:
+        """Tokens that end an answer: a template ends it with any special token, plain text only with a stop token."""
+        return self._special_ids | self._stop_ids if is_chat else self._stop_ids
 
     def _token_id(self, token: str | None) -> int | None:
         token_id: int | None = None if token is None else self._tokenizer.token_to_id(token)
@@ -308,6 +321,15 @@ def render_report(renderer: Renderer, rows: Iterable[SourceRow], max_rows: int) 
     return report
 
 
+def _warnings(row: SourceRow, rendered: RenderedChat) -> list[Finding]:
+    """What is not trained as one would expect: of the row's form, and of the template's rendering."""
+    warnings = list(row.warnings)
+    for message, pointer, reason in rendered.warnings:
+        place = pointer if message is None else f"/messages/{message}{pointer}"
+        warnings.append(Finding(reason, place, row.line, row.byte_offset))
+    return warnings
+
+
 def _unusable(row: SourceRow, reason: str, too_long: int | None = None) -> UnusableRow:
     return UnusableRow(Finding(reason=reason, line=row.line, byte_offset=row.byte_offset), too_long)
 
@@ -342,7 +364,7 @@ def _merged(
     if first.input_ids == second.input_ids:
         after = " after truncation" if first.cut_tokens or second.cut_tokens else ""
         return _unusable(row, f"the chosen and the rejected answer are the same tokens{after}")
-    return replace(first, rejected=second)
+    return replace(first, rejected=second, warnings=tuple(dict.fromkeys(first.warnings + second.warnings)))
 
 
 def _batches(items: Iterable[Item], size: Callable[[Item], int], max_items: int) -> Iterator[list[Item]]:

@@ -15,6 +15,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
+from qlora_service.data.rendering.answer_spans import MessageWarning
 from qlora_service.data.rendering.chat_template import Span
 from qlora_service.data.rows.examples import Chat
 from qlora_service.errors import InvalidDataset, InvalidModel
@@ -40,10 +41,11 @@ MAX_FAILURES = 20
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A conversation's text and the character spans of its trained answers; or the error."""
+    """A conversation's text, the character spans of its trained answers, and warnings; or the error."""
 
     text: str = ""
     spans: tuple[Span, ...] = ()
+    warnings: tuple[MessageWarning, ...] = ()
     error: str | None = None
 
 
@@ -118,7 +120,7 @@ class TemplateProcess:
     def _request(self, chats: Sequence[Chat]) -> _Request:
         """Sends a batch to the child, without waiting for the answer."""
         request = _Request(
-            [[[_with_decoded_arguments(m) for m in chat.messages], chat.trained, chat.tools] for chat in chats],
+            [[chat.messages, chat.trained, chat.tools, chat.documents, chat.template_arguments] for chat in chats],
             [_extra_s(chat) for chat in chats],
         )
         if chats:
@@ -139,7 +141,11 @@ class TemplateProcess:
         return [
             RenderedChat(error=answer["error"])
             if "error" in answer
-            else RenderedChat(answer["text"], tuple((start, end) for start, end in answer["spans"]))
+            else RenderedChat(
+                answer["text"],
+                tuple((start, end) for start, end in answer["spans"]),
+                tuple(MessageWarning(*warning) for warning in answer["warnings"]),
+            )
             for answer in answers
         ]
 
@@ -175,7 +181,7 @@ class TemplateProcess:
     def _start(self) -> None:
         # A minimal environment, so that a template cannot read the service's secrets (keys, tokens).
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "qlora_service.data.rendering.chat_template"],
+            [sys.executable, "-m", "qlora_service.data.rendering.template_child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -258,21 +264,6 @@ def characters(value: Any) -> int:
 
 
 def _extra_s(chat: Chat) -> float:
-    """Extra seconds for a long conversation: its template may render the conversation four times for each answer."""
-    renderings = 1 + 4 * sum(chat.trained)
+    """Extra seconds for a long conversation: its template may render the conversation five times for each answer."""
+    renderings = 3 + 5 * sum(chat.trained)
     return renderings * (MESSAGE_S * len(chat.messages) + CHARACTER_S * characters([chat.messages, chat.tools]))
-
-
-def _with_decoded_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with the arguments of its tool calls as objects: OpenAI sends JSON text, templates apply `tojson`."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    decoded = []
-    for call in calls:
-        function = dict(call.get("function") or {})
-        if isinstance(function.get("arguments"), str):
-            with contextlib.suppress(ValueError):
-                function["arguments"] = json.loads(function["arguments"])
-        decoded.append({**call, "function": function})
-    return {**message, "tool_calls": decoded}

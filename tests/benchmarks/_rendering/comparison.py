@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -78,6 +79,9 @@ REASONS: dict[str, Callable[[Difference], bool]] = {
         not it.trained
         and it.text[it.span[0] :].strip() in it.family.stops
         and it.text[: it.span[0]].rstrip().endswith(it.family.stops)
+    ),
+    "the template renders nothing of the answer: only its end is left, which would teach to answer nothing": lambda it: (
+        not it.trained and it.is_in(span for span in it.marks.spans if not _words(it.text[slice(*span)]))
     ),
     "a token across the edge of the turn": lambda it: all(_straddles(token, it.marks.spans) for token in it.tokens),
 }
@@ -198,6 +202,11 @@ def _answers(messages: Sequence[Message]) -> list[str]:
     texts = [content if isinstance(content, str) else content[0]["text"] for content in contents if content]
     calls = [call["function"]["name"] for message in answers for call in message.get("tool_calls") or ()]
     return [text.strip() for text in texts] + calls
+
+
+def _words(text: str) -> str:
+    """The text without tags."""
+    return re.sub(r"<[^<>]+>", "", text).strip()
 
 
 def _straddles(token: Span, spans: Iterable[Span]) -> bool:

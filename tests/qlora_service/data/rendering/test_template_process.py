@@ -101,7 +101,7 @@ def serving(template: str, cpu_s: float) -> Iterator[subprocess.Popen[bytes]]:
     """The child process after compiling the template, without a parent that watches it."""
     setup = {"template": template, "special_tokens": {}, "now": NOW.isoformat(), "cpu_s": cpu_s}
     with subprocess.Popen(
-        [sys.executable, "-m", "qlora_service.data.rendering.chat_template"],
+        [sys.executable, "-m", "qlora_service.data.rendering.template_child"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as process:

@@ -1,4 +1,7 @@
-"""The form in which a template renders the arguments of tool calls: JSON text, as OpenAI sends them, or an object."""
+"""The forms of messages that a template renders, found out with samples.
+
+Arguments of tool calls are JSON text, as OpenAI sends them, or an object; contents are text, or a list of parts.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any, Literal
 
 from qlora_service.data.rendering.chat_template import ChatTemplate, Conversation, Message, TemplateError
 
-Form = Literal["text", "object"]
+ArgumentForm = Literal["text", "object"]
 
 _OBJECT = {"city": "Oslo"}
 _TEXT = json.dumps(_OBJECT)
@@ -21,12 +24,12 @@ _TOOL = {
 }
 
 
-def required_form(template: ChatTemplate) -> Form | None:
+def required_argument_form(template: ChatTemplate) -> ArgumentForm | None:
     """The only form that the template renders right; None where both forms, or neither, are rendered right."""
-    text = _rendered(template, _TEXT)
-    # The text itself, not quoted and escaped as a JSON string.
-    renders_text = _TEXT in text
-    text = _rendered(template, _OBJECT)
+    text = _with_call(template, _TEXT)
+    # The text itself: neither quoted and escaped as a JSON string, nor in further braces.
+    renders_text = _TEXT in text and f"{{{_TEXT}}}" not in text
+    text = _with_call(template, _OBJECT)
     # The value, not in Python's notation of a dict.
     renders_object = _OBJECT["city"] in text and str(_OBJECT) not in text
     if renders_text == renders_object:
@@ -34,7 +37,21 @@ def required_form(template: ChatTemplate) -> Form | None:
     return "text" if renders_text else "object"
 
 
-def with_arguments_as(form: Form, message: Message) -> Message:
+def requires_parts(template: ChatTemplate) -> bool:
+    """Whether the template renders contents that are lists of parts, and leaves out or refuses text."""
+    sample: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Sunny."}]
+    if "Sunny." in _rendered(template, sample):
+        return False
+    return "Sunny." in _rendered(template, [with_parts(message) for message in sample])
+
+
+def with_parts(message: Message) -> Message:
+    """The message with its content as a list of one part."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def with_arguments_as(form: ArgumentForm, message: Message) -> Message:
     """The message with the arguments of its tool calls in the given form."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
@@ -42,7 +59,7 @@ def with_arguments_as(form: Form, message: Message) -> Message:
     return {**message, "tool_calls": [_converted(form, call) for call in calls]}
 
 
-def _converted(form: Form, call: Any) -> Any:
+def _converted(form: ArgumentForm, call: Any) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         return call
@@ -59,7 +76,7 @@ def _converted(form: Form, call: Any) -> Any:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _rendered(template: ChatTemplate, arguments: Any) -> str:
+def _with_call(template: ChatTemplate, arguments: Any) -> str:
     """A sample conversation with one tool call; empty where the template refuses it with and without a result."""
     # Mistral's templates accept only ids of nine letters and digits.
     call = {"id": "weather01", "type": "function", "function": {"name": "weather", "arguments": arguments}}
@@ -69,9 +86,11 @@ def _rendered(template: ChatTemplate, arguments: Any) -> str:
         {"role": "tool", "name": "weather", "tool_call_id": "weather01", "content": "sunny"},
         {"role": "assistant", "content": "Sunny."},
     ]
-    for count in (4, 2):
-        try:
-            return template.text(Conversation(tuple(messages[:count]), [_TOOL]))
-        except TemplateError:
-            continue
-    return ""
+    return _rendered(template, messages, [_TOOL]) or _rendered(template, messages[:2], [_TOOL])
+
+
+def _rendered(template: ChatTemplate, messages: list[Message], tools: list[Any] | None = None) -> str:
+    try:
+        return template.text(Conversation(tuple(messages), tools))
+    except TemplateError:
+        return ""
