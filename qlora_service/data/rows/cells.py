@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, NamedTuple
 
 from qlora_service.data.json.strict import RowProblem, parse_json
-
-# Texts that may be JSON of a message or of messages: a brace and a quotation mark, after a bracket or not.
-_MESSAGES_TEXT = re.compile(r"[ \t\r\n]*(?:\[[ \t\r\n]*)?\{[ \t\r\n]*\"")
-_FIRST_CHARACTERS = ("{", "[", " ", "\t", "\r", "\n")
-_MESSAGE_KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
 
 
 class Note(NamedTuple):
@@ -39,24 +33,6 @@ def from_json_text(text: str, pointer: str) -> Any:
     if text.lstrip()[:1] in ("[", "{"):
         return parse_json(text, pointer)
     return None if text.strip() in ("", "null") else text
-
-
-def messages_or_text(cell: Any) -> Any:
-    """The messages of a cell that takes text too: only the JSON text of messages is read as what it holds."""
-    if not isinstance(cell, str) or not may_be_messages(cell):
-        return cell
-    try:
-        value = parse_json(cell)
-    except RowProblem:
-        return cell
-    turns = value if isinstance(value, list) else [value]
-    is_messages = all(isinstance(turn, dict) and any(turn.keys() >= keys for keys in _MESSAGE_KEYS) for turn in turns)
-    return value if is_messages else cell
-
-
-def may_be_messages(text: str) -> bool:
-    """False for a text that is certainly not the JSON text of messages."""
-    return text.startswith(_FIRST_CHARACTERS) and _MESSAGES_TEXT.match(text) is not None
 
 
 def is_blank(cell: Any) -> bool:

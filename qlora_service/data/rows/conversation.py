@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_service.data.json.strict import RowProblem
+from qlora_service.data.json.strict import RowProblem, parse_json
 from qlora_service.data.rows.cells import Note, Notes, as_list, as_object, as_text, is_blank, json_type_name
 from qlora_service.data.rows.tools import read_tool_calls, sharegpt_calls
 
@@ -47,6 +47,8 @@ SHAREGPT = Dialect(
         "function_response": "tool",
     },
 )
+MESSAGES_START = frozenset("[{ \t\r\n")
+"""The first character of the JSON text of messages"""
 # Other tools' names of OpenAI's roles. An answer under such a name would not be trained.
 _FOREIGN_ROLES = {**SHAREGPT.roles, "bot": "assistant", "ai": "assistant", "tool_call": "assistant", "prompter": "user"}
 
@@ -119,6 +121,18 @@ def read_turn(turn: Any, pointer: str, dialect: Dialect, notes: Notes) -> Turn:
     return message, trained
 
 
+def messages_or_text(cell: Any) -> Any:
+    """The messages of a cell that takes text too: only the JSON text of messages is read as what it holds."""
+    if not isinstance(cell, str) or cell[:1] not in MESSAGES_START or "{" not in cell:
+        return cell
+    try:
+        value = parse_json(cell)
+    except RowProblem:
+        return cell
+    turns = value if isinstance(value, list) else [value]
+    return value if turns and all(map(_is_message, turns)) else cell
+
+
 def plain_turns(turns: Iterable[tuple[str, str]]) -> list[Turn]:
     """The turns of (role, text) pairs; assistant turns are trained."""
     return [({"role": role, "content": text}, role == "assistant") for role, text in turns]
@@ -127,6 +141,15 @@ def plain_turns(turns: Iterable[tuple[str, str]]) -> list[Turn]:
 def said(message: dict[str, Any]) -> dict[str, Any]:
     """The message without keys whose meaning is unknown, such as an id or a rating."""
     return {key: message[key] for key in _SAID_KEYS if key in message}
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and any(
+        isinstance(value.get(dialect.role_key), str)
+        and value[dialect.role_key] in dialect.roles
+        and (dialect.text_key in value or "tool_calls" in value)
+        for dialect in (OPENAI, SHAREGPT)
+    )
 
 
 def _role(name: Any, pointer: str, dialect: Dialect, notes: Notes) -> str:

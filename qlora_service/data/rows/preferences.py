@@ -10,7 +10,6 @@ from qlora_service.data.rows.cells import (
     as_text,
     json_cell,
     json_type_name,
-    messages_or_text,
     require_not_blank,
 )
 from qlora_service.data.rows.chat_options import ChatOptions, read_options
@@ -20,6 +19,7 @@ from qlora_service.data.rows.conversation import (
     TOOL_ROLES,
     Dialect,
     Turn,
+    messages_or_text,
     plain_turns,
     read_turn,
     read_turns,

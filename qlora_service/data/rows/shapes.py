@@ -34,6 +34,8 @@ REQUIRED: dict[Shape, tuple[tuple[str, ...], ...]] = {
 }
 # Every column that at least one shape reads, or whose cells decide about a warning.
 COLUMNS = MEANINGFUL_COLUMNS.union(*(columns for forms in REQUIRED.values() for columns in forms))
+# A superset for those rows of a shape that are conversations.
+_WARNED_COLUMNS = {shape: warned_columns(shape, is_chat=False) for shape in REQUIRED}
 # The shape that an objective requires; every other objective trains on the answers, or the text, of any other shape.
 _REQUIRED_SHAPES: dict[str, Shape] = {"dpo": "preference", "orpo": "preference", "kto": "kto"}
 _READERS: dict[Shape, Callable[[dict[str, Any], Notes], Example]] = {
@@ -67,7 +69,7 @@ def to_example(value: dict[str, Any], shape: Shape, notes: Notes | None = None) 
         raise RowProblem("", _shape_mismatch(value, shape))
     notes = [] if notes is None else notes
     example = _READERS[shape](value, notes)
-    if not warned_columns(shape, is_chat=False).isdisjoint(value):
+    if not _WARNED_COLUMNS[shape].isdisjoint(value):
         notes += unused_columns(value, shape, example)
     return example
 

@@ -10,12 +10,11 @@ from qlora_service.data.rows.cells import (
     as_list,
     as_text,
     json_cell,
-    messages_or_text,
     optional_text,
     require_not_blank,
 )
 from qlora_service.data.rows.chat_options import ChatOptions, read_options
-from qlora_service.data.rows.conversation import OPENAI, SHAREGPT, Turn, plain_turns, read_turns
+from qlora_service.data.rows.conversation import OPENAI, SHAREGPT, Turn, messages_or_text, plain_turns, read_turns
 from qlora_service.data.rows.examples import Chat, Completion, Text
 
 
