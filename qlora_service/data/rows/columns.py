@@ -14,7 +14,7 @@ _MEDIA = dict.fromkeys(
     ("image", "images", "audio", "audios", "video", "videos"),
     "only text is trained: images, audio and video are not used",
 )
-# Columns that other tools read (LLaMA-Factory, ms-swift, TRL, OpenAI) and no form of a row uses here.
+# Columns that other tools read (LLaMA-Factory, ms-swift, TRL, OpenAI, Fireworks) and no form of a row uses here.
 _UNUSED = {
     **dict.fromkeys(
         ("reasoning_content", "thinking", "reasoning"),
@@ -26,8 +26,10 @@ _UNUSED = {
     ),
     **dict.fromkeys(("tool_choice", "function_call"), "a parameter of requests is not used in training"),
     "rejected_response": "the rejected answer is not used: for pairs, name the columns prompt, chosen and rejected",
+    "weight": "rows are trained with equal weights: the weight of a row is not used",
     "kto_tag": "the label is not used: for labeled answers, name the column label",
 }
+_NEUTRAL = {("weight", "1"), ("weight", "1.0"), ("tool_choice", "auto"), ("function_call", "auto")}
 # Columns that some forms of a row use, with the advice for the others.
 _ADVICE = {
     "system": "the column is not used: write its text as the first message, with the role system",
@@ -63,5 +65,5 @@ def unused_columns(row: dict[str, Any], shape: Shape, example: Example) -> Itera
             shape = "alpaca"
     warned = warned_columns(shape, isinstance(documents(example)[0], Chat))
     for column, cell in row.items():
-        if column in warned and not is_blank(cell):
+        if column in warned and not is_blank(cell) and (column, str(cell)) not in _NEUTRAL:
             yield Note(f"/{column}", _MEDIA.get(column) or _UNUSED.get(column) or _ADVICE[column])

@@ -50,7 +50,13 @@ SHAREGPT = Dialect(
 MESSAGES_START = frozenset("[{ \t\r\n")
 """The first character of the JSON text of messages"""
 # Other tools' names of OpenAI's roles. An answer under such a name would not be trained.
-_FOREIGN_ROLES = {**SHAREGPT.roles, "bot": "assistant", "ai": "assistant", "tool_call": "assistant", "prompter": "user"}
+_FOREIGN_ROLES = {
+    **SHAREGPT.roles,
+    **dict.fromkeys(("bot", "ai"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant, and the call as its tool_calls"),
+    "prompter": "user",
+    "tool_response": "tool",
+}
 
 # The names of a thought, in the order in which transformers takes them (`chat_template_utils._REASONING_FIELDS`).
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -106,17 +112,12 @@ def read_turn(turn: Any, pointer: str, dialect: Dialect, notes: Notes) -> Turn:
             _check_meanings(turn, pointer, notes)
         message |= {key: value for key, value in turn.items() if value is not None and key not in _READ_KEYS}
     if trained and text is not None and not calls and not message["content"].strip():
-        raise RowProblem(
-            text_pointer, "the answer is empty: the model would learn to say nothing (weight 0 excludes it)"
-        )
+        raise RowProblem(text_pointer, "the answer is empty: write it, or exclude the message with weight 0")
     if text is None and not calls and (trained or role in ("system", "developer", "user")):
         raise _without_content(text_pointer, role)
     if calls:
         if role != "assistant":
-            raise RowProblem(
-                f"{pointer}/tool_calls",
-                "only an assistant message can call tools, and is trained to",
-            )
+            raise RowProblem(f"{pointer}/tool_calls", "only an assistant message can call tools, and is trained to")
         message["tool_calls"] = calls
     return message, trained
 
@@ -162,7 +163,7 @@ def _role(name: Any, pointer: str, dialect: Dialect, notes: Notes) -> str:
         raise RowProblem(pointer, reason)
     meant = name.lower() if name.lower() in OPENAI.roles else _FOREIGN_ROLES.get(name.lower())
     if meant is not None:
-        raise RowProblem(pointer, f"{reason}, is {name}: write {meant}, the role that chat templates know")
+        raise RowProblem(pointer, f"{reason}, is {name}: write {meant}")
     notes.append(
         Note(pointer, f"the chat template gets the role {name[:40]!r} unchanged; its messages are not trained")
     )

@@ -28,6 +28,8 @@ def noted(row: dict[str, Any], shape: Shape) -> list[str]:
         ("messages", MESSAGES, "kto_tag", False),
         ("messages", MESSAGES, "enable_thinking", False),
         ("messages", MESSAGES, "tool_choice", "required"),
+        ("messages", MESSAGES, "weight", 2.0),
+        ("messages", MESSAGES, "weight", 0),
         ("alpaca", {"instruction": "a", "output": "b"}, "context", "c"),
         ("alpaca", {"instruction": "a", "output": "b"}, "thinking", "c"),
         ("dolly", {"instruction": "a", "response": "b"}, "input", "c"),
@@ -52,6 +54,7 @@ def test_column_that_the_form_of_a_row_does_not_use_is_noted(
     ("shape", "row"),
     [
         ("messages", MESSAGES | {"id": 7, "source": "web", "prompt": "Wer?", "parallel_tool_calls": False}),
+        ("messages", MESSAGES | {"weight": 1.0, "tool_choice": "auto", "function_call": "auto"}),
         ("sharegpt", {"conversations": [USER, ANSWER], "system": "Kurz."}),
         ("alpaca", {"instruction": "a", "input": "b", "output": "c", "system": "d", "history": [["e", "f"]]}),
         ("dolly", {"instruction": "a", "context": "b", "response": "c", "category": "d"}),

@@ -135,7 +135,15 @@ def test_unknown_role_reaches_the_template_with_a_note() -> None:
 
 
 @pytest.mark.parametrize(
-    ("role", "meant"), [("human", "user"), ("gpt", "assistant"), ("bot", "assistant"), ("Assistant", "assistant")]
+    ("role", "meant"),
+    [
+        ("human", "user"),
+        ("gpt", "assistant"),
+        ("bot", "assistant"),
+        ("Assistant", "assistant"),
+        ("tool_response", "tool"),
+        ("tool_call", "assistant, and the call as its tool_calls"),
+    ],
 )
 def test_another_name_of_a_role_is_a_problem_with_advice(role: str, meant: str) -> None:
     pointer, reason = problem({"role": role, "content": "a"})
