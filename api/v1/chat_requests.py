@@ -22,7 +22,9 @@ from api.v1.requests import StrictModel, described_as
 from api.v1.schemas import TUNED_MODEL
 from qlora_service.chat.wire import AdapterRef, GenerationRequest, Sampling
 from qlora_service.data.json.strict import RowProblem
-from qlora_service.data.rows.conversation import OPENAI, read_tools, read_turns
+from qlora_service.data.rows.cells import Note
+from qlora_service.data.rows.conversation import OPENAI, read_turns
+from qlora_service.data.rows.tools import read_tools
 from qlora_service.errors import InvalidRequest
 
 MAX_STOPS = 16
@@ -168,8 +170,11 @@ class CreateChatCompletion(_CompletionRequest):
             untrained = [
                 message | {"weight": 0} if message.get("role") == "assistant" else message for message in self.messages
             ]
-            messages = [message for message, _ in read_turns(untrained, "/messages", OPENAI)]
-            tools = None if self.tool_choice == "none" else read_tools({"tools": self.tools})
+            notes: list[Note] = []
+            messages = [message for message, _ in read_turns(untrained, "/messages", OPENAI, notes)]
+            tools = None if self.tool_choice == "none" else read_tools({"tools": self.tools}, notes)
+            for note in notes:  # a completion has no place for a warning
+                raise RowProblem(note.pointer, note.reason)
         return GenerationRequest(
             adapter=adapter,
             messages=messages,

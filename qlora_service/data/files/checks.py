@@ -8,10 +8,12 @@ from pathlib import Path
 
 from qlora_service.data.files.formats import RawRow, detect_container, json_row, read_rows
 from qlora_service.data.files.splitting import Piece, line_blocks, lines_of
+from qlora_service.data.rows.cells import Note
 from qlora_service.data.rows.examples import Container, Shape, SourceRow
 from qlora_service.data.rows.shapes import REQUIRED, RowProblem, detect_shape, to_example
 from qlora_service.data.rows.typed_decoder import count_if_all_usable
 from qlora_service.domain.datasets import DatasetReport
+from qlora_service.domain.row_warnings import RowWarnings
 from qlora_service.errors import Finding, InvalidDataset
 
 MAX_FINDINGS = 100
@@ -36,7 +38,8 @@ def check_dataset(
     shape = shape or _majority_shape(path, container)
     usable_rows, finding_count = 0, 0
     findings: list[Finding] = []
-    for result in check_rows(path, container, shape):
+    warnings = RowWarnings()
+    for result in check_rows(path, container, shape, warnings):
         if isinstance(result, int):
             usable_rows += result
         else:
@@ -54,18 +57,24 @@ def check_dataset(
         usable_rows=usable_rows,
         finding_count=finding_count,
         findings=tuple(findings),
+        warnings=tuple(warnings.kinds),
     )
 
 
-def check_rows(path: Path, container: Container, shape: Shape) -> Iterator[int | Finding]:
+def check_rows(
+    path: Path, container: Container, shape: Shape, warnings: RowWarnings | None = None
+) -> Iterator[int | Finding]:
     """In file order: the number of consecutive usable rows, or the finding of one unusable row.
+
+    `warnings` collects the warnings of the usable rows.
 
     Raises:
         InvalidDataset: the file is damaged.
     """
+    warnings = RowWarnings() if warnings is None else warnings
     if container == "jsonl":
-        return _check_lines(path, shape)
-    return map(_count_or_finding, _parsed_rows(path, container, shape))
+        return _check_lines(path, shape, warnings)
+    return (_count_or_finding(row, warnings) for row in _parsed_rows(path, container, shape))
 
 
 def read_examples(path: Path, container: Container, shape: Shape) -> Iterator[SourceRow]:
@@ -77,7 +86,7 @@ def read_examples(path: Path, container: Container, shape: Shape) -> Iterator[So
     return (row for row in _parsed_rows(path, container, shape) if isinstance(row, SourceRow))
 
 
-def _check_lines(path: Path, shape: Shape) -> Iterator[int | Finding]:
+def _check_lines(path: Path, shape: Shape, warnings: RowWarnings) -> Iterator[int | Finding]:
     """As `check_rows`: counts whole blocks of lines where all are certainly usable, else line by line."""
     with path.open("rb") as file:
         for block in line_blocks(file):
@@ -85,20 +94,24 @@ def _check_lines(path: Path, shape: Shape) -> Iterator[int | Finding]:
             if count is not None:
                 yield count
             else:
-                yield from (_check_line(line, shape) for line in lines_of(block))
+                yield from (_check_line(line, shape, warnings) for line in lines_of(block))
 
 
-def _check_line(line: Piece, shape: Shape) -> int | Finding:
+def _check_line(line: Piece, shape: Shape, warnings: RowWarnings) -> int | Finding:
     count = _count(line, shape)
-    return _count_or_finding(_parse_row(json_row(line), shape)) if count is None else count
+    return _count_or_finding(_parse_row(json_row(line), shape), warnings) if count is None else count
 
 
 def _count(lines: Piece, shape: Shape) -> int | None:
     return None if lines.problem is not None else count_if_all_usable(lines.raw, shape)
 
 
-def _count_or_finding(row: SourceRow | Finding) -> int | Finding:
-    return row if isinstance(row, Finding) else 1
+def _count_or_finding(row: SourceRow | Finding, warnings: RowWarnings) -> int | Finding:
+    if isinstance(row, Finding):
+        return row
+    if row.warnings:
+        warnings.add(row.warnings)
+    return 1
 
 
 def _parsed_rows(path: Path, container: Container, shape: Shape) -> Iterator[SourceRow | Finding]:
@@ -111,10 +124,15 @@ def _parse_row(row: RawRow, shape: Shape) -> SourceRow | Finding:
     if row.value is None:
         assert row.finding is not None
         return row.finding
+    notes: list[Note] = []
     try:
-        return SourceRow(to_example(row.value, shape), row.line, row.byte_offset)
+        example = to_example(row.value, shape, notes)
     except RowProblem as problem:
         return Finding(problem.reason, problem.pointer, row.line, row.byte_offset)
+    if not notes:
+        return SourceRow(example, row.line, row.byte_offset)
+    warnings = tuple(Finding(note.reason, note.pointer, row.line, row.byte_offset) for note in notes)
+    return SourceRow(example, row.line, row.byte_offset, warnings)
 
 
 def _majority_shape(path: Path, container: Container) -> Shape:

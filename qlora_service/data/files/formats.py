@@ -16,10 +16,11 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from qlora_service.data.files import splitting
+from qlora_service.data.files.arrow_values import Converter, converters
 from qlora_service.data.json.fast import JSON_WHITESPACE, parse_row
 from qlora_service.data.json.strict import RowProblem, check_strings, parse_json
 from qlora_service.data.rows.examples import Container
-from qlora_service.data.rows.shapes import COLUMNS, JSON_COLUMNS, detect_shape
+from qlora_service.data.rows.shapes import COLUMNS, detect_shape
 from qlora_service.errors import Finding, InvalidDataset
 
 _EXTENSIONS: dict[str, Container] = {
@@ -276,13 +277,8 @@ def _distinct(columns: list[str]) -> list[str]:
 def _csv_value(columns: list[str], fields: list[str]) -> dict[str, Any]:
     if len(fields) != len(columns):
         raise RowProblem("", f"has {len(fields)} columns where the header has {len(columns)}")
-    value: dict[str, Any] = {}
-    for column, field in zip(columns, fields, strict=True):
-        if column in JSON_COLUMNS:
-            value[column] = parse_json(field, f"/{column}") if field.strip() else None
-        elif column:  # pandas writes its index in a column without a name
-            value[column] = field
-    return value
+    # pandas writes its index in a column without a name.
+    return {column: field for column, field in zip(columns, fields, strict=True) if column}
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:
@@ -297,19 +293,21 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
             used = [name for name in names if name in COLUMNS]
             # Columns that no shape reads can be of any type and size: only their names matter.
             unused = dict.fromkeys(name for name in names if name not in COLUMNS)
+            convert = converters(table.schema_arrow)
             for batch in table.iter_batches(_PARQUET_BATCH_ROWS, columns=used, use_threads=False):
                 for index in range(batch.num_rows):
                     line += 1
-                    yield _row(line, None, None, partial(_parquet_value, batch, index, unused))
+                    yield _row(line, None, None, partial(_parquet_value, batch, index, convert, unused))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise InvalidDataset(f"the Parquet file is damaged after row {line}: {error}") from error
 
 
-def _parquet_value(batch: Any, index: int, unused: dict[str, Any]) -> dict[str, Any]:
+def _parquet_value(batch: Any, index: int, convert: dict[str, Converter], unused: dict[str, Any]) -> dict[str, Any]:
     try:
         value: dict[str, Any] = batch.slice(index, 1).to_pylist()[0]
     except UnicodeDecodeError:  # Parquet does not guarantee that its strings are UTF-8
         raise RowProblem("", "a string is not valid UTF-8") from None
+    value = {name: convert[name](cell, f"/{name}") if name in convert else cell for name, cell in value.items()}
     if check_strings(value) > splitting.MAX_ROW_BYTES:
         raise RowProblem("", splitting.TOO_LONG)
     return unused | value

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_service.data.json.strict import RowProblem, parse_json
+from qlora_service.data.rows.cells import Note, Notes, as_list, as_object, as_text, is_blank, json_type_name
+from qlora_service.data.rows.tools import read_tool_calls, sharegpt_calls
 
 Turn = tuple[dict[str, Any], bool]
 """A message in OpenAI's form, and whether it is trained."""
@@ -14,24 +16,18 @@ Turn = tuple[dict[str, Any], bool]
 
 @dataclass(frozen=True)
 class Dialect:
-    """Keys of a turn's role and text, and the OpenAI role for each role name of the dialect."""
+    """Keys of a turn's role and text, and the role that a chat template gets for each role name of the dialect."""
 
     role_key: str
     text_key: str
     roles: Mapping[str, str]
 
 
+# Messages keep their roles. ipython, observation and environment are the names that the templates of Llama 3, GLM 4 and
+# OLMo 3 have for tool.
+TOOL_ROLES = frozenset({"tool", "function", "ipython", "observation", "environment"})
 OPENAI = Dialect(
-    "role",
-    "content",
-    {
-        "system": "system",
-        "developer": "system",
-        "user": "user",
-        "assistant": "assistant",
-        "tool": "tool",
-        "function": "tool",
-    },
+    "role", "content", {role: role for role in ("system", "developer", "user", "assistant", *sorted(TOOL_ROLES))}
 )
 # The role names of ShareGPT's exports and of the loaders that read them (FastChat, LLaMA-Factory, axolotl).
 SHAREGPT = Dialect(
@@ -51,62 +47,91 @@ SHAREGPT = Dialect(
         "function_response": "tool",
     },
 )
+MESSAGES_START = frozenset("[{ \t\r\n")
+"""The first character of the JSON text of messages"""
+# Other tools' names of OpenAI's roles. An answer under such a name would not be trained.
+_FOREIGN_ROLES = {
+    **SHAREGPT.roles,
+    **dict.fromkeys(("bot", "ai"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant, and the call as its tool_calls"),
+    "prompter": "user",
+    "tool_response": "tool",
+}
+
+# The names of a thought, in the order in which transformers takes them (`chat_template_utils._REASONING_FIELDS`).
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+# Keys that say whether a message is trained: OpenAI's, Mistral's and Together's weight, LLaMA-Factory's loss_weight,
+# ms-swift's loss or loss_scale, axolotl's train or training, torchtune's masked.
+_WEIGHT_KEYS = {"weight": (int,), "loss_weight": (int, float), "loss_scale": (int, float)}
+_SWITCH_KEYS = {"train": True, "training": True, "loss": True, "masked": False}
+TRAINING_KEYS = (*_WEIGHT_KEYS, *_SWITCH_KEYS)
+_TEXT_ONLY = "only text is trained: images, audio and video are not used"
+# Keys with a meaning in other tools that is not honoured: axolotl's, OpenAI's; media.
+UNUSED_KEYS = {
+    "train_detail": "parts of a message cannot be left out of the training: train_detail is not used",
+    "training_detail": "parts of a message cannot be left out of the training: training_detail is not used",
+    "refusal": "a refusal is trained only as the message's content: refusal is not used",
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _TEXT_ONLY),
+}
+_MEANINGS = frozenset({*TRAINING_KEYS, *REASONING_KEYS, *UNUSED_KEYS})
+# Keys of a turn that are not copied to the message: they are read here.
+_READ_KEYS = frozenset({"role", "content", "from", "value", "tool_calls", "function_call", *TRAINING_KEYS})
+_SAID_KEYS = ("role", "content", "tool_calls", "name", "tool_call_id", *REASONING_KEYS)
 
 
-def read_turns(turns: Any, pointer: str, dialect: Dialect) -> list[Turn]:
+def read_turns(turns: Any, pointer: str, dialect: Dialect, notes: Notes) -> list[Turn]:
     """The turns of the list at `pointer`. Raises: RowProblem."""
-    return [read_turn(turn, f"{pointer}/{index}", dialect) for index, turn in enumerate(as_list(turns, pointer))]
+    return [read_turn(turn, f"{pointer}/{index}", dialect, notes) for index, turn in enumerate(as_list(turns, pointer))]
 
 
-def read_turn(turn: Any, pointer: str, dialect: Dialect) -> Turn:
-    """The turn at `pointer`. An assistant message with weight 1 or without a weight is trained.
+def read_turn(turn: Any, pointer: str, dialect: Dialect, notes: Notes) -> Turn:
+    """The turn at `pointer`. An assistant message is trained unless its weight, or another tool's name of it, is 0.
 
     Raises:
         RowProblem: not a message of the dialect, or a trained answer that is blank.
     """
-    if not isinstance(turn, dict):
-        raise RowProblem(pointer, f"must be an object, is {json_type_name(turn)}")
+    turn = as_object(turn, pointer)
     # Many datasets have OpenAI's messages in a column named `conversations`.
     if dialect.role_key not in turn and OPENAI.role_key in turn:
         dialect = OPENAI
     dialect_role = turn.get(dialect.role_key)
-    role = dialect.roles.get(dialect_role) if isinstance(dialect_role, str) else None
-    if role is None:
-        raise RowProblem(f"{pointer}/{dialect.role_key}", f"must be one of {', '.join(dialect.roles)}")
-    trained = _weight(turn.get("weight"), role, pointer) == 1 and role == "assistant"
+    role = _role(dialect_role, f"{pointer}/{dialect.role_key}", dialect, notes)
     message: dict[str, Any] = {"role": role}
+    trained = role == "assistant"
+    calls: list[dict[str, Any]] = []
     text_pointer = f"{pointer}/{dialect.text_key}"
     text = turn.get(dialect.text_key)
     if dialect_role == "function_call":
-        calls: Any = [_tool_call(call, text_pointer) for call in _sharegpt_calls(text, text_pointer)]
-        text = None
-    else:
-        calls = _tool_calls(turn, pointer)
-    message["content"] = None if calls and text is None else _content(text, text_pointer)
-    if trained and not calls:
-        require_not_blank(message["content"], text_pointer, "the answer")
+        calls, text = sharegpt_calls(text, text_pointer), None
+    if text is not None:
+        message["content"] = _content(text, text_pointer)
+    if len(turn) > 2 or text is None:  # more than a role and a text
+        calls = calls or read_tool_calls(turn, pointer, notes)
+        if not _MEANINGS.isdisjoint(turn):
+            trained = _is_trained(turn, role, pointer, notes)
+            _check_meanings(turn, pointer, notes)
+        message |= {key: value for key, value in turn.items() if value is not None and key not in _READ_KEYS}
+    if trained and text is not None and not calls and not message["content"].strip():
+        raise RowProblem(text_pointer, "the answer is empty: write it, or exclude the message with weight 0")
+    if text is None and not calls and (trained or role in ("system", "developer", "user")):
+        raise _without_content(text_pointer, role)
     if calls:
         if role != "assistant":
-            raise RowProblem(f"{pointer}/tool_calls", "only an assistant message can call tools")
+            raise RowProblem(f"{pointer}/tool_calls", "only an assistant message can call tools, and is trained to")
         message["tool_calls"] = calls
-    for key in ("name", "tool_call_id", "reasoning_content"):
-        if turn.get(key) is not None:
-            message[key] = as_text(turn[key], f"{pointer}/{key}")
     return message, trained
 
 
-def read_tools(value: dict[str, Any], parent: str = "") -> tuple[dict[str, Any], ...] | None:
-    """The schemas under the key `tools`, a list or the JSON text of a list; None without any. `parent` is a pointer."""
-    pointer = f"{parent}/tools"
-    tools = value.get("tools")
-    if isinstance(tools, str):
-        tools = parse_json(tools, pointer) if tools.strip() else None
-    if tools is None:
-        return None
-    for index, tool in enumerate(as_list(tools, pointer)):
-        if not isinstance(tool, dict):
-            raise RowProblem(f"{pointer}/{index}", f"must be an object, is {json_type_name(tool)}")
-    return tuple(tools) or None
+def messages_or_text(cell: Any) -> Any:
+    """The messages of a cell that takes text too: only the JSON text of messages is read as what it holds."""
+    if not isinstance(cell, str) or cell[:1] not in MESSAGES_START or "{" not in cell:
+        return cell
+    try:
+        value = parse_json(cell)
+    except RowProblem:
+        return cell
+    turns = value if isinstance(value, list) else [value]
+    return value if turns and all(map(_is_message, turns)) else cell
 
 
 def plain_turns(turns: Iterable[tuple[str, str]]) -> list[Turn]:
@@ -114,87 +139,95 @@ def plain_turns(turns: Iterable[tuple[str, str]]) -> list[Turn]:
     return [({"role": role, "content": text}, role == "assistant") for role, text in turns]
 
 
-def optional_text(value: dict[str, Any], column: str) -> str:
-    """The text of the column, empty for an absent or null column."""
-    return "" if value.get(column) is None else as_text(value[column], f"/{column}")
+def said(message: dict[str, Any]) -> dict[str, Any]:
+    """The message without keys whose meaning is unknown, such as an id or a rating."""
+    return {key: message[key] for key in _SAID_KEYS if key in message}
 
 
-def as_text(value: Any, pointer: str) -> str:
-    if not isinstance(value, str):
-        raise RowProblem(pointer, f"must be a string, is {json_type_name(value)}")
-    return value
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and any(
+        isinstance(value.get(dialect.role_key), str)
+        and value[dialect.role_key] in dialect.roles
+        and (dialect.text_key in value or "tool_calls" in value)
+        for dialect in (OPENAI, SHAREGPT)
+    )
 
 
-def as_list(value: Any, pointer: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise RowProblem(pointer, f"must be a list, is {json_type_name(value)}")
-    return value
+def _role(name: Any, pointer: str, dialect: Dialect, notes: Notes) -> str:
+    """The role under the dialect's name. A template decides about a role that is in no dialect."""
+    role = dialect.roles.get(name) if isinstance(name, str) else None
+    if role is not None:
+        return role
+    reason = f"must be one of {', '.join(dialect.roles)}"
+    if not isinstance(name, str) or not name or dialect is not OPENAI:
+        raise RowProblem(pointer, reason)
+    meant = name.lower() if name.lower() in OPENAI.roles else _FOREIGN_ROLES.get(name.lower())
+    if meant is not None:
+        raise RowProblem(pointer, f"{reason}, is {name}: write {meant}")
+    notes.append(
+        Note(pointer, f"the chat template gets the role {name[:40]!r} unchanged; its messages are not trained")
+    )
+    return name
 
 
-def require_not_blank(text: str, pointer: str, name: str) -> None:
-    if not text.strip():
-        raise RowProblem(pointer, f"{name} is empty")
+def _is_trained(turn: dict[str, Any], role: str, pointer: str, notes: Notes) -> bool:
+    """Whether the message is trained. A null, which Parquet stores for an absent key, says nothing.
+
+    Raises:
+        RowProblem: a value of another type, or two keys that contradict each other.
+    """
+    said_by = {key: _says_train(key, turn[key], pointer) for key in TRAINING_KEYS if turn.get(key) is not None}
+    if len({*said_by.values()}) > 1:
+        keys = " and ".join(said_by)
+        raise RowProblem(f"{pointer}/{list(said_by)[-1]}", f"{keys} contradict each other: keep one of them")
+    if role == "assistant":
+        return all(said_by.values())
+    for key, says_train in said_by.items():
+        if says_train:
+            notes.append(Note(f"{pointer}/{key}", f"only assistant messages are trained: the {role} message is not"))
+    return False
 
 
-def json_type_name(value: Any) -> str:
-    """The JSON name of a value's type, with its article."""
-    if value is None:
-        return "null or missing"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
-    return names.get(type(value), "an object")
+def _says_train(key: str, value: Any, pointer: str) -> bool:
+    if key in _SWITCH_KEYS:
+        if not isinstance(value, bool):
+            raise RowProblem(f"{pointer}/{key}", "must be true or false")
+        return value is _SWITCH_KEYS[key]
+    if type(value) not in _WEIGHT_KEYS[key] or value not in (0, 1):
+        raise RowProblem(f"{pointer}/{key}", "must be 0 or 1: a message is trained, or not")
+    return bool(value)
 
 
-def _weight(weight: Any, role: str, pointer: str) -> int:
-    """1 or 0. An absent weight is 1, and so is null, which Parquet stores for an absent weight."""
-    if weight is None:
-        return 1
-    if role != "assistant":
-        raise RowProblem(f"{pointer}/weight", "only an assistant message can have a weight")
-    if type(weight) is not int or weight not in (0, 1):
-        raise RowProblem(f"{pointer}/weight", "must be 0 or 1")
-    return weight
+def _check_meanings(turn: dict[str, Any], pointer: str, notes: Notes) -> None:
+    """Notes what of the turn is not used. Raises: RowProblem, a thought that is not text."""
+    thoughts = [key for key in REASONING_KEYS if turn.get(key) is not None]
+    for key in thoughts:
+        if as_text(turn[key], f"{pointer}/{key}") != turn[thoughts[0]]:
+            reason = f"differs from {thoughts[0]}, which chat templates get in its place"
+            notes.append(Note(f"{pointer}/{key}", reason))
+    notes += [Note(f"{pointer}/{key}", reason) for key, reason in UNUSED_KEYS.items() if not is_blank(turn.get(key))]
 
 
 def _content(content: Any, pointer: str) -> str:
-    """The text of a message: a string, or a list of text parts."""
+    """The text of a message: a string, or a list of text parts.
+
+    transformers gives a list to the template as it is. Templates for text models would write it in Python's notation;
+    those that read lists write their texts one after another, as here.
+    """
+    if isinstance(content, str):
+        return content
     if not isinstance(content, list):
-        return as_text(content, pointer)
+        raise RowProblem(
+            pointer,
+            f"must be a string, is {json_type_name(content)}: "
+            "chat templates leave other values out, or write them in Python's notation",
+        )
     for index, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text":
             raise RowProblem(f"{pointer}/{index}", 'must be {"type": "text", "text": …}: only text is trained')
     return "".join(as_text(part.get("text"), f"{pointer}/{index}/text") for index, part in enumerate(content))
 
 
-def _tool_calls(turn: dict[str, Any], pointer: str) -> list[dict[str, Any]] | None:
-    """The message's `tool_calls`, or its older single `function_call` in that form."""
-    if turn.get("function_call") is not None:
-        return [_tool_call(turn["function_call"], f"{pointer}/function_call")]
-    if turn.get("tool_calls") is None:
-        return None
-    pointer = f"{pointer}/tool_calls"
-    calls = as_list(turn["tool_calls"], pointer)
-    for index, call in enumerate(calls):
-        if not isinstance(call, dict):
-            raise RowProblem(f"{pointer}/{index}", f"must be an object, is {json_type_name(call)}")
-        _tool_call(call.get("function"), f"{pointer}/{index}/function")
-    return calls
-
-
-def _sharegpt_calls(text: Any, pointer: str) -> list[Any]:
-    """The calls of a ShareGPT `function_call` turn, whose value is the JSON text of one call or of a list of calls."""
-    calls = parse_json(as_text(text, pointer), pointer)
-    if calls == []:
-        raise RowProblem(pointer, "contains no function call")
-    return calls if isinstance(calls, list) else [calls]
-
-
-def _tool_call(function: Any, pointer: str) -> dict[str, Any]:
-    """The tool call for `{"name", "arguments"}`; the arguments are an object or, as in OpenAI's API, its JSON text."""
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise RowProblem(pointer, 'must be {"name": …, "arguments": …}')
-    arguments = function.get("arguments")
-    if isinstance(arguments, str) and arguments.strip():
-        arguments = parse_json(arguments, f"{pointer}/arguments")
-    if arguments not in (None, "") and not isinstance(arguments, dict):
-        raise RowProblem(f"{pointer}/arguments", "must be a JSON object")
-    return {"type": "function", "function": function}
+def _without_content(pointer: str, role: str) -> RowProblem:
+    why = "there is no answer to train" if role == "assistant" else f"the {role} would say nothing"
+    return RowProblem(pointer, f"must be a string, is null or missing: {why}")

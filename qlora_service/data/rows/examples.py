@@ -27,10 +27,13 @@ __all__ = [
 class Chat:
     """A conversation in OpenAI's form.
 
-    Each message is a dict with `role` (system, user, assistant, tool), `content` (a string, or None next to
-    `tool_calls`), and those of `name`, `tool_calls`, `tool_call_id`, `reasoning_content` that the row has. `trained[i]`
-    says whether message i is trained: assistant messages whose `weight` is 1 or absent.
-    `template_arguments` are variables of the chat template that the row sets, such as `enable_thinking`.
+    Each message is a dict without nulls: `role`, `content` (a string; absent where the row has none, as next to
+    `tool_calls`), `tool_calls`, and every other key as the row has it, because a chat template may read any: among them
+    the names of a thought, `reasoning_content`, `thinking` and `reasoning`. The roles are the row's own: a template may
+    know developer, function, ipython and others. `trained[i]` says whether message i is trained: assistant messages
+    that the row does not exclude (`weight`).
+    `tools` are OpenAI's schemas. `documents` and `template_arguments` are what transformers' `apply_chat_template`
+    takes: documents for the template, and variables of it, such as `enable_thinking`.
     """
 
     messages: tuple[dict[str, Any], ...]

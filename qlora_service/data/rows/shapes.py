@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from qlora_service.data.json.strict import RowProblem
+from qlora_service.data.rows.cells import Notes
+from qlora_service.data.rows.columns import MEANINGFUL_COLUMNS, unused_columns, warned_columns
 from qlora_service.data.rows.examples import Example, Shape
 from qlora_service.data.rows.preferences import as_label, read_labeled_answer, read_preference
 from qlora_service.data.rows.supervised import (
@@ -17,7 +19,7 @@ from qlora_service.data.rows.supervised import (
     read_text,
 )
 
-__all__ = ["COLUMNS", "JSON_COLUMNS", "REQUIRED", "RowProblem", "detect_shape", "objective_mismatch", "to_example"]
+__all__ = ["COLUMNS", "REQUIRED", "RowProblem", "detect_shape", "objective_mismatch", "to_example"]
 
 # The required columns of every form of a shape. Of two shapes that fit a row, the earlier, richer one is detected.
 REQUIRED: dict[Shape, tuple[tuple[str, ...], ...]] = {
@@ -30,15 +32,13 @@ REQUIRED: dict[Shape, tuple[tuple[str, ...], ...]] = {
     "prompt_completion": (("prompt", "completion"),),
     "text": (("text",),),
 }
-# Columns whose cells are JSON texts where the container has only strings (CSV).
-JSON_COLUMNS = frozenset({"messages", "conversations", "tools", "history"})
-# Every column that at least one shape reads.
-COLUMNS = frozenset({"system", "history", "input", "context", "tools"}).union(
-    *(columns for forms in REQUIRED.values() for columns in forms)
-)
+# Every column that at least one shape reads, or whose cells decide about a warning.
+COLUMNS = MEANINGFUL_COLUMNS.union(*(columns for forms in REQUIRED.values() for columns in forms))
+# A superset for those rows of a shape that are conversations.
+_WARNED_COLUMNS = {shape: warned_columns(shape, is_chat=False) for shape in REQUIRED}
 # The shape that an objective requires; every other objective trains on the answers, or the text, of any other shape.
 _REQUIRED_SHAPES: dict[str, Shape] = {"dpo": "preference", "orpo": "preference", "kto": "kto"}
-_READERS: dict[Shape, Callable[[dict[str, Any]], Example]] = {
+_READERS: dict[Shape, Callable[[dict[str, Any], Notes], Example]] = {
     "preference": read_preference,
     "kto": read_labeled_answer,
     "messages": read_messages,
@@ -57,15 +57,21 @@ def detect_shape(value: dict[str, Any]) -> Shape | None:
     return next((shape for shape in candidates if _cells_fit(value, shape)), candidates[-1] if candidates else None)
 
 
-def to_example(value: dict[str, Any], shape: Shape) -> Example:
-    """The training example of a row of the given shape; columns unknown to the shape are ignored.
+def to_example(value: dict[str, Any], shape: Shape, notes: Notes | None = None) -> Example:
+    """The training example of a row of the given shape; columns without a known meaning are ignored.
+
+    `notes` is filled with what is not trained, or not as one would expect.
 
     Raises:
         RowProblem: the row has another shape, a wrong type, an empty answer, or nothing to train.
     """
     if not _has_columns(value, shape):
         raise RowProblem("", _shape_mismatch(value, shape))
-    return _READERS[shape](value)
+    notes = [] if notes is None else notes
+    example = _READERS[shape](value, notes)
+    if not _WARNED_COLUMNS[shape].isdisjoint(value):
+        notes += unused_columns(value, shape, example)
+    return example
 
 
 def objective_mismatch(objective_type: str, shape: Shape) -> str | None:

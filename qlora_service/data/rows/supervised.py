@@ -5,62 +5,67 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_service.data.json.strict import RowProblem
-from qlora_service.data.rows.conversation import (
-    OPENAI,
-    SHAREGPT,
-    Turn,
+from qlora_service.data.rows.cells import (
+    Notes,
     as_list,
     as_text,
+    json_cell,
     optional_text,
-    plain_turns,
-    read_tools,
-    read_turns,
     require_not_blank,
 )
+from qlora_service.data.rows.chat_options import ChatOptions, read_options
+from qlora_service.data.rows.conversation import OPENAI, SHAREGPT, Turn, messages_or_text, plain_turns, read_turns
 from qlora_service.data.rows.examples import Chat, Completion, Text
 
 
-def read_messages(row: dict[str, Any]) -> Chat:
-    return _conversation(read_turns(row["messages"], "/messages", OPENAI), "/messages", row)
+def read_messages(row: dict[str, Any], notes: Notes) -> Chat:
+    turns = read_turns(json_cell(row, "messages"), "/messages", OPENAI, notes)
+    return _conversation(turns, "/messages", row, notes)
 
 
-def read_sharegpt(row: dict[str, Any]) -> Chat:
+def read_sharegpt(row: dict[str, Any], notes: Notes) -> Chat:
     if row.get("chosen") is not None and row.get("rejected") is not None:
         # The conversation is only the context of the two answers: training on it would train neither answer.
         raise RowProblem(
             "/chosen",
             "the row is a preference pair: state the shape preference, or end the conversation with the chosen answer",
         )
-    return _conversation(sharegpt_turns(row), "/conversations", row)
+    return _conversation(sharegpt_turns(row, notes), "/conversations", row, notes)
 
 
-def read_alpaca(row: dict[str, Any]) -> Chat:
+def read_alpaca(row: dict[str, Any], notes: Notes) -> Chat:
     turns = [*alpaca_prompt(row), *plain_turns([("assistant", _answer(row, "output"))])]
-    return _conversation(turns, "/output", None)
+    return _conversation(turns, "/output", row, notes)
 
 
-def read_dolly(row: dict[str, Any]) -> Chat:
+def read_dolly(row: dict[str, Any], notes: Notes) -> Chat:
     turns = plain_turns([("user", _instruction(row, "context")), ("assistant", _answer(row, "response"))])
-    return _conversation(turns, "/response", None)
+    return _conversation(turns, "/response", row, notes)
 
 
-def read_prompt_completion(row: dict[str, Any]) -> Completion | Chat:
-    if not isinstance(row["prompt"], list) and not isinstance(row["completion"], list):
+def read_prompt_completion(row: dict[str, Any], notes: Notes) -> Completion | Chat:
+    prompt, completion = messages_or_text(row["prompt"]), messages_or_text(row["completion"])
+    if not isinstance(prompt, list) and not isinstance(completion, list):
         return Completion(as_text(row["prompt"], "/prompt"), _answer(row, "completion"))
-    prompt = read_turns(row["prompt"], "/prompt", OPENAI)
-    completion = read_turns(row["completion"], "/completion", OPENAI)
-    return chat_with_answer(prompt, completion, "/completion", read_tools(row))
+    # A conversation with a text as its answer, or a question with messages as the answer.
+    before = (
+        plain_turns([("user", prompt)]) if isinstance(prompt, str) else read_turns(prompt, "/prompt", OPENAI, notes)
+    )
+    answer = (
+        plain_turns([("assistant", _answer(row, "completion"))])
+        if isinstance(completion, str)
+        else read_turns(completion, "/completion", OPENAI, notes)
+    )
+    return chat_with_answer(before, answer, "/completion", read_options(row, notes))
 
 
-def read_text(row: dict[str, Any]) -> Text:
+def read_text(row: dict[str, Any], notes: Notes) -> Text:  # noqa: ARG001 - the signature of all readers
     text = as_text(row["text"], "/text")
     require_not_blank(text, "/text", "the text")
     return Text(text)
 
 
-def chat_with_answer(
-    prompt: list[Turn], answer: list[Turn], pointer: str, tools: tuple[dict[str, Any], ...] | None
-) -> Chat:
+def chat_with_answer(prompt: list[Turn], answer: list[Turn], pointer: str, options: ChatOptions) -> Chat:
     """The conversation of a prompt and the answer at `pointer`; no turn of the prompt is trained.
 
     Raises:
@@ -71,20 +76,22 @@ def chat_with_answer(
     return Chat(
         messages=tuple(message for message, _ in prompt + answer),
         trained=(False,) * len(prompt) + tuple(trained for _, trained in answer),
-        tools=tools,
+        tools=options.tools,
+        documents=options.documents,
+        template_arguments=options.template_arguments,
     )
 
 
-def sharegpt_turns(row: dict[str, Any]) -> list[Turn]:
+def sharegpt_turns(row: dict[str, Any], notes: Notes) -> list[Turn]:
     """The turns of the column `conversations`, after a system turn for the text of the column `system`."""
-    system, turns = optional_text(row, "system"), read_turns(row["conversations"], "/conversations", SHAREGPT)
-    return [*_system_turn(system), *turns]
+    turns = read_turns(json_cell(row, "conversations"), "/conversations", SHAREGPT, notes)
+    return [*_system_turn(optional_text(row, "system")), *turns]
 
 
 def alpaca_prompt(row: dict[str, Any]) -> list[Turn]:
     """The turns before the answer: system, history, and the instruction with its input."""
     turns = [("user", _instruction(row, "input"))]
-    history = row.get("history")
+    history = json_cell(row, "history")
     for index, exchange in enumerate([] if history is None else as_list(history, "/history")):
         pointer = f"/history/{index}"
         if not isinstance(exchange, list) or len(exchange) != 2:
@@ -95,9 +102,9 @@ def alpaca_prompt(row: dict[str, Any]) -> list[Turn]:
     return [*_system_turn(optional_text(row, "system")), *plain_turns(turns)]
 
 
-def _conversation(turns: list[Turn], pointer: str, row: dict[str, Any] | None) -> Chat:
-    """The conversation without a separate prompt, with the tools of the row if there is a row."""
-    return chat_with_answer([], turns, pointer, None if row is None else read_tools(row))
+def _conversation(turns: list[Turn], pointer: str, row: dict[str, Any], notes: Notes) -> Chat:
+    """The conversation without a separate prompt."""
+    return chat_with_answer([], turns, pointer, read_options(row, notes))
 
 
 def _system_turn(text: str) -> list[Turn]:

@@ -104,7 +104,7 @@ def test_request_parameters_reach_the_model(client: TestClient, echo_server: Ech
     client.post(CHAT, json={"model": "tiny", "messages": messages, "tools": [tool], **settings})
     request = echo_server.received[-1]
     assert request.messages == [
-        {"role": "system", "content": "Be brief."},
+        {"role": "developer", "content": "Be brief."},
         {"role": "assistant", "content": ""},
         {"role": "user", "content": "Say it."},
     ]

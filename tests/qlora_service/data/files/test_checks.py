@@ -185,6 +185,86 @@ def test_pairs_are_read_from_csv_and_from_parquet(upload: Path) -> None:
         assert (report.shape, report.usable_rows) == ("preference", 1)
 
 
+def csv_cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return '"' + text.replace('"', '""') + '"'
+
+
+QUESTION, ANSWER = conversation('¿Qué, "hora"?', "お昼です")
+OTHER = {"role": "assistant", "content": "夜です"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "row"),
+    [
+        (
+            "messages",
+            {
+                "messages": [QUESTION, ANSWER],
+                "functions": [{"name": "now"}],
+                "documents": [{"text": "a"}],
+                "chat_template_kwargs": {"enable_thinking": False},
+            },
+        ),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "tools": []}),
+        ("alpaca", {"instruction": "a", "output": "[b]", "history": [["c", "d"]]}),
+        ("prompt_completion", {"prompt": [QUESTION], "completion": [ANSWER]}),
+        ("prompt_completion", {"prompt": "[INST] a [/INST]", "completion": '{"hora": "12:00"}'}),
+        ("preference", {"prompt": [QUESTION], "chosen": ANSWER, "rejected": OTHER}),
+        ("preference", {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, OTHER]}),
+        (
+            "preference",
+            {"input": {"messages": [QUESTION]}, "preferred_output": [ANSWER], "non_preferred_output": [OTHER]},
+        ),
+        ("kto", {"messages": [QUESTION, ANSWER], "label": True}),
+    ],
+)
+def test_cells_of_json_text_are_read_as_what_they_hold(upload: Path, shape: Shape, row: dict[str, Any]) -> None:
+    expected = [found.example for found in read_examples(write(upload, row), "jsonl", shape)]
+    texts = {name: cell if isinstance(cell, str) else json.dumps(cell) for name, cell in row.items()}
+    parquet = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([texts]), parquet)
+    files: dict[Container, bytes] = {
+        "jsonl": json.dumps(texts).encode(),
+        "csv": f"{','.join(row)}\n{','.join(map(csv_cell, row.values()))}\n".encode(),
+        "parquet": parquet.getvalue(),
+    }
+    for container, data in files.items():
+        upload.write_bytes(data)
+        report = check_dataset(upload)
+        assert (report.container, report.shape, report.usable_rows, report.warnings) == (container, shape, 1, ())
+        assert [found.example for found in read_examples(upload, container, shape)] == expected
+
+
+def test_csv_cell_that_is_not_json_is_a_finding(upload: Path) -> None:
+    upload.write_text(f"messages,tools\n{csv_cell([QUESTION, ANSWER])},\n[{{],\nhola,\n", encoding="utf-8")
+    report = check_dataset(upload)
+    assert [(finding.line, finding.pointer) for finding in report.findings] == [(3, "/messages"), (4, "/messages")]
+    assert "not valid JSON" in report.findings[0].reason
+    assert "must be a list, is a string" in report.findings[1].reason
+
+
+def test_rows_with_the_same_warning_are_one_warning_with_a_count(upload: Path) -> None:
+    plain = {"messages": [QUESTION, ANSWER]}
+    detail = {"messages": [QUESTION, {**ANSWER, "train_detail": [{"begin_offset": 0}]}], "system": "a"}
+    rows = [plain, *[detail] * 12, BROKEN, plain, {"messages": [QUESTION, {**ANSWER, "images": ["a"]}]}]
+    report = check_dataset(write(upload, *rows))
+    assert (report.usable_rows, report.finding_count) == (15, 1)
+    kinds = [(warning.pointer, warning.rows, warning.lines) for warning in report.warnings]
+    first = [2, 3, 4, 5, 6]
+    assert kinds == [("/messages/1/train_detail", 12, first), ("/system", 12, first), ("/messages/1/images", 1, [16])]
+    found = {row.line: row.warnings for row in read_examples(upload, "jsonl", "messages")}
+    assert [line for line, warnings in found.items() if not warnings] == [1, 15]
+    offset = len(json.dumps(plain, ensure_ascii=False).encode()) + 1
+    assert [(w.line, w.byte_offset, w.pointer) for w in found[2]] == [
+        (2, offset, "/messages/1/train_detail"),
+        (2, offset, "/system"),
+    ]
+    assert DatasetReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
+    upload.write_text(json.dumps([row for row in rows if row != BROKEN]), encoding="utf-8")
+    assert [warning.rows for warning in check_dataset(upload).warnings] == [12, 12, 1]
+
+
 @pytest.mark.parametrize(
     ("container", "opening", "between", "closing"),
     [

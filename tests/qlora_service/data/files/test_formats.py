@@ -239,12 +239,6 @@ def test_csv_row_with_another_number_of_columns_is_a_finding(upload: Path) -> No
     ]
 
 
-def test_csv_cells_of_conversations_are_json(upload: Path) -> None:
-    rows = read(upload, 'messages,tools\n"[{""role"": ""user""}]",\n[{],\n"[{""a"": NaN}]",[]\n', "csv")
-    assert values(rows) == [{"messages": [{"role": "user"}], "tools": None}, None, None]
-    assert [row.finding.pointer for row in rows if row.finding is not None] == ["/messages", "/messages"]
-
-
 def test_csv_header_is_trimmed_and_columns_without_a_name_are_ignored(upload: Path) -> None:
     assert values(read(upload, ", text \n0,a\n", "csv")) == [{"text": "a"}]
 

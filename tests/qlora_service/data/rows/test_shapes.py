@@ -106,7 +106,7 @@ def test_messages_are_kept_and_assistant_turns_trained() -> None:
     )
     assert chat(value, "messages") == Chat(
         messages=(
-            {"role": "system", "content": "Be brief."},
+            {"role": "developer", "content": "Be brief."},
             {**USER, "name": "ann"},
             ANSWER,
             USER,
@@ -138,7 +138,7 @@ def test_tool_calls_and_tools_are_kept(tools: Any) -> None:
     )
     example = chat(value, "messages")
     assert example.tools == (TOOL,)
-    assert example.messages[1] == {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    assert example.messages[1] == {"role": "assistant", "tool_calls": [CALL]}
     assert example.messages[2] == {"role": "tool", "content": "12:00", "tool_call_id": "c1"}
     assert example.trained == (False, True, False, True)
 
@@ -151,8 +151,8 @@ def test_older_function_call_becomes_a_tool_call() -> None:
         {"role": "function", "name": "now", "content": "12:00"},
     )
     example = chat(value, "messages")
-    assert example.messages[1]["tool_calls"] == [{"type": "function", "function": function}]
-    assert example.messages[2]["role"] == "tool"
+    assert example.messages[1] == {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+    assert example.messages[2] == {"role": "function", "name": "now", "content": "12:00"}
 
 
 @pytest.mark.parametrize("tools", [None, [], "", "[]"])
@@ -176,7 +176,6 @@ def test_empty_tools_are_none(tools: Any) -> None:
         (messages(USER, {"role": "assistant", "content": " \n"}), "/messages/1/content", "the answer is empty"),
         (messages(USER, {"role": "assistant", "content": None}), "/messages/1/content", "must be a string"),
         (messages(USER, {"role": "assistant", "tool_calls": []}), "/messages/1/content", "must be a string"),
-        (messages({**USER, "weight": 0}, ANSWER), "/messages/0/weight", "only an assistant message"),
         (messages(USER, {**ANSWER, "weight": 0.5}), "/messages/1/weight", "must be 0 or 1"),
         (messages(USER, {**ANSWER, "weight": True}), "/messages/1/weight", "must be 0 or 1"),
         (messages(USER, {**ANSWER, "weight": "1"}), "/messages/1/weight", "must be 0 or 1"),
@@ -205,7 +204,6 @@ def test_empty_tools_are_none(tools: Any) -> None:
             "/messages/0/tool_calls/0/function/arguments",
             "must be a JSON object",
         ),
-        (messages({**USER, "name": 3}, ANSWER), "/messages/0/name", "must be a string"),
         (messages(USER, ANSWER, tools="{"), "/tools", "not valid JSON"),
         (messages(USER, ANSWER, tools={}), "/tools", "must be a list, is an object"),
         (messages(USER, ANSWER, tools=["x"]), "/tools/0", "must be an object"),
@@ -232,7 +230,7 @@ def test_sharegpt_turns_become_messages() -> None:
         messages=(
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "Time?"},
-            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "assistant", "tool_calls": [call]},
             {"role": "tool", "content": "12:00"},
             {"role": "assistant", "content": "Noon."},
         ),
@@ -307,6 +305,14 @@ def test_prompt_and_completion_of_messages_train_only_the_completion() -> None:
     assert example == Chat((USER, ANSWER, USER, ANSWER), (False, False, False, True))
 
 
+@pytest.mark.parametrize("prompt", [USER["content"], [USER]])
+@pytest.mark.parametrize("completion", [ANSWER["content"], [ANSWER]])
+def test_prompt_or_completion_may_be_text_beside_messages(prompt: Any, completion: Any) -> None:
+    example = to_example({"prompt": prompt, "completion": completion}, "prompt_completion")
+    both_text = isinstance(prompt, str) and isinstance(completion, str)
+    assert example == (Completion(prompt, completion) if both_text else Chat((USER, ANSWER), (False, True)))
+
+
 def test_text_is_kept_unchanged() -> None:
     assert to_example({"text": " a\n", "meta": {}}, "text") == Text(" a\n")
 
@@ -327,8 +333,9 @@ def test_text_is_kept_unchanged() -> None:
         ("dolly", {"instruction": "a", "response": True}, "/response", "is a boolean"),
         ("prompt_completion", {"prompt": 1, "completion": "b"}, "/prompt", "must be a string"),
         ("prompt_completion", {"prompt": "a", "completion": "\n"}, "/completion", "the answer is empty"),
-        ("prompt_completion", {"prompt": "a", "completion": [ANSWER]}, "/prompt", "must be a list"),
-        ("prompt_completion", {"prompt": [USER], "completion": "b"}, "/completion", "must be a list"),
+        ("prompt_completion", {"prompt": 1, "completion": [ANSWER]}, "/prompt", "must be a list"),
+        ("prompt_completion", {"prompt": [USER], "completion": 1}, "/completion", "must be a list"),
+        ("prompt_completion", {"prompt": [USER], "completion": " "}, "/completion", "the answer is empty"),
         ("prompt_completion", {"prompt": [ANSWER], "completion": [USER]}, "/completion", "no assistant"),
         ("text", {"text": "\t"}, "/text", "the text is empty"),
         ("text", {"text": {}}, "/text", "is an object"),
