@@ -191,9 +191,10 @@ class _RenderedMarks:
         end = last.end + _common_length(closing, self._text[last.end : after])
         if through and end == last.end + len(closing):
             return end
-        tag = TAG.search(self._text, end, after)
+        words_end = last.end + len(_common_prefix(last.field.trail, self._text[last.end : after]))
+        tag = TAG.search(self._text, words_end, after)
         is_end = tag is not None and not self._template.header.startswith(tag[0])
-        return tag.end() if tag is not None and is_end else end
+        return max(end, tag.end()) if tag is not None and is_end else end
 
     def _through_part(self, index: int, part: Sequence[_Run]) -> str:
         """The conversation through an answer that has only the fields of this part."""
@@ -292,8 +293,12 @@ def _end_of_last_run(text: str) -> int:
 
 def _common_length(expected: str, text: str) -> int:
     """The length of the common beginning; a tag of `expected` that the text does not have in full is not in it."""
-    common = len(os.path.commonprefix([expected, text]))  # noqa: RUF071 - characters are meant
+    common = len(_common_prefix(expected, text))
     for tag in TAG.finditer(expected):
         if tag.start() < common < tag.end():
             return tag.start()
     return common
+
+
+def _common_prefix(first: str, second: str) -> str:
+    return os.path.commonprefix([first, second])  # noqa: RUF071 - characters are meant

@@ -35,13 +35,14 @@ class Unmarkable(Exception):
 class Field:
     """A text field: the index of its message, its JSON pointer in the message, and the number of its marks.
 
-    `lead` is what stands before its first mark.
+    `lead` and `trail` are its characters before the first mark and after the last one, without white space around.
     """
 
     message: int
     pointer: str
     marks: int
     lead: str = ""
+    trail: str = ""
 
 
 @dataclass
@@ -102,7 +103,8 @@ class MarkedConversation:
     def _text(self, index: int, pointer: str, text: str) -> str:
         mark = self._next_mark()
         marked = mark_text(text, mark)
-        self.fields.append(Field(index, pointer, marked.count(mark), marked[: max(0, marked.find(mark))].lstrip()))
+        lead, trail = marked[: max(0, marked.find(mark))].lstrip(), marked[marked.rfind(mark) + 1 :].rstrip()
+        self.fields.append(Field(index, pointer, marked.count(mark), lead, trail))
         return marked
 
     def _next_mark(self) -> str:

@@ -80,7 +80,7 @@ REASONS: dict[str, Callable[[Difference], bool]] = {
         and it.text[it.span[0] :].strip() in it.family.stops
         and it.text[: it.span[0]].rstrip().endswith(it.family.stops)
     ),
-    "the template renders nothing of the answer: only its end is left, which would teach to answer nothing": lambda it: (
+    "the template renders nothing of the answer, whose end alone would teach to answer nothing": lambda it: (
         not it.trained and it.is_in(span for span in it.marks.spans if not _words(it.text[slice(*span)]))
     ),
     "a token across the edge of the turn": lambda it: all(_straddles(token, it.marks.spans) for token in it.tokens),
