@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from qlora_service.chat.wire import AdapterRef, Finished, GenerationRequest, Sampling
@@ -63,9 +64,19 @@ class Trained:
         return "".join(pieces), finished
 
 
-def train(tiny_model: Path, directory: Path, eos: str) -> Trained:
-    """A job on the tiny model with another eos token in all of its settings."""
-    model = shutil.copytree(tiny_model, directory / "model")
+@pytest.fixture(scope="module")
+def talkative_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with layer weights times twelve, which goes on with words after the end of an answer."""
+    directory = shutil.copytree(tiny_model, tmp_path_factory.mktemp("talkative") / "model")
+    weights = load_file(directory / "model.safetensors")
+    larger = {name: weight * (12 if "layers" in name and weight.dim() == 2 else 1) for name, weight in weights.items()}
+    save_file(larger, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def train(base: Path, directory: Path, eos: str) -> Trained:
+    """A job on the base with another eos token in all of its settings."""
+    model = shutil.copytree(base, directory / "model")
     tokenizer = AutoTokenizer.from_pretrained(str(model))
     tokens = {"eos_token": eos, "eos_token_id": tokenizer.convert_tokens_to_ids(eos)}
     for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
@@ -80,15 +91,15 @@ def train(tiny_model: Path, directory: Path, eos: str) -> Trained:
 
 
 @pytest.fixture(scope="module")
-def usual(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def usual(talkative_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """On a base whose eos token ends the turns."""
-    return train(tiny_model, tmp_path_factory.mktemp("usual"), END)
+    return train(talkative_model, tmp_path_factory.mktemp("usual"), END)
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(talkative_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """On a base with another eos token."""
-    return train(tiny_model, tmp_path_factory.mktemp("other"), OTHER)
+    return train(talkative_model, tmp_path_factory.mktemp("other"), OTHER)
 
 
 def test_generated_answers_end_there(usual: Trained, trained: Trained) -> None:
