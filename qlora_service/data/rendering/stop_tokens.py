@@ -65,9 +65,21 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def template_end(answer: str, tokenizer: Tokenizer) -> frozenset[int]:
-    """The special token that ends a rendered answer, which may have white space after it; empty without one."""
-    ids: list[int] = tokenizer.encode(answer.rstrip(), add_special_tokens=False).ids
-    return special_ids(tokenizer).intersection(ids[-1:])
+    """The special token that ends a rendered answer; empty without one.
+
+    It is the last special token before white space: after that, Phi-3's template writes the eos token once more.
+    """
+    special = special_ids(tokenizer)
+    end: frozenset[int] = frozenset()
+    is_before_space = True
+    for token_id in reversed(tokenizer.encode(answer, add_special_tokens=False).ids):
+        if token_id not in special:
+            if tokenizer.decode([token_id], skip_special_tokens=False).strip():
+                break
+            is_before_space = True
+        elif is_before_space:
+            end, is_before_space = frozenset({token_id}), False
+    return end
 
 
 class TrainedEnds:

@@ -98,6 +98,13 @@ def test_a_template_that_writes_the_eos_token_keeps_it(tiny_model: Path, tmp_pat
     assert stops.eos is None
 
 
+def test_of_several_closing_tokens_the_last_before_white_space_ends_an_answer(tiny_model: Path, tmp_path: Path) -> None:
+    """Cohere's templates write two; Phi-3's one and, in a line of its own, the eos token."""
+    template = CHATML.replace("<|im_end|>", "</answer><|im_end|>") + "{{ eos_token if not add_generation_prompt }}"
+    stops = stop_tokens(model_with(tiny_model, tmp_path / "model", template=template, special=("</answer>",)), CHAT)
+    assert list(stops.template) == ["<|im_end|>"]
+
+
 def test_every_token_that_ends_a_turn_is_an_end(tiny_model: Path, tmp_path: Path) -> None:
     model = model_with(tiny_model, tmp_path / "model", template=CHANNELS, special=tuple(CHANNEL_TOKENS))
     call = Chat((QUESTION, ANSWER | {"call": True}), (False, True))
