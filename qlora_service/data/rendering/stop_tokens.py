@@ -5,11 +5,9 @@ Evaluation, chat and publication take them from here, so that an answer ends at 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -20,7 +18,6 @@ from qlora_service.data.rows.examples import Chat
 from qlora_service.errors import InvalidDataset, InvalidModel
 
 _EXAMPLE = Chat(({"role": "user", "content": "Question?"}, {"role": "assistant", "content": "Answer."}), (False, True))
-_TRAINED_SPAN = re.compile(rb"\x01+")
 
 
 @dataclass(frozen=True)
@@ -90,20 +87,24 @@ class TrainedEnds:
         self._stop_ids = stop_ids
         self._special = special_ids(tokenizer) | stop_ids
         self._candidates = self._special.union(tokenizer.get_added_tokens_decoder())
-        self._trained: Counter[int] = Counter()
         self._ends: Counter[int] = Counter()
         self._last: Counter[int] = Counter()
+        self._inside: Counter[int] = Counter()
 
     def add(self, input_ids: Sequence[int], trained: Sequence[bool], *, is_cut: bool) -> None:
         """Counts the ends of a row's answers. `is_cut`: truncation removed the end of the row."""
         flags = bytes(trained)
-        self._trained.update(filter(self._candidates.__contains__, compress(input_ids, flags)))
-        ends = [match.end() for match in _TRAINED_SPAN.finditer(flags)]
-        if is_cut:
-            ends = [end for end in ends if end < len(flags)]
-        else:
-            self._last.update(input_ids[end - 1] for end in ends[-1:])
-        self._ends.update(input_ids[end - 1] for end in ends)
+        end = flags.rfind(1) + 1
+        if end and not is_cut:
+            self._last[input_ids[end - 1]] += 1
+        while end:
+            start = flags.rfind(0, 0, end) + 1
+            if not is_cut or end < len(flags):
+                self._ends[input_ids[end - 1]] += 1
+            inside = input_ids[start : end - 1]
+            if not self._candidates.isdisjoint(inside):
+                self._inside.update(filter(self._candidates.__contains__, inside))
+            end = flags.rfind(1, 0, start) + 1
 
     def ids(self) -> list[int]:
         """The tokens that end answers, the most frequent last token of a row first.
@@ -131,7 +132,7 @@ class TrainedEnds:
         return StopTokens(trained, self._texts(sorted(self._stop_ids)), self._texts(end), eos)
 
     def _is_end(self, token_id: int) -> bool:
-        inside = self._trained[token_id] - self._ends[token_id]
+        inside = self._inside[token_id]
         ends_rows = token_id in self._candidates and self._last[token_id] > inside
         return ends_rows or (token_id in self._special and inside == 0)
 

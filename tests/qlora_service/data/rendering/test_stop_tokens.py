@@ -113,10 +113,12 @@ def test_every_token_that_ends_a_turn_is_an_end(tiny_model: Path, tmp_path: Path
     assert list(stops.template) == ["<|return|>"]
 
 
-def test_ends_of_earlier_turns_count_too(tiny_model: Path) -> None:
+def test_ends_of_earlier_turns_count_unless_answers_go_on_after_them(tiny_model: Path) -> None:
     ends = TrainedEnds(Tokenizer.from_file(str(tiny_model / "tokenizer.json")), frozenset({9}))
     ends.add([5, 6, 1, 7, 5, 6, 9, 8], [False, True, True, False, False, True, True, False], is_cut=False)
     assert ends.ids() == [9, 1]
+    ends.add([5, 6, 1, 6, 9], [False, True, True, True, True], is_cut=False)
+    assert ends.ids() == [9]
 
 
 def test_a_token_that_stands_inside_answers_ends_none(tiny_model: Path, tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_a_row_cut_after_an_added_token_has_no_end(tiny_model: Path) -> None:
     assert ends.ids() == []
     ends.add([5, 6, 1], [False, True, True], is_cut=False)
     ends.add([5, 6, 2, 7], [False, True, True, False], is_cut=True)
-    assert ends.ids() == [2]
+    assert ends.ids() == [1, 2]
 
 
 def test_added_tokens_that_are_not_special_end_rows_only(tiny_model: Path, tmp_path: Path) -> None:
