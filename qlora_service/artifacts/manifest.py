@@ -38,6 +38,8 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     held_out: dict[str, Any]
     """Losses before and after training, number of measured rows and tokens, source of the rows (in held_out.jsonl)."""
+    stop_tokens: dict[str, Any] | None = None
+    """Tokens that end an answer: `stop_tokens.StopTokens`; None in the manifests of earlier versions."""
     files: tuple[ManifestFile, ...]
 
     @property

@@ -37,12 +37,14 @@ def model_card(
     spec: dict[str, Any],
     compute_dtype: str,
     held_out: dict[str, Any],
+    stop_tokens: dict[str, Any] | None,
     versions: dict[str, str],
 ) -> str:
     """Markdown: front matter for model hubs, results, and code that loads the adapter.
 
     `held_out` has `rows` (their number), `source` (their description), `loss_before` and `loss_after`, and, if it was
-    measured, `accuracy_before` and `accuracy_after`, both from 0 to 1.
+    measured, `accuracy_before` and `accuracy_after`, both from 0 to 1. `stop_tokens` are the fields of
+    `stop_tokens.StopTokens`, or None where they are unknown.
     """
     name = base["hub_id"] or base["name"]
     training, adapter, quantization = spec["training"], spec["adapter"], spec["quantization"]
@@ -73,13 +75,69 @@ contains the whole configuration and the SHA-256 of every file and of the base w
 ## Load it
 
 ```python
-{_load_base(quantization, compute_dtype)}
+{_load_base(quantization, compute_dtype)}{_stop_setting(stop_tokens)}
 model = PeftModel.from_pretrained(base, "DIRECTORY_OF_THIS_FILE")
 tokenizer = AutoTokenizer.from_pretrained("DIRECTORY_OF_THIS_FILE")
 ```
-
+{_answer_end(stop_tokens)}
 {packages}
 """
+
+
+def _stop_setting(stop_tokens: dict[str, Any] | None) -> str:
+    """The line of code that sets the stop tokens of the base, if answers end with others."""
+    if stop_tokens is None or not _new_ends(stop_tokens):
+        return ""
+    ids = {token_id for tokens in ("trained", "template", "base") for token_id in stop_tokens[tokens].values()}
+    return f"\nbase.generation_config.eos_token_id = {sorted(ids)}"
+
+
+def _answer_end(stop_tokens: dict[str, Any] | None) -> str:
+    """The section about the tokens that end an answer, and about runtimes that do not know them."""
+    if stop_tokens is None:
+        return ""
+    trained, new = stop_tokens["trained"], _new_ends(stop_tokens)
+    if not trained:
+        text = (
+            "No token ends an answer: the trained rows end with ordinary text, or were truncated. Limit the length of "
+            "an answer, or set a stop string."
+        )
+    elif not new:
+        text = f"{_names(trained)} {_end(trained)} an answer. The base stops there by its own settings."
+    else:
+        text = (
+            f"{_names(trained)} {_end(trained)} an answer. By its own settings the base does not stop at "
+            f"{_names(new)}{_base_stops(stop_tokens)}. The code above sets the stop tokens for transformers. For vLLM, "
+            "set `--generation-config DIRECTORY_OF_THIS_FILE`: `generation_config.json` lists them. In other runtimes "
+            f"add {_names(new)} to the stop tokens or stop strings."
+        )
+    if stop_tokens["eos"] is not None:
+        text += f" The tokenizer's files here name {_code(stop_tokens['eos'])} as eos token, unlike those of the base."
+    return f"\n## End of an answer\n\n{text}\n"
+
+
+def _new_ends(stop_tokens: dict[str, Any]) -> dict[str, int]:
+    """The tokens that end trained answers and do not stop the base."""
+    return {token: token_id for token, token_id in stop_tokens["trained"].items() if token not in stop_tokens["base"]}
+
+
+def _base_stops(stop_tokens: dict[str, Any]) -> str:
+    return f", but at {_names(stop_tokens['base'])}" if stop_tokens["base"] else ""
+
+
+def _names(tokens: dict[str, int]) -> str:
+    """The tokens with their ids, as a phrase."""
+    names = [f"{_code(token)} (id {token_id})" for token, token_id in tokens.items()]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+
+
+def _end(tokens: dict[str, int]) -> str:
+    return "ends" if len(tokens) == 1 else "end"
+
+
+def _code(token: str) -> str:
+    """The token as Markdown code, in one line."""
+    return f"`{json.dumps(token, ensure_ascii=False)[1:-1]}`"
 
 
 def _tags(spec: dict[str, Any]) -> list[str]:

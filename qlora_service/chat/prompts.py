@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from qlora_service.data.rendering.renderer import PLAIN_TEMPLATE
+from qlora_service.data.rendering.stop_tokens import base_stop_ids, eos_token_id, template_end
 from qlora_service.data.rendering.template_process import TemplateProcess
 from qlora_service.data.rendering.tokenizer_settings import read_tokenizer_settings
 from qlora_service.data.rows.examples import Chat
@@ -42,11 +43,11 @@ class Prompts:
         self.tokenizer.no_padding()
         self._clock = clock
         self._tokens = dict(settings.special_tokens)
-        eos = self._token_id(self._tokens.get("eos_token"))
-        if eos is None and settings.eos_token_ids:
-            self._tokens["eos_token"] = self.tokenizer.id_to_token(min(settings.eos_token_ids)) or ""
+        eos = eos_token_id(settings, self.tokenizer)
+        if eos is not None:
+            self._tokens["eos_token"] = self.tokenizer.id_to_token(eos) or ""
         self._tokens.setdefault("eos_token", "")
-        self._stop_ids = settings.eos_token_ids | ({eos} if eos is not None else set())
+        self._stop_ids = base_stop_ids(settings, self.tokenizer)
         bos = self._token_id(self._tokens.get("bos_token"))
         bos = settings.bos_token_id if bos is None else bos
         if bos is not None:
@@ -87,19 +88,14 @@ class Prompts:
             raise InvalidRequest(error.message, location="messages") from None
         if rendered.error is not None:
             raise InvalidRequest(rendered.error, location="messages")
-        start, turn = rendered.spans[0][0], rendered.text[rendered.spans[0][0] : rendered.spans[-1][1]]
-        after_answer = turn[turn.find(_ANSWER) + len(_ANSWER) :]
-        return Prompt(tuple(self._ids(rendered.text[:start])), self._stop_ids | self._turn_end(after_answer))
+        start, end = rendered.spans[0][0], rendered.spans[-1][1]
+        stop_ids = self._stop_ids | template_end(rendered.text[start:end], self.tokenizer)
+        return Prompt(tuple(self._ids(rendered.text[:start])), stop_ids)
 
     def text(self, text: str) -> Prompt:
         """The prompt of plain text, as in training: the BOS token first, if the model uses one."""
         ids = self._ids(text)
         return Prompt(tuple(ids if ids[:1] == self._bos_ids else self._bos_ids + ids), self._stop_ids)
-
-    def _turn_end(self, after_answer: str) -> frozenset[int]:
-        """The special token with which the template ends an answer; it may differ from the EOS token."""
-        special = {token_id for token_id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
-        return frozenset([token_id for token_id in self._ids(after_answer) if token_id in special][:1])
 
     def _process(self, template: str) -> TemplateProcess:
         """The process for the template at today's date, because a template may render the date."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qlora_service.actions.service import Service, Stores
 from qlora_service.artifacts.store import ArtifactStore
+from qlora_service.data.rendering.stop_tokens import StopTokens
 from qlora_service.domain.jobs import Job
 from qlora_service.models.catalog.catalog import Catalog
 from qlora_service.queue.queue import Queue
@@ -130,4 +131,5 @@ def _train(source: Path, to: Path) -> None:
     (to / "states.pickle").write_bytes(pickle.dumps(states))
     (to / "metrics.jsonl").write_bytes(recorder.lines())
     (to / "adapter").mkdir()
-    write_adapter(model, Catalog(to / "models").get("tiny"), rows(2), CHATML, to / "metrics.jsonl", to / "adapter")
+    base, stop_tokens = Catalog(to / "models").get("tiny"), StopTokens({}, {}, {}, None)
+    write_adapter(model, base, rows(2), CHATML, stop_tokens, to / "metrics.jsonl", to / "adapter")

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +23,7 @@ from qlora_service.artifacts.store import ArtifactStore, job_key
 from qlora_service.chat.prompts import Prompt, Prompts
 from qlora_service.chat.text import TextStream
 from qlora_service.chat.wire import AdapterRef, ContextTooLong, Finished, GenerationRequest, Sampling
+from qlora_service.data.rendering.tokenizer_settings import CHAT_TEMPLATE, GENERATION_CONFIG, read_tokenizer_settings
 from qlora_service.errors import InvalidRequest, JobFailed, QLoRAError, Unavailable
 from qlora_service.models.adapters import CONFIG, NAME, WEIGHTS, detach, load_adapter
 from qlora_service.models.base.quantized_cache import QuantizedCache
@@ -33,7 +34,8 @@ from workers.warm_base import BaseHolder, BaseRequest
 
 MAX_ATTACHED_ADAPTERS = 4
 """An adapter of rank 16 on an 8B base takes about 170 MB."""
-CHAT_TEMPLATE = "chat_template.jinja"
+FILES = {WEIGHTS, CONFIG, CHAT_TEMPLATE, GENERATION_CONFIG}
+"""Files of a published adapter that a chat needs"""
 GREEDY_BELOW = 1e-4
 """Temperatures below this are treated as 0: logits divided by them may overflow."""
 
@@ -44,7 +46,9 @@ class AttachedAdapter:
 
     name: str
     """PEFT's name of the adapter"""
-    chat_template: str
+    chat_template: str | None
+    stop_ids: frozenset[int]
+    """Tokens that end its answers, as published"""
 
 
 class Engine:
@@ -127,7 +131,7 @@ class Engine:
                 "has now: import those weights again, or run the job again",
                 location="model",
             )
-        files = tuple(file for file in manifest.files if file.name in (WEIGHTS, CONFIG, CHAT_TEMPLATE))
+        files = tuple(file for file in manifest.files if file.name in FILES)
         with tempfile.TemporaryDirectory(dir=self._scratch) as directory:
             try:
                 fetch_published(manifest.model_copy(update={"files": files}), self._artifacts, Path(directory))
@@ -136,10 +140,12 @@ class Engine:
             return self._adapters.attach(adapter, Path(directory))
 
     def _prompt(self, request: GenerationRequest, attached: AttachedAdapter | None) -> Prompt:
+        template, stop_ids = (None, frozenset()) if attached is None else (attached.chat_template, attached.stop_ids)
         if request.messages is None:
-            return self._prompts.text(request.text)
-        template = None if attached is None else attached.chat_template
-        return self._prompts.chat(request.messages, request.tools, template)
+            prompt = self._prompts.text(request.text)
+        else:
+            prompt = self._prompts.chat(request.messages, request.tools, template)
+        return replace(prompt, stop_ids=prompt.stop_ids | stop_ids)
 
     def _max_new_tokens(self, request: GenerationRequest, prompt: Prompt, attached: AttachedAdapter | None) -> int:
         """The limit of the answer, in tokens. Raises: ContextTooLong, InvalidRequest."""
@@ -169,7 +175,7 @@ class Engine:
         attached: AttachedAdapter | None,
         emit: Callable[[str], None],
     ) -> Finished:
-        streamer = _Streamer(TextStream(self._prompts.tokenizer, sampling.stop), emit)
+        streamer = _Streamer(TextStream(self._prompts.tokenizer, sampling.stop), prompt.stop_ids, emit)
         ids = torch.tensor([prompt.ids], device=self._device)  # (1, tokens)
         if sampling.seed is None:
             torch.seed()
@@ -216,8 +222,7 @@ class Adapters:
 
     def attach(self, adapter: AdapterRef, directory: Path) -> AttachedAdapter:
         """The adapter whose files are in `directory`, now the active one."""
-        chat_template = (directory / CHAT_TEMPLATE).read_text(encoding="utf-8")
-        name = NAME
+        settings, name = read_tokenizer_settings(directory), NAME
         if self._model is not None:
             configs = (self._model.active_peft_config, PeftConfig.from_pretrained(str(directory)))
             if not all(map(_is_plain_lora, configs)):
@@ -231,7 +236,7 @@ class Adapters:
             self._model.load_adapter(str(directory), adapter_name=name, local_files_only=True)
             self._model.set_adapter(name)
         self._model.eval()
-        self._attached[adapter] = AttachedAdapter(name, chat_template)
+        self._attached[adapter] = AttachedAdapter(name, settings.chat_template, settings.eos_token_ids)
         return self._attached[adapter]
 
     @contextmanager
@@ -259,12 +264,14 @@ class Adapters:
 class _Streamer(StoppingCriteria):
     """Receives every generated token: emits its text, and stops generation at a stop string."""
 
-    def __init__(self, stream: TextStream, emit: Callable[[str], None]) -> None:
+    def __init__(self, stream: TextStream, stop_ids: frozenset[int], emit: Callable[[str], None]) -> None:
         self.stream = stream
+        self._stop_ids = stop_ids
         self._emit = emit
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self._emit(self.stream.add(int(input_ids[0, -1])))
+        token_id = int(input_ids[0, -1])
+        self._emit("" if token_id in self._stop_ids else self.stream.add(token_id))
         return torch.tensor([self.stream.stopped], device=input_ids.device)
 
 

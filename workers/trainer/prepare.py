@@ -14,6 +14,7 @@ from qlora_service.artifacts.store import dataset_key
 from qlora_service.data.batching import Split, sample_rows, split_rows, step_rows, total_steps
 from qlora_service.data.files.checks import read_examples
 from qlora_service.data.rendering.renderer import Renderer, RenderReport, RenderRules
+from qlora_service.data.rendering.stop_tokens import StopTokens
 from qlora_service.domain.datasets import Dataset
 from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import Finding, JobFailed
@@ -39,6 +40,7 @@ class PreparedRows:
     validation_report: RenderReport | None
     training: Training
     chat_template: str
+    stop_tokens: StopTokens
 
     @cached_property
     def held_out(self) -> list[TrainingExample]:
@@ -93,7 +95,7 @@ def prepare_rows(inputs: AttemptInputs, check: Callable[[], None]) -> PreparedRo
         validation_rows, validation_report = None, None
         if inputs.validation is not None:
             validation_rows, validation_report = _render(inputs, inputs.validation, renderer, check)
-        chat_template = renderer.chat_template
+        chat_template, stop_tokens = renderer.chat_template, renderer.stop_tokens()
     try:
         split = split_rows(len(rows), validation.held_out_fraction, validation.max_rows, training.seed)
         if validation_rows is not None:
@@ -101,7 +103,7 @@ def prepare_rows(inputs: AttemptInputs, check: Callable[[], None]) -> PreparedRo
     except ValueError as error:
         findings = [Finding(**finding) for finding in report.findings]
         raise JobFailed(str(error), reason=FailureReason.INVALID_INPUT, findings=findings) from None
-    return PreparedRows(rows, split, validation_rows, report, validation_report, training, chat_template)
+    return PreparedRows(rows, split, validation_rows, report, validation_report, training, chat_template, stop_tokens)
 
 
 def load_tokenizer(model_dir: Path, chat_template: str) -> PreTrainedTokenizerBase:

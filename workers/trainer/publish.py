@@ -33,7 +33,7 @@ def publish(context: AttemptContext, rows: PreparedRows, loaded: LoadedNetwork, 
         (directory / "generation.json").write_text(answers, encoding="utf-8")
     trained.row_losses.write(directory / "rows.jsonl")
     model, base = loaded.network.model, context.inputs.base
-    write_adapter(model, base, rows.held_out, rows.chat_template, context.metrics_file, directory)
+    write_adapter(model, base, rows.held_out, rows.chat_template, rows.stop_tokens, context.metrics_file, directory)
     detach(model)
     draft = _draft(context, rows, loaded, trained.outcome)
     manifest = publish_directory(directory, context.inputs.artifacts, draft)
@@ -82,6 +82,7 @@ def _draft(context: AttemptContext, rows: PreparedRows, loaded: LoadedNetwork, o
         plan=loaded.plan,
         versions=package_versions(),
         held_out=held_out_record(outcome, rows),
+        stop_tokens=asdict(rows.stop_tokens),
         files=(),
     )
 

@@ -137,4 +137,5 @@ def _generate(context: AttemptContext, rows: PreparedRows, loaded: LoadedNetwork
         return None
     context.reporter.enter_phase("generating", rows.total_steps)
     tokenizer = load_tokenizer(context.inputs.base.path, rows.chat_template)
-    return evaluate_generation(loaded.network, tokenizer, rows.held_out, evaluation, on_answer=context.check)
+    stop_ids = rows.stop_tokens.ids
+    return evaluate_generation(loaded.network, tokenizer, rows.held_out, evaluation, stop_ids, on_answer=context.check)

@@ -65,7 +65,9 @@ def locate_answers(template: ChatTemplate, conversation: Conversation, trained: 
         return result
     marks = _RenderedMarks.of(template, conversation, text)
     for index, found in spans.items():
-        located = marks.spans(index) if found is None and marks is not None else found
+        located = found
+        if marks is not None and (found is None or not marks.is_rendered(index)):
+            located = marks.spans(index)
         if located is None:
             raise TemplateError(f"cannot tell which part of the rendered text is the answer in message {index}")
         result.spans += located
@@ -98,7 +100,7 @@ class _RenderedMarks:
         through = self._beginning(index + 1)
         own = self._own_runs(index, through)
         if not own:
-            return [] if self._is_unrendered(index) else None
+            return None if self.is_rendered(index) else []
         parts: list[list[_Run]] = [[]]
         for place, run in enumerate(own):
             # A tool's result between two parts of an answer: the template writes the answer's words after it.
@@ -112,6 +114,10 @@ class _RenderedMarks:
             )
             for place, part in enumerate(parts)
         ]
+
+    def is_rendered(self, index: int) -> bool:
+        """Whether the template renders anything of a message."""
+        return any(run.message == index for run in self._runs)
 
     def warnings(self, trained: Sequence[bool]) -> list[MessageWarning]:
         """The fields that the template leaves out, whole or in part, and the tools that it does not render."""
@@ -206,9 +212,6 @@ class _RenderedMarks:
             return self._template.text(self._conversation.with_messages(messages))
         except TemplateError:
             return ""
-
-    def _is_unrendered(self, index: int) -> bool:
-        return all(run.message != index for run in self._runs)
 
 
 @dataclass(frozen=True)

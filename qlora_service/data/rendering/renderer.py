@@ -17,6 +17,7 @@ from tokenizers import Encoding, Tokenizer
 
 from qlora_service.data.files.checks import MAX_FINDINGS
 from qlora_service.data.rendering.loss_mask import trained_tokens
+from qlora_service.data.rendering.stop_tokens import StopTokens, TrainedEnds, base_stop_ids, eos_token_id, special_ids
 from qlora_service.data.rendering.template_process import RenderedChat, TemplateProcess, characters
 from qlora_service.data.rendering.tokenizer_settings import read_tokenizer_settings
 from qlora_service.data.rows.examples import (
@@ -114,15 +115,13 @@ class Renderer:
         settings = read_tokenizer_settings(model_dir)
         self._tokenizer = _load_tokenizer(model_dir / "tokenizer.json")
         tokens = dict(settings.special_tokens)
-        self._eos = self._token_id(tokens.get("eos_token"))
-        if self._eos is None and settings.eos_token_ids:
-            self._eos = min(settings.eos_token_ids)
+        self._eos = eos_token_id(settings, self._tokenizer)
+        if self._eos is not None:
             tokens["eos_token"] = self._tokenizer.id_to_token(self._eos) or ""
-        self._stop_ids = settings.eos_token_ids | ({self._eos} if self._eos is not None else set())
+        self._stop_ids = base_stop_ids(settings, self._tokenizer)
+        self._ends = TrainedEnds(self._tokenizer, self._stop_ids)
         self._in_order = self._tokenizer.normalizer is None
-        self._special_ids = {
-            token_id for token_id, added in self._tokenizer.get_added_tokens_decoder().items() if added.special
-        }
+        self._special_ids = special_ids(self._tokenizer)
         bos = self._token_id(tokens.get("bos_token"))
         if bos is None and settings.bos_token_id is not None:
             bos = settings.bos_token_id
@@ -164,6 +163,10 @@ class Renderer:
 
     def token_text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def stop_tokens(self) -> StopTokens:
+        """Tokens that end an answer; of trained answers, those that were rendered so far."""
+        return self._ends.stop_tokens(self.chat_template, self._templates)
 
     def _row_texts(self, rows: Iterable[SourceRow]) -> Iterator[RowTexts]:
         batches = _batches(rows, lambda row: _characters(row.example), TEMPLATE_ROWS)
@@ -231,13 +234,14 @@ class Renderer:
         if not is_chat and self._bos is not None and ids[:1] != [self._bos]:
             ids, trained = [self._bos, *ids], [False, *trained]
         warnings = _warnings(row, rendered)
-        if self._eos is not None and ids and trained[-1] and ids[-1] not in self._ends(is_chat):
+        if self._eos is not None and ids and trained[-1] and ids[-1] not in self._end_ids(is_chat):
             if is_chat and not self._special_ids.isdisjoint(ids[1:]):
                 # The ids are those of transformers, because the model has learned its template's turns.
                 warnings.append(Finding(NO_END, line=row.line, byte_offset=row.byte_offset))
             else:
                 # Without a trained stop token after its answers, the adapter would never stop generating.
                 ids, trained = [*ids, self._eos], [*trained, True]
+        answers = trained
         # The objectives for rated answers do not use the tokens of the prompt.
         if self._rules.train_on == "all" and not isinstance(row.example, Preference | LabeledAnswer):
             trained = [True] * len(ids)
@@ -252,9 +256,10 @@ class Renderer:
         if result.trained_tokens == 0:
             after = f" after {cut} tokens were cut off" if cut else ""
             return _unusable(row, f"nothing to train: no token of an answer is left{after}")
+        self._ends.add(result.input_ids, answers[:limit], is_cut=cut > 0)
         return result
 
-    def _ends(self, is_chat: bool) -> Set[int]:
+    def _end_ids(self, is_chat: bool) -> Set[int]:
         """Tokens that end an answer: a template ends it with any special token, plain text only with a stop token."""
         return self._special_ids | self._stop_ids if is_chat else self._stop_ids
 

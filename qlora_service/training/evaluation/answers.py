@@ -19,6 +19,7 @@ with importing_torch():
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from qlora_service.data.rendering.stop_tokens import directory_stop_ids
     from qlora_service.models.adapters import load_adapter
     from qlora_service.models.base.quantize import load_base
     from qlora_service.specs import Quantization
@@ -33,7 +34,8 @@ def compare(model_dir: Path, adapter_dir: Path, questions: list[str], max_new_to
     model = load_adapter(load_base(model_dir, Quantization(), dtype, device), adapter_dir)
     tokenizer = AutoTokenizer.from_pretrained(str(adapter_dir), local_files_only=True)
     prompts = [question_ids(tokenizer, question) for question in questions]
-    pairs = compare_answers(model, tokenizer, prompts, max_new_tokens, on_answer=lambda: None)
+    stop_ids = directory_stop_ids(model_dir) | directory_stop_ids(adapter_dir)
+    pairs = compare_answers(model, tokenizer, prompts, max_new_tokens, stop_ids, on_answer=lambda: None)
     return {"base": [pair.base for pair in pairs], "adapter": [pair.adapter for pair in pairs]}
 
 

@@ -1,7 +1,7 @@
 """Generated answers of base and adapter, and their scores against the dataset's answers.
 
-Decoding is greedy. Of a model's own generation settings only the stop tokens are used, so two answers differ by the
-adapter alone, and every attempt generates the same ones.
+Decoding is greedy, and a model's own generation settings are not used, so two answers differ by the adapter alone, and
+every attempt generates the same ones.
 """
 
 from __future__ import annotations
@@ -81,23 +81,22 @@ def compare_answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    stop_ids: Collection[int],
     on_answer: Callable[[], None],
-    *,
-    also_stop: Collection[int] = (),
 ) -> list[AnswerPair]:
-    """Answers to each prompt, without white space around them; `also_stop` adds stop tokens to the model's own.
+    """Answers to each prompt, up to the first of the stop tokens, without white space around them.
 
     The answer to a prompt that fills the model's positions is "". `on_answer` is called after every answer of base and
     adapter, and may raise to stop. The model is left as it was.
     """
     pairs = []
-    with _greedy_generation(model, sorted(stop_ids(model, tokenizer) | set(also_stop))):
+    with _greedy_generation(model, sorted(stop_ids)):
         for prompt in prompts:
             limit = min(max_new_tokens, _free_positions(model, prompt))
             with model.disable_adapter():
-                base, base_s = _answer(model.get_base_model(), tokenizer, prompt, limit)
+                base, base_s = _answer(model.get_base_model(), tokenizer, prompt, limit, stop_ids)
             on_answer()
-            adapter, adapter_s = _answer(model, tokenizer, prompt, limit)
+            adapter, adapter_s = _answer(model, tokenizer, prompt, limit, stop_ids)
             on_answer()
             pairs.append(AnswerPair(base, adapter, base_s, adapter_s, limit))
     return pairs
@@ -108,6 +107,7 @@ def evaluate_generation(
     tokenizer: PreTrainedTokenizerBase,
     held_out: Sequence[TrainingExample],
     spec: Evaluation,
+    stop_ids: Collection[int],
     on_answer: Callable[[], None],
 ) -> dict[str, Any]:
     """A report of JSON values: scores (None without rows), rows, questions, and the seconds of all answers.
@@ -118,17 +118,15 @@ def evaluate_generation(
     Raises:
         InvalidSpec: the chat template refuses a question.
     """
-    model = network.model
-    stops = stop_ids(model, tokenizer)
-    reference_rows = (_reference_row(example, tokenizer, stops) for example in held_out)
+    reference_rows = (_reference_row(example, tokenizer, stop_ids) for example in held_out)
     rows = list(islice((row for row in reference_rows if row is not None), spec.generate_rows))
     pairs = compare_answers(
-        model,
+        network.model,
         tokenizer,
         [row.prompt for row in rows] + [question_ids(tokenizer, question) for question in spec.questions],
         spec.max_new_tokens,
+        stop_ids,
         on_answer,
-        also_stop=_end_ids(held_out, tokenizer),
     )
     row_pairs, question_pairs = pairs[: len(rows)], pairs[len(rows) :]
     references = [_text(tokenizer, row.answer) for row in rows]
@@ -214,13 +212,6 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]
     return list(rendered["input_ids"])
 
 
-def stop_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end an answer: the tokenizer's end of text, and those in the model's generation settings."""
-    configured = model.get_base_model().generation_config.eos_token_id
-    eos_ids = configured if isinstance(configured, list) else [configured]
-    return {token_id for token_id in [tokenizer.eos_token_id, *eos_ids] if token_id is not None}
-
-
 class _WordTokenizer:
     """The tokenizer that rouge-score calls."""
 
@@ -229,7 +220,7 @@ class _WordTokenizer:
 
 
 def _reference_row(
-    example: TrainingExample, tokenizer: PreTrainedTokenizerBase, stops: set[int]
+    example: TrainingExample, tokenizer: PreTrainedTokenizerBase, stops: Collection[int]
 ) -> ReferenceRow | None:
     """None for an undesirable answer, and for plain text, which has no prompt or only a start token."""
     match example:
@@ -245,13 +236,6 @@ def _reference_row(
     if parts is None or not _text(tokenizer, parts[0]):
         return None
     return ReferenceRow(row.line, *parts)
-
-
-def _end_ids(examples: Sequence[TrainingExample], tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Special tokens that end answers of the rows: a template may end turns with another token than end of text."""
-    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    last = {document.input_ids[-1] for example in examples for document in example.documents if document.trained[-1]}
-    return special & last
 
 
 @contextmanager
@@ -284,14 +268,18 @@ def _greedy_generation(model: PeftModel, stops: list[int]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], limit: int) -> tuple[str, float]:
-    """The answer of at most `limit` tokens, and the seconds that it took."""
+def _answer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], limit: int, stop_ids: Collection[int]
+) -> tuple[str, float]:
+    """The answer of at most `limit` tokens, without a stop token, and the seconds that it took."""
     if limit == 0:
         return "", 0.0
     started = time.perf_counter()
     ids = torch.tensor([list(prompt)], device=model.device)  # (1, prompt tokens)
     output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit)
-    return _text(tokenizer, output[0, len(prompt) :]), time.perf_counter() - started
+    answer: list[int] = output[0, len(prompt) :].tolist()
+    seconds = time.perf_counter() - started
+    return _text(tokenizer, answer[:-1] if answer[-1] in stop_ids else answer), seconds
 
 
 def _free_positions(model: PeftModel, prompt: Sequence[int]) -> int:
@@ -301,7 +289,7 @@ def _free_positions(model: PeftModel, prompt: Sequence[int]) -> int:
     return max(0, positions - len(prompt) - (adapter.num_virtual_tokens if adapter.is_prompt_learning else 0))
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | torch.Tensor) -> str:
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
     return text.strip()
 

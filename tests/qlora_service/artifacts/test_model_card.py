@@ -15,11 +15,15 @@ ACCURACY = {"accuracy_before": 0.5, "accuracy_after": 0.71249}
 
 
 def card(
-    base: dict[str, Any] = LOCAL_BASE, held_out: dict[str, Any] = HELD_OUT, dtype: str = "bfloat16", **groups: Any
+    base: dict[str, Any] = LOCAL_BASE,
+    held_out: dict[str, Any] = HELD_OUT,
+    dtype: str = "bfloat16",
+    stops: dict[str, Any] | None = None,
+    **groups: Any,
 ) -> str:
     spec = parse_spec({"base_model": "tiny", **groups}).model_dump(mode="json")
     dataset = {"sha256": "d" * 64, "trained_on": 345}
-    return model_card("job_1", base, dataset, spec, dtype, held_out, {"torch": "2.13.0"})
+    return model_card("job_1", base, dataset, spec, dtype, held_out, stops, {"torch": "2.13.0"})
 
 
 def front(text: str) -> Any:
@@ -149,6 +153,47 @@ def test_example_quantizes_as_the_job_did(double_quant: bool) -> None:
 
 def test_example_for_an_unquantized_base_does_not_quantize() -> None:
     assert "BitsAndBytes" not in example(card(quantization={"type": "none"}))
+
+
+def stop_tokens(trained: dict[str, int], base: dict[str, int], eos: str | None = None) -> dict[str, Any]:
+    return {"trained": trained, "base": base, "template": {"<turn>": 7}, "eos": eos}
+
+
+def answer_end(text: str) -> str:
+    """The section about the end of an answer, in one line."""
+    return " ".join(text.partition("## End of an answer")[2].partition("torch 2")[0].split())
+
+
+def test_card_names_the_token_that_ends_an_answer() -> None:
+    text = card(stops=stop_tokens({"</s>": 2}, {"</s>": 2}))
+    assert answer_end(text) == "`</s>` (id 2) ends an answer. The base stops there by its own settings."
+    assert "eos_token_id" not in example(text)
+    text = card(stops=stop_tokens({"<eot>": 4, "<eom>": 5, "</s>": 2}, {"</s>": 2, "<eom>": 5, "<eot>": 4}))
+    assert answer_end(text).startswith("`<eot>` (id 4), `<eom>` (id 5) and `</s>` (id 2) end an answer.")
+
+
+def test_card_says_what_to_set_where_the_base_does_not_stop_at_the_end_of_an_answer() -> None:
+    text = card(stops=stop_tokens({"<eot>": 4, "<eom>": 5}, {"</s>": 2, "<eom>": 5}))
+    ast.parse(example(text))
+    assert "\nbase.generation_config.eos_token_id = [2, 4, 5, 7]\nmodel = " in example(text)
+    end = answer_end(text)
+    assert "the base does not stop at `<eot>` (id 4), but at `</s>` (id 2) and `<eom>` (id 5)." in end
+    assert "`--generation-config DIRECTORY_OF_THIS_FILE`" in end
+    assert end.endswith("In other runtimes add `<eot>` (id 4) to the stop tokens or stop strings.")
+    end = answer_end(card(stops=stop_tokens({"<eot>": 4}, {}, eos="<eot>")))
+    assert "the base does not stop at `<eot>` (id 4). The code" in end
+    assert end.endswith("The tokenizer's files here name `<eot>` as eos token, unlike those of the base.")
+
+
+def test_card_says_that_no_token_ends_an_answer() -> None:
+    text = card(stops=stop_tokens({}, {"</s>": 2}))
+    assert answer_end(text).startswith("No token ends an answer: ")
+    assert "eos_token_id" not in example(text)
+    assert "End of an answer" not in card(stops=None)
+
+
+def test_card_writes_a_token_in_one_line() -> None:
+    assert "`\\n` (id 9) ends an answer." in answer_end(card(stops=stop_tokens({"\n": 9}, {"\n": 9})))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from qlora_service.training.evaluation.generation import (
     prompt_and_answer,
     question_ids,
     score,
-    stop_ids,
 )
 from qlora_service.training.network.micro_batch import PER_DOCUMENT, LabeledRow, PreferencePair, TokenRow
 from tests.tiny_model import MAX_POSITIONS
@@ -81,7 +80,7 @@ def adapted(directory: Path, method: str = "lora", quantization: Quantization = 
 def most_likely(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> list[int]:
     """The reference: one most likely token after the other, each from the whole text, without a cache."""
     answer: list[int] = []
-    while len(answer) < NEW_TOKENS and not stop_ids(model, tokenizer) & set(answer):
+    while len(answer) < NEW_TOKENS and tokenizer.eos_token_id not in answer:
         answer.append(int(model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, -1].argmax()))
     return answer
 
@@ -91,10 +90,13 @@ def text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def answers(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]] = PROMPTS, **options: Any
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    stop_ids: Collection[int] = (),
 ) -> list[str]:
     """Answers of the adapter."""
-    pairs = compare_answers(model, tokenizer, prompts, NEW_TOKENS, lambda: None, **options)
+    pairs = compare_answers(model, tokenizer, prompts, NEW_TOKENS, {tokenizer.eos_token_id, *stop_ids}, lambda: None)
     return [pair.adapter for pair in pairs]
 
 
@@ -121,7 +123,7 @@ def test_answers_equal_those_of_an_unmodified_peft_model(
     trained = network(adapted(vivid_model, method, quantization)).model
     trained.get_base_model().set_attn_implementation(PER_DOCUMENT)
 
-    pairs = compare_answers(trained, tokenizer, PROMPTS, NEW_TOKENS, lambda: None)
+    pairs = compare_answers(trained, tokenizer, PROMPTS, NEW_TOKENS, {tokenizer.eos_token_id}, lambda: None)
 
     expected = [text(tokenizer, most_likely(unmodified, tokenizer, prompt)) for prompt in PROMPTS]
     assert [pair.adapter for pair in pairs] == expected
@@ -152,7 +154,7 @@ def test_the_model_is_left_as_it_was(
         model.requires_grad_(False)  # as in a loaded adapter, which PEFT would make trainable
     before = state(model)
     try:
-        compare_answers(model, tokenizer, PROMPTS[:1], 2, on_answer)
+        compare_answers(model, tokenizer, PROMPTS[:1], 2, set(), on_answer)
     except JobCancelled:
         assert on_answer is cancel
     assert state(model) == before
@@ -169,10 +171,10 @@ def test_on_answer_is_called_after_every_answer_and_may_stop(
         if len(calls) == 5:
             cancel()
 
-    compare_answers(model, tokenizer, PROMPTS[:2], 2, lambda: calls.append(0))
+    compare_answers(model, tokenizer, PROMPTS[:2], 2, set(), lambda: calls.append(0))
     assert calls == [0] * 4
     with pytest.raises(JobCancelled):
-        compare_answers(model, tokenizer, PROMPTS, 2, count)
+        compare_answers(model, tokenizer, PROMPTS, 2, set(), count)
     assert len(calls) == 5
 
 
@@ -185,10 +187,8 @@ def test_an_answer_ends_with_a_stop_token(vivid_model: Path, tokenizer: PreTrain
     model = adapted(vivid_model)
     ids = most_likely(model.eval(), tokenizer, PROMPTS[0])
     assert len(set(ids)) > 8
-    model.get_base_model().generation_config.eos_token_id = [ids[7], 1]
-    assert stop_ids(model, tokenizer) == {ids[7], 1, tokenizer.eos_token_id}
-    assert answers(model, tokenizer, PROMPTS[:1]) == [text(tokenizer, ids[: ids.index(ids[7]) + 1])]
-    assert answers(model, tokenizer, PROMPTS[:1], also_stop={ids[3]}) == [text(tokenizer, ids[: ids.index(ids[3]) + 1])]
+    for stop in (ids[7], ids[3]):
+        assert answers(model, tokenizer, PROMPTS[:1], {stop, 1}) == [text(tokenizer, ids[: ids.index(stop)])]
 
 
 def test_the_models_own_sampling_settings_are_not_used(vivid_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -207,7 +207,7 @@ def test_an_answer_is_limited_to_the_free_positions(
     method: str, prompt_tokens: int, room: int, vivid_model: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = adapted(vivid_model, method)
-    (pair,) = compare_answers(model, tokenizer, [[7] * prompt_tokens], NEW_TOKENS, lambda: None)
+    (pair,) = compare_answers(model, tokenizer, [[7] * prompt_tokens], NEW_TOKENS, set(), lambda: None)
     assert pair.max_new_tokens == room
     assert (pair.adapter == "") is (room == 0)
 
@@ -269,7 +269,6 @@ def test_no_answers_have_no_scores_and_empty_answers_have_the_lowest() -> None:
 def test_an_adapter_trained_on_the_rows_scores_higher_than_the_base(
     ending: str, tiny_model: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Answers end with the rows' last token, even if no setting of the model has it as a stop token."""
     train_rows = [
         row(tokenizer, 4, "one", "Paris is the capital", ending=ending),
         row(tokenizer, 2, "two", "seven days in the week", "three", "a little house", ending=ending),
@@ -278,8 +277,9 @@ def test_an_adapter_trained_on_the_rows_scores_higher_than_the_base(
     run(model, train_rows, Training(batch_size=2, learning_rate=0.01, max_grad_norm=1.0), steps=40)
     spec = Evaluation(generate_rows=5, questions=["one", "x" * 3000], max_new_tokens=12)
     calls: list[int] = []
+    stop_ids = {tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")}
 
-    report = evaluate_generation(network(model), tokenizer, train_rows, spec, lambda: calls.append(1))
+    report = evaluate_generation(network(model), tokenizer, train_rows, spec, stop_ids, lambda: calls.append(1))
 
     assert json.loads(json.dumps(report)) == report
     assert report["scores"]["adapter"]["exact_match"] == 1.0
@@ -312,7 +312,7 @@ def test_rows_without_a_question_and_undesirable_answers_are_left_out(
         row(tokenizer, 7, "q", "one too many"),
     ]
     spec = Evaluation(generate_rows=3, max_new_tokens=2)
-    report = evaluate_generation(network(adapted(vivid_model)), tokenizer, held_out, spec, lambda: None)
+    report = evaluate_generation(network(adapted(vivid_model)), tokenizer, held_out, spec, set(), lambda: None)
     assert [(entry["line"], entry["reference"]) for entry in report["rows"]] == [
         (4, "wanted"),
         (5, "chosen"),
@@ -325,7 +325,7 @@ def test_rows_without_a_question_and_undesirable_answers_are_left_out(
 def test_text_alone_has_no_scores(vivid_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     held_out = [TokenRow(1, [5, 6, 7], [True] * 3)]
     report = evaluate_generation(
-        network(adapted(vivid_model)), tokenizer, held_out, Evaluation(generate_rows=3), lambda: None
+        network(adapted(vivid_model)), tokenizer, held_out, Evaluation(generate_rows=3), set(), lambda: None
     )
     assert report == {"scores": None, "rows": [], "questions": [], "seconds": {"base": 0, "adapter": 0}}
 
