@@ -12,6 +12,7 @@ from qlora_service.data.rows.examples import Container, Shape, SourceRow
 from qlora_service.data.rows.shapes import REQUIRED, RowProblem, detect_shape, to_example
 from qlora_service.data.rows.typed_decoder import count_if_all_usable
 from qlora_service.domain.datasets import DatasetReport
+from qlora_service.domain.row_warnings import RowWarnings
 from qlora_service.errors import Finding, InvalidDataset
 
 MAX_FINDINGS = 100
@@ -36,11 +37,13 @@ def check_dataset(
     shape = shape or _majority_shape(path, container)
     usable_rows, finding_count = 0, 0
     findings: list[Finding] = []
+    finding_kinds = RowWarnings()
     for result in check_rows(path, container, shape):
         if isinstance(result, int):
             usable_rows += result
         else:
             finding_count += 1
+            finding_kinds.add([result])
             if finding_count <= MAX_FINDINGS:
                 findings.append(result)
     rows = usable_rows + finding_count
@@ -54,6 +57,7 @@ def check_dataset(
         usable_rows=usable_rows,
         finding_count=finding_count,
         findings=tuple(findings),
+        finding_kinds=tuple(finding_kinds.kinds),
     )
 
 
