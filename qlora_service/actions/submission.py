@@ -8,7 +8,6 @@ from qlora_service.data.rendering.report import VALIDATION_PREFIX, RenderReport,
 from qlora_service.data.rows.examples import Shape
 from qlora_service.data.rows.shapes import objective_mismatch
 from qlora_service.domain.datasets import DatasetReport
-from qlora_service.domain.row_warnings import counted_rows
 from qlora_service.errors import Finding, InvalidDataset, InvalidSpec
 from qlora_service.models.catalog.catalog import BaseModel
 from qlora_service.models.compatibility import Modules, incompatibilities, positions_taken
@@ -108,6 +107,6 @@ def submission_warnings(
 def _row_warnings(rows: CheckedRows, prefix: str = "") -> list[str]:
     warnings = row_warnings(rows.read, rows.rendered, prefix)
     if not rows.rendered.complete:
-        checked = counted_rows(rows.rendered.rows)
-        warnings.append(f"{prefix}only the first {checked} were rendered; the trainer checks the rest")
+        checked = f"only the first {rows.rendered.rows} rows were rendered; the trainer checks the rest"
+        warnings.append(prefix + checked)
     return warnings

@@ -139,7 +139,8 @@ def _rows(dataset: dict[str, Any]) -> str:
     return f"""
 ## Rows
 
-The dataset has {dataset["rows"]} rows, of which {dataset["left_out"]} are left out:
+{dataset["left_out"]} of the dataset's {dataset["rows"]} rows were left out. Rows left out, or not trained as one would
+expect:
 
 ```text
 {lines}

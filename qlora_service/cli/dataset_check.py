@@ -73,9 +73,9 @@ def check(
             "pip install 'qlora-service[server]'"
         ) from None
     if as_json:
-        print_json(_as_dict(file, result))
+        print_json(result_as_dict(file, result))
     else:
-        _print(file, result)
+        print_result(file, result)
     raise typer.Exit(ExitCode.REFUSED if result.finding_count or result.refusal else ExitCode.DONE)
 
 
@@ -123,7 +123,8 @@ def _lengths(
         return render_report(renderer, read_examples(file, report.container, report.shape), report.rows)
 
 
-def _print(file: Path, result: CheckResult) -> None:
+def print_result(file: Path, result: CheckResult) -> None:
+    """Prints findings and warnings on stdout, the rest on stderr."""
     not_printed = result.finding_count
     for finding in result.findings:
         typer.echo(format_finding(finding, file))
@@ -167,7 +168,8 @@ def _summary(report: DatasetReport, lengths: RenderReport | None) -> str:
     return "; ".join(parts)
 
 
-def _as_dict(file: Path, result: CheckResult) -> dict[str, Any]:
+def result_as_dict(file: Path, result: CheckResult) -> dict[str, Any]:
+    """The result in JSON types."""
     report = {} if result.report is None else result.report.as_dict()
     return {
         **report,

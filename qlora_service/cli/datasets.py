@@ -172,15 +172,15 @@ def _print_one(dataset: Dataset) -> None:
     _print_rows(dataset, *([] if lengths is None else [lengths]))
 
 
-def _print_rows(*checks: Dataset | Lengths) -> None:
+def _print_rows(*reports: Dataset | Lengths) -> None:
     """Prints the findings, all of them by reason where only the first are known, and the warnings."""
-    findings = [finding for check in checks for finding in check.findings]
+    findings = [finding for report in reports for finding in report.findings]
     for finding in findings:
         place = f"line {finding.get('line')}" + (f" at {finding['pointer']}" if finding.get("pointer") else "")
         typer.echo(f"{place}: {finding['reason']}")
-    are_all_printed = len(findings) == sum(check.finding_count for check in checks)
-    left_out = [] if are_all_printed else [kind for check in checks for kind in check.finding_kinds]
-    for text in warning_texts(left_out, first_of_each_kind(*(check.warnings for check in checks))):
+    are_all_printed = len(findings) == sum(report.finding_count for report in reports)
+    left_out = [] if are_all_printed else [kind for report in reports for kind in report.finding_kinds]
+    for text in warning_texts(left_out, first_of_each_kind(*(report.warnings for report in reports))):
         typer.echo(f"warning: {text}")
 
 

@@ -30,7 +30,11 @@ class DatasetReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report in JSON types."""
-        return asdict(self) | {"findings": [finding.as_dict() for finding in self.findings]}
+        return asdict(self) | {
+            "findings": [finding.as_dict() for finding in self.findings],
+            "finding_kinds": [kind.as_dict() for kind in self.finding_kinds],
+            "warnings": [warning.as_dict() for warning in self.warnings],
+        }
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> DatasetReport:

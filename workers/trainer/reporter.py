@@ -75,7 +75,8 @@ class JobReporter:
 
     def warn(self, warnings: Sequence[str]) -> None:
         """Adds the warnings that the job does not have yet."""
-        persist(lambda: self._queue.warn(self._claim, warnings), self._patience_s)
+        if warnings:
+            persist(lambda: self._queue.warn(self._claim, warnings), self._patience_s)
 
     def resumed(self, step: int, metrics: bytes, notes: Sequence[str]) -> None:
         """Reports that the attempt resumes after `step` (0: from the beginning), with the metrics up to there."""
