@@ -33,7 +33,7 @@ def test_job_on_a_stored_dataset_is_queued(client: TestClient, dataset_id: str) 
     assert response.status_code == 201
     job = response.json()
     assert response.headers["Location"] == f"/jobs/{job['id']}"
-    assert job.pop("warnings") == []
+    assert job["warnings"] == []
     assert (job["object"], job["status"], job["queue_position"]) == ("job", "queued", 0)
     assert (job["name"], job["base_model"], job["dataset_id"]) == ("first", "tiny", dataset_id)
     assert job["metadata"] == {"team": "a"}
