@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from qlora_service import wire
 from qlora_service.actions.keys import MAX_NAME_CHARS
 from qlora_service.artifacts.manifest import ManifestFile
-from qlora_service.data.rendering.renderer import RenderReport
+from qlora_service.data.rendering.report import RenderReport
 from qlora_service.data.rows.examples import Container, Shape
 from qlora_service.domain.datasets import Dataset as DomainDataset
 from qlora_service.domain.jobs import HoldReason, JobStatus, StopRequest
@@ -159,12 +159,6 @@ class Metrics(BaseModel):
     next: int | None
 
 
-class SubmittedJob(Job):
-    """A queued job, with warnings about it."""
-
-    warnings: list[str] = Field(examples=[["3 rows are truncated to 1024 tokens"]])
-
-
 def job_fields(job: DomainJob, queue_position: int | None) -> dict[str, Any]:
     """The field values of a `Job`."""
     progress = wire.Progress(
@@ -175,7 +169,7 @@ def job_fields(job: DomainJob, queue_position: int | None) -> dict[str, Any]:
     )
     shared = (
         "id", "status", "phase", "created_at", "started_at", "finished_at", "attempt", "stop_request", "hold",
-        "checkpoint_step", "dataset_id", "metrics", "forecast", "measured", "error", "result", "unreadable",
+        "checkpoint_step", "dataset_id", "metrics", "forecast", "measured", "warnings", "error", "result", "unreadable",
     )  # fmt: skip
     return {name: getattr(job, name) for name in shared} | {
         "name": job.spec.name,

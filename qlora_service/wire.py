@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from qlora_service.domain.row_warnings import RowWarning
+
 
 class Lengths(BaseModel):
     """Token counts under one base model's tokenizer and chat template."""
@@ -27,6 +29,8 @@ class Lengths(BaseModel):
     histogram: dict[str, int] = Field(description='Rows by length: "128" counts rows of 65 to 128 tokens.')
     finding_count: int
     findings: list[Any]
+    finding_kinds: list[RowWarning] = Field(description="All unusable rows, by reason.")
+    warnings: list[RowWarning] = Field(description="Usable rows that are not trained as one would expect, by reason.")
 
 
 class Dataset(BaseModel):
@@ -42,6 +46,10 @@ class Dataset(BaseModel):
     usable_rows: int
     finding_count: int = Field(description="Exact, also where `findings` holds only the first of them.")
     findings: list[Any]
+    finding_kinds: list[RowWarning] = Field(description="All unusable rows, by reason.")
+    warnings: list[RowWarning] = Field(
+        description="Usable rows that are not trained as one would expect under any base model, by reason."
+    )
     created_at: datetime
 
 
@@ -145,6 +153,11 @@ class Job(BaseModel):
     measured: dict[str, Any] | None = Field(
         description="Memory and time that its attempts took: `actual` beside `predicted` (bytes and seconds), seconds "
         "by phase, tokens per second, and each reported ETA beside the time it took."
+    )
+    warnings: list[str] = Field(
+        description="About its rows, its memory and its training: found when it was posted and by its attempts. Each "
+        "is also an event.",
+        examples=[["left out: 3 rows (line 4, 9, 12 at /prompt): must be a string, is a number"]],
     )
     error: dict[str, Any] | None = Field(description="Of a failed job: an error as in `Error`.")
     result: dict[str, Any] | None = Field(description="Of a succeeded job: held-out losses, certificate.")

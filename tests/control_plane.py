@@ -21,13 +21,14 @@ from qlora_service.domain.datasets import Dataset, DatasetReport
 from qlora_service.domain.ids import new_id
 from qlora_service.domain.jobs import TRANSITIONS, HoldReason, Job, JobEvent, JobStatus
 from qlora_service.domain.keys import LOCAL_PROJECT
+from qlora_service.domain.row_warnings import RowWarning
 from qlora_service.queue.claim import Claim, Progress
 from qlora_service.queue.queue import Queue
 from qlora_service.specs import JobSpec
 from qlora_service.store.database import Database
 from qlora_service.store.datasets import insert_dataset
 from qlora_service.store.jobs import events_after, get_job, insert_job
-from qlora_service.store.tables import metadata
+from qlora_service.store.tables import datasets, metadata
 
 LEASE_S = 30.0
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -39,6 +40,7 @@ ERROR = {"code": "job_failed", "message": "it died"}
 CLAIM_WRITES: dict[str, Callable[[Queue, Claim], object]] = {
     "renew": lambda queue, claim: queue.renew(claim),
     "report": lambda queue, claim: queue.report(claim, Progress(step=7, metrics={"loss": 1}), ("metrics", {"step": 7})),
+    "warn": lambda queue, claim: queue.warn(claim, ["odd rows"]),
     "succeed": lambda queue, claim: queue.succeed(claim, {"attempt": claim.token}),
     "fail": lambda queue, claim: queue.fail(claim, ERROR),
     "cancelled": lambda queue, claim: queue.cancelled(claim),
@@ -109,6 +111,15 @@ def new_dataset(sha256: str = "0" * 64, shape: Any = "text", project: str = LOCA
     """A dataset of three rows, not stored."""
     report = DatasetReport("jsonl", shape, bytes=42, rows=3, usable_rows=3, finding_count=0, findings=())
     return Dataset(new_id("ds"), project, sha256, "rows.jsonl", START, report)
+
+
+def add_row_warning(database: Database, dataset_id: str, warning: RowWarning) -> None:
+    """Adds a warning to the stored report of a dataset."""
+    of_dataset = datasets.c.id == dataset_id
+    with database.write() as connection:
+        report = connection.execute(sa.select(datasets.c.report).where(of_dataset)).scalar_one()
+        changed = report | {"warnings": [*report["warnings"], warning.as_dict()]}
+        connection.execute(sa.update(datasets).where(of_dataset).values(report=changed))
 
 
 def add_job(database: Database, *, project: str = LOCAL_PROJECT, **spec: Any) -> str:

@@ -82,8 +82,9 @@ async def create_dataset(
     """Check a file and store it under its SHA-256.
 
     Send the file as the body (`curl --data-binary @train.jsonl '…/datasets?filename=train.jsonl'`) or as the part
-    `file` of a form. Unusable rows are left out and listed in `findings` with their lines. A file without a usable row
-    is rejected, and nothing is stored.
+    `file` of a form. Unusable rows are left out and listed in `findings` with their lines, and by reason in
+    `finding_kinds`; `warnings` has, by reason, usable rows that are not trained as one would expect. A file without a
+    usable row is rejected, and nothing is stored.
     """
     if not is_multipart(request.headers.get("content-type", "")):
         async with uploads.receive_file(request) as path:
@@ -107,7 +108,7 @@ def get_dataset(
     base_model: BaseModelName | None = None,
     max_seq_len_tokens: MaxSeqLen = None,
 ) -> Dataset:
-    """Counts and findings; with `base_model`, also the token lengths of the rows as a histogram."""
+    """Counts, findings and warnings; with `base_model`, also those of rendering, and the rows' token lengths."""
     with error_locations(_LOCATIONS):
         dataset = service.datasets.get(dataset_id)
         if base_model is None:

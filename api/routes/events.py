@@ -41,7 +41,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 FeedOf = Annotated[EventFeed, Depends(_feed)]
-EventType = Literal["status", "metrics", "evaluation", "log"]
+EventType = Literal["status", "metrics", "evaluation", "log", "warning"]
 Types = Annotated[
     list[EventType] | None,
     Query(description="Only events of these types; repeat it for several.", examples=[["metrics", "evaluation"]]),
@@ -65,8 +65,8 @@ async def stream_job_events(
 ) -> AsyncIterator[ServerSentEvent]:
     """Every event since the job was queued, then each new event; the stream ends with the job.
 
-    `event` is status, metrics, evaluation or log; `data` is JSON that includes `job_id` and the time, `at`; `id`
-    increases. A client that lost the connection, for example because the service restarted, sends the last id it
+    `event` is status, metrics, evaluation, log or warning; `data` is JSON that includes `job_id` and the time, `at`;
+    `id` increases. A client that lost the connection, for example because the service restarted, sends the last id it
     received as `Last-Event-ID`, and the stream resumes after it. A comment every 15 seconds keeps an idle connection
     open.
     """

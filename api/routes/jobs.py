@@ -19,7 +19,7 @@ from api.http.json_body import parse_body
 from api.http.multipart import MEDIA_TYPE as MULTIPART
 from api.http.multipart import Form, is_multipart
 from api.http.uploads import display_name, receive_bytes
-from api.schemas import Job, Metrics, Page, SubmittedJob, job_fields
+from api.schemas import Job, Metrics, Page
 from qlora_service.actions.jobs import Submission
 from qlora_service.actions.service import Service
 from qlora_service.domain.jobs import Job as DomainJob
@@ -91,7 +91,7 @@ _JOB_BODY: dict[str, Any] = {
 )
 async def create_job(
     request: Request, response: Response, service: ServiceOf, uploads: UploadsOf, idempotency: IdempotencyOf
-) -> SubmittedJob:
+) -> Job:
     """Queue a fine-tuning job on a stored dataset, on inline rows, or on a file in the same request.
 
     Send JSON (`dataset` holds `id` or `rows`), or a form with the parts `dataset` (a file) and `config` (JSON).
@@ -160,7 +160,7 @@ def resume_job(job_id: JobId, service: ServiceOf, idempotency: IdempotencyOf) ->
 
     A pause that a running job has not reached yet is withdrawn. Resuming a job twice has no further effect.
     """
-    return _resumed(service.jobs.resume(job_id, once=idempotency.once(_resumed)))
+    return _submitted(service.jobs.resume(job_id, once=idempotency.once(_submitted)))
 
 
 @router.get("/{job_id}/metrics", summary="All metrics of a job", responses=error_responses(404, 422))
@@ -247,17 +247,12 @@ def _in_body(finding: Finding) -> Finding:
 # The response bodies below use only the result of the transaction, because the state may change after it.
 
 
-def _submitted(submission: Submission) -> SubmittedJob:
-    fields = job_fields(submission.job, submission.queue_position)
-    return SubmittedJob.model_validate(fields | {"warnings": list(submission.warnings)})
+def _submitted(submission: Submission) -> Job:
+    return Job.of(submission.job, submission.queue_position)
 
 
 def _location(submission: Submission) -> str:
     return f"/jobs/{submission.job.id}"
-
-
-def _resumed(submission: Submission) -> Job:
-    return Job.of(submission.job, submission.queue_position)
 
 
 def _not_queued(job: DomainJob) -> Job:

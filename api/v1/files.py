@@ -33,11 +33,14 @@ from qlora_service.actions.service import Service
 from qlora_service.domain.datasets import Dataset
 from qlora_service.domain.jobs import Job, JobStatus
 from qlora_service.domain.metrics import metrics_csv
+from qlora_service.domain.row_warnings import warning_texts
 from qlora_service.errors import Conflict, InvalidDataset, InvalidRequest
 
 router = APIRouter(prefix="/files", tags=["openai files"])
 
 PURPOSE = "fine-tune"
+MAX_DETAILS = 5
+"""Kinds of warnings in `status_details`"""
 _EXPIRES_AFTER = ("expires_after[anchor]", "expires_after[seconds]")
 _FORM: dict[str, Any] = {
     "requestBody": {
@@ -69,7 +72,7 @@ _CONTENT: dict[int | str, dict[str, Any]] = {
 async def create_file(request: Request, service: ServiceOf, uploads: UploadsOf, idempotency: IdempotencyOf) -> File:
     """Check a dataset and store it, in any format that POST /datasets accepts.
 
-    Unusable rows are left out; `status_details` reports their number. A file without a usable row is refused with its
+    Unusable rows are left out; `status_details` reports them by reason. A file without a usable row is refused with its
     findings, and nothing is stored. Uploading the same bytes again returns the same file.
     """
     async with uploads.receive_form(request, files=["file"], fields=["purpose", *_EXPIRES_AFTER]) as form:
@@ -105,7 +108,7 @@ def list_files(
 
 @router.get("/{file_id}", summary="Look at a file", responses=openai_errors(404))
 def get_file(file_id: FileId, service: ServiceOf) -> File:
-    """Name and size of the file, and the number of rows that are left out."""
+    """Name and size of the file, and the rows that are left out or not trained as one would expect."""
     source = _source_of(service, file_id)
     return _results_file(service, source) if isinstance(source, Job) else file_of(source)
 
@@ -142,16 +145,16 @@ def delete_file(file_id: FileId, service: ServiceOf, idempotency: IdempotencyOf)
 def file_of(dataset: Dataset) -> File:
     """The file that represents a dataset."""
     report = dataset.report
-    details = None
-    if report.finding_count:
-        details = f"{report.finding_count} of {report.rows} rows are left out. First: {report.findings[0]}"
+    texts = warning_texts(report.finding_kinds, report.warnings)
+    if len(texts) > MAX_DETAILS:
+        texts[MAX_DETAILS:] = [f"… and {len(texts) - MAX_DETAILS} more kinds: GET /datasets/{dataset.id}"]
     return File(
         id=file_of_dataset(dataset.id),
         bytes=report.bytes,
         created_at=seconds(dataset.created_at),
         filename=dataset.filename or f"{dataset.id}.{report.container}",
         purpose=PURPOSE,
-        status_details=details,
+        status_details="; ".join(texts) or None,
     )
 
 

@@ -23,7 +23,7 @@ from qlora_service.domain.jobs import Job, JobEvent, JobStatus
 from qlora_service.domain.metrics import METRICS, valid_metrics
 from qlora_service.domain.tuned_models import tuned_model_name
 
-EVENT_TYPES = ("status", "log", *METRICS)
+EVENT_TYPES = ("status", "log", "warning", *METRICS)
 
 _STATUS_MESSAGES = {
     JobStatus.QUEUED: "The job is queued",
@@ -89,6 +89,7 @@ def fine_tuning_event(event: JobEvent, job: Job) -> FineTuningEvent:
         level = "error" if status is JobStatus.FAILED else "info"
     else:
         message = str(event.data.get("message", event.type))
+        level = "warn" if event.type == "warning" else "info"
     return FineTuningEvent(
         id=f"ftevent-{event.seq}",
         created_at=seconds(event.at),

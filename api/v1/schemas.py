@@ -51,7 +51,7 @@ class File(Identified):
     purpose: Purpose
     status: Literal["processed"] = "processed"
     status_details: str | None = Field(
-        description="For a dataset with unusable rows: their number, and the problem of the first."
+        description="Of a dataset: rows that are left out or not trained as one would expect, by reason."
     )
     expires_at: int | None = Field(None, description="Null: files are stored until they are deleted.")
 

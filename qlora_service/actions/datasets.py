@@ -11,7 +11,8 @@ from sqlalchemy.engine import Connection
 from qlora_service.actions.dataset_storage import DatasetStorage
 from qlora_service.actions.rendering import Rendering
 from qlora_service.artifacts.store import ArtifactStore, dataset_key
-from qlora_service.data.rendering.renderer import RenderReport, RenderRules
+from qlora_service.data.rendering.renderer import RenderRules
+from qlora_service.data.rendering.report import RenderReport
 from qlora_service.domain.clock import Clock
 from qlora_service.domain.datasets import Dataset
 from qlora_service.errors import Conflict

@@ -14,6 +14,7 @@ from qlora_service.actions.dataset_storage import DatasetStorage
 from qlora_service.actions.plans import Plans
 from qlora_service.actions.rendering import Rendering
 from qlora_service.actions.submission import (
+    CheckedRows,
     check_fit,
     check_objective,
     check_rows,
@@ -21,7 +22,8 @@ from qlora_service.actions.submission import (
     fit_default_length,
     submission_warnings,
 )
-from qlora_service.data.rendering.renderer import RenderReport, RenderRules
+from qlora_service.data.rendering.renderer import RenderRules
+from qlora_service.data.rendering.report import RenderReport
 from qlora_service.domain.clock import Clock
 from qlora_service.domain.datasets import Dataset
 from qlora_service.domain.ids import new_id
@@ -45,12 +47,11 @@ VALIDATION_LOCATION = "/validation/dataset_id"
 
 @dataclass(frozen=True)
 class Submission:
-    """A queued job, its place in the queue, and warnings for its submitter."""
+    """A queued job and its place in the queue."""
 
     job: Job
     queue_position: int | None
     """Jobs that run before this one; None when it is running already."""
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,10 @@ class Jobs:
             report = self._render(source, model, RenderRules.of(spec.training))
             check_trainable(report, spec, model)
             validation = self._check_validation(spec, dataset, model)
-            work = Work.of(spec, report, dataset_rows=dataset.report.usable_rows, validation=validation)
+            held_out = None if validation is None else validation.rendered
+            work = Work.of(spec, report, dataset_rows=dataset.report.usable_rows, validation=held_out)
             forecast = self._plans.forecast(spec, model, report, work, force=force)
+            warnings = submission_warnings(CheckedRows(dataset.report, report), validation, forecast)
             if source.is_new:
                 self._storage.check_room_for(dataset)
                 self._storage.store_bytes(dataset, source.path)
@@ -128,9 +131,8 @@ class Jobs:
                 stored = self._insert_source(connection, source)
                 if spec.validation.dataset_id is not None:
                     self._storage.find(connection, spec.validation.dataset_id, VALIDATION_LOCATION, lock=True)
-                job = self._insert_job(connection, spec, stored, model, forecast)
-                warnings = submission_warnings(report, stored, spec, forecast)
-                return Submission(job, job_rows.count_ahead(connection, job), warnings)
+                job = self._insert_job(connection, spec, stored, model, forecast, warnings)
+                return Submission(job, job_rows.count_ahead(connection, job))
 
             return write_once(self._database, once, self._clock(), insert)
 
@@ -272,8 +274,8 @@ class Jobs:
             return self._rendering.report(source.dataset, source.path, model, rules)
         return self._rendering.stored_report(source.dataset, model, rules)
 
-    def _check_validation(self, spec: JobSpec, dataset: Dataset, model: BaseModel) -> RenderReport | None:
-        """The render report of the validation dataset; None when the spec names none.
+    def _check_validation(self, spec: JobSpec, dataset: Dataset, model: BaseModel) -> CheckedRows | None:
+        """The rows of the validation dataset; None when the spec names none.
 
         Raises:
             NotFound, InvalidSpec, InvalidDataset: it cannot be used.
@@ -291,7 +293,7 @@ class Jobs:
         check_objective(spec, validation.report.shape, VALIDATION_LOCATION)
         report = self._rendering.stored_report(validation, model, RenderRules.of(spec.training))
         check_rows(report, spec, model, VALIDATION_LOCATION)
-        return report
+        return CheckedRows(validation.report, report)
 
     def _insert_source(self, connection: Connection, source: _Source) -> Dataset:
         """The stored dataset. Raises: StorageFull; NotFound, when it was deleted after it was checked."""
@@ -302,7 +304,13 @@ class Jobs:
         return stored
 
     def _insert_job(
-        self, connection: Connection, spec: JobSpec, dataset: Dataset, model: BaseModel, forecast: Plan | None
+        self,
+        connection: Connection,
+        spec: JobSpec,
+        dataset: Dataset,
+        model: BaseModel,
+        forecast: Plan | None,
+        warnings: Sequence[str],
     ) -> Job:
         """The queued job. Raises: QuotaExceeded."""
         job_id = new_id("job")
@@ -317,6 +325,7 @@ class Jobs:
             self._clock(),
             forecast=None if forecast is None else forecast.as_dict(),
         )
+        job_rows.add_warnings(connection, job_id, warnings, self._clock())
         self._check_queue(connection)
         return job_rows.get_job(connection, job_id)
 

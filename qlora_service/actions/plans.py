@@ -12,7 +12,8 @@ from qlora_service.actions.dataset_storage import DatasetStorage
 from qlora_service.actions.rendering import Rendering
 from qlora_service.actions.submission import check_fit, check_objective, check_trainable, fit_default_length
 from qlora_service.data.batching import total_steps
-from qlora_service.data.rendering.renderer import RenderReport, RenderRules
+from qlora_service.data.rendering.renderer import RenderRules
+from qlora_service.data.rendering.report import RenderReport
 from qlora_service.domain.clock import Clock
 from qlora_service.domain.datasets import Dataset
 from qlora_service.errors import InvalidModel, InvalidRequest, InvalidSpec

@@ -12,14 +12,8 @@ from typing import Any
 
 from qlora_service.actions.dataset_storage import DatasetStorage
 from qlora_service.data.files.checks import read_examples
-from qlora_service.data.rendering.renderer import (
-    RenderedRow,
-    Renderer,
-    RenderReport,
-    RenderRules,
-    UnusableRow,
-    render_report,
-)
+from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules, UnusableRow
+from qlora_service.data.rendering.report import RenderReport, render_report
 from qlora_service.data.rows.examples import SourceRow
 from qlora_service.domain.clock import Clock
 from qlora_service.domain.datasets import Dataset
@@ -29,6 +23,8 @@ from qlora_service.store.database import Database
 
 CHECKED_ROWS = 50_000
 """Rows rendered while a job is posted; the trainer checks the rest before its first step."""
+REPORT_VERSION = 2
+"""Changes with what a report says: reports of other versions are not read."""
 
 
 class Rendering:
@@ -45,7 +41,7 @@ class Rendering:
         Raises:
             InvalidModel: the model's tokenizer or chat template cannot be used.
         """
-        identity = [model.name, model.weights_sha256, model.imported_at, asdict(rules), CHECKED_ROWS]
+        identity = [model.name, model.weights_sha256, model.imported_at, asdict(rules), CHECKED_ROWS, REPORT_VERSION]
         key = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()
         with self._database.read() as connection:
             known = dataset_rows.get_render_report(connection, dataset.id, key)

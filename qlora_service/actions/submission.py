@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from qlora_service.data.rendering.renderer import RenderReport
+from dataclasses import dataclass
+
+from qlora_service.data.rendering.report import VALIDATION_PREFIX, RenderReport, row_warnings
 from qlora_service.data.rows.examples import Shape
 from qlora_service.data.rows.shapes import objective_mismatch
-from qlora_service.domain.datasets import Dataset
+from qlora_service.domain.datasets import DatasetReport
 from qlora_service.errors import Finding, InvalidDataset, InvalidSpec
 from qlora_service.models.catalog.catalog import BaseModel
 from qlora_service.models.compatibility import Modules, incompatibilities, positions_taken
 from qlora_service.planning.plan import Plan
 from qlora_service.specs import JobSpec, Training
 
-WARNED_FINDINGS = 5
-"""Findings that a warning lists"""
+
+@dataclass(frozen=True)
+class CheckedRows:
+    """The reports on a dataset's rows, as read and as rendered for a job."""
+
+    read: DatasetReport
+    rendered: RenderReport
 
 
 def default_length(model: BaseModel) -> int:
@@ -86,21 +93,20 @@ def check_rows(report: RenderReport, spec: JobSpec, model: BaseModel, place: str
 
 
 def submission_warnings(
-    report: RenderReport, dataset: Dataset, spec: JobSpec, forecast: Plan | None = None
-) -> tuple[str, ...]:
-    """Warnings about a job that is queued all the same; `dataset` is the stored one."""
-    warnings = []
-    bad = dataset.report.finding_count
-    if bad:
-        listed = "; ".join(str(finding) for finding in dataset.report.findings[:WARNED_FINDINGS])
-        warnings.append(f"{bad} rows of the upload are left out: {listed}. All of them: GET /datasets/{dataset.id}")
-    if report.finding_count:
-        first = Finding(**report.findings[0])
-        warnings.append(f"{report.finding_count} rows are left out; the first: {first}")
-    if report.cut_rows:
-        warnings.append(f"{report.cut_rows} rows are truncated to {spec.training.max_seq_len_tokens} tokens")
-    if not report.complete:
-        warnings.append(f"only the first {report.rows} rows were checked; the trainer checks the rest")
+    rows: CheckedRows, validation: CheckedRows | None = None, forecast: Plan | None = None
+) -> list[str]:
+    """Warnings about a job that is queued all the same; `rows` are its training rows."""
+    warnings = _row_warnings(rows)
+    if validation is not None:
+        warnings += _row_warnings(validation, VALIDATION_PREFIX)
     if forecast is not None and forecast.verdict != "fits":
         warnings.append(f"it is not expected to fit: {forecast.reason}")
-    return tuple(warnings)
+    return warnings
+
+
+def _row_warnings(rows: CheckedRows, prefix: str = "") -> list[str]:
+    warnings = row_warnings(rows.read, rows.rendered, prefix)
+    if not rows.rendered.complete:
+        checked = f"only the first {rows.rendered.rows} rows were rendered; the trainer checks the rest"
+        warnings.append(prefix + checked)
+    return warnings

@@ -31,7 +31,7 @@ class Manifest(BaseModel):
     base_model: dict[str, Any]
     """Name, hub id and revision if it has them, SHA-256 of the weights."""
     dataset: dict[str, Any]
-    """Id, SHA-256 and counts."""
+    """Id, SHA-256, counts, and warnings about its rows."""
     spec: dict[str, Any]
     plan: dict[str, Any]
     """The choices for this machine: compute dtype, device, threads, steps."""

@@ -42,6 +42,7 @@ def model_card(
 ) -> str:
     """Markdown: front matter for model hubs, results, and code that loads the adapter.
 
+    `dataset` has `sha256`, `rows`, `trained_on` and `left_out` (numbers of rows), and `warnings` about its rows.
     `held_out` has `rows` (their number), `source` (their description), `loss_before` and `loss_after`, and, if it was
     measured, `accuracy_before` and `accuracy_after`, both from 0 to 1. `stop_tokens` are the fields of
     `stop_tokens.StopTokens`, or None where they are unknown.
@@ -71,7 +72,7 @@ Trained on {dataset["trained_on"]} rows (dataset SHA-256 `{dataset["sha256"]}`),
 per step, {", ".join(settings)}. `manifest.json`
 contains the whole configuration and the SHA-256 of every file and of the base weights (`{base["weights_sha256"]}`).
 `held_out.jsonl` contains the rows of the table as token ids, so that the losses can be measured again.
-
+{_rows(dataset)}
 ## Load it
 
 ```python
@@ -186,6 +187,23 @@ def _results(held_out: dict[str, Any], objective: str) -> str:
     if held_out.get("accuracy_after") is not None:
         rows.append((accuracy_label, f"{held_out['accuracy_before']:.1%}", f"{held_out['accuracy_after']:.1%}"))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def _rows(dataset: dict[str, Any]) -> str:
+    """The section about rows that are left out or not trained as one would expect; empty without any."""
+    if not dataset["warnings"]:
+        return ""
+    lines = "\n".join(" ".join(warning.split()) for warning in dataset["warnings"])
+    return f"""
+## Rows
+
+{dataset["left_out"]} of the dataset's {dataset["rows"]} rows were left out. Rows left out, or not trained as one would
+expect:
+
+```text
+{lines}
+```
+"""
 
 
 def _perplexity(loss: float) -> str:

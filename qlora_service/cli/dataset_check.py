@@ -20,11 +20,12 @@ from qlora_service.cli.options import (
     print_note,
     without_quoted_findings,
 )
+from qlora_service.domain.row_warnings import RowWarning, counted_rows, first_of_each_kind
 from qlora_service.errors import Finding, InvalidDataset, Unavailable
 from qlora_service.specs import Container, Shape
 
 if TYPE_CHECKING:
-    from qlora_service.data.rendering.renderer import RenderReport
+    from qlora_service.data.rendering.report import RenderReport
     from qlora_service.domain.datasets import DatasetReport
 
 ContainerOption = Annotated[Container | None, typer.Option(help="File format; default: detected.")]
@@ -61,8 +62,8 @@ def check(
 ) -> None:
     """Check a file of rows as an upload would be checked. Needs no service.
 
-    Prints a line per finding, `FILE:LINE: POINTER: REASON`, and a summary on stderr. The exit code is 0 without
-    findings, else 1.
+    Prints a line per finding, `FILE:LINE: POINTER: REASON`, a line per kind of warning,
+    `FILE:LINE: POINTER: warning: REASON (ROWS)`, and a summary on stderr. The exit code is 0 without findings, else 1.
     """
     try:
         result = _check(file, container, shape, base_model, max_seq_len_tokens, data_dir)
@@ -72,9 +73,9 @@ def check(
             "pip install 'qlora-service[server]'"
         ) from None
     if as_json:
-        print_json(_as_dict(file, result))
+        print_json(result_as_dict(file, result))
     else:
-        _print(file, result)
+        print_result(file, result)
     raise typer.Exit(ExitCode.REFUSED if result.finding_count or result.refusal else ExitCode.DONE)
 
 
@@ -113,7 +114,8 @@ def _lengths(
 
     from qlora_service.actions.submission import default_length
     from qlora_service.data.files.checks import read_examples
-    from qlora_service.data.rendering.renderer import Renderer, RenderRules, render_report
+    from qlora_service.data.rendering.renderer import Renderer, RenderRules
+    from qlora_service.data.rendering.report import render_report
 
     model = open_catalog(data_dir).get(base_model)
     rules = RenderRules(max_seq_len_tokens or default_length(model))
@@ -121,17 +123,40 @@ def _lengths(
         return render_report(renderer, read_examples(file, report.container, report.shape), report.rows)
 
 
-def _print(file: Path, result: CheckResult) -> None:
+def print_result(file: Path, result: CheckResult) -> None:
+    """Prints findings and warnings on stdout, the rest on stderr."""
     not_printed = result.finding_count
     for finding in result.findings:
         typer.echo(format_finding(finding, file))
         not_printed -= 1
     if not_printed:
-        print_note(f"… and {not_printed} more findings: correct these, and check again")
+        print_note(f"… and {not_printed} more findings: correct these, and check again. All of them by reason:")
+        for kind in _finding_kinds(result):
+            print_note(f"  {kind}")
+    for warning in _warnings(result):
+        typer.echo(_format_warning(warning, file))
     if result.refusal is not None:
         print_note(f"error: {without_quoted_findings(result.refusal, result.findings)}")
     if result.report is not None:
         print_note(f"{file}: {_summary(result.report, result.lengths)}")
+
+
+def _finding_kinds(result: CheckResult) -> list[RowWarning]:
+    read = () if result.report is None else result.report.finding_kinds
+    rendered = [] if result.lengths is None else result.lengths.finding_kinds
+    return [*read, *(RowWarning(**kind) for kind in rendered)]
+
+
+def _warnings(result: CheckResult) -> list[RowWarning]:
+    read = () if result.report is None else result.report.warnings
+    rendered = () if result.lengths is None else result.lengths.warnings
+    return first_of_each_kind(read, (RowWarning(**warning) for warning in rendered))
+
+
+def _format_warning(warning: RowWarning, file: Path) -> str:
+    rows = "1 row" if warning.rows == 1 else f"{counted_rows(warning.rows)}: {warning.first_lines}"
+    first = Finding(f"warning: {warning.reason} ({rows})", warning.pointer, warning.lines[0] if warning.lines else None)
+    return format_finding(first, file)
 
 
 def _summary(report: DatasetReport, lengths: RenderReport | None) -> str:
@@ -143,7 +168,8 @@ def _summary(report: DatasetReport, lengths: RenderReport | None) -> str:
     return "; ".join(parts)
 
 
-def _as_dict(file: Path, result: CheckResult) -> dict[str, Any]:
+def result_as_dict(file: Path, result: CheckResult) -> dict[str, Any]:
+    """The result in JSON types."""
     report = {} if result.report is None else result.report.as_dict()
     return {
         **report,

@@ -19,10 +19,11 @@ from qlora_service.cli.options import (
     print_note,
     print_table,
 )
+from qlora_service.domain.row_warnings import first_of_each_kind, warning_texts
 
 if TYPE_CHECKING:
     from qlora_service.client import Dataset, PreviewRow
-    from qlora_service.client.wire import PreviewDocument
+    from qlora_service.client.wire import Lengths, PreviewDocument
 
 app = typer.Typer(help="Check, upload, inspect and delete datasets, the rows that jobs train on.", no_args_is_help=True)
 app.command()(check)
@@ -52,8 +53,8 @@ def upload(
     if as_json:
         print_json(dataset.model_dump(mode="json"))
         return
-    if dataset.finding_count:
-        print_note(f"warning: {dataset.finding_count} rows are left out: qlora datasets show {dataset.id}")
+    for text in warning_texts(dataset.finding_kinds, dataset.warnings):
+        print_note(f"warning: {text}")
     typer.echo(dataset.id)
 
 
@@ -82,7 +83,7 @@ def show(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a dataset's counts and findings; with --base-model also its rows' lengths in tokens."""
+    """Show a dataset's counts, findings and warnings; with --base-model also its rows' lengths in tokens."""
     with connect(url) as client:
         shown = client.dataset(dataset, base_model=base_model, max_seq_len_tokens=max_seq_len_tokens)
     if as_json:
@@ -159,7 +160,6 @@ def _print_one(dataset: Dataset) -> None:
         ("format", f"{dataset.container} of {dataset.shape}, {format_bytes(dataset.bytes)}"),
         ("usable", f"{dataset.usable_rows} of {dataset.rows} rows"),
     ]
-    findings = dataset.findings
     if (lengths := dataset.lengths) is not None:
         sample = "" if lengths.complete else f", of the first {lengths.rows} rows"
         facts += [
@@ -167,12 +167,21 @@ def _print_one(dataset: Dataset) -> None:
             ("longest row", f"{lengths.longest_tokens} tokens"),
             *((f"up to {length}", f"{rows} rows") for length, rows in lengths.histogram.items()),
         ]
-        findings = [*findings, *lengths.findings]
     for name, value in facts:
         typer.echo(f"{name:<12}  {value}")
+    _print_rows(dataset, *([] if lengths is None else [lengths]))
+
+
+def _print_rows(*reports: Dataset | Lengths) -> None:
+    """Prints the findings, all of them by reason where only the first are known, and the warnings."""
+    findings = [finding for report in reports for finding in report.findings]
     for finding in findings:
         place = f"line {finding.get('line')}" + (f" at {finding['pointer']}" if finding.get("pointer") else "")
         typer.echo(f"{place}: {finding['reason']}")
+    are_all_printed = len(findings) == sum(report.finding_count for report in reports)
+    left_out = [] if are_all_printed else [kind for report in reports for kind in report.finding_kinds]
+    for text in warning_texts(left_out, first_of_each_kind(*(report.warnings for report in reports))):
+        typer.echo(f"warning: {text}")
 
 
 def _print_row(row: PreviewRow) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,22 +21,22 @@ if TYPE_CHECKING:
 def watch(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Follow a job until it ends.
 
-    Shows phase, step, loss, held-out loss, tokens/s and the time left, also across a restart of the service. A paused
-    job is followed until it is resumed and ends. Ctrl-C stops watching, not the job. The exit code is the job's
-    outcome.
+    Shows phase, step, loss, held-out loss, tokens/s, the time left and warnings, also across a restart of the service.
+    A paused job is followed until it is resumed and ends. Ctrl-C stops watching, not the job. The exit code is the
+    job's outcome.
     """
     with connect(url) as client:
         watch_to_end(client, job, as_json)
 
 
-def watch_to_end(client: Client, job_id: str, as_json: bool) -> None:
+def watch_to_end(client: Client, job_id: str, as_json: bool, printed_warnings: Sequence[str] = ()) -> None:
     """Shows the job's progress until it ends, prints its outcome, and exits with the outcome's code."""
     from rich.console import Console
 
     from qlora_service.cli.watching import watch_job
 
     try:
-        job = watch_job(client, job_id, Console(stderr=True))
+        job = watch_job(client, job_id, Console(stderr=True), printed_warnings)
     except KeyboardInterrupt:
         print_note(f"job {job_id} continues. Watch it: qlora watch {job_id}   Cancel it: qlora cancel {job_id}")
         raise typer.Exit(ExitCode.INTERRUPTED) from None

@@ -80,7 +80,7 @@ def submit(  # noqa: PLR0913 - an argument per option of the command
         job = _submit(client, spec, file, force=force)
         _print_job(job, watch=watch, as_json=as_json)
         if watch:
-            watch_to_end(client, job.id, as_json)
+            watch_to_end(client, job.id, as_json, job.warnings)
 
 
 def read_spec(config: Path | None, overrides: Document) -> tuple[Document, JobSpec]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -24,15 +24,19 @@ Show = Callable[[Job, str], None]
 _STOPPING = {"cancel": "cancelling", "pause": "pausing", "preempt": "preempted, releasing the slot"}
 
 
-def watch_job(client: Client, job_id: str, console: Console) -> Job:
-    """Shows the job's progress, as a bar on a terminal, else as lines; the job once it has ended.
+def watch_job(client: Client, job_id: str, console: Console, printed_warnings: Sequence[str] = ()) -> Job:
+    """Shows the job's progress, as a bar on a terminal, else as lines, and its warnings; the job once it has ended.
 
     Waits for a service that is away meanwhile.
     """
     display = _bar if console.is_terminal else _lines
+    printed = set(printed_warnings)
     with display(console) as show:
         job = client.get(job_id)
-        while not job.terminal:
+        while True:
+            _print_warnings(console, job, printed)
+            if job.terminal:
+                break
             show(job, _phase(job))
             time.sleep(POLL_S)
             job = client.refresh(job_id, on_drop=partial(_show_outage, show, job))
@@ -104,6 +108,14 @@ class _LatestHeldOutLoss:
         loss = job.metrics.get("eval_loss")
         self.loss = self.loss if loss is None else float(loss)
         return self.loss
+
+
+def _print_warnings(console: Console, job: Job, printed: set[str]) -> None:
+    """Prints the warnings that are not in `printed`, and adds them."""
+    for warning in job.warnings:
+        if warning not in printed:
+            console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+            printed.add(warning)
 
 
 def _figures(job: Job, held_out_loss: float | None) -> str:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qlora_service import wire
 from qlora_service.domain.jobs import JobStatus
+from qlora_service.domain.row_warnings import RowWarning
 from qlora_service.errors import Finding, Unavailable
 
 TERMINAL = frozenset(status.value for status in JobStatus if status.terminal)
@@ -24,10 +25,14 @@ class Answer(BaseModel):
 
 class Lengths(wire.Lengths, Answer):
     findings: list[dict[str, Any]]
+    finding_kinds: list[RowWarning] = []
+    warnings: list[RowWarning] = []
 
 
 class Dataset(wire.Dataset, Answer):
     findings: list[dict[str, Any]]
+    finding_kinds: list[RowWarning] = []
+    warnings: list[RowWarning] = []
     lengths: Lengths | None = None
     """Token lengths of the rows, if the request named a base model"""
 
@@ -101,7 +106,7 @@ class Event:
 
     seq: int
     type: str
-    """status | metrics | evaluation | log"""
+    """status | metrics | evaluation | log | warning"""
     data: dict[str, Any]
 
     @property

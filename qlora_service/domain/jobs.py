@@ -116,6 +116,8 @@ class Job:
     """Of the running attempt: starting, rendering, loading, training, generating, publishing, certifying"""
     metrics: dict[str, Any]
     """Latest metrics of the latest attempt, by name"""
+    warnings: list[str]
+    """Of its submission and of its attempts, each once"""
     error: dict[str, Any] | None
     result: dict[str, Any] | None
     """Of a succeeded job: the published attempt, losses, certificate"""
@@ -141,5 +143,5 @@ class JobEvent:
     job_id: str
     at: datetime
     type: str
-    """status | metrics | evaluation | log"""
+    """status | metrics | evaluation | log | warning"""
     data: dict[str, Any]

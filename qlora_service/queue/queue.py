@@ -6,7 +6,7 @@ an older claim find no row (`WHERE id = ? AND attempt = ? AND status = 'running'
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,7 +22,7 @@ from qlora_service.queue.requests import set_stop_request
 from qlora_service.queue.scheduling import find_victim, next_job
 from qlora_service.queue.transitions import USER_HOLD, end, enqueue, hold
 from qlora_service.store.database import Database
-from qlora_service.store.jobs import append_event, get_job, job_from_row
+from qlora_service.store.jobs import add_warnings, append_event, get_job, job_from_row
 from qlora_service.store.lease_clock import LeaseClock, lease_clock
 from qlora_service.store.tables import jobs
 
@@ -114,6 +114,12 @@ class Queue:
             if event is not None:
                 append_event(connection, claim.job_id, self._clock(), *event)
             return _stop_request(row)
+
+    def warn(self, claim: Claim, warnings: Sequence[str]) -> None:
+        """Adds warnings to the job, with an event for each that is new. Raises: ClaimLost."""
+        with self._database.write() as connection:
+            self._fenced(connection, claim, {})
+            add_warnings(connection, claim.job_id, warnings, self._clock())
 
     def succeed(self, claim: Claim, result: dict[str, Any]) -> None:
         with self._database.write() as connection:

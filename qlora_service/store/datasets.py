@@ -43,7 +43,7 @@ def insert_dataset(connection: Connection, dataset: Dataset) -> Dataset:
             datasets.c.container == dataset.report.container,
             datasets.c.shape == dataset.report.shape,
         )
-        .values(deleted_at=None)
+        .values(deleted_at=None, report=dataset.report.as_dict())  # an earlier version may have stored the report
     )
     return _from_row(connection.execute(same.returning(datasets)).one())
 

@@ -49,6 +49,16 @@ def insert_job(
     append_event(connection, job_id, now, "status", {"status": JobStatus.QUEUED})
 
 
+def add_warnings(connection: Connection, job_id: str, warnings: Sequence[str], now: datetime) -> None:
+    """Add the warnings that the job does not have yet, each with an event; this transaction has locked its row."""
+    known = connection.execute(sa.select(jobs.c.warnings).where(jobs.c.id == job_id)).scalar_one()
+    new = [warning for warning in dict.fromkeys(warnings) if warning not in known]
+    if new:
+        connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(warnings=[*known, *new]))
+    for warning in new:
+        append_event(connection, job_id, now, "warning", {"message": warning})
+
+
 def get_job(connection: Connection, job_id: str, *, project: str | None = None, lock: bool = False) -> Job:
     """The job; with `lock`, no other transaction changes it before this one ends. Its spec may be `unreadable`.
 
@@ -286,6 +296,7 @@ def _with_spec(row: Row[Any], spec: JobSpec) -> Job:
         eta_s=row.eta_s,
         phase=row.phase,
         metrics=row.metrics,
+        warnings=row.warnings,
         error=row.error,
         result=row.result,
         withdrawn_at=row.withdrawn_at,

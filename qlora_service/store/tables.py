@@ -121,6 +121,7 @@ jobs = Table(
     Column("total_steps", Integer),
     Column("eta_s", Float),
     Column("metrics", JSON, nullable=False),
+    Column("warnings", JSON, nullable=False, server_default="[]"),
     Column("error", JSON),
     Column("result", JSON),
     # When its adapter was deleted.

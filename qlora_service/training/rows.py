@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qlora_service.data.rendering.renderer import RenderedRow, RenderReport, UnusableRow
+from qlora_service.data.rendering.renderer import RenderedRow, UnusableRow
+from qlora_service.data.rendering.report import RenderReport
 from qlora_service.training.network.micro_batch import LabeledRow, PreferencePair, TokenRow, TrainingExample
 
 IDS, FLAGS = pa.list_(pa.int32()), pa.list_(pa.bool_())
@@ -77,6 +78,7 @@ def store_rendered(results: Iterable[RenderedRow | UnusableRow], path: Path) -> 
                     pending.clear()
         if pending:
             writer.write_batch(_record_batch(pending))
+    report.finish()
     return RenderedRows(path), report
 
 

@@ -188,7 +188,7 @@ def _publish(data: DataDirectory, token: int) -> None:
         job_id=job.id,
         attempt=token,
         base_model={"name": "tiny", "hub_id": None, "revision": None, "weights_sha256": "0" * 64},
-        dataset={"id": job.dataset_id, "sha256": "0" * 64, "trained_on": 8},
+        dataset={"id": job.dataset_id, "sha256": "0" * 64, "trained_on": 8, "warnings": []},
         spec=job.spec.model_dump(mode="json"),
         plan={"compute_dtype": "float32"},
         held_out={"rows": 2, "source": "held-out rows", "loss_before": 6.0, "loss_after": 5.0},

@@ -38,6 +38,12 @@ def run_attempt(context: AttemptContext) -> dict[str, Any]:
     manifest = publish(context, rows, loaded, trained)
     outcome = trained.outcome
     certificate = certify(context, rows, loaded, outcome, manifest)
+    warnings = [
+        *outcome_warnings(outcome, rows.total_steps),
+        *rows.warnings,
+        *map(change_note, loaded.plan["changes"]),
+    ]
+    context.reporter.warn(warnings)
     context.reporter.note(memory=peak_memory(loaded.request.device))
     return {
         "attempt": context.inputs.token,
@@ -46,7 +52,7 @@ def run_attempt(context: AttemptContext) -> dict[str, Any]:
         "published_bytes": manifest.total_bytes,
         "held_out": {"before": asdict(outcome.before), "after": asdict(outcome.after)},
         "generation": None if trained.answers is None else trained.answers["scores"],
-        "warnings": [*outcome_warnings(outcome, rows.total_steps), *map(change_note, loaded.plan["changes"])],
+        "warnings": warnings,
         "certificate": certificate,
         "held_out_rows": len(rows.split.held_out),
         "steps": outcome.steps,

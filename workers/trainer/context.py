@@ -51,6 +51,9 @@ class Reporter(Observer, Protocol):
 
     def choose_plan(self, plan: dict[str, Any], message: str | None = None) -> None: ...
 
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Adds the warnings that the job does not have yet."""
+
     def resumed(self, step: int, metrics: bytes, notes: Sequence[str]) -> None: ...
 
     def saved(self, step: int) -> None: ...

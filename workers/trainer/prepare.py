@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qlora_service.artifacts.store import dataset_key
 from qlora_service.data.batching import Split, sample_rows, split_rows, step_rows, total_steps
 from qlora_service.data.files.checks import read_examples
-from qlora_service.data.rendering.renderer import Renderer, RenderReport, RenderRules
+from qlora_service.data.rendering.renderer import Renderer, RenderRules
+from qlora_service.data.rendering.report import VALIDATION_PREFIX, RenderReport, row_warnings
 from qlora_service.data.rendering.stop_tokens import StopTokens
 from qlora_service.domain.datasets import Dataset
 from qlora_service.domain.jobs import FailureReason
@@ -41,6 +42,8 @@ class PreparedRows:
     training: Training
     chat_template: str
     stop_tokens: StopTokens
+    warnings: list[str]
+    """Rows that are left out, and rows that are not trained as one would expect"""
 
     @cached_property
     def held_out(self) -> list[TrainingExample]:
@@ -79,6 +82,7 @@ def prepare(context: AttemptContext) -> PreparedRows:
     """
     context.reporter.enter_phase("rendering", None)
     prepared = prepare_rows(context.inputs, context.check)
+    context.reporter.warn(prepared.warnings)
     if questions := context.spec.evaluation.questions:
         tokenizer = load_tokenizer(context.inputs.base.path, prepared.chat_template)
         for question in questions:
@@ -92,9 +96,11 @@ def prepare_rows(inputs: AttemptInputs, check: Callable[[], None]) -> PreparedRo
     # The time of the job's creation, not the current time: every attempt renders the same text.
     with Renderer(inputs.base.path, RenderRules.of(training), inputs.job.created_at) as renderer:
         rows, report = _render(inputs, inputs.dataset, renderer, check)
+        warnings = row_warnings(inputs.dataset.report, report)
         validation_rows, validation_report = None, None
         if inputs.validation is not None:
             validation_rows, validation_report = _render(inputs, inputs.validation, renderer, check)
+            warnings += row_warnings(inputs.validation.report, validation_report, VALIDATION_PREFIX)
         chat_template, stop_tokens = renderer.chat_template, renderer.stop_tokens()
     try:
         split = split_rows(len(rows), validation.held_out_fraction, validation.max_rows, training.seed)
@@ -103,7 +109,9 @@ def prepare_rows(inputs: AttemptInputs, check: Callable[[], None]) -> PreparedRo
     except ValueError as error:
         findings = [Finding(**finding) for finding in report.findings]
         raise JobFailed(str(error), reason=FailureReason.INVALID_INPUT, findings=findings) from None
-    return PreparedRows(rows, split, validation_rows, report, validation_report, training, chat_template, stop_tokens)
+    return PreparedRows(
+        rows, split, validation_rows, report, validation_report, training, chat_template, stop_tokens, warnings
+    )
 
 
 def load_tokenizer(model_dir: Path, chat_template: str) -> PreTrainedTokenizerBase:

@@ -94,5 +94,6 @@ def _dataset_record(inputs: AttemptInputs, rows: PreparedRows) -> dict[str, Any]
         "rows": inputs.dataset.report.rows,
         "trained_on": len(rows.split.train),
         "left_out": inputs.dataset.report.rows - rows.report.usable_rows,
+        "warnings": rows.warnings,
         "validation_sha256": None if inputs.validation is None else inputs.validation.sha256,
     }

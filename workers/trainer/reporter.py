@@ -73,6 +73,11 @@ class JobReporter:
         """Stores the plan that every later attempt inherits; `message` is its event for the user."""
         self._report_message(Progress(plan=plan), message)
 
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Adds the warnings that the job does not have yet."""
+        if warnings:
+            persist(lambda: self._queue.warn(self._claim, warnings), self._patience_s)
+
     def resumed(self, step: int, metrics: bytes, notes: Sequence[str]) -> None:
         """Reports that the attempt resumes after `step` (0: from the beginning), with the metrics up to there."""
         self._file.write(metrics.decode())

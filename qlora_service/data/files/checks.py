@@ -38,12 +38,13 @@ def check_dataset(
     shape = shape or _majority_shape(path, container)
     usable_rows, finding_count = 0, 0
     findings: list[Finding] = []
-    warnings = RowWarnings()
+    warnings, finding_kinds = RowWarnings(), RowWarnings()
     for result in check_rows(path, container, shape, warnings):
         if isinstance(result, int):
             usable_rows += result
         else:
             finding_count += 1
+            finding_kinds.add([result])
             if finding_count <= MAX_FINDINGS:
                 findings.append(result)
     rows = usable_rows + finding_count
@@ -58,6 +59,7 @@ def check_dataset(
         finding_count=finding_count,
         findings=tuple(findings),
         warnings=tuple(warnings.kinds),
+        finding_kinds=tuple(finding_kinds.kinds),
     )
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from tokenizers import Encoding, Tokenizer
 
-from qlora_service.data.files.checks import MAX_FINDINGS
 from qlora_service.data.rendering.loss_mask import trained_tokens
 from qlora_service.data.rendering.stop_tokens import StopTokens, TrainedEnds, base_stop_ids, eos_token_id, special_ids
 from qlora_service.data.rendering.template_process import RenderedChat, TemplateProcess, characters
@@ -250,9 +248,8 @@ class Renderer:
         if cut and self._rules.too_long != "truncate":
             length = f"{len(ids)}" if is_whole else f"over {len(ids)}"
             return _unusable(row, f"{length} tokens long; max_seq_len_tokens is {limit}", too_long=len(ids))
-        result = RenderedRow(
-            row.line, rendered.text, tuple(ids[:limit]), tuple(trained[:limit]), cut, warnings=tuple(warnings)
-        )
+        kept = tuple(ids[:limit]), tuple(trained[:limit])
+        result = RenderedRow(row.line, rendered.text, *kept, cut, warnings=tuple(warnings))
         if result.trained_tokens == 0:
             after = f" after {cut} tokens were cut off" if cut else ""
             return _unusable(row, f"nothing to train: no token of an answer is left{after}")
@@ -266,64 +263,6 @@ class Renderer:
     def _token_id(self, token: str | None) -> int | None:
         token_id: int | None = None if token is None else self._tokenizer.token_to_id(token)
         return token_id
-
-
-@dataclass
-class RenderReport:
-    """Result of rendering a dataset: counts, a histogram of lengths, and findings for the unusable rows.
-
-    The tokens of a preference pair are the tokens of both sides; its length is the length of the longer side.
-    """
-
-    rows: int = 0
-    usable_rows: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    longest_tokens: int = 0
-    cut_rows: int = 0
-    """Usable rows that were truncated."""
-    too_long_rows: int = 0
-    complete: bool = True
-    """False when only the first rows were rendered."""
-    histogram: dict[str, int] = field(default_factory=dict)
-    """Rows by length: key "128" counts rows of 65 to 128 tokens."""
-    finding_count: int = 0
-    findings: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[dict[str, Any]] = field(default_factory=list)
-    """`RowWarning`s of the usable rows"""
-
-    def add(self, result: RenderedRow | UnusableRow) -> None:
-        self.rows += 1
-        if isinstance(result, UnusableRow):
-            self.finding_count += 1
-            if len(self.findings) < MAX_FINDINGS:
-                self.findings.append(result.finding.as_dict())
-            if result.too_long is not None:
-                self.too_long_rows += 1
-                self._count_length(result.too_long)
-            return
-        sides = [side for side in (result, result.rejected) if side is not None]
-        self.usable_rows += 1
-        self.cut_rows += any(side.cut_tokens for side in sides)
-        self.tokens += sum(len(side.input_ids) for side in sides)
-        self.trained_tokens += sum(side.trained_tokens for side in sides)
-        self._count_length(max(len(side.input_ids) + side.cut_tokens for side in sides))
-
-    def _count_length(self, tokens: int) -> None:
-        self.longest_tokens = max(self.longest_tokens, tokens)
-        bucket = str(1 << max(3, (tokens - 1).bit_length()))
-        self.histogram[bucket] = self.histogram.get(bucket, 0) + 1
-
-
-def render_report(renderer: Renderer, rows: Iterable[SourceRow], max_rows: int) -> RenderReport:
-    """The report on the first `max_rows` rows."""
-    report = RenderReport()
-    iterator = iter(rows)
-    for result in renderer.render(islice(iterator, max_rows)):
-        report.add(result)
-    report.complete = next(iterator, None) is None
-    report.histogram = dict(sorted(report.histogram.items(), key=lambda item: int(item[0])))
-    return report
 
 
 def _warnings(row: SourceRow, rendered: RenderedChat) -> list[Finding]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
 from qlora_service.data.batching import total_steps
-from qlora_service.data.rendering.renderer import RenderReport
+from qlora_service.data.rendering.report import RenderReport
 from qlora_service.specs import JobSpec
 
 KIND_PHASES = ("evaluating", "training")

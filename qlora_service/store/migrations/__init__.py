@@ -1,4 +1,4 @@
 """Schema migrations (Alembic)."""
 
-HEAD = "0005"
+HEAD = "0006"
 """The newest revision"""

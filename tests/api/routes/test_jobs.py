@@ -33,7 +33,7 @@ def test_job_on_a_stored_dataset_is_queued(client: TestClient, dataset_id: str) 
     assert response.status_code == 201
     job = response.json()
     assert response.headers["Location"] == f"/jobs/{job['id']}"
-    assert job.pop("warnings") == []
+    assert job["warnings"] == []
     assert (job["object"], job["status"], job["queue_position"]) == ("job", "queued", 0)
     assert (job["name"], job["base_model"], job["dataset_id"]) == ("first", "tiny", dataset_id)
     assert job["metadata"] == {"team": "a"}
@@ -57,7 +57,8 @@ def test_form_with_dataset_and_config_is_queued(client: TestClient) -> None:
     dataset = client.get(f"/datasets/{job['dataset_id']}").json()
     assert (dataset["filename"], dataset["usable_rows"]) == ("rows.jsonl", 4)
     (warning,) = job["warnings"]
-    assert warning.startswith("1 rows of the upload are left out: line ")
+    assert warning.startswith("left out: 1 row (line 5 at /messages): ")
+    assert client.get(f"/jobs/{job['id']}").json() == client.get("/jobs").json()["data"][0] == job
 
 
 def test_config_part_may_be_a_file_and_name_a_stored_dataset(client: TestClient, dataset_id: str) -> None:

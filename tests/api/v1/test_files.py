@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from api.v1.files import MAX_DETAILS
 from qlora_service.domain.jobs import JobStatus
 from qlora_service.queue.claim import Progress
 from qlora_service.queue.queue import Queue
@@ -47,7 +48,17 @@ def test_upload_of_the_same_bytes_returns_the_same_dataset(client: TestClient, d
 
 
 def test_status_details_report_rows_that_are_left_out(client: TestClient) -> None:
-    assert "1 of 5 rows are left out. First: line 5" in upload(client, chat_rows(4) + BAD_ROW).json()["status_details"]
+    details = upload(client, chat_rows(4) + BAD_ROW * 2).json()["status_details"]
+    assert details.startswith("left out: 2 rows (line 5, 6): ")
+
+
+def test_status_details_are_limited_and_count_the_kinds_beyond(client: TestClient) -> None:
+    bad = b"".join(b'{"messages": %s}\n' % value for value in (b"1", b"true", b"null", b"[]", b'"a"', b"{}", b"[1]"))
+    file = upload(client, chat_rows(4) + bad).json()
+    *kinds, more = file["status_details"].split("; ")
+    assert len(kinds) == MAX_DETAILS
+    dataset_id = file["id"].replace("file-", "ds_")
+    assert more == f"… and 2 more kinds: GET /datasets/{dataset_id}"
 
 
 def test_file_without_a_usable_row_is_refused_with_its_findings(

@@ -87,7 +87,7 @@ def test_paused_job_is_not_claimed_until_it_is_resumed(service: Service, queue: 
     assert service.jobs.pause(job_id).status is JobStatus.PAUSED
     assert queue.claim("worker") is None
     resumed = service.jobs.resume(job_id)
-    assert (resumed.job.status, resumed.queue_position, resumed.warnings) == (JobStatus.QUEUED, 0, ())
+    assert (resumed.job.status, resumed.queue_position) == (JobStatus.QUEUED, 0)
     assert claim_next(queue).job_id == job_id
 
 

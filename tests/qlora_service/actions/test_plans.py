@@ -130,7 +130,7 @@ def test_forecast_is_stored_with_the_job(service_on: MakeService) -> None:
     assert (forecast["verdict"], forecast["device"]["name"]) == ("fits", "RTX 3090")
     assert forecast["settings"]["gradient_checkpointing"] is False
     assert forecast["memory"]["needed"] <= forecast["memory"]["usable"]
-    assert submission.warnings == ()
+    assert submission.job.warnings == []
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_a_job_that_does_not_fit_is_refused_and_nothing_is_stored(service_on: Ma
 @pytest.mark.slow
 def test_job_that_does_not_fit_is_queued_with_force_and_a_warning(service_on: MakeService) -> None:
     submission = service_on(TOO_SMALL).jobs.submit(spec(), force=True)
-    (warning,) = submission.warnings
+    (warning,) = submission.job.warnings
     assert warning.startswith("it is not expected to fit: the job needs")
     assert submission.job.forecast is not None
     assert submission.job.forecast["verdict"] == "does_not_fit"

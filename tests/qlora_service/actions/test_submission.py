@@ -138,30 +138,6 @@ def test_default_length_is_that_of_the_model(service: Service) -> None:
     assert job.spec.training.batch_size == 4
 
 
-# --- warnings
-
-
-def test_usable_rows_give_no_warning(service: Service) -> None:
-    assert submit(service, dataset={"rows": ROWS}).warnings == ()
-
-
-def test_warning_of_unreadable_rows_names_a_stored_dataset(service: Service, upload: Callable[..., Path]) -> None:
-    path = upload([*ROWS, {"prompt": 3, "completion": "x"}])
-    # The second upload has the same content: its warning names the first dataset.
-    for submission in (submit(service, path), submit(service, path)):
-        (warning,) = submission.warnings
-        assert warning.startswith("1 rows of the upload are left out")
-        service.datasets.get(warning.rsplit("/", 1)[-1])
-
-
-def test_dropped_and_truncated_rows_give_a_warning(service: Service) -> None:
-    rows = {"rows": [*ROWS, LONG]}
-    (dropped,) = submit(service, dataset=rows, training={"too_long": "drop"}).warnings
-    assert dropped.startswith("1 rows are left out; the first: line 21: ")
-    (cut,) = submit(service, dataset=rows, training={"too_long": "truncate"}).warnings
-    assert cut == "1 rows are truncated to 128 tokens"
-
-
 # --- refusals
 
 

@@ -1,4 +1,5 @@
 import ast
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ def card(
     held_out: dict[str, Any] = HELD_OUT,
     dtype: str = "bfloat16",
     stops: dict[str, Any] | None = None,
+    warnings: Sequence[str] = (),
     **groups: Any,
 ) -> str:
     spec = parse_spec({"base_model": "tiny", **groups}).model_dump(mode="json")
-    dataset = {"sha256": "d" * 64, "trained_on": 345}
+    dataset = {"sha256": "d" * 64, "rows": 350, "trained_on": 345, "left_out": 3, "warnings": [*warnings]}
     return model_card("job_1", base, dataset, spec, dtype, held_out, stops, {"torch": "2.13.0"})
 
 
@@ -123,6 +125,26 @@ def test_card_names_the_method_and_its_size(adapter: dict[str, Any], sentence: s
 def test_card_names_the_preference_objective() -> None:
     text = card(objective={"type": "orpo", "beta": 0.3})
     assert "alpha 32.0, ORPO with beta 0.3." in text
+
+
+def test_card_lists_rows_left_out_and_warnings() -> None:
+    warnings = [
+        "left out: 3 rows (line 3, 4, 9 at /prompt): must be\na string",
+        "12 rows (line 1): <think> is not trained",
+    ]
+    text = card(warnings=warnings)
+    section = text.split("\n## ")[1]
+    assert section.startswith("Rows\n\n3 of the dataset's 350 rows were left out.")
+    assert section.split("```text\n")[1].split("```")[0].splitlines() == [
+        "left out: 3 rows (line 3, 4, 9 at /prompt): must be a string",
+        "12 rows (line 1): <think> is not trained",
+    ]
+    assert "\n\n## Load it\n" in text
+
+
+def test_card_of_a_job_without_warnings_has_no_section_about_rows() -> None:
+    assert "## Rows" not in card()
+    assert "measured again.\n\n## Load it\n" in card()
 
 
 def test_card_without_a_name_has_the_job_id_as_title() -> None:

@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 
 from qlora_service.client import Client
+from qlora_service.domain.row_warnings import RowWarning
 from qlora_service.models.catalog.catalog import Catalog
-from tests.running_api import write_rows
+from qlora_service.settings import Settings
+from qlora_service.store.database import Database
+from tests.control_plane import add_row_warning
+from tests.running_api import RunningApi, write_rows
 
 BAD = '{"prompt": 1, "completion": "b"}\n{"prompt": "a"\n{"prompt": "a", "completion": "c"}\n'
 NO_SERVICE = "http://127.0.0.1:9"
@@ -132,7 +136,9 @@ def test_check_needs_no_torch_and_names_the_extra_that_it_needs(bad_rows: Path, 
 def test_dataset_is_uploaded_listed_shown_and_deleted(run: Any, client: Client, bad_rows: Path) -> None:
     uploaded = run("datasets", "upload", bad_rows)
     dataset_id = uploaded.stdout.strip()
-    assert "warning: 2 rows are left out" in uploaded.stderr
+    pointer, syntax = uploaded.stderr.splitlines()
+    assert pointer == "warning: left out: 1 row (line 1 at /prompt): must be a string, is a number"
+    assert syntax.startswith("warning: left out: 1 row (line 2): not valid JSON: ")
     assert client.dataset(dataset_id).filename == "bad.jsonl"
     assert dataset_id in run("datasets", "list").stdout
     listed = json.loads(run("datasets", "list", "--limit", 1, "--json").stdout)
@@ -146,6 +152,28 @@ def test_dataset_is_uploaded_listed_shown_and_deleted(run: Any, client: Client, 
     gone = run("datasets", "show", dataset_id)
     assert gone.code == 1
     assert dataset_id in gone.stderr
+
+
+def test_each_kind_of_warning_is_printed_by_show(run: Any, client: Client, api: RunningApi, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "warned.jsonl", [{"prompt": "Is it", "completion": " so?"}] * 3)
+    dataset_id = client.upload(rows).id
+    database = Database(Settings(data_dir=api.data_dir).resolved_database_url)
+    warning = RowWarning("`train` is false", "/train", 2, [1, 3])
+    add_row_warning(database, dataset_id, warning)
+    database.close()
+    assert client.dataset(dataset_id).warnings == [warning]
+    shown = run("datasets", "show", dataset_id, "--base-model", "tiny").stdout
+    assert shown.splitlines()[-1] == f"warning: {warning}"
+    uploaded = run("datasets", "upload", rows)
+    assert uploaded.stdout == f"{dataset_id}\n"
+
+
+def test_every_reason_is_shown_where_only_the_first_findings_are(run: Any, client: Client, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, *[{"prompt": 1, "completion": "b"}] * 130, {"prompt": 2}]
+    dataset_id = client.upload(write_rows(tmp_path / "rows.jsonl", rows)).id
+    number, unread = run("datasets", "show", dataset_id).stdout.splitlines()[-2:]
+    assert number.startswith("warning: left out: 130 rows (line 2, 3, 4, 5, 6, … at /prompt): ")
+    assert unread.startswith("warning: left out: 1 row (line 132): ")
 
 
 def test_refused_upload_names_the_lines_of_the_file(run: Any, tmp_path: Path) -> None:

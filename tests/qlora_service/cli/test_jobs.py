@@ -94,6 +94,19 @@ def test_watch_shows_progress_and_survives_a_restart(api: RunningApi, queue: Que
         assert watch.wait(60) == 0
 
 
+def test_watch_prints_each_warning_once(run: Any, api: RunningApi, queue: Queue, claim: Claim) -> None:
+    report(queue, claim, step=12)
+    queue.warn(claim, ["left out: 1 row (line 9): [odd]"])
+    with watching(api, claim) as watch:
+        assert watch.stderr is not None
+        assert watch.stderr.readline() == "warning: left out: 1 row (line 9): [odd]\n"
+        wait_for_line(watch, "training")
+        queue.warn(claim, ["the held-out loss rose"])
+        end(api.data_dir, queue, claim, "succeeded")
+        rest = watch.stderr.read()
+    assert rest.count("warning: ") == rest.count("warning: the held-out loss rose\n") == 1
+
+
 def test_watch_shows_why_a_job_is_paused_and_follows_it_further(
     api: RunningApi, client: Client, queue: Queue, claim: Claim
 ) -> None:

@@ -151,7 +151,7 @@ def test_warnings_go_to_stderr(run: Any, client: Client, rows: Path) -> None:
         file.write('{"prompt": 1}\n')
     outcome = run("submit", rows, "--base-model", "tiny", *SHORT)
     assert outcome.code == 0
-    assert "warning: 1 rows of the upload " in outcome.stderr
+    assert "warning: left out: 1 row (line 9): " in outcome.stderr
     assert client.get(outcome.stdout.strip()).status == "queued"
 
 

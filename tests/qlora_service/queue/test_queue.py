@@ -226,6 +226,16 @@ def test_write_is_rolled_back_when_its_event_cannot_be_stored(queue: Queue, data
     write()  # the missing table was the only obstacle
 
 
+def test_each_warning_is_added_once_with_an_event(queue: Queue, database: Database) -> None:
+    job_id = add_job(database)
+    queue.warn(claim_next(queue), ["a", "b", "a"])
+    queue.requeue_of("host:1:0")
+    queue.warn(claim_next(queue), ["c", "b"])
+    assert read_job(database, job_id).warnings == ["a", "b", "c"]
+    events = [event.data["message"] for event in job_events(database, job_id) if event.type == "warning"]
+    assert events == ["a", "b", "c"]
+
+
 # --- fencing: without a valid claim, nothing is written
 
 

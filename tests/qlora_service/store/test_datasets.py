@@ -44,6 +44,12 @@ def test_same_bytes_in_the_same_format_are_one_dataset(database: Database) -> No
     assert len(stored_rows(database)["datasets"]) == 1
 
 
+def test_report_of_an_earlier_version_is_replaced_by_an_upload_of_the_same_bytes(database: Database) -> None:
+    first = new_dataset()
+    insert(database, replace(first, report=replace(first.report, finding_count=7)))
+    assert insert(database, new_dataset()) == first
+
+
 def test_same_bytes_in_another_format_are_another_dataset(database: Database) -> None:
     first = insert(database, new_dataset(shape="text"))
     assert insert(database, new_dataset(shape="alpaca")).id != first.id

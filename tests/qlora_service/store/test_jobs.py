@@ -63,6 +63,7 @@ def test_new_job_is_returned_as_it_was_stored(database: Database) -> None:
     assert (job.started_at, job.finished_at, job.error, job.result, job.phase) == (None, None, None, None, None)
     assert (job.attempt, job.step, job.metrics, job.stop_request) == (0, 0, {}, None)
     assert (job.project, job.hold, job.plan, job.deaths, job.checkpoint_step) == ("local", None, None, [], 0)
+    assert job.warnings == []
 
 
 def test_unknown_job_is_not_found(database: Database) -> None:

@@ -56,6 +56,7 @@ class AttemptRecorder(Recorder):
         self._on_phase = on_phase
         self.plan: dict[str, Any] = {}
         self.messages: list[str | None] = []
+        self.warnings: list[str] = []
         self.resumed_at: int | None = None
         self.saved_steps: list[int] = []
         self.figures: dict[str, Any] = {}
@@ -67,6 +68,9 @@ class AttemptRecorder(Recorder):
     def choose_plan(self, plan: dict[str, Any], message: str | None = None) -> None:
         self.plan = dict(plan)
         self.messages.append(message)
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        self.warnings += [warning for warning in warnings if warning not in self.warnings]
 
     def resumed(self, step: int, metrics: bytes, notes: Sequence[str]) -> None:
         self.resumed_at = step

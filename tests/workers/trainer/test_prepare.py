@@ -10,9 +10,10 @@ import pytest
 from qlora_service.artifacts.manifest import Manifest
 from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import JobFailed
-from tests.workers.trainer._attempts import make_inputs, published_bytes, run, spy_on_loop
-from tests.workspace import Workspace, job_spec
+from tests.workers.trainer._attempts import AttemptRecorder, make_inputs, published_bytes, run, spy_on_loop
+from tests.workspace import ROWS, Workspace, job_spec
 from workers.trainer.context import AttemptInputs
+from workers.trainer.prepare import prepare_rows
 
 
 def test_rows_over_the_limit_stop_the_attempt_before_the_model_is_loaded(workspace: Workspace) -> None:
@@ -25,6 +26,36 @@ def test_rows_over_the_limit_stop_the_attempt_before_the_model_is_loaded(workspa
     assert failure.value.details["reason"] == FailureReason.INVALID_INPUT
     assert failure.value.findings[0].line == 1
     assert phases == ["rendering"]
+
+
+def test_rows_left_out_are_told_before_the_training_and_published(workspace: Workspace) -> None:
+    rows = [*ROWS, {"instruction": "a", "output": ""}, {"instruction": 1, "output": "b"}]
+    long = {"instruction": "a", "output": "b " * 300}
+    spec = job_spec(max_steps=1, too_long="drop") | {"dataset": {"rows": [*rows, long, long]}}
+    job_id = workspace.submit_spec(spec)
+    recorder = AttemptRecorder()
+    inputs = make_inputs(workspace, job_id)
+    result = run(inputs, reporter=recorder)
+    empty, number, too_long = result["warnings"]
+    assert empty == "left out: 1 row (line 41 at /output): the answer is empty"
+    assert number == "left out: 1 row (line 42 at /instruction): must be a string, is a number"
+    assert too_long.startswith("left out: 2 rows (line 43, 44): ")
+    assert recorder.warnings == workspace.service.jobs.get(job_id).warnings == result["warnings"]
+    manifest = Manifest.model_validate_json(published_bytes(inputs, "manifest.json"))
+    assert (manifest.dataset["left_out"], manifest.dataset["warnings"]) == (4, result["warnings"])
+    card = published_bytes(inputs, "README.md").decode()
+    assert "4 of the dataset's 44 rows were left out." in card
+    assert all(warning in card.splitlines() for warning in result["warnings"])
+
+
+def test_warnings_of_validation_rows_say_so(workspace: Workspace) -> None:
+    path = workspace.settings.tmp_dir / "validation.jsonl"
+    path.write_text("".join(json.dumps({"instruction": "a", "output": output}) + "\n" for output in ("b", "")))
+    validation = workspace.service.datasets.upload(path, filename=None)
+    job_id = workspace.submit_spec(job_spec(max_steps=1) | {"validation": {"dataset_id": validation.id}})
+    prepared = prepare_rows(replace(make_inputs(workspace, job_id), validation=validation), lambda: None)
+    assert prepared.warnings == workspace.service.jobs.get(job_id).warnings
+    assert prepared.warnings == ["validation dataset: left out: 1 row (line 2 at /output): the answer is empty"]
 
 
 def test_held_out_rows_are_never_trained_on(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,7 @@ def test_report_counts_every_row_and_lists_findings(upload: Path) -> None:
         usable_rows=2,
         finding_count=3,
         findings=report.findings,
+        finding_kinds=report.finding_kinds,
     )
     assert [(finding.line, finding.byte_offset, finding.pointer) for finding in report.findings] == [
         (2, second, ""),
@@ -75,6 +76,14 @@ def test_findings_are_limited_and_their_count_is_exact(upload: Path) -> None:
     report = check_dataset(write(upload, TEXT, *[BROKEN] * (MAX_FINDINGS + 50)))
     assert (report.rows, report.usable_rows, report.finding_count) == (MAX_FINDINGS + 51, 1, MAX_FINDINGS + 50)
     assert [finding.line for finding in report.findings] == list(range(2, MAX_FINDINGS + 2))
+
+
+def test_every_reason_is_listed_also_beyond_the_first_findings(upload: Path) -> None:
+    report = check_dataset(write(upload, TEXT, *[BROKEN] * (MAX_FINDINGS + 50), {"text": 5}, {"text": 6}))
+    broken, number = report.finding_kinds
+    assert (broken.rows, broken.lines) == (MAX_FINDINGS + 50, [2, 3, 4, 5, 6])
+    assert (number.rows, number.lines, number.pointer) == (2, [MAX_FINDINGS + 52, MAX_FINDINGS + 53], "/text")
+    assert number.reason == "must be a string, is a number"
 
 
 def test_report_survives_json(upload: Path) -> None:

@@ -13,7 +13,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, processors
 from transformers import AutoTokenizer
 
 from qlora_service.data.rendering import renderer as rendering
-from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules, UnusableRow, render_report
+from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules, UnusableRow
+from qlora_service.data.rendering.report import render_report
 from qlora_service.data.rows.examples import Chat, Completion, Example, SourceRow, Text
 from qlora_service.errors import InvalidModel
 from tests.rendered_rows import NOW, RULES, chat, render, render_one, trained_text

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules, UnusableRow, render_report
+from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules, UnusableRow
+from qlora_service.data.rendering.report import render_report
 from qlora_service.data.rows.examples import Completion, Example, LabeledAnswer, Preference, SourceRow, Text
 from tests.rendered_rows import NOW, chat, pair, render, render_one, trained_text
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from qlora_service.data.batching import split_rows, total_steps
-from qlora_service.data.rendering.renderer import RenderReport
+from qlora_service.data.rendering.report import RenderReport
 from qlora_service.planning.time.duration import (
     Kind,
     Measurement,
