@@ -117,6 +117,7 @@ class Jobs:
             check_objective(spec, dataset.report.shape)
             report = self._render(source, model, RenderRules.of(spec.training))
             check_trainable(report, spec, model)
+            self._rendering.check_questions(spec, model)
             validation = self._check_validation(spec, dataset, model)
             work = Work.of(spec, report, dataset_rows=dataset.report.usable_rows, validation=validation)
             forecast = self._plans.forecast(spec, model, report, work, force=force)

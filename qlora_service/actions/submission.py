@@ -77,6 +77,14 @@ def check_rows(report: RenderReport, spec: JobSpec, model: BaseModel, place: str
             location=place,
             findings=findings,
         )
+    if report.unknown_token_rows:
+        # Training on the other rows only would not be what was asked for.
+        raise InvalidDataset(
+            f"{report.unknown_token_rows} of {report.rows} rows of the dataset have tokens that {model.name} has no "
+            f"embedding for: {findings[0]}",
+            location=place,
+            findings=findings,
+        )
     if report.usable_rows == 0:
         raise InvalidDataset(
             f"no row of the dataset can be trained on: {findings[0] if findings else 'it is empty'}",
