@@ -120,6 +120,7 @@ class Jobs:
             self._rendering.check_questions(spec, model)
             validation = self._check_validation(spec, dataset, model)
             work = Work.of(spec, report, dataset_rows=dataset.report.usable_rows, validation=validation)
+            attachment = self._plans.attachment(spec, model)
             forecast = self._plans.forecast(spec, model, report, work, force=force)
             if source.is_new:
                 self._storage.check_room_for(dataset)
@@ -130,7 +131,7 @@ class Jobs:
                 if spec.validation.dataset_id is not None:
                     self._storage.find(connection, spec.validation.dataset_id, VALIDATION_LOCATION, lock=True)
                 job = self._insert_job(connection, spec, stored, model, forecast)
-                warnings = submission_warnings(report, stored, spec, forecast)
+                warnings = submission_warnings(report, stored, spec, forecast, attachment)
                 return Submission(job, job_rows.count_ahead(connection, job), warnings)
 
             return write_once(self._database, once, self._clock(), insert)

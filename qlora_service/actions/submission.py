@@ -9,6 +9,7 @@ from qlora_service.domain.datasets import Dataset
 from qlora_service.errors import Finding, InvalidDataset, InvalidSpec
 from qlora_service.models.catalog.catalog import BaseModel
 from qlora_service.models.compatibility import Modules, incompatibilities, positions_taken
+from qlora_service.planning.attachment import Attachment
 from qlora_service.planning.plan import Plan
 from qlora_service.specs import JobSpec, Training
 
@@ -94,7 +95,11 @@ def check_rows(report: RenderReport, spec: JobSpec, model: BaseModel, place: str
 
 
 def submission_warnings(
-    report: RenderReport, dataset: Dataset, spec: JobSpec, forecast: Plan | None = None
+    report: RenderReport,
+    dataset: Dataset,
+    spec: JobSpec,
+    forecast: Plan | None = None,
+    attachment: Attachment | None = None,
 ) -> tuple[str, ...]:
     """Warnings about a job that is queued all the same; `dataset` is the stored one."""
     warnings = []
@@ -111,4 +116,10 @@ def submission_warnings(
         warnings.append(f"only the first {report.rows} rows were checked; the trainer checks the rest")
     if forecast is not None and forecast.verdict != "fits":
         warnings.append(f"it is not expected to fit: {forecast.reason}")
-    return tuple(warnings)
+    return (*warnings, *_adapter_warnings(attachment))
+
+
+def _adapter_warnings(attachment: Attachment | None) -> tuple[str, ...]:
+    """A warning about weights that the job's target modules select and that get no adapter."""
+    warning = None if attachment is None else attachment.warning
+    return () if warning is None else (warning,)

@@ -31,10 +31,11 @@ def test_one_row_with_such_a_token_refuses_the_job(service: Service, embeddings:
     with pytest.raises(InvalidDataset) as caught:
         submit(service, base_model="unknown", dataset={"rows": [*ROWS, WITH_TICKET]})
     assert caught.value.location == "/dataset"
-    assert (
-        f"1 of 21 rows of the dataset have tokens that unknown has no embedding for: line 21: it has token "
-        f"{embeddings} (<|ticket|>), and the base has embeddings for {embeddings} tokens (0 to {embeddings - 1}): resize "
-    ) in caught.value.message
+    assert caught.value.message.startswith(
+        "1 of 21 rows of the dataset have tokens that unknown has no embedding for: line 21: it has token "
+        f"{embeddings} (<|ticket|>), and the base has embeddings for {embeddings} tokens (0 to {embeddings - 1}): "
+        "resize "
+    )
     assert caught.value.findings[0].line == 21
 
 
