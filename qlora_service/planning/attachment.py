@@ -35,6 +35,8 @@ class Attachment:
     refusal: str | None = None
     location: str | None = None
     findings: Sequence[Finding] = ()
+    unchecked: str | None = None
+    """The reason why none of this is known"""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Attachment:
@@ -48,6 +50,8 @@ class Attachment:
     @property
     def warning(self) -> str | None:
         """The share of the base's weights that gets no adapter; None if there is none to speak of."""
+        if self.unchecked is not None:
+            return f"it is not known whether every target module of this base can get an adapter: {self.unchecked}"
         share = sum(self.left_out.values()) / max(1, self.base_parameters)
         if not self.left_out or (share < NOTABLE_SHARE and not self.linear_left_out):
             return None

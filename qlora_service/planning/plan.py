@@ -121,12 +121,15 @@ def make_plan(
 
 def with_attachment(plan: Plan, attachment: Attachment) -> Plan:
     """The plan with the counts of an adapter that was attached, and with a note on what it leaves out."""
+    notes = [*([attachment.warning] if attachment.warning else []), *plan.notes]
+    if attachment.unchecked:
+        return replace(plan, notes=notes)
     adapter_bytes = FLOAT32_BYTES * attachment.stored_parameters
     return replace(
         plan,
         memory=replace(plan.memory, trained_parameters=attachment.trained_parameters),
         storage=replace(plan.storage, adapter_bytes=adapter_bytes),
-        notes=[*([attachment.warning] if attachment.warning else []), *plan.notes],
+        notes=notes,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +31,9 @@ SIMULATION_TIMEOUT_S = 8.0
 """A simulation takes 4 to 7 s on one core; a longer one is not worth the wait"""
 SIMULATIONS_PER_PLAN = 2
 ATTACHMENT_TIMEOUT_S = 30.0
-"""Attaching takes 4 to 6 s on one core; without the result, a job that cannot be attached is not refused"""
+"""Attaching takes 4 to 6 s on an idle core; without the result, a job that cannot be attached is not refused"""
+RETRY_S = 60.0
+"""Age of an attachment that could not be found out, after which it is tried again"""
 LOCK_TIMEOUT_S = 1.0
 """Wait of a plan for the simulation of another: two at once would slow down each other and the trainer"""
 
@@ -61,7 +64,8 @@ class Planner:
             self._machine = FoundDevice(named_device(machine), "setting")
         self._cache_dir = cache_dir
         self._simulation_lock = threading.Lock()
-        self._last_attachment: tuple[str, Attachment | None] | None = None
+        self._last_attachment: tuple[str, Attachment, float] | None = None
+        """Key, result and time of the newest one: a job asks for it twice"""
 
     def machine(self) -> FoundDevice | None:
         """The device of this service's trainers, the smallest of several GPUs; None when it is unknown.
@@ -96,20 +100,19 @@ class Planner:
     def attachment(self, config: Mapping[str, Any], spec: JobSpec) -> Attachment | None:
         """What the job's adapter changes in a base, and what stays without an adapter.
 
-        None for bases of which every linear layer can be adapted, for methods without target modules, and when it
-        cannot be found out.
+        None for bases of which every linear layer can be adapted, and for methods without target modules.
 
         Raises:
             InvalidSpec: the adapter cannot be attached to the base.
         """
-        if config.get("model_type") in PLAIN_MODELS or not isinstance(spec.adapter, TargetedAdapter) or not has_torch():
+        if config.get("model_type") in PLAIN_MODELS or not isinstance(spec.adapter, TargetedAdapter):
             return None
         key = f"{spec.adapter!r} {spec.quantization!r} {config!r}"
         last = self._last_attachment
-        if last is None or last[0] != key:
-            self._last_attachment = last = (key, self._attached(config, spec))
+        if last is None or last[0] != key or (last[1].unchecked and time.monotonic() > last[2] + RETRY_S):
+            self._last_attachment = last = (key, self._attached(config, spec), time.monotonic())
         attachment = last[1]
-        if attachment is not None and attachment.refusal is not None:
+        if attachment.refusal is not None:
             raise InvalidSpec(attachment.refusal, location=attachment.location, findings=attachment.findings)
         return attachment
 
@@ -148,12 +151,14 @@ class Planner:
         plan = with_notes(plan, [*simulations.notes, *_uncertainty_notes(plan, question)])
         return plan if attachment is None else with_attachment(plan, attachment)
 
-    def _attached(self, config: Mapping[str, Any], spec: JobSpec) -> Attachment | None:
+    def _attached(self, config: Mapping[str, Any], spec: JobSpec) -> Attachment:
+        if not has_torch():
+            return Attachment(unchecked="torch is not installed here")
         try:
             return Simulator(ATTACHMENT_TIMEOUT_S, self._cache_dir).attach(config, spec)
         except CannotSimulate as error:
             log.warning("adapter_not_checked", model_type=config.get("model_type"), reason=error.reason)
-            return None
+            return Attachment(unchecked=error.reason)
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:

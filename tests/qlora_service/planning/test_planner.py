@@ -174,7 +174,9 @@ def test_adapter_that_cannot_be_attached_is_refused_and_checked_once(
     monkeypatch.setattr(planner, "ATTACHMENT_TIMEOUT_S", 0)
     with pytest.raises(InvalidSpec, match="without also targeting w3"):
         Planner(cache_dir=tmp_path).attachment(mixtral, spec)
-    assert Planner().attachment(mixtral, spec) is None
+    unchecked = Planner().attachment(mixtral, spec)
+    assert unchecked is not None
+    assert unchecked.unchecked == "no stored simulation has these settings"
 
 
 def test_plain_models_and_prompt_methods_need_no_check(monkeypatch: pytest.MonkeyPatch) -> None:
