@@ -118,11 +118,13 @@ class Jobs:
             check_objective(spec, dataset.report.shape)
             report = self._render(source, model, RenderRules.of(spec.training))
             check_trainable(report, spec, model)
+            self._rendering.check_questions(spec, model)
             validation = self._check_validation(spec, dataset, model)
             held_out = None if validation is None else validation.rendered
             work = Work.of(spec, report, dataset_rows=dataset.report.usable_rows, validation=held_out)
+            attachment = self._plans.attachment(spec, model)
             forecast = self._plans.forecast(spec, model, report, work, force=force)
-            warnings = submission_warnings(CheckedRows(dataset.report, report), validation, forecast)
+            warnings = submission_warnings(CheckedRows(dataset.report, report), validation, forecast, attachment)
             if source.is_new:
                 self._storage.check_room_for(dataset)
                 self._storage.store_bytes(dataset, source.path)

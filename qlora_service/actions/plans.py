@@ -19,6 +19,7 @@ from qlora_service.domain.datasets import Dataset
 from qlora_service.errors import InvalidModel, InvalidRequest, InvalidSpec
 from qlora_service.models.catalog.catalog import BaseModel, Catalog
 from qlora_service.planning.accuracy import Accuracy, accuracies, learned_margin
+from qlora_service.planning.attachment import Attachment
 from qlora_service.planning.plan import Plan
 from qlora_service.planning.planner import FoundDevice, Planner
 from qlora_service.planning.time.duration import Work
@@ -86,6 +87,14 @@ class Plans:
         dataset, report = rows
         plan = self._plan_of(spec, model, report, found)
         return self._timed(plan, spec, model, Work.of(spec, report, dataset_rows=dataset.report.usable_rows), probe)
+
+    def attachment(self, spec: JobSpec, model: BaseModel) -> Attachment | None:
+        """What the job's adapter changes in the base; None where every linear layer can be adapted, or if unknown.
+
+        Raises:
+            InvalidSpec: the adapter cannot be attached to the base.
+        """
+        return self._planner.attachment(read_config(model.path), spec)
 
     def forecast(
         self, spec: JobSpec, model: BaseModel, report: RenderReport, work: Work, *, force: bool

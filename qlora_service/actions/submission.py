@@ -11,6 +11,7 @@ from qlora_service.domain.datasets import DatasetReport
 from qlora_service.errors import Finding, InvalidDataset, InvalidSpec
 from qlora_service.models.catalog.catalog import BaseModel
 from qlora_service.models.compatibility import Modules, incompatibilities, positions_taken
+from qlora_service.planning.attachment import Attachment
 from qlora_service.planning.plan import Plan
 from qlora_service.specs import JobSpec, Training
 
@@ -84,6 +85,14 @@ def check_rows(report: RenderReport, spec: JobSpec, model: BaseModel, place: str
             location=place,
             findings=findings,
         )
+    if report.unknown_token_rows:
+        # Training on the other rows only would not be what was asked for.
+        raise InvalidDataset(
+            f"{report.unknown_token_rows} of {report.rows} rows of the dataset have tokens that {model.name} has no "
+            f"embedding for: {findings[0]}",
+            location=place,
+            findings=findings,
+        )
     if report.usable_rows == 0:
         raise InvalidDataset(
             f"no row of the dataset can be trained on: {findings[0] if findings else 'it is empty'}",
@@ -93,7 +102,10 @@ def check_rows(report: RenderReport, spec: JobSpec, model: BaseModel, place: str
 
 
 def submission_warnings(
-    rows: CheckedRows, validation: CheckedRows | None = None, forecast: Plan | None = None
+    rows: CheckedRows,
+    validation: CheckedRows | None = None,
+    forecast: Plan | None = None,
+    attachment: Attachment | None = None,
 ) -> list[str]:
     """Warnings about a job that is queued all the same; `rows` are its training rows."""
     warnings = _row_warnings(rows)
@@ -101,6 +113,8 @@ def submission_warnings(
         warnings += _row_warnings(validation, VALIDATION_PREFIX)
     if forecast is not None and forecast.verdict != "fits":
         warnings.append(f"it is not expected to fit: {forecast.reason}")
+    if attachment is not None and attachment.warning is not None:
+        warnings.append(attachment.warning)
     return warnings
 
 

@@ -16,6 +16,7 @@ from qlora_service.data.rendering.renderer import PLAIN_TEMPLATE
 from qlora_service.data.rendering.stop_tokens import base_stop_ids, eos_token_id, template_end
 from qlora_service.data.rendering.template_process import TemplateProcess
 from qlora_service.data.rendering.tokenizer_settings import read_tokenizer_settings
+from qlora_service.data.rendering.unknown_tokens import unknown_token
 from qlora_service.data.rows.examples import Chat
 from qlora_service.errors import InvalidDataset, InvalidModel, InvalidRequest
 
@@ -36,7 +37,15 @@ class Prompt:
 class Prompts:
     """Prompts for one base model and its adapters. A context manager that ends its template processes."""
 
-    def __init__(self, model_dir: Path, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        *,
+        embeddings: int | None = None,
+    ) -> None:
+        """`embeddings`: rows of the base's embedding; a prompt with a token beyond them is refused."""
+        self._embeddings = embeddings
         settings = read_tokenizer_settings(model_dir)
         self.tokenizer: Tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
         self.tokenizer.no_truncation()
@@ -76,7 +85,7 @@ class Prompts:
         The prompt then equals the training prefix for every template.
 
         Raises:
-            InvalidRequest: the chat template refuses the conversation.
+            InvalidRequest: the chat template refuses the conversation, or the base has no embedding for a token of it.
             InvalidModel: the template is not usable.
         """
         answer = {"role": "assistant", "content": _ANSWER}
@@ -90,11 +99,15 @@ class Prompts:
             raise InvalidRequest(rendered.error, location="messages")
         start, end = rendered.spans[0][0], rendered.spans[-1][1]
         stop_ids = self._stop_ids | template_end(rendered.text[start:end], self.tokenizer)
-        return Prompt(tuple(self._ids(rendered.text[:start])), stop_ids)
+        return Prompt(tuple(self._checked(self._ids(rendered.text[:start]), "messages")), stop_ids)
 
     def text(self, text: str) -> Prompt:
-        """The prompt of plain text, as in training: the BOS token first, if the model uses one."""
-        ids = self._ids(text)
+        """The prompt of plain text, as in training: the BOS token first, if the model uses one.
+
+        Raises:
+            InvalidRequest: the base has no embedding for a token of the text.
+        """
+        ids = self._checked(self._ids(text), "prompt")
         return Prompt(tuple(ids if ids[:1] == self._bos_ids else self._bos_ids + ids), self._stop_ids)
 
     def _process(self, template: str) -> TemplateProcess:
@@ -114,6 +127,12 @@ class Prompts:
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
             raise InvalidModel(f"the base model's tokenizer.json cannot tokenize ({error})") from None
+        return ids
+
+    def _checked(self, ids: list[int], location: str) -> list[int]:
+        """The ids. Raises: InvalidRequest, when one of them has no embedding."""
+        if (problem := unknown_token(ids, self.tokenizer, self._embeddings)) is not None:
+            raise InvalidRequest(problem, location=location)
         return ids
 
     def _token_id(self, token: str | None) -> int | None:

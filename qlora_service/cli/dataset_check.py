@@ -116,10 +116,11 @@ def _lengths(
     from qlora_service.data.files.checks import read_examples
     from qlora_service.data.rendering.renderer import Renderer, RenderRules
     from qlora_service.data.rendering.report import render_report
+    from qlora_service.models.catalog.embeddings import embedding_rows
 
     model = open_catalog(data_dir).get(base_model)
     rules = RenderRules(max_seq_len_tokens or default_length(model))
-    with Renderer(model.path, rules, datetime.now(UTC)) as renderer:
+    with Renderer(model.path, rules, datetime.now(UTC), embeddings=embedding_rows(model)) as renderer:
         return render_report(renderer, read_examples(file, report.container, report.shape), report.rows)
 
 

@@ -26,12 +26,14 @@ from transformers import PreTrainedModel
 
 from qlora_service.errors import InvalidSpec
 from qlora_service.models.base.quantize import dequantized_weight
-from qlora_service.models.peft_config import last_name_part, peft_config
+from qlora_service.models.peft_config import peft_config
+from qlora_service.models.targets import check_targets, last_name_part
 from qlora_service.models.tied_head import tie_head
 from qlora_service.specs import (
     IA3,
     Adapter,
     Lora,
+    TargetedAdapter,
 )
 
 WEIGHTS = "adapter_model.safetensors"
@@ -56,8 +58,11 @@ def attach_adapter(base: PreTrainedModel, adapter: Adapter, seed: int, *, total_
     """
     disable_dropout(base)
     torch.manual_seed(seed)
+    config = peft_config(adapter, base, total_steps=total_steps)
+    if isinstance(adapter, TargetedAdapter):
+        check_targets(adapter, base, config)
     try:
-        model = get_peft_model(base, peft_config(adapter, base, total_steps=total_steps), autocast_adapter_dtype=True)
+        model = get_peft_model(base, config, autocast_adapter_dtype=True)
     except (ValueError, TypeError) as error:
         raise InvalidSpec(f"the adapter cannot be attached: {error}", location="/adapter") from error
     for name, parameter in model.named_parameters():

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_service import specs
+from qlora_service.models.targets import all_linear, last_name_part
 from qlora_service.specs.adapter import LLAMA_ADAPTER_SKIPPED_LAYERS
 
 ADALORA_INITIAL_SHARE, ADALORA_FINAL_SHARE = 0.1, 0.5
@@ -45,7 +46,9 @@ def peft_config(adapter: specs.Adapter, base: torch.nn.Module, *, total_steps: i
     if config is not None:
         return config
     assert isinstance(adapter, specs.TargetedAdapter)
-    targets = adapter.target_modules
+    targets: str | list[str] = adapter.target_modules
+    if isinstance(targets, str):
+        targets = all_linear(base) or targets
     common: dict[str, Any] = {
         "task_type": TaskType.CAUSAL_LM,
         "target_modules": targets if isinstance(targets, str) else list(targets),
@@ -86,11 +89,6 @@ def peft_config(adapter: specs.Adapter, base: torch.nn.Module, *, total_steps: i
             block_size, dropout = adapter.oft_block_size, adapter.module_dropout
             return OFTConfig(r=0, oft_block_size=block_size, module_dropout=dropout, **common)
     raise AssertionError(f"no configuration for {adapter!r}")
-
-
-def last_name_part(name: str) -> str:
-    """q_proj of model.layers.0.self_attn.q_proj."""
-    return name.rpartition(".")[2]
 
 
 def _untargeted_config(adapter: specs.Adapter, base: Any) -> PeftConfig | None:

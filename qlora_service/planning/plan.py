@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from qlora_service.planning.attachment import Attachment
 from qlora_service.planning.cards import Device
 from qlora_service.planning.fit import Choice, Fit, FitQuestion, Simulate, Source, Verdict, fastest_fit
-from qlora_service.planning.memory import GIB, MIB, Category, Memory
+from qlora_service.planning.memory import FLOAT32_BYTES, GIB, MIB, Category, Memory
 from qlora_service.planning.remedies import Changes, Limits, alternatives, limits
 from qlora_service.planning.storage import Storage, storage
 from qlora_service.specs import Quantization
@@ -115,6 +116,20 @@ def make_plan(
         storage=storage(question, fit, rows=rows, total_steps=total_steps),
         bf16_lora_bytes=_unquantized_memory(question, fit.choice).reserved,
         full_fine_tuning_bytes=_full_fine_tuning_bytes(question, fit.choice),
+    )
+
+
+def with_attachment(plan: Plan, attachment: Attachment) -> Plan:
+    """The plan with the counts of an adapter that was attached, and with a note on what it leaves out."""
+    notes = [*([attachment.warning] if attachment.warning else []), *plan.notes]
+    if attachment.unchecked:
+        return replace(plan, notes=notes)
+    adapter_bytes = FLOAT32_BYTES * attachment.stored_parameters
+    return replace(
+        plan,
+        memory=replace(plan.memory, trained_parameters=attachment.trained_parameters),
+        storage=replace(plan.storage, adapter_bytes=adapter_bytes),
+        notes=notes,
     )
 
 

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import structlog
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
-from qlora_service.errors import Finding, InvalidModel, InvalidRequest
+from qlora_service.errors import Finding, InvalidModel, InvalidRequest, InvalidSpec
+from qlora_service.planning.attachment import PLAIN_MODELS, Attachment
 from qlora_service.planning.cards import Device, named_device
 from qlora_service.planning.fit import FitQuestion
 from qlora_service.planning.hardware import gpus, has_torch, this_cpu
 from qlora_service.planning.memory import Memory
-from qlora_service.planning.plan import FoundBy, Plan, make_plan, with_notes
+from qlora_service.planning.plan import FoundBy, Plan, make_plan, with_attachment, with_notes
 from qlora_service.planning.shapes import ModelShape
 from qlora_service.planning.simulation.run import CannotSimulate, Simulator
-from qlora_service.specs import JobSpec
+from qlora_service.specs import JobSpec, TargetedAdapter
+
+log = structlog.get_logger(__name__)
 
 AUTO, UNKNOWN = "auto", "unknown"
 SIMULATION_TIMEOUT_S = 8.0
 """A simulation takes 4 to 7 s on one core; a longer one is not worth the wait"""
 SIMULATIONS_PER_PLAN = 2
+ATTACHMENT_TIMEOUT_S = 30.0
+"""Attaching takes 4 to 6 s on an idle core; without the result, a job that cannot be attached is not refused"""
+RETRY_S = 60.0
+"""Age of an attachment that could not be found out, after which it is tried again"""
 LOCK_TIMEOUT_S = 1.0
 """Wait of a plan for the simulation of another: two at once would slow down each other and the trainer"""
 
@@ -55,6 +64,8 @@ class Planner:
             self._machine = FoundDevice(named_device(machine), "setting")
         self._cache_dir = cache_dir
         self._simulation_lock = threading.Lock()
+        self._last_attachment: tuple[str, Attachment, float] | None = None
+        """Key, result and time of the newest one: a job asks for it twice"""
 
     def machine(self) -> FoundDevice | None:
         """The device of this service's trainers, the smallest of several GPUs; None when it is unknown.
@@ -86,6 +97,25 @@ class Planner:
             )
         return found if free_bytes is None else replace(found, device=replace(found.device, free_bytes=free_bytes))
 
+    def attachment(self, config: Mapping[str, Any], spec: JobSpec) -> Attachment | None:
+        """What the job's adapter changes in a base, and what stays without an adapter.
+
+        None for bases of which every linear layer can be adapted, and for methods without target modules.
+
+        Raises:
+            InvalidSpec: the adapter cannot be attached to the base.
+        """
+        if config.get("model_type") in PLAIN_MODELS or not isinstance(spec.adapter, TargetedAdapter):
+            return None
+        key = f"{spec.adapter!r} {spec.quantization!r} {config!r}"
+        last = self._last_attachment
+        if last is None or last[0] != key or (last[1].unchecked and time.monotonic() > last[2] + RETRY_S):
+            self._last_attachment = last = (key, self._attached(config, spec), time.monotonic())
+        attachment = last[1]
+        if attachment.refusal is not None:
+            raise InvalidSpec(attachment.refusal, location=attachment.location, findings=attachment.findings)
+        return attachment
+
     def plan(
         self,
         config: Mapping[str, Any],
@@ -102,8 +132,10 @@ class Planner:
 
         Raises:
             InvalidModel: the config lacks a size.
+            InvalidSpec: the adapter cannot be attached to the model.
         """
         shape = shape_of(config)
+        attachment = self.attachment(config, spec)
         question = FitQuestion(shape, spec, found.device, longest_tokens or shape.longest_tokens(spec), factor)
         simulations = _Simulations(
             config, found.device, question.longest_tokens, self._cache_dir, self._simulation_lock
@@ -116,7 +148,17 @@ class Planner:
             rows=rows,
             total_steps=total_steps,
         )
-        return with_notes(plan, [*simulations.notes, *_uncertainty_notes(plan, question)])
+        plan = with_notes(plan, [*simulations.notes, *_uncertainty_notes(plan, question)])
+        return plan if attachment is None else with_attachment(plan, attachment)
+
+    def _attached(self, config: Mapping[str, Any], spec: JobSpec) -> Attachment:
+        if not has_torch():
+            return Attachment(unchecked="torch is not installed here")
+        try:
+            return Simulator(ATTACHMENT_TIMEOUT_S, self._cache_dir).attach(config, spec)
+        except CannotSimulate as error:
+            log.warning("adapter_not_checked", model_type=config.get("model_type"), reason=error.reason)
+            return Attachment(unchecked=error.reason)
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:

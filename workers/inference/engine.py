@@ -28,6 +28,7 @@ from qlora_service.errors import InvalidRequest, JobFailed, QLoRAError, Unavaila
 from qlora_service.models.adapters import CONFIG, NAME, WEIGHTS, detach, load_adapter
 from qlora_service.models.base.quantized_cache import QuantizedCache
 from qlora_service.models.catalog.catalog import BaseModel
+from qlora_service.models.catalog.embeddings import embedding_rows
 from qlora_service.specs import Quantization
 from qlora_service.training.device import choose_device, compute_dtype, is_out_of_memory, release_memory
 from workers.warm_base import BaseHolder, BaseRequest
@@ -85,7 +86,7 @@ class Engine:
             raise Unavailable(f"the device has too little memory for {base.name}: use a smaller base model") from error
         self._adapters = Adapters(warm.model)
         self._max_positions = base.max_positions or sys.maxsize
-        self._prompts = Prompts(base.path)
+        self._prompts = Prompts(base.path, embeddings=embedding_rows(base))
 
     def __enter__(self) -> Self:
         return self

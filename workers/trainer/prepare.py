@@ -19,6 +19,7 @@ from qlora_service.data.rendering.stop_tokens import StopTokens
 from qlora_service.domain.datasets import Dataset
 from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import Finding, JobFailed
+from qlora_service.models.catalog.embeddings import embedding_rows
 from qlora_service.planning.time.duration import FALLBACK_TRAINING_ROWS
 from qlora_service.specs import Training
 from qlora_service.training.evaluation.generation import question_ids
@@ -94,7 +95,8 @@ def prepare_rows(inputs: AttemptInputs, check: Callable[[], None]) -> PreparedRo
     """The rendered and split rows; `check()` is called before each row. Raises: JobFailed."""
     training, validation = inputs.job.spec.training, inputs.job.spec.validation
     # The time of the job's creation, not the current time: every attempt renders the same text.
-    with Renderer(inputs.base.path, RenderRules.of(training), inputs.job.created_at) as renderer:
+    rules, embeddings = RenderRules.of(training), embedding_rows(inputs.base)
+    with Renderer(inputs.base.path, rules, inputs.job.created_at, embeddings=embeddings) as renderer:
         rows, report = _render(inputs, inputs.dataset, renderer, check)
         warnings = row_warnings(inputs.dataset.report, report)
         validation_rows, validation_report = None, None
@@ -129,12 +131,19 @@ def _render(
     path = inputs.artifacts.local_copy(dataset_key(dataset.sha256), inputs.scratch)
     results = _checked(renderer.render(read_examples(path, report.container, report.shape)), check)
     rows, rendered = store_rendered(results, inputs.scratch / f"{dataset.id}.arrow")
+    findings = [Finding(**finding) for finding in rendered.findings]
     if rendered.too_long_rows and training.too_long == "refuse":
         raise JobFailed(
             f"{rendered.too_long_rows} rows are longer than max_seq_len_tokens = {training.max_seq_len_tokens}; "
             f"the longest has {rendered.longest_tokens} tokens",
             reason=FailureReason.INVALID_INPUT,
-            findings=[Finding(**finding) for finding in rendered.findings],
+            findings=findings,
+        )
+    if rendered.unknown_token_rows:
+        raise JobFailed(
+            f"{rendered.unknown_token_rows} rows have tokens that the base has no embedding for: {findings[0]}",
+            reason=FailureReason.INVALID_INPUT,
+            findings=findings,
         )
     return rows, rendered
 

@@ -18,6 +18,7 @@ from qlora_service.data.rendering.loss_mask import trained_tokens
 from qlora_service.data.rendering.stop_tokens import StopTokens, TrainedEnds, base_stop_ids, eos_token_id, special_ids
 from qlora_service.data.rendering.template_process import RenderedChat, TemplateProcess, characters
 from qlora_service.data.rendering.tokenizer_settings import read_tokenizer_settings
+from qlora_service.data.rendering.unknown_tokens import unknown_token
 from qlora_service.data.rows.examples import (
     Chat,
     Completion,
@@ -103,13 +104,17 @@ class UnusableRow:
 
     finding: Finding
     too_long: int | None = None
+    unknown_token: bool = False
+    """Whether the base has no embedding for one of its tokens"""
 
 
 class Renderer:
     """Renders rows to token ids with a base model's tokenizer and chat template. A context manager."""
 
-    def __init__(self, model_dir: Path, rules: RenderRules, now: datetime) -> None:
+    def __init__(self, model_dir: Path, rules: RenderRules, now: datetime, *, embeddings: int | None = None) -> None:
+        """`embeddings`: rows of the base's embedding; a row with a token beyond them is unusable."""
         self._rules = rules
+        self._embeddings = embeddings
         settings = read_tokenizer_settings(model_dir)
         self._tokenizer = _load_tokenizer(model_dir / "tokenizer.json")
         tokens = dict(settings.special_tokens)
@@ -248,6 +253,8 @@ class Renderer:
         if cut and self._rules.too_long != "truncate":
             length = f"{len(ids)}" if is_whole else f"over {len(ids)}"
             return _unusable(row, f"{length} tokens long; max_seq_len_tokens is {limit}", too_long=len(ids))
+        if (problem := unknown_token(ids[:limit], self._tokenizer, self._embeddings)) is not None:
+            return _unusable(row, problem, unknown_token=True)
         kept = tuple(ids[:limit]), tuple(trained[:limit])
         result = RenderedRow(row.line, rendered.text, *kept, cut, warnings=tuple(warnings))
         if result.trained_tokens == 0:
@@ -274,8 +281,8 @@ def _warnings(row: SourceRow, rendered: RenderedChat) -> list[Finding]:
     return warnings
 
 
-def _unusable(row: SourceRow, reason: str, too_long: int | None = None) -> UnusableRow:
-    return UnusableRow(Finding(reason=reason, line=row.line, byte_offset=row.byte_offset), too_long)
+def _unusable(row: SourceRow, reason: str, too_long: int | None = None, unknown_token: bool = False) -> UnusableRow:
+    return UnusableRow(Finding(reason=reason, line=row.line, byte_offset=row.byte_offset), too_long, unknown_token)
 
 
 def _chats(rows: Iterable[SourceRow]) -> list[Chat]:
@@ -304,7 +311,8 @@ def _merged(
         unusable = {name: side for name, side in sides if isinstance(side, UnusableRow)}
         reason = "; ".join(f"the {name} answer: {side.finding.reason}" for name, side in unusable.items())
         lengths = [side.too_long for side in unusable.values() if side.too_long is not None]
-        return _unusable(row, reason, too_long=max(lengths, default=None))
+        is_unknown = any(side.unknown_token for side in unusable.values())
+        return _unusable(row, reason, too_long=max(lengths, default=None), unknown_token=is_unknown)
     if first.input_ids == second.input_ids:
         after = " after truncation" if first.cut_tokens or second.cut_tokens else ""
         return _unusable(row, f"the chosen and the rejected answer are the same tokens{after}")

@@ -33,6 +33,8 @@ class RenderReport:
     cut_rows: int = 0
     """Usable rows that were truncated."""
     too_long_rows: int = 0
+    unknown_token_rows: int = 0
+    """Rows with a token that the base has no embedding for."""
     complete: bool = True
     """False when only the first rows were rendered."""
     histogram: dict[str, int] = field(default_factory=dict)
@@ -54,6 +56,7 @@ class RenderReport:
             self._finding_kinds.add([result.finding])
             if len(self.findings) < MAX_FINDINGS:
                 self.findings.append(result.finding.as_dict())
+            self.unknown_token_rows += result.unknown_token
             if result.too_long is not None:
                 self.too_long_rows += 1
                 self._count_length(result.too_long)

@@ -1,4 +1,6 @@
-"""Child process of a simulation: a request as a line of JSON on stdin, the memory or a reason as JSON on stdout.
+"""Child process of a simulation: a request as a line of JSON on stdin, the answer or a reason as JSON on stdout.
+
+A request with a step asks for its memory, one without for the result of attaching the adapter.
 
 Run as `python -m qlora_service.planning.simulation.child` by `planning.simulation.run`, which limits its time.
 """
@@ -19,6 +21,7 @@ MEMORY_BYTES = 4 << 30
 
 def main() -> None:
     with importing_torch():
+        from qlora_service.planning.simulation.simulated_attachment import simulated_attachment
         from qlora_service.planning.simulation.simulated_step import simulated_memory
 
     # A forged config.json may request a billion layers.
@@ -26,11 +29,14 @@ def main() -> None:
     request = json.loads(sys.stdin.readline())
     warnings.simplefilter("ignore")
     spec = JobSpec.model_validate(request.pop("spec"))
-    step = largest_step(
-        spec, micro_batch_tokens=request.pop("micro_batch_tokens"), longest_tokens=request.pop("longest_tokens")
-    )
     try:
-        answer = simulated_memory(request.pop("config"), spec, step, **request).as_dict()
+        if "micro_batch_tokens" in request:
+            step = largest_step(
+                spec, micro_batch_tokens=request.pop("micro_batch_tokens"), longest_tokens=request.pop("longest_tokens")
+            )
+            answer = simulated_memory(request.pop("config"), spec, step, **request).as_dict()
+        else:
+            answer = simulated_attachment(request["config"], spec).as_dict()
     except Exception as error:  # noqa: BLE001 - the parent reports any error as the reason
         answer = {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
     json.dump(answer, sys.stdout)

@@ -1,4 +1,4 @@
-"""The memory of a job's largest step, simulated in a child process from a config.json.
+"""The memory of a job's largest step, and its adapter's modules, simulated in a child process from a config.json.
 
 The child builds the model with shapes in place of values and runs the training's own step on it
 (`planning.simulation.child`). This module limits the child's time and stores its results.
@@ -12,18 +12,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from qlora_service.planning.attachment import Attachment
 from qlora_service.planning.cards import resolved_dtype
 from qlora_service.planning.largest_step import STEP_FIELDS
 from qlora_service.planning.memory import Memory
 from qlora_service.planning.shapes import ModelShape
 from qlora_service.specs import JobSpec
 
+Answer = TypeVar("Answer")
 CHILD_MODULE = "qlora_service.planning.simulation.child"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "qlora-service")
 """Stored results are valid for one set of versions of these"""
@@ -79,20 +81,33 @@ class Simulator:
             "cuda": cuda,
             "compute_dtype": resolved_dtype(spec, cuda=cuda, auto=compute_dtype),
         }
+        return self._answer(request, Memory.from_dict)
+
+    def attach(self, config: Mapping[str, Any], spec: JobSpec) -> Attachment:
+        """The result of attaching the job's adapter to the base.
+
+        Raises:
+            CannotSimulate: transformers cannot build the base, or it exceeded `timeout_s`.
+        """
+        document = {"base_model": "simulated", **spec.model_dump(mode="json", include={"quantization", "adapter"})}
+        return self._answer({"config": dict(config), "spec": document}, Attachment.from_dict)
+
+    def _answer(self, request: dict[str, Any], read: Callable[[Any], Answer]) -> Answer:
+        """The child's answer, stored or new. Raises: CannotSimulate."""
         if self.cache_dir is None:
-            return Memory.from_dict(_run_child(request, self.timeout_s))
+            return read(_run_child(request, self.timeout_s))
         versions = {name: version(name) for name in PACKAGES}
         key = hashlib.sha256(json.dumps([request, versions], sort_keys=True).encode()).hexdigest()
         stored = self.cache_dir / f"{key}.json"
         try:
-            return Memory.from_dict(json.loads(stored.read_bytes()))
+            return read(json.loads(stored.read_bytes()))
         except (OSError, ValueError, KeyError, TypeError):
             answer = _run_child(request, self.timeout_s)
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.cache_dir, delete=False) as new_file:
             new_file.write(json.dumps(answer).encode())
         Path(new_file.name).replace(stored)
-        return Memory.from_dict(answer)
+        return read(answer)
 
 
 def _run_child(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:

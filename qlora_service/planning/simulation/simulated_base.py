@@ -34,9 +34,12 @@ def simulated_base(
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"transformers {transformers.__version__} does not know the architecture {model_type!r}")
+    config_class = CONFIG_MAPPING[model_type]
+    # A config.json has infinity as {"__float__": "Infinity"}.
+    values = config_class._decode_special_floats(dict(config))
     with META:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            CONFIG_MAPPING[model_type].from_dict(dict(config)), dtype=compute_dtype, trust_remote_code=False
+            config_class.from_dict(values), dtype=compute_dtype, trust_remote_code=False
         )
         if (quantization_config := bitsandbytes_config(quantization, compute_dtype)) is not None:
             quantizer = AutoHfQuantizer.from_config(quantization_config)

@@ -15,6 +15,7 @@ from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderR
 from qlora_service.data.rows.examples import Chat, Completion, SourceRow
 from qlora_service.errors import InvalidRequest
 from tests.tiny_model import CHATML, build_tiny_model
+from tests.unknown_tokens import build_model_with_unknown_tokens
 
 pytestmark = pytest.mark.slow
 
@@ -103,3 +104,16 @@ def test_template_processes_are_limited_and_follow_the_date(tiny_model: Path) ->
         assert len(prompts._processes) == MAX_TEMPLATE_PROCESSES
         # The processes of evicted templates have ended.
         assert [child is not None and child.poll() is not None for child in children] == [True, True]
+
+
+def test_prompt_with_a_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
+    rows = build_model_with_unknown_tokens(tmp_path / "model")
+    message = f"token {rows} .<.ticket.>., and the base has embeddings for {rows} tokens"
+    with Prompts(tmp_path / "model", embeddings=rows) as prompts:
+        with pytest.raises(InvalidRequest, match=message) as refused:
+            prompts.chat([{"role": "user", "content": "A <|ticket|>"}], None)
+        assert refused.value.location == "messages"
+        with pytest.raises(InvalidRequest, match=message) as refused:
+            prompts.text("A <|ticket|>")
+        assert refused.value.location == "prompt"
+        assert prompts.text("A ticket").ids

@@ -18,6 +18,7 @@ from qlora_service.settings import Settings
 from qlora_service.store.database import Database
 from tests.control_plane import add_row_warning
 from tests.running_api import RunningApi, write_rows
+from tests.unknown_tokens import build_model_with_unknown_tokens
 
 BAD = '{"prompt": 1, "completion": "b"}\n{"prompt": "a"\n{"prompt": "a", "completion": "c"}\n'
 NO_SERVICE = "http://127.0.0.1:9"
@@ -208,3 +209,12 @@ def test_preview_shows_both_answers_of_a_pair(run: Any, client: Client, tmp_path
     assert lines[1].startswith("Q:⟦ yes")
     assert lines[2].startswith("--- line 1, rejected: ")
     assert lines[3].startswith("Q:⟦ no")
+
+
+def test_check_for_a_model_finds_tokens_beyond_its_embedding(run: Any, tmp_path: Path) -> None:
+    rows = build_model_with_unknown_tokens(tmp_path / "model")
+    Catalog(tmp_path / "data" / "models").import_model("unknown", tmp_path / "model")
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Where?", "completion": text} for text in ("A", "<|seat|>")])
+    outcome = run("datasets", "check", path, "--base-model", "unknown", "--data-dir", tmp_path / "data")
+    assert outcome.code == 1
+    assert f"{path}:2: it has token {rows + 1} (<|seat|>), and the base has embeddings for " in outcome.stdout

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qlora_service.errors import InvalidModel, InvalidRequest
+from qlora_service.errors import InvalidModel, InvalidRequest, InvalidSpec
 from qlora_service.planning import planner
 from qlora_service.planning.cards import Device
 from qlora_service.planning.hardware import Gpu, this_cpu
@@ -18,6 +18,7 @@ from qlora_service.planning.memory import GIB
 from qlora_service.planning.planner import UNKNOWN, FoundDevice, Planner, shape_of
 from qlora_service.specs import JobSpec
 from tests.planning_models import MODELS, TIED, config
+from tests.tiny_families import family_config
 
 CONFIG = MODELS["Llama-2-7B"]
 SMALL = config(64, 128, 2, 4, 2, 256, **TIED)
@@ -160,3 +161,26 @@ def test_invalid_config_is_refused_with_a_pointer_to_each_fault(changes: dict[st
 def test_more_heads_than_features_are_refused() -> None:
     with pytest.raises(InvalidModel, match="5000 heads in 4096 features"):
         shape_of({**CONFIG, "num_attention_heads": 5000})
+
+
+def test_adapter_that_cannot_be_attached_is_refused_and_checked_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(planner, "ATTACHMENT_TIMEOUT_S", 240.0)
+    mixtral = family_config("mixtral").to_dict()
+    spec = JobSpec.model_validate({"base_model": "m", "adapter": {"target_modules": ["w1"]}})
+    with pytest.raises(InvalidSpec, match="without also targeting w3"):
+        Planner(cache_dir=tmp_path).plan(mixtral, spec, Planner().device("24GB"))
+    monkeypatch.setattr(planner, "ATTACHMENT_TIMEOUT_S", 0)
+    with pytest.raises(InvalidSpec, match="without also targeting w3"):
+        Planner(cache_dir=tmp_path).attachment(mixtral, spec)
+    unchecked = Planner().attachment(mixtral, spec)
+    assert unchecked is not None
+    assert unchecked.unchecked == "no stored simulation has these settings"
+
+
+def test_plain_models_and_prompt_methods_need_no_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "Simulator", None)
+    assert Planner().attachment(SMALL, SPEC) is None
+    prompts = JobSpec.model_validate({"base_model": "m", "adapter": {"method": "prompt_tuning"}})
+    assert Planner().attachment(family_config("mixtral").to_dict(), prompts) is None

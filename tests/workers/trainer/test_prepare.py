@@ -81,3 +81,12 @@ def test_validation_rows_come_from_the_dataset_that_the_job_names(
     manifest = Manifest.model_validate_json(published_bytes(inputs, "manifest.json"))
     assert (manifest.dataset["trained_on"], manifest.dataset["validation_sha256"]) == (40, validation.sha256)
     assert len(published_bytes(inputs, "held_out.jsonl").splitlines()) == 3
+
+
+def test_token_beyond_the_embedding_stops_the_attempt(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rows that were not checked when the job was posted.
+    inputs = make_inputs(workspace, workspace.submit())
+    monkeypatch.setattr("workers.trainer.prepare.embedding_rows", lambda _: 100)
+    with pytest.raises(JobFailed, match="40 rows have tokens that the base has no embedding for: line 1: ") as failure:
+        run(inputs)
+    assert failure.value.details["reason"] == FailureReason.INVALID_INPUT
