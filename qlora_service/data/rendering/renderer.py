@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
 from qlora_service.data.files.checks import MAX_FINDINGS
+from qlora_service.data.rendering.chat_template import Span
 from qlora_service.data.rendering.loss_mask import trained_tokens
 from qlora_service.data.rendering.template_process import RenderedChat, TemplateProcess, characters
+from qlora_service.data.rendering.tokenizer_file import load_tokenizer, token_text
 from qlora_service.data.rendering.tokenizer_settings import read_tokenizer_settings
 from qlora_service.data.rows.examples import (
     Chat,
@@ -107,7 +108,7 @@ class Renderer:
     def __init__(self, model_dir: Path, rules: RenderRules, now: datetime) -> None:
         self._rules = rules
         settings = read_tokenizer_settings(model_dir)
-        self._tokenizer = _load_tokenizer(model_dir / "tokenizer.json")
+        self._tokenizer = load_tokenizer(model_dir / "tokenizer.json")
         tokens = dict(settings.special_tokens)
         self._eos = self._token_id(tokens.get("eos_token"))
         if self._eos is None and settings.eos_token_ids:
@@ -158,7 +159,16 @@ class Renderer:
                 yield _merged(row, *sides)
 
     def token_text(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+        """The text of a token by itself, see `tokenizer_file.token_text`."""
+        return token_text(self._tokenizer, token_id)
+
+    def token_spans(self, document: RenderedRow) -> list[Span | None]:
+        """The characters of the document's text that each token has a part of; None for a token that was added."""
+        encoding, _ = self._encode_prefix(document.text)
+        has_bos = document.input_ids[:1] != tuple(encoding.ids[:1])
+        spans: list[Span | None] = [None] * has_bos + encoding.offsets
+        length = len(document.input_ids)
+        return spans[:length] + [None] * (length - len(spans))
 
     def _row_texts(self, rows: Iterable[SourceRow]) -> Iterator[RowTexts]:
         batches = _batches(rows, lambda row: _characters(row.example), TEMPLATE_ROWS)
@@ -370,20 +380,3 @@ def _characters(example: Example) -> int:
         else:
             total += len(document.text)
     return total
-
-
-def _load_tokenizer(path: Path) -> Tokenizer:
-    """The file's tokenizer, which must not be modified. The last one is cached: reading takes longer than most uses."""
-    try:
-        status = path.stat()
-        return _read_tokenizer(path, (status.st_ino, status.st_mtime_ns))
-    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-        raise InvalidModel(f"the base model's tokenizer.json cannot be read: {error}") from None
-
-
-@lru_cache(maxsize=1)
-def _read_tokenizer(path: Path, version: tuple[int, int]) -> Tokenizer:  # noqa: ARG001 - part of the cache key
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
