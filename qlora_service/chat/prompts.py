@@ -13,9 +13,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from qlora_service.data.rendering.chat_template import PROBES
-from qlora_service.data.rendering.renderer import PLAIN_TEMPLATE
 from qlora_service.data.rendering.template_process import TemplateProcess
-from qlora_service.data.rendering.tokenizer_settings import read_tokenizer_settings
+from qlora_service.data.rendering.tokenizer_settings import PLAIN_TEMPLATE, read_tokenizer_settings
 from qlora_service.data.rows.examples import Chat
 from qlora_service.errors import InvalidDataset, InvalidModel, InvalidRequest
 

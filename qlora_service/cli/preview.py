@@ -23,6 +23,9 @@ def preview(  # noqa: PLR0913 - an argument per option of the command
     train_on: Annotated[
         Literal["assistant", "all"], typer.Option(help="As in a job's training.train_on.")
     ] = "assistant",
+    prompt_format: Annotated[
+        Literal["auto", "chat", "plain"], typer.Option(help="As in a job's training.prompt_format.")
+    ] = "auto",
     skip: Annotated[int, typer.Option(min=0, help="Usable rows to skip.")] = 0,
     limit: Annotated[int, typer.Option(min=1, max=50, help="Maximum number of rows.")] = 5,
     tokens: Annotated[bool, typer.Option("--tokens", help="Print one token per line, after its id.")] = False,
@@ -37,6 +40,7 @@ def preview(  # noqa: PLR0913 - an argument per option of the command
             max_seq_len_tokens=max_seq_len_tokens,
             too_long=too_long,
             train_on=train_on,
+            prompt_format=prompt_format,
             skip=skip,
             limit=limit,
         )

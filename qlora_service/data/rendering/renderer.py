@@ -17,9 +17,10 @@ from tokenizers import Encoding
 from qlora_service.data.files.checks import MAX_FINDINGS
 from qlora_service.data.rendering.chat_template import Span
 from qlora_service.data.rendering.loss_mask import trained_tokens
+from qlora_service.data.rendering.prompt_format import cut_seams, with_turns
 from qlora_service.data.rendering.template_process import RenderedChat, TemplateProcess, characters
 from qlora_service.data.rendering.tokenizer_file import load_tokenizer, token_text
-from qlora_service.data.rendering.tokenizer_settings import read_tokenizer_settings
+from qlora_service.data.rendering.tokenizer_settings import PLAIN_TEMPLATE, read_tokenizer_settings
 from qlora_service.data.rows.examples import (
     Chat,
     Completion,
@@ -46,16 +47,6 @@ RowTexts = tuple[SourceRow, list[RenderedChat]]
 Encoded = tuple[Encoding, bool]
 """The tokens of a text, and whether the whole text is tokenized."""
 
-# For base models without a template; stored with the adapter, so that inference uses it too.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message.role == 'assistant' %}{{ '### Response:\\n' + message.content + eos_token }}"
-    "{% elif message.role == 'user' %}{{ '### Instruction:\\n' + message.content + '\\n\\n' }}"
-    "{% else %}{{ message.content + '\\n\\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
-)
-
 
 @dataclass(frozen=True)
 class RenderRules:
@@ -64,11 +55,12 @@ class RenderRules:
     max_seq_len_tokens: int
     too_long: Literal["refuse", "truncate", "drop"] = "refuse"
     train_on: Literal["assistant", "all"] = "assistant"
+    prompt_format: Literal["auto", "chat", "plain"] = "auto"
 
     @classmethod
     def of(cls, training: Training) -> RenderRules:
         """The rules in a job's configuration."""
-        return cls(training.max_seq_len_tokens, training.too_long, training.train_on)
+        return cls(training.max_seq_len_tokens, training.too_long, training.train_on, training.prompt_format)
 
 
 @dataclass(frozen=True)
@@ -85,6 +77,8 @@ class RenderedRow:
     """The rejected answer's document of a preference pair; the row itself is the chosen answer's document."""
     desirable: bool | None = None
     """The label of a labeled answer."""
+    has_plain_prompt: bool = False
+    """Prompt and answer are plain text, without a template"""
     warnings: tuple[Finding, ...] = ()
     """Parts of the row that are not trained, or not as one would expect"""
 
@@ -129,6 +123,8 @@ class Renderer:
         plain = ("{{ bos_token }}" if self._bos is not None else "") + PLAIN_TEMPLATE
         self.chat_template: str = settings.chat_template or plain
         """The template in use: the model's template, or `PLAIN_TEMPLATE` without one."""
+        has_turns = settings.has_own_template if rules.prompt_format == "auto" else rules.prompt_format == "chat"
+        self._with_turns = with_turns if has_turns else None
         self._templates = TemplateProcess(self.chat_template, tokens, now)
 
     def __enter__(self) -> Renderer:
@@ -146,17 +142,20 @@ class Renderer:
             InvalidModel: the chat template or the tokenizer cannot be used for any row.
             InvalidDataset: the chat template fails on too many rows.
         """
+        if self._with_turns is not None:
+            rows = map(self._with_turns, rows)
         batches = _batches(
             self._row_texts(rows), lambda row: sum(len(rendered.text) for rendered in row[1]), TOKENIZER_ROWS
         )
         for batch, tokens in self._encode_ahead(batches):
             encoded = iter(tokens)
             for row, texts in batch:
+                row_tokens = list(islice(encoded, len(texts)))
                 sides = [
-                    self._tokenized(row, document, rendered, *next(encoded))
-                    for document, rendered in zip(documents(row.example), texts, strict=True)
+                    self._tokenized(row, document, rendered, *tokens)
+                    for document, rendered, tokens in zip(documents(row.example), texts, row_tokens, strict=True)
                 ]
-                yield _merged(row, *sides)
+                yield self._with_prompt(row, row_tokens, _merged(row, *sides))
 
     def token_text(self, token_id: int) -> str:
         """The text of a token by itself, see `tokenizer_file.token_text`."""
@@ -255,6 +254,16 @@ class Renderer:
             return _unusable(row, f"nothing to train: no token of an answer is left{after}")
         return result
 
+    def _with_prompt(
+        self, row: SourceRow, tokens: list[Encoded], result: RenderedRow | UnusableRow
+    ) -> RenderedRow | UnusableRow:
+        """The result; that of a plain prompt is marked, and has a warning if a token straddles the prompt's end."""
+        if isinstance(result, UnusableRow) or not isinstance(documents(row.example)[0], Completion):
+            return result
+        is_masked = self._rules.train_on == "assistant"
+        warnings = cut_seams(row, [encoding for encoding, _ in tokens]) if is_masked else ()
+        return replace(result, has_plain_prompt=True, warnings=result.warnings + warnings)
+
     def _token_id(self, token: str | None) -> int | None:
         token_id: int | None = None if token is None else self._tokenizer.token_to_id(token)
         return token_id
@@ -274,6 +283,8 @@ class RenderReport:
     longest_tokens: int = 0
     cut_rows: int = 0
     """Usable rows that were truncated."""
+    plain_prompts: int = 0
+    """Usable rows whose prompt and answer are plain text, without a template."""
     too_long_rows: int = 0
     complete: bool = True
     """False when only the first rows were rendered."""
@@ -296,6 +307,7 @@ class RenderReport:
             return
         sides = [side for side in (result, result.rejected) if side is not None]
         self.usable_rows += 1
+        self.plain_prompts += result.has_plain_prompt
         self.cut_rows += any(side.cut_tokens for side in sides)
         self.tokens += sum(len(side.input_ids) for side in sides)
         self.trained_tokens += sum(side.trained_tokens for side in sides)
