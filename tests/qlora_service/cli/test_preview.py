@@ -12,11 +12,18 @@ from tests.running_api import write_rows
 
 def test_preview_marks_trained_text(run: Any, client: Client, rows: Path) -> None:
     dataset = client.upload(rows)
-    shown = run("datasets", "preview", dataset.id, "--base-model", "tiny", "--skip", 1, "--limit", 1)
-    heading, text = shown.stdout.splitlines()
+    command = ["datasets", "preview", dataset.id, "--base-model", "tiny", "--skip", 1, "--limit", 1]
+    heading, *text = run(*command).stdout.splitlines()
     assert heading.startswith("--- line 2: ")
-    assert text.startswith("1 plus one is⟦ 2.")
-    assert text.endswith("⟧")
+    assert text == [
+        "<|im_start|>user",
+        "1 plus one is<|im_end|>",
+        "<|im_start|>assistant",
+        "⟦ 2.<|im_end|>⟧",
+        "",
+    ]
+    heading, plain = run(*command, "--prompt-format", "plain").stdout.splitlines()
+    assert plain == "1 plus one is⟦ 2.<|im_end|>⟧"
     short = run("datasets", "preview", dataset.id, "--base-model", "tiny", "--limit", 1, "--max-seq-len-tokens", 2)
     assert "--- line 1: left out: " in short.stdout
     (row,) = json.loads(run("datasets", "preview", dataset.id, "--base-model", "tiny", "--limit", 1, "--json").stdout)
@@ -26,7 +33,8 @@ def test_preview_marks_trained_text(run: Any, client: Client, rows: Path) -> Non
 def test_preview_shows_both_answers_of_a_pair(run: Any, client: Client, tmp_path: Path) -> None:
     pair = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
     dataset = client.upload(write_rows(tmp_path / "pairs.jsonl", [pair]))
-    lines = run("datasets", "preview", dataset.id, "--base-model", "tiny").stdout.splitlines()
+    command = ["datasets", "preview", dataset.id, "--base-model", "tiny", "--prompt-format", "plain"]
+    lines = run(*command).stdout.splitlines()
     assert lines[1].startswith("Q:⟦ yes")
     assert lines[2].startswith("--- line 1, rejected: ")
     assert lines[3].startswith("Q:⟦ no")
