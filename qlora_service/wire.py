@@ -55,14 +55,18 @@ class Dataset(BaseModel):
 
 class PreviewToken(BaseModel):
     id: int
-    text: str
+    text: str = Field(description="Bytes that are only a part of a character are written as <0xE4>.")
     trained: bool = Field(description="Whether this token is trained.")
 
 
 class PreviewDocument(BaseModel):
     """One sequence of tokens."""
 
-    text: str
+    text: str = Field(description="The rendered text; of a truncated row, the text of the tokens that are left.")
+    trained_spans: list[tuple[int, int]] = Field(
+        description="Start and end, in Unicode characters of `text`, of what is trained."
+    )
+    appended_stop: str | None = Field(description="The stop token that is trained after a text that ends without one.")
     tokens: list[PreviewToken]
     cut_tokens: int = Field(description="Tokens that truncation took off the end.")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import structlog
 
+from qlora_service.process.signals import restore_stop_signals
 from tests.postgres import postgres, postgres_url
 from tests.tiny_model import tiny_model
 from tests.workspace import Workspace
@@ -47,6 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "postgres" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
 
+
+# A shell's background processes ignore SIGINT, and so would all processes that tests start and interrupt.
+restore_stop_signals()
 
 # As in trainers when they import torch (`process.startup`): the libraries' two million objects stay alive, and
 # traversing them in every collection that a job runs would take longer than the tested code.

@@ -13,6 +13,7 @@ from qlora_service.data.rows.examples import Chat, Example, Preference, SourceRo
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 RULES = RenderRules(512)
+PLAIN = RenderRules(512, prompt_format="plain")
 
 
 def chat(question: str, answer: str) -> Chat:

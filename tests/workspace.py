@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ from qlora_service.store.database import Database
 from qlora_service.store.inference import LoadedBase
 
 ROOT = Path(__file__).parent.parent
+IGNORING_SIGINT = (
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])",
+)
+"""Prefix of a command that then runs as in the background of a script."""
 ROWS = [{"instruction": f"Say {index}", "output": f"The number is {index}."} for index in range(40)]
 
 
@@ -51,8 +58,8 @@ class Workspace:
         """The id of a new queued job."""
         return self.service.jobs.submit(parse_spec(spec)).job.id
 
-    def start_worker(self, **settings: str) -> subprocess.Popen[bytes]:
-        """`python -m workers` with further environment variables; the caller ends it."""
+    def start_worker(self, within: Sequence[str] = (), **settings: str) -> subprocess.Popen[bytes]:
+        """`python -m workers` with further environment variables; the caller ends it. `within`: a command prefix."""
         environment = os.environ | {
             "QLORA_DATA_DIR": str(self.settings.data_dir),
             "QLORA_LEASE_S": str(self.settings.lease_s),
@@ -60,7 +67,8 @@ class Workspace:
             "OMP_NUM_THREADS": "1",
             **settings,
         }
-        return subprocess.Popen([sys.executable, "-m", "workers"], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+        command = [*within, sys.executable, "-m", "workers"]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
 
     @contextmanager
     def worker(self, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
@@ -172,6 +180,12 @@ def trainer_pids(job_id: str) -> list[int]:
 def parent_of(pid: int) -> int:
     """The pid of the parent process."""
     return int(_status(pid)[1])
+
+
+def ignored_signals(pid: int) -> set[int]:
+    """Numbers of the signals that the process ignores."""
+    (mask,) = re.findall(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return {number for number in range(1, signal.NSIG) if int(mask, 16) >> (number - 1) & 1}
 
 
 def started_at(pid: int) -> float:

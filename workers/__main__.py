@@ -9,6 +9,7 @@ from qlora_service.artifacts.store import ArtifactStore
 from qlora_service.models.catalog.catalog import Catalog
 from qlora_service.planning.hardware import gpus
 from qlora_service.process.logging import configure_logging
+from qlora_service.process.signals import stop_signals
 from qlora_service.queue.queue import Queue
 from qlora_service.settings import read_settings
 from qlora_service.store.database import Database
@@ -53,8 +54,8 @@ def main() -> None:
             warm_s=settings.warm_s,
         ),
     )
-    signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())
-    signal.signal(signal.SIGINT, lambda *_: supervisor.stop())
+    for number in stop_signals():
+        signal.signal(number, lambda *_: supervisor.stop())
     supervisor.run()
     database.close()
 

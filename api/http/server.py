@@ -10,6 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from api.http.protocol import MAX_HEAD_BYTES, receipt_protocol
+from qlora_service.process.signals import stop_signals
 
 # Seconds for running requests to finish after the stop signal.
 GRACE_S = 3
@@ -39,8 +40,11 @@ class Server(uvicorn.Server):
             )
         )
         self._app = app
+        self._stop_signals = stop_signals()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig not in self._stop_signals:
+            return
         if not self._app.state.draining:
             self._app.state.draining = True
             # A thread cannot be cancelled: one that checks a large file would keep the process alive for minutes.

@@ -127,7 +127,7 @@ def delete_dataset(dataset_id: DatasetId, service: ServiceOf, idempotency: Idemp
 
 
 @router.get("/{dataset_id}/preview", summary="Preview the rendered rows", responses=error_responses(404, 422))
-def preview_dataset(
+def preview_dataset(  # noqa: PLR0913 - an argument per parameter of the request
     dataset_id: DatasetId,
     service: ServiceOf,
     base_model: BaseModelName,
@@ -138,13 +138,16 @@ def preview_dataset(
     train_on: Annotated[
         Literal["assistant", "all"], Query(description="As `training.train_on` of a job.")
     ] = "assistant",
+    prompt_format: Annotated[
+        Literal["auto", "chat", "plain"], Query(description="As `training.prompt_format` of a job.")
+    ] = "auto",
     skip: Annotated[int, Query(ge=0, le=10**9, description="Number of usable rows to skip.")] = 0,
     limit: Annotated[int, Query(ge=1, le=50, description="Maximum number of rows.")] = 5,
 ) -> Listing[PreviewRow | PreviewProblem]:
     """Rendered rows: the text after the chat template, its tokens, and whether each token is trained."""
     with error_locations(_LOCATIONS):
         max_tokens = max_seq_len_tokens or default_length(service.models.get(base_model))
-        rules = RenderRules(max_tokens, too_long, train_on)
+        rules = RenderRules(max_tokens, too_long, train_on, prompt_format)
         rows = service.datasets.preview(dataset_id, base_model, rules, skip=skip, limit=limit)
     return Listing.model_validate({"data": rows})
 

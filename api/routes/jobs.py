@@ -56,7 +56,7 @@ _JOB_BODY: dict[str, Any] = {
                     "inline rows": {
                         "value": {
                             "base_model": "SmolLM2-135M-Instruct",
-                            "dataset": {"rows": [{"prompt": "2 + 2 =", "completion": " 4"}]},
+                            "dataset": {"rows": [{"prompt": "2 + 2 =", "completion": "4"}]},
                             "validation": {"fraction": 0},
                         }
                     },

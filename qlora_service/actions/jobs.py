@@ -19,7 +19,7 @@ from qlora_service.actions.submission import (
     check_objective,
     check_rows,
     check_trainable,
-    fit_default_length,
+    fit_defaults,
     submission_warnings,
 )
 from qlora_service.data.rendering.renderer import RenderRules
@@ -110,7 +110,7 @@ class Jobs:
         """
         recall(self._database, once)
         model = self._catalog.get(spec.base_model)
-        spec = fit_default_length(spec, model)
+        spec = fit_defaults(spec, model)
         check_fit(spec, model, self._catalog.module_shapes(model))
         with self._storage.scratch() as scratch:
             source = self._source(spec, upload, filename, scratch)

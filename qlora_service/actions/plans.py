@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_service.actions.dataset_storage import DatasetStorage
 from qlora_service.actions.rendering import Rendering
-from qlora_service.actions.submission import check_fit, check_objective, check_trainable, fit_default_length
+from qlora_service.actions.submission import check_fit, check_objective, check_trainable, fit_defaults
 from qlora_service.data.batching import total_steps
 from qlora_service.data.rendering.renderer import RenderRules
 from qlora_service.data.rendering.report import RenderReport
@@ -79,7 +79,7 @@ class Plans:
         if config is not None:
             return self._planner.plan(config, spec, found, factor=self._margin(found.device.name))
         model = self._catalog.get(spec.base_model)
-        spec = fit_default_length(spec, model)
+        spec = fit_defaults(spec, model)
         check_fit(spec, model, self._catalog.module_shapes(model))
         rows = self._stored_rows(spec, model)
         if rows is None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from qlora_service.actions.dataset_storage import DatasetStorage
 from qlora_service.data.files.checks import read_examples
-from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules, UnusableRow
+from qlora_service.data.rendering.preview import preview_row
+from qlora_service.data.rendering.renderer import Renderer, RenderRules, UnusableRow
 from qlora_service.data.rendering.report import RenderReport, render_report
 from qlora_service.data.rows.examples import SourceRow, Text
 from qlora_service.domain.clock import Clock
@@ -64,11 +65,11 @@ class Rendering:
     def preview(
         self, dataset: Dataset, model: BaseModel, rules: RenderRules, *, skip: int, limit: int
     ) -> list[dict[str, Any]]:
-        """Rows as they are trained: text, tokens (id, text, trained), and the number of tokens cut off."""
+        """Rows as they are trained, see `data.rendering.preview`."""
         with self._storage.scratch() as scratch, self._renderer(model, rules) as renderer:
             path = self._storage.local_copy(dataset, scratch)
             rows = islice(_examples(dataset, path), skip, skip + limit)
-            return [_preview(renderer, result) for result in renderer.render(rows)]
+            return [preview_row(renderer, result) for result in renderer.render(rows)]
 
     def check_questions(self, spec: JobSpec, model: BaseModel) -> None:
         """Raises: InvalidSpec, when a question of the evaluation has a token that the base has no embedding for."""
@@ -86,19 +87,3 @@ class Rendering:
 
 def _examples(dataset: Dataset, path: Path) -> Iterator[SourceRow]:
     return read_examples(path, dataset.report.container, dataset.report.shape)
-
-
-def _preview(renderer: Renderer, result: RenderedRow | UnusableRow) -> dict[str, Any]:
-    if isinstance(result, UnusableRow):
-        return {"line": result.finding.line, "problem": result.finding.reason}
-    rejected = None if result.rejected is None else _preview_document(renderer, result.rejected)
-    chosen = _preview_document(renderer, result)
-    return {"line": result.line, **chosen, "rejected": rejected, "desirable": result.desirable}
-
-
-def _preview_document(renderer: Renderer, document: RenderedRow) -> dict[str, Any]:
-    tokens = [
-        {"id": token_id, "text": renderer.token_text(token_id), "trained": trained}
-        for token_id, trained in zip(document.input_ids, document.trained, strict=True)
-    ]
-    return {"text": document.text, "tokens": tokens, "cut_tokens": document.cut_tokens}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_service.data.rendering.report import VALIDATION_PREFIX, RenderReport, row_warnings
 from qlora_service.data.rows.examples import Shape
@@ -29,13 +30,19 @@ def default_length(model: BaseModel) -> int:
     return min(Training().max_seq_len_tokens, model.max_positions)
 
 
-def fit_default_length(spec: JobSpec, model: BaseModel) -> JobSpec:
-    """The spec; a max_seq_len_tokens that it does not set is lowered to the positions that model and adapter leave."""
+def fit_defaults(spec: JobSpec, model: BaseModel) -> JobSpec:
+    """The spec with the defaults that depend on the model.
+
+    A max_seq_len_tokens that it does not set is lowered to the positions that model and adapter leave; the prompt
+    format auto is the one that it stands for.
+    """
     training = spec.training
-    if "max_seq_len_tokens" in training.model_fields_set:
-        return spec
-    length = default_length(model) - positions_taken(spec.adapter)
-    return spec.model_copy(update={"training": training.model_copy(update={"max_seq_len_tokens": length})})
+    defaults: dict[str, Any] = {}
+    if "max_seq_len_tokens" not in training.model_fields_set:
+        defaults["max_seq_len_tokens"] = default_length(model) - positions_taken(spec.adapter)
+    if training.prompt_format == "auto":
+        defaults["prompt_format"] = "chat" if model.chat_template else "plain"
+    return spec.model_copy(update={"training": training.model_copy(update=defaults)})
 
 
 def check_fit(spec: JobSpec, model: BaseModel, modules: Modules) -> None:

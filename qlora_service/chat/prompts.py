@@ -12,10 +12,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from qlora_service.data.rendering.renderer import PLAIN_TEMPLATE
 from qlora_service.data.rendering.stop_tokens import base_stop_ids, eos_token_id, template_end
 from qlora_service.data.rendering.template_process import TemplateProcess
-from qlora_service.data.rendering.tokenizer_settings import read_tokenizer_settings
+from qlora_service.data.rendering.tokenizer_settings import PLAIN_TEMPLATE, read_tokenizer_settings
 from qlora_service.data.rendering.unknown_tokens import unknown_token
 from qlora_service.data.rows.examples import Chat
 from qlora_service.errors import InvalidDataset, InvalidModel, InvalidRequest

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qlora_service.cli.dataset_check import ContainerOption, ShapeOption, check
 from qlora_service.cli.options import (
     AsJson,
+    DatasetId,
     InvalidFile,
+    MaxSeqLen,
     Url,
     connect,
     format_bytes,
     print_json,
     print_note,
     print_table,
+    printable,
 )
+from qlora_service.cli.preview import preview
 from qlora_service.domain.row_warnings import first_of_each_kind, warning_texts
 
 if TYPE_CHECKING:
-    from qlora_service.client import Dataset, PreviewRow
-    from qlora_service.client.wire import Lengths, PreviewDocument
+    from qlora_service.client import Dataset
+    from qlora_service.client.wire import Lengths
 
 app = typer.Typer(help="Check, upload, inspect and delete datasets, the rows that jobs train on.", no_args_is_help=True)
 app.command()(check)
-
-DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's id, as printed by upload and list.")]
-MaxSeqLen = Annotated[int | None, typer.Option(min=1, help="Longest allowed row, in tokens; default: as in a job.")]
+app.command()(preview)
 
 
 @app.command()
@@ -93,40 +95,6 @@ def show(
 
 
 @app.command()
-def preview(  # noqa: PLR0913 - an argument per option of the command
-    dataset: DatasetId,
-    base_model: Annotated[str, typer.Option(help="Base model, as in `qlora models list`.")],
-    max_seq_len_tokens: MaxSeqLen = None,
-    too_long: Annotated[
-        Literal["refuse", "truncate", "drop"], typer.Option(help="As in a job's training.too_long.")
-    ] = "refuse",
-    train_on: Annotated[
-        Literal["assistant", "all"], typer.Option(help="As in a job's training.train_on.")
-    ] = "assistant",
-    skip: Annotated[int, typer.Option(min=0, help="Usable rows to skip.")] = 0,
-    limit: Annotated[int, typer.Option(min=1, max=50, help="Maximum number of rows.")] = 5,
-    url: Url = None,
-    as_json: AsJson = False,
-) -> None:
-    """Print rows as a job trains them, with the chat template applied. Trained text is in ⟦ ⟧."""
-    with connect(url) as client:
-        rows = client.preview(
-            dataset,
-            base_model,
-            max_seq_len_tokens=max_seq_len_tokens,
-            too_long=too_long,
-            train_on=train_on,
-            skip=skip,
-            limit=limit,
-        )
-    if as_json:
-        print_json([row.model_dump(mode="json") for row in rows])
-        return
-    for row in rows:
-        _print_row(row)
-
-
-@app.command()
 def delete(dataset: DatasetId, url: Url = None, as_json: AsJson = False) -> None:
     """Delete a dataset. Jobs that were trained on it, and their adapters, are kept."""
     with connect(url) as client:
@@ -177,34 +145,8 @@ def _print_rows(*reports: Dataset | Lengths) -> None:
     findings = [finding for report in reports for finding in report.findings]
     for finding in findings:
         place = f"line {finding.get('line')}" + (f" at {finding['pointer']}" if finding.get("pointer") else "")
-        typer.echo(f"{place}: {finding['reason']}")
+        typer.echo(printable(f"{place}: {finding['reason']}"))
     are_all_printed = len(findings) == sum(report.finding_count for report in reports)
     left_out = [] if are_all_printed else [kind for report in reports for kind in report.finding_kinds]
     for text in warning_texts(left_out, first_of_each_kind(*(report.warnings for report in reports))):
-        typer.echo(f"warning: {text}")
-
-
-def _print_row(row: PreviewRow) -> None:
-    if row.problem is not None:
-        typer.echo(f"--- line {row.line}: left out: {row.problem}")
-        return
-    typer.echo(f"--- line {row.line}: {_tokens(row)}\n{_marked(row)}")
-    if row.rejected is not None:
-        typer.echo(f"--- line {row.line}, rejected: {_tokens(row.rejected)}\n{_marked(row.rejected)}")
-
-
-def _tokens(document: PreviewRow | PreviewDocument) -> str:
-    trained = sum(token.trained for token in document.tokens)
-    cut = f", {document.cut_tokens} cut off" if document.cut_tokens else ""
-    return f"{len(document.tokens)} tokens, {trained} trained{cut}"
-
-
-def _marked(document: PreviewRow | PreviewDocument) -> str:
-    """The tokens' text, with each run of trained tokens in brackets."""
-    text, inside = "", False
-    for token in document.tokens:
-        if token.trained != inside:
-            text += "⟦" if token.trained else "⟧"
-            inside = token.trained
-        text += token.text
-    return text + ("⟧" if inside else "")
+        typer.echo(printable(f"warning: {text}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 MAX_PRINTED_FINDINGS = 20
 MAX_COMPLETIONS = 20
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CONTROL_IN_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 Url = Annotated[
     str | None,
@@ -30,6 +33,8 @@ DataDir = Annotated[
     Path | None,
     typer.Option("--data-dir", help="The service's data directory; default: $QLORA_DATA_DIR, else ./data."),
 ]
+DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's id, as printed by upload and list.")]
+MaxSeqLen = Annotated[int | None, typer.Option(min=1, help="Longest allowed row, in tokens; default: as in a job.")]
 
 
 def complete_job_ids(incomplete: str) -> list[tuple[str, str]]:
@@ -93,12 +98,21 @@ def open_catalog(data_dir: Path | None) -> Catalog:
 
 
 def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    typer.echo(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def print_note(text: str) -> None:
     """Prints to stderr, because scripts read stdout."""
-    typer.echo(text, err=True)
+    typer.echo(printable(text), err=True)
+
+
+def printable(text: str, *, in_line: bool = False) -> str:
+    r"""The text with control characters, which a terminal would obey, as escapes such as \x1b.
+
+    Overrides of the writing direction are among them; `in_line`: tabs and line breaks, too.
+    """
+    return (_CONTROL_IN_LINE if in_line else _CONTROL).sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def print_error(message: str, findings: Sequence[Finding], file: Path | None = None) -> None:
@@ -125,7 +139,7 @@ def without_quoted_findings(message: str, findings: Iterable[Finding]) -> str:
 def format_finding(finding: Finding, file: Path) -> str:
     """`file:line: pointer: reason`, the format that compilers print and editors read."""
     place = f"{file}:{finding.line}" if finding.line is not None else str(file)
-    return f"{place}: {replace(finding, line=None)}"
+    return printable(f"{place}: {replace(finding, line=None)}", in_line=True)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

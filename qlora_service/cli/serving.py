@@ -16,6 +16,7 @@ from types import FrameType
 from qlora_service.client import Client
 from qlora_service.errors import Conflict, Unavailable
 from qlora_service.process.child import kill_group, start_python
+from qlora_service.process.signals import stop_signals
 
 STOP_S = 20.0
 """Seconds in which the API and the worker must end. The worker kills a trainer that has not stopped after 8 s, and may
@@ -117,13 +118,13 @@ def _url_host(host: str) -> str:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that collects SIGINT and SIGTERM as they are received."""
+    """A list that collects the stop signals as they are received."""
     received: list[int] = []
 
     def record(number: int, _: FrameType | None) -> None:
         received.append(number)
 
-    previous = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, record) for number in stop_signals()}
     try:
         yield received
     finally:

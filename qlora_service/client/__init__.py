@@ -125,6 +125,7 @@ class Client:
         max_seq_len_tokens: int | None = None,
         too_long: str | None = None,
         train_on: str | None = None,
+        prompt_format: str | None = None,
         skip: int = 0,
         limit: int = 5,
     ) -> list[PreviewRow]:
@@ -134,6 +135,7 @@ class Client:
             max_seq_len_tokens=max_seq_len_tokens,
             too_long=too_long,
             train_on=train_on,
+            prompt_format=prompt_format,
             skip=skip,
             limit=limit,
         )

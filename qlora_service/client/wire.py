@@ -42,6 +42,8 @@ class PreviewToken(wire.PreviewToken, Answer):
 
 
 class PreviewDocument(wire.PreviewDocument, Answer):
+    trained_spans: list[tuple[int, int]] = []
+    appended_stop: str | None = None
     tokens: list[PreviewToken]  # type: ignore[assignment]  # a list is invariant
 
 

@@ -2,7 +2,7 @@
 
     python -m qlora_service.process.child PARENT_PID ARGUMENTS…
 
-asks the kernel to end it with its parent and then becomes `python ARGUMENTS…`.
+asks the kernel to end it with its parent and then becomes `python ARGUMENTS…`, with SIGINT and SIGTERM not ignored.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
+
+from qlora_service.process.signals import restore_stop_signals
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -69,6 +71,7 @@ def exit_when_stdin_closes() -> None:
 
 
 def main(parent: int, arguments: Sequence[str]) -> None:
+    restore_stop_signals()
     if sys.platform == "linux":
         import ctypes
 

@@ -83,6 +83,12 @@ class Training(SpecPart):
         description="Trained tokens. assistant: the answers only; all: every token. Preference objectives support "
         "assistant only.",
     )
+    prompt_format: Literal["auto", "chat", "plain"] = Field(
+        "auto",
+        description="Rendering of text prompts with text answers. chat: a user turn and the assistant's turn, by the "
+        "chat template; plain: the answer right after the prompt; auto: chat if the base model has a chat template, "
+        "else plain. The spec of a queued job says which.",
+    )
     micro_batch_tokens: Annotated[StrictInt, Field(ge=1, le=1_048_576)] | Literal["auto"] = Field(
         "auto",
         description="Tokens computed at a time; a longer row is computed by itself. Changes speed and memory, never "

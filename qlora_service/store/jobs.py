@@ -249,7 +249,7 @@ def _has_metadata(connection: Connection, wanted: Mapping[str, str]) -> list[sa.
 def job_from_row(row: Row[Any]) -> Job:
     """The job, to be run. Raises: ValidationError, when this version cannot read its spec."""
     # extra="ignore": a spec of an older version may have removed fields.
-    return _with_spec(row, JobSpec.model_validate(row.spec, extra="ignore"))
+    return _with_spec(row, JobSpec.model_validate(_with_former_defaults(row.spec), extra="ignore"))
 
 
 def _shown(row: Row[Any]) -> Job:
@@ -270,6 +270,12 @@ def _shown(row: Row[Any]) -> Job:
             f"({error.error_count()} faults): post it again to run it"
         )
         return replace(_with_spec(row, remains), unreadable=reason)
+
+
+def _with_former_defaults(spec: Any) -> Any:
+    """The stored spec; without a prompt format it is of a version that rendered text prompts as plain text."""
+    training = spec.get("training") if isinstance(spec, dict) else None
+    return {**spec, "training": {"prompt_format": "plain", **training}} if isinstance(training, dict) else spec
 
 
 def _with_spec(row: Row[Any], spec: JobSpec) -> Job:

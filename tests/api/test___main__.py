@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import sqlite3
@@ -16,6 +17,8 @@ import pytest
 from qlora_service.queue.queue import Queue
 from qlora_service.settings import Settings
 from tests.api.conftest import ROOT, Server, api_environment, chat_rows, scratch_files, spec_of
+from tests.running_api import RunningApi
+from tests.workspace import IGNORING_SIGINT
 
 
 def run_api(settings: Settings, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -125,6 +128,14 @@ def test_process_exits_in_time_while_a_request_hangs(
     claimed = queue.claim("worker")
     assert claimed is not None
     assert claimed[1].id == job_id
+
+
+def test_server_that_ignores_ctrl_c_stops_at_sigterm(tmp_path: Path) -> None:
+    with RunningApi(tmp_path, within=IGNORING_SIGINT) as server:
+        os.kill(server.pid(), signal.SIGINT)
+        time.sleep(0.5)
+        assert server.answers()
+        server.stop(signal.SIGTERM)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

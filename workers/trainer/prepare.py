@@ -42,6 +42,7 @@ class PreparedRows:
     validation_report: RenderReport | None
     training: Training
     chat_template: str
+    """The template of conversations, published with the adapter"""
     stop_tokens: StopTokens
     warnings: list[str]
     """Rows that are left out, and rows that are not trained as one would expect"""
@@ -52,6 +53,11 @@ class PreparedRows:
         positions = self.split.held_out or self.split.train[:FALLBACK_TRAINING_ROWS]
         rows = self.rows if self.validation is None else self.validation
         return [rows[position] for position in positions]
+
+    @property
+    def question_template(self) -> str | None:
+        """The chat template of the evaluation's questions; None where they are plain text, as the rows' prompts."""
+        return None if self.report.plain_prompts else self.chat_template
 
     @property
     def total_steps(self) -> int:
@@ -85,7 +91,7 @@ def prepare(context: AttemptContext) -> PreparedRows:
     prepared = prepare_rows(context.inputs, context.check)
     context.reporter.warn(prepared.warnings)
     if questions := context.spec.evaluation.questions:
-        tokenizer = load_tokenizer(context.inputs.base.path, prepared.chat_template)
+        tokenizer = load_tokenizer(context.inputs.base.path, prepared.question_template)
         for question in questions:
             question_ids(tokenizer, question)  # raises now, not after the training
     return prepared
@@ -116,8 +122,8 @@ def prepare_rows(inputs: AttemptInputs, check: Callable[[], None]) -> PreparedRo
     )
 
 
-def load_tokenizer(model_dir: Path, chat_template: str) -> PreTrainedTokenizerBase:
-    """The base's tokenizer with the chat template that the rows were rendered with."""
+def load_tokenizer(model_dir: Path, chat_template: str | None) -> PreTrainedTokenizerBase:
+    """The base's tokenizer with the given chat template, or without one."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
     tokenizer.chat_template = chat_template
     return tokenizer

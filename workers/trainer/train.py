@@ -136,6 +136,6 @@ def _generate(context: AttemptContext, rows: PreparedRows, loaded: LoadedNetwork
     if not (evaluation.generate_rows or evaluation.questions):
         return None
     context.reporter.enter_phase("generating", rows.total_steps)
-    tokenizer = load_tokenizer(context.inputs.base.path, rows.chat_template)
+    tokenizer = load_tokenizer(context.inputs.base.path, rows.question_template)
     stop_ids = rows.stop_tokens.ids
     return evaluate_generation(loaded.network, tokenizer, rows.held_out, evaluation, stop_ids, on_answer=context.check)

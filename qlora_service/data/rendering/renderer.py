@@ -7,17 +7,20 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, TypeVar
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
+from qlora_service.data.rendering.chat_template import Span
 from qlora_service.data.rendering.loss_mask import trained_tokens
+from qlora_service.data.rendering.prompt_format import cut_seams, with_turns
 from qlora_service.data.rendering.stop_tokens import StopTokens, TrainedEnds, base_stop_ids, eos_token_id, special_ids
 from qlora_service.data.rendering.template_process import RenderedChat, TemplateProcess, characters
-from qlora_service.data.rendering.tokenizer_settings import read_tokenizer_settings
+from qlora_service.data.rendering.tokenizer_file import load_tokenizer, token_text
+from qlora_service.data.rendering.tokenizer_settings import PLAIN_TEMPLATE, read_tokenizer_settings
 from qlora_service.data.rendering.unknown_tokens import unknown_token
 from qlora_service.data.rows.examples import (
     Chat,
@@ -50,16 +53,6 @@ NO_END = (
     "import the model with a template that writes one"
 )
 
-# For base models without a template; stored with the adapter, so that inference uses it too.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message.role == 'assistant' %}{{ '### Response:\\n' + message.content + eos_token }}"
-    "{% elif message.role == 'user' %}{{ '### Instruction:\\n' + message.content + '\\n\\n' }}"
-    "{% else %}{{ message.content + '\\n\\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
-)
-
 
 @dataclass(frozen=True)
 class RenderRules:
@@ -68,11 +61,12 @@ class RenderRules:
     max_seq_len_tokens: int
     too_long: Literal["refuse", "truncate", "drop"] = "refuse"
     train_on: Literal["assistant", "all"] = "assistant"
+    prompt_format: Literal["auto", "chat", "plain"] = "auto"
 
     @classmethod
     def of(cls, training: Training) -> RenderRules:
         """The rules in a job's configuration."""
-        return cls(training.max_seq_len_tokens, training.too_long, training.train_on)
+        return cls(training.max_seq_len_tokens, training.too_long, training.train_on, training.prompt_format)
 
 
 @dataclass(frozen=True)
@@ -89,6 +83,8 @@ class RenderedRow:
     """The rejected answer's document of a preference pair; the row itself is the chosen answer's document."""
     desirable: bool | None = None
     """The label of a labeled answer."""
+    has_plain_prompt: bool = False
+    """Prompt and answer are plain text, without a template"""
     warnings: tuple[Finding, ...] = ()
     """Parts of the row that are not trained, or not as one would expect"""
 
@@ -116,7 +112,7 @@ class Renderer:
         self._rules = rules
         self._embeddings = embeddings
         settings = read_tokenizer_settings(model_dir)
-        self._tokenizer = _load_tokenizer(model_dir / "tokenizer.json")
+        self._tokenizer = load_tokenizer(model_dir / "tokenizer.json")
         tokens = dict(settings.special_tokens)
         self._eos = eos_token_id(settings, self._tokenizer)
         if self._eos is not None:
@@ -135,6 +131,8 @@ class Renderer:
         plain = ("{{ bos_token }}" if self._bos is not None else "") + PLAIN_TEMPLATE
         self.chat_template: str = settings.chat_template or plain
         """The template in use: the model's template, or `PLAIN_TEMPLATE` without one."""
+        has_turns = settings.has_own_template if rules.prompt_format == "auto" else rules.prompt_format == "chat"
+        self._with_turns = with_turns if has_turns else None
         self._templates = TemplateProcess(self.chat_template, tokens, now)
 
     def __enter__(self) -> Renderer:
@@ -152,20 +150,32 @@ class Renderer:
             InvalidModel: the chat template or the tokenizer cannot be used for any row.
             InvalidDataset: the chat template fails on too many rows.
         """
+        if self._with_turns is not None:
+            rows = map(self._with_turns, rows)
         batches = _batches(
             self._row_texts(rows), lambda row: sum(len(rendered.text) for rendered in row[1]), TOKENIZER_ROWS
         )
         for batch, tokens in self._encode_ahead(batches):
             encoded = iter(tokens)
             for row, texts in batch:
+                row_tokens = list(islice(encoded, len(texts)))
                 sides = [
-                    self._tokenized(row, document, rendered, *next(encoded))
-                    for document, rendered in zip(documents(row.example), texts, strict=True)
+                    self._tokenized(row, document, rendered, *tokens)
+                    for document, rendered, tokens in zip(documents(row.example), texts, row_tokens, strict=True)
                 ]
-                yield _merged(row, *sides)
+                yield self._with_prompt(row, row_tokens, _merged(row, *sides))
 
     def token_text(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+        """The text of a token by itself, see `tokenizer_file.token_text`."""
+        return token_text(self._tokenizer, token_id)
+
+    def token_spans(self, document: RenderedRow) -> list[Span | None]:
+        """The characters of the document's text that each token has a part of; None for a token that was added."""
+        encoding, _ = self._encode_prefix(document.text)
+        has_bos = document.input_ids[:1] != tuple(encoding.ids[:1])
+        spans: list[Span | None] = [None] * has_bos + encoding.offsets
+        length = len(document.input_ids)
+        return spans[:length] + [None] * (length - len(spans))
 
     def stop_tokens(self) -> StopTokens:
         """Tokens that end an answer; of trained answers, those that were rendered so far."""
@@ -267,6 +277,16 @@ class Renderer:
         """Tokens that end an answer: a template ends it with any special token, plain text only with a stop token."""
         return self._special_ids | self._stop_ids if is_chat else self._stop_ids
 
+    def _with_prompt(
+        self, row: SourceRow, tokens: list[Encoded], result: RenderedRow | UnusableRow
+    ) -> RenderedRow | UnusableRow:
+        """The result; that of a plain prompt is marked, and has a warning if a token straddles the prompt's end."""
+        if isinstance(result, UnusableRow) or not isinstance(documents(row.example)[0], Completion):
+            return result
+        is_masked = self._rules.train_on == "assistant"
+        warnings = cut_seams(row, [encoding for encoding, _ in tokens]) if is_masked else ()
+        return replace(result, has_plain_prompt=True, warnings=result.warnings + warnings)
+
     def _token_id(self, token: str | None) -> int | None:
         token_id: int | None = None if token is None else self._tokenizer.token_to_id(token)
         return token_id
@@ -344,20 +364,3 @@ def _characters(example: Example) -> int:
         else:
             total += len(document.text)
     return total
-
-
-def _load_tokenizer(path: Path) -> Tokenizer:
-    """The file's tokenizer, which must not be modified. The last one is cached: reading takes longer than most uses."""
-    try:
-        status = path.stat()
-        return _read_tokenizer(path, (status.st_ino, status.st_mtime_ns))
-    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-        raise InvalidModel(f"the base model's tokenizer.json cannot be read: {error}") from None
-
-
-@lru_cache(maxsize=1)
-def _read_tokenizer(path: Path, version: tuple[int, int]) -> Tokenizer:  # noqa: ARG001 - part of the cache key
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer

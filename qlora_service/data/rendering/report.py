@@ -32,6 +32,8 @@ class RenderReport:
     longest_tokens: int = 0
     cut_rows: int = 0
     """Usable rows that were truncated."""
+    plain_prompts: int = 0
+    """Usable rows whose prompt and answer are plain text, without a template."""
     too_long_rows: int = 0
     unknown_token_rows: int = 0
     """Rows with a token that the base has no embedding for."""
@@ -63,6 +65,7 @@ class RenderReport:
             return
         sides = [side for side in (result, result.rejected) if side is not None]
         self.usable_rows += 1
+        self.plain_prompts += result.has_plain_prompt
         self.tokens += sum(len(side.input_ids) for side in sides)
         self.trained_tokens += sum(side.trained_tokens for side in sides)
         self._count_length(max(len(side.input_ids) + side.cut_tokens for side in sides))

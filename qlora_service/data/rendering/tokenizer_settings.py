@@ -25,6 +25,16 @@ OBJECTS = {MODEL_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, TOKENS_MAP}
 # transformers accepts only text for these keys; other keys that end in _token may be switches (add_bos_token).
 SPECIAL_TOKENS = {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}
 
+# For base models without a template; stored with the adapter, so that inference uses it too.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}{{ '### Response:\\n' + message.content + eos_token }}"
+    "{% elif message.role == 'user' %}{{ '### Instruction:\\n' + message.content + '\\n\\n' }}"
+    "{% else %}{{ message.content + '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+)
+
 
 @dataclass(frozen=True)
 class TokenizerSettings:
@@ -34,6 +44,11 @@ class TokenizerSettings:
     chat_template: str | None
     eos_token_ids: frozenset[int]
     bos_token_id: int | None
+
+    @property
+    def has_own_template(self) -> bool:
+        """Whether the model came with a chat template; that of an adapter of a model without one does not count."""
+        return bool(self.chat_template) and not str(self.chat_template).endswith(PLAIN_TEMPLATE)
 
 
 def read_tokenizer_settings(model_dir: Path) -> TokenizerSettings:

@@ -98,7 +98,7 @@ def inspect_model(directory: Path, label: str) -> ModelFacts:
         architecture=config["architectures"][0],
         model_type=config["model_type"],
         parameters=sum(entry.parameters for name in weight_files for entry in headers[name].values()),
-        chat_template=bool(settings.chat_template),
+        chat_template=settings.has_own_template,
         weight_files=weight_files,
         **sizes,
     )

@@ -72,6 +72,7 @@ def test_preview_shows_text_tokens_and_trained_tokens(client: TestClient, datase
     assert "Question 2: capital of France?" in row["text"]
     assert "".join(token["text"] for token in row["tokens"]) == row["text"]
     assert "".join(token["text"] for token in row["tokens"] if token["trained"]) == "Paris<|im_end|>"
+    assert [row["text"][start:end] for start, end in row["trained_spans"]] == ["Paris<|im_end|>"]
 
 
 def test_preview_shows_truncated_tokens_and_the_reason_a_row_is_left_out(client: TestClient, dataset_id: str) -> None:
@@ -80,6 +81,7 @@ def test_preview_shows_truncated_tokens_and_the_reason_a_row_is_left_out(client:
     limit = len(whole["tokens"]) - 3
     (cut,) = client.get(f"{path}&max_seq_len_tokens={limit}&too_long=truncate").json()["data"]
     assert (len(cut["tokens"]), cut["cut_tokens"]) == (limit, 3)
+    assert cut["text"] == "".join(token["text"] for token in cut["tokens"]) < whole["text"]
     (refused,) = client.get(f"{path}&max_seq_len_tokens={limit}").json()["data"]
     assert refused == {"line": 1, "problem": f"{limit + 3} tokens long; max_seq_len_tokens is {limit}"}
 

@@ -38,6 +38,7 @@ def test_job_on_a_stored_dataset_is_queued(client: TestClient, dataset_id: str) 
     assert (job["name"], job["base_model"], job["dataset_id"]) == ("first", "tiny", dataset_id)
     assert job["metadata"] == {"team": "a"}
     assert job["spec"]["training"]["max_seq_len_tokens"] == 128
+    assert job["spec"]["training"]["prompt_format"] == "chat"
     assert job["progress"] == {"step": 0, "total_steps": None, "fraction": None, "eta_s": None}
     assert client.get(f"/jobs/{job['id']}").json() == job
 

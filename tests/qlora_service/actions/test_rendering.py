@@ -33,7 +33,7 @@ def test_preview_shows_tokens_and_loss_mask(service: Service, upload: Callable[.
     dataset = service.datasets.upload(upload([*ROWS, LONG]), filename=None)
     first, second = service.datasets.preview(dataset.id, "tiny", RenderRules(128), skip=3, limit=2)
     assert (first["line"], second["line"]) == (4, 5)
-    assert first["text"] == "What is 3 + 3? It is 6."
+    assert first["text"] == ("<|im_start|>user\nWhat is 3 + 3? <|im_end|>\n<|im_start|>assistant\nIt is 6.<|im_end|>\n")
     assert "".join(token["text"] for token in first["tokens"] if token["trained"]) == "It is 6.<|im_end|>"
     (too_long,) = service.datasets.preview(dataset.id, "tiny", RenderRules(128), skip=20)
     assert too_long["line"] == 21

@@ -12,11 +12,12 @@ from qlora_service.artifacts.manifest import describe_file
 from qlora_service.artifacts.store import dataset_key
 from qlora_service.domain.jobs import JobStatus
 from qlora_service.errors import InvalidDataset, InvalidModel, InvalidSpec, NotFound, QLoRAError
+from qlora_service.models.catalog.catalog import Catalog
 from qlora_service.specs import parse_spec
 from qlora_service.store.database import Database
 from tests.control_plane import SteppedClock, job_events, stored_rows
 from tests.qlora_service.actions._submissions import LONG, PNG, ROWS, jsonl, submit
-from tests.tiny_model import MAX_POSITIONS
+from tests.tiny_model import MAX_POSITIONS, build_tiny_model
 
 MEDIUM = {"prompt": "once ", "completion": "a " * 200}
 PAIRS = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea."} for n in range(20)]
@@ -39,6 +40,21 @@ def test_inline_rows_become_a_dataset_and_a_queued_job(
     assert hashlib.sha256(stored).hexdigest() == dataset.sha256
     assert [json.loads(line) for line in stored.splitlines()] == ROWS
     assert [event.data for event in job_events(database, job.id)] == [{"status": "queued"}]
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_spec_of_a_queued_job_says_how_text_prompts_are_rendered(
+    service: Service, catalog: Catalog, tmp_path: Path, has_template: bool
+) -> None:
+    if not has_template and "bare" not in {model.name for model in catalog.list()}:
+        catalog.import_model("bare", build_tiny_model(tmp_path / "bare", chat_template=None))
+    taken, other = ("chat", "plain") if has_template else ("plain", "chat")
+    for asked, expected in (("auto", taken), (taken, taken), (other, other)):
+        training = {"max_seq_len_tokens": 128, "prompt_format": asked}
+        spec = {"base_model": "tiny" if has_template else "bare", "dataset": {"rows": ROWS}, "training": training}
+        job = service.jobs.submit(parse_spec(spec)).job
+        assert job.spec.training.prompt_format == expected
+        assert service.jobs.get(job.id).spec == job.spec
 
 
 @pytest.mark.parametrize(
@@ -195,7 +211,7 @@ BAD_INPUT = {
         {"dataset": {"rows": [LONG, LONG]}, "training": {"too_long": "drop"}}, line=1,
     ),
     "one row too long": BadInput(
-        InvalidDataset, "tokens: raise it to 204 to keep them whole, or set training.too_long to truncate or drop",
+        InvalidDataset, "tokens: raise it to 218 to keep them whole, or set training.too_long to truncate or drop",
         "/dataset", {"dataset": {"rows": [*ROWS, MEDIUM]}}, line=21,
     ),
     "nothing to train after truncation": BadInput(

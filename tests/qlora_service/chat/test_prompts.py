@@ -30,7 +30,7 @@ def prompts(tiny_model: Path) -> Iterator[Prompts]:
 
 
 def training_row(model_dir: Path, example: Any) -> RenderedRow:
-    with Renderer(model_dir, RenderRules(1000), NOW) as renderer:
+    with Renderer(model_dir, RenderRules(1000, prompt_format="plain"), NOW) as renderer:
         (row,) = renderer.render([SourceRow(example, 1, None)])
     assert isinstance(row, RenderedRow)
     return row

@@ -189,28 +189,6 @@ def test_refused_upload_names_the_lines_of_the_file(run: Any, tmp_path: Path) ->
     assert outcome.stderr.count("must be a string") == 1
 
 
-def test_preview_marks_trained_text(run: Any, client: Client, rows: Path) -> None:
-    dataset = client.upload(rows)
-    shown = run("datasets", "preview", dataset.id, "--base-model", "tiny", "--skip", 1, "--limit", 1)
-    heading, text = shown.stdout.splitlines()
-    assert heading.startswith("--- line 2: ")
-    assert text.startswith("1 plus one is⟦ 2.")
-    assert text.endswith("⟧")
-    short = run("datasets", "preview", dataset.id, "--base-model", "tiny", "--limit", 1, "--max-seq-len-tokens", 2)
-    assert "--- line 1: left out: " in short.stdout
-    (row,) = json.loads(run("datasets", "preview", dataset.id, "--base-model", "tiny", "--limit", 1, "--json").stdout)
-    assert row["line"] == 1
-
-
-def test_preview_shows_both_answers_of_a_pair(run: Any, client: Client, tmp_path: Path) -> None:
-    pair = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
-    dataset = client.upload(write_rows(tmp_path / "pairs.jsonl", [pair]))
-    lines = run("datasets", "preview", dataset.id, "--base-model", "tiny").stdout.splitlines()
-    assert lines[1].startswith("Q:⟦ yes")
-    assert lines[2].startswith("--- line 1, rejected: ")
-    assert lines[3].startswith("Q:⟦ no")
-
-
 def test_check_for_a_model_finds_tokens_beyond_its_embedding(run: Any, tmp_path: Path) -> None:
     rows = build_model_with_unknown_tokens(tmp_path / "model")
     Catalog(tmp_path / "data" / "models").import_model("unknown", tmp_path / "model")

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from qlora_service.client import Client
 from qlora_service.models.catalog.catalog import Catalog
 from tests.running_api import write_rows
+from tests.workspace import IGNORING_SIGINT, ignored_signals
 
 SPEC = {
     "base_model": "tiny",
@@ -39,9 +41,16 @@ class Served:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Served]:
-    """`qlora serve` with a ready worker."""
+    with serving(tmp_path) as served:
+        yield served
+
+
+@contextmanager
+def serving(tmp_path: Path, within: Sequence[str] = ()) -> Iterator[Served]:
+    """`qlora serve` with a ready worker. `within`: a command prefix."""
     log = tmp_path / "serve.log"
-    command = [sys.executable, "-m", "qlora_service.cli", "serve", "--port", "0", "--data-dir", str(tmp_path / "data")]
+    arguments = ["-m", "qlora_service.cli", "serve", "--port", "0", "--data-dir", str(tmp_path / "data")]
+    command = [*within, sys.executable, *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     wait_until(lambda: b"supervisor_ready" in log.read_bytes() or process.poll() is not None)
@@ -49,11 +58,13 @@ def serve(tmp_path: Path) -> Iterator[Served]:
     assert address is not None, log.read_text()
     served = Served(process, address[1], log)
     children = served.children()
-    yield served
-    process.kill()
-    process.wait()
-    for pid in alive(children.values()):
-        os.kill(pid, signal.SIGKILL)
+    try:
+        yield served
+    finally:
+        process.kill()
+        process.wait()
+        for pid in alive(children.values()):
+            os.kill(pid, signal.SIGKILL)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
@@ -101,6 +112,18 @@ def test_killed_service_leaves_no_process_behind(serve: Served) -> None:
     serve.process.kill()
     serve.process.wait()
     wait_until(lambda: not alive(children.values()))
+
+
+def test_service_that_ignores_ctrl_c_stops_at_sigterm_with_its_children(tmp_path: Path) -> None:
+    with serving(tmp_path, within=IGNORING_SIGINT) as serve:
+        children = serve.children()
+        assert not any(ignored_signals(pid) & {signal.SIGINT, signal.SIGTERM} for pid in children.values())
+        serve.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert serve.process.poll() is None
+        serve.process.send_signal(signal.SIGTERM)
+        assert serve.process.wait(30) == 0
+        assert not alive(children.values())
 
 
 def test_used_port_is_reported_before_anything_starts(tmp_path: Path) -> None:

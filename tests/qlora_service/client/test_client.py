@@ -57,10 +57,14 @@ def test_dataset_has_lengths_and_preview_marks_trained_tokens(client: Client, ro
     lengths = client.dataset(uploaded.id, base_model="tiny").lengths
     assert lengths is not None
     assert (lengths.rows, lengths.complete) == (8, True)
-    first, second = client.preview(uploaded.id, "tiny", skip=1, limit=2)
+    first, second = client.preview(uploaded.id, "tiny", prompt_format="plain", skip=1, limit=2)
     assert (first.line, second.line) == (2, 3)
     assert first.text == "1 plus one is 2."
-    assert "".join(token.text for token in first.tokens if token.trained).startswith(" 2.")
+    assert [first.text[start:end] for start, end in first.trained_spans] == [" 2."]
+    assert first.appended_stop == "<|im_end|>"
+    (turns,) = client.preview(uploaded.id, "tiny", skip=1, limit=1)
+    assert turns.text.endswith("assistant\n 2.<|im_end|>\n")
+    assert turns.appended_stop is None
     (left_out,) = client.preview(uploaded.id, "tiny", max_seq_len_tokens=2, limit=1)
     assert left_out.problem is not None
     assert "max_seq_len_tokens is 2" in left_out.problem

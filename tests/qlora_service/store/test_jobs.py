@@ -66,6 +66,16 @@ def test_new_job_is_returned_as_it_was_stored(database: Database) -> None:
     assert job.warnings == []
 
 
+def test_text_prompts_of_a_job_from_before_prompt_formats_stay_plain(database: Database) -> None:
+    job_id = add_job(database)
+    stored = {**SPEC, "training": {"max_steps": 3}}
+    with database.write() as connection:
+        connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(spec=stored))
+    with database.read() as connection:
+        training = get_job(connection, job_id).spec.training
+    assert (training.prompt_format, training.max_steps) == ("plain", 3)
+
+
 def test_unknown_job_is_not_found(database: Database) -> None:
     with database.read() as connection, pytest.raises(NotFound, match="job_none") as caught:
         get_job(connection, "job_none")

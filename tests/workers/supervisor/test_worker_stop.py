@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qlora_service.domain.jobs import JobStatus
 from tests.workers.supervisor._jobs import ENDLESS, stopped_trainer
-from tests.workspace import ROOT, Workspace, no_trainer_within, trainer_pids
+from tests.workspace import IGNORING_SIGINT, ROOT, Workspace, ignored_signals, no_trainer_within, trainer_pids
 from workers.supervisor.slot_lock import SlotLock
 
 # Another thread takes the signal, as if it arrived just before the main thread blocks: nothing wakes the main thread.
@@ -33,6 +33,22 @@ def test_a_worker_stops_whichever_thread_receives_the_signal(tmp_path: Path) -> 
             assert any("supervisor_ready" in line for line in worker.stderr)
             worker.terminate()
             worker.wait(10)
+        finally:
+            worker.kill()
+
+
+def test_a_worker_that_ignores_ctrl_c_stops_its_trainer_at_sigterm(workspace: Workspace) -> None:
+    job_id = workspace.submit(**ENDLESS)
+    with workspace.start_worker(within=IGNORING_SIGINT) as worker:
+        try:
+            workspace.wait(job_id, lambda job: job.step >= 1)
+            assert signal.SIGTERM not in ignored_signals(trainer_pids(job_id)[0])
+            worker.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            assert worker.poll() is None
+            worker.terminate()
+            assert worker.wait(15) == 0
+            assert not trainer_pids(job_id)
         finally:
             worker.kill()
 

@@ -10,10 +10,13 @@ import pytest
 from qlora_service.artifacts.manifest import Manifest
 from qlora_service.domain.jobs import FailureReason
 from qlora_service.errors import JobFailed
+from qlora_service.training.evaluation.generation import question_ids
+from qlora_service.training.network.micro_batch import TokenRow
+from tests.tiny_model import CHATML
 from tests.workers.trainer._attempts import AttemptRecorder, make_inputs, published_bytes, run, spy_on_loop
 from tests.workspace import ROWS, Workspace, job_spec
 from workers.trainer.context import AttemptInputs
-from workers.trainer.prepare import prepare_rows
+from workers.trainer.prepare import load_tokenizer, prepare_rows
 
 
 def test_rows_over_the_limit_stop_the_attempt_before_the_model_is_loaded(workspace: Workspace) -> None:
@@ -56,6 +59,23 @@ def test_warnings_of_validation_rows_say_so(workspace: Workspace) -> None:
     prepared = prepare_rows(replace(make_inputs(workspace, job_id), validation=validation), lambda: None)
     assert prepared.warnings == workspace.service.jobs.get(job_id).warnings
     assert prepared.warnings == ["validation dataset: left out: 1 row (line 2 at /output): the answer is empty"]
+
+
+@pytest.mark.parametrize(("prompt_format", "is_plain"), [("auto", False), ("plain", True)])
+def test_questions_are_rendered_as_the_rows_prompts(workspace: Workspace, prompt_format: str, is_plain: bool) -> None:
+    rows = [{"prompt": f"Say {n}", "completion": f" The number is {n}."} for n in range(4)]
+    for dataset in (rows, ROWS):
+        spec = job_spec(prompt_format=prompt_format) | {"dataset": {"rows": dataset}}
+        prepared = prepare_rows(make_inputs(workspace, workspace.submit_spec(spec)), lambda: None)
+        plain = is_plain and dataset is rows
+        assert prepared.question_template == (None if plain else CHATML)
+        assert prepared.chat_template == CHATML
+        tokenizer = load_tokenizer(workspace.catalog.get("tiny").path, prepared.question_template)
+        question = tokenizer.decode(question_ids(tokenizer, "Say 0"))
+        first = prepared.rows[0]
+        assert isinstance(first, TokenRow)
+        assert tokenizer.decode(first.input_ids).startswith(question)
+        assert first.trained.index(True) == len(question_ids(tokenizer, "Say 0"))
 
 
 def test_held_out_rows_are_never_trained_on(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderR
 from qlora_service.data.rendering.report import render_report
 from qlora_service.data.rows.examples import Chat, Completion, Example, SourceRow, Text
 from qlora_service.errors import InvalidModel
-from tests.rendered_rows import NOW, RULES, chat, render, render_one, trained_text
+from tests.rendered_rows import NOW, PLAIN, RULES, chat, render, render_one, trained_text
 
 pytestmark = pytest.mark.slow
 
@@ -99,12 +99,12 @@ def test_stop_token_is_added_and_trained_where_the_template_writes_none(tiny_mod
 
 
 def test_completion_trains_the_completion_and_the_stop_token(tiny_model: Path) -> None:
-    row = render_one(tiny_model, Completion("two plus two is", " four"))
+    row = render_one(tiny_model, Completion("two plus two is", " four"), PLAIN)
     assert trained_text(tiny_model, row) == " four<|im_end|>"
 
 
 def test_answer_of_spaces_after_a_special_token_is_trained(tiny_model: Path) -> None:
-    row = render_one(tiny_model, Completion("<|im_start|>", "  "))
+    row = render_one(tiny_model, Completion("<|im_start|>", "  "), PLAIN)
     assert trained_text(tiny_model, row) == "  <|im_end|>"
 
 
@@ -123,7 +123,7 @@ def test_train_on_all_trains_the_question_too(tiny_model: Path) -> None:
 def test_plain_text_gets_exactly_one_bos(tiny_model: Path, tmp_path: Path, example: Example) -> None:
     model = adding_bos(tiny_model, tmp_path / "bos")
     bos = Tokenizer.from_file(str(model / "tokenizer.json")).token_to_id("<|im_start|>")
-    row = render_one(model, example)
+    row = render_one(model, example, PLAIN)
     assert row.input_ids[0] == bos
     assert row.input_ids.count(bos) == 1
 
@@ -310,19 +310,19 @@ def test_stop_token_may_be_named_in_the_special_tokens_map(tiny_model: Path, tmp
     model = without_eos(tiny_model, tmp_path / "mapped")
     (model / "generation_config.json").unlink(missing_ok=True)
     (model / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
-    row = render_one(model, Completion("two plus two is", " four"))
+    row = render_one(model, Completion("two plus two is", " four"), PLAIN)
     assert trained_text(tiny_model, row) == " four<|endoftext|>"
 
 
 def test_stop_token_may_be_an_id_in_the_model_config(tiny_model: Path, tmp_path: Path) -> None:
     model = without_eos(tiny_model, tmp_path / "numbered")
     (model / "generation_config.json").unlink(missing_ok=True)
-    row = render_one(model, Completion("two plus two is", " four"))
+    row = render_one(model, Completion("two plus two is", " four"), PLAIN)
     assert trained_text(tiny_model, row) == " four<|im_end|>"
 
 
 def test_completion_that_ends_with_another_special_token_gets_a_stop_token(tiny_model: Path) -> None:
-    row = render_one(tiny_model, Completion("open", " a turn<|im_start|>"))
+    row = render_one(tiny_model, Completion("open", " a turn<|im_start|>"), PLAIN)
     assert trained_text(tiny_model, row) == " a turn<|im_start|><|im_end|>"
 
 
