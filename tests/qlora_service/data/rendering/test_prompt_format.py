@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from qlora_service.data.rendering.prompt_format import CUT_SEAM, EMPTY_PROMPT, with_turns
-from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules, render_report
+from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules
+from qlora_service.data.rendering.report import render_report
 from qlora_service.data.rendering.tokenizer_settings import PLAIN_TEMPLATE
 from qlora_service.data.rows.examples import Completion, Example, LabeledAnswer, Preference, SourceRow
 from tests.rendered_rows import NOW, PLAIN, chat, pair, render_one, trained_text

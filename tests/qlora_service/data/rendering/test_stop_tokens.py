@@ -147,7 +147,7 @@ def test_an_answer_without_a_base_that_stops_ends_with_the_templates_token(tiny_
 
 @pytest.mark.parametrize("document", [Completion("One, two,", " three"), Text("Once upon a time")])
 def test_plain_text_ends_with_the_eos_token(document: Document, tiny_model: Path, tmp_path: Path) -> None:
-    stops = stop_tokens(model_with(tiny_model, tmp_path / "model"), document)
+    stops = stop_tokens(model_with(tiny_model, tmp_path / "model"), document, prompt_format="plain")
     assert list(stops.trained) == list(stops.base) == ["<|endoftext|>"]
     assert list(stops.template) == ["<|im_end|>"]
     assert stops.eos is None

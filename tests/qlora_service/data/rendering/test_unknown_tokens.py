@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules, UnusableRow, render_report
+from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules, UnusableRow
+from qlora_service.data.rendering.report import render_report
 from qlora_service.data.rows.examples import Example, SourceRow
 from tests.rendered_rows import NOW, RULES, chat, pair
 from tests.unknown_tokens import build_model_with_unknown_tokens
