@@ -171,7 +171,7 @@ class CreateChatCompletion(_CompletionRequest):
                 message | {"weight": 0} if message.get("role") == "assistant" else message for message in self.messages
             ]
             notes: list[Note] = []
-            messages = [message for message, _ in read_turns(untrained, "/messages", OPENAI, notes)]
+            messages = [turn.message for turn in read_turns(untrained, "/messages", OPENAI, notes)]
             tools = None if self.tool_choice == "none" else read_tools({"tools": self.tools}, notes)
             for note in notes:  # a completion has no place for a warning
                 raise RowProblem(note.pointer, note.reason)

@@ -59,7 +59,8 @@ def locate_answers(template: ChatTemplate, conversation: Conversation, trained: 
             for index, is_trained in enumerate(trained)
             if is_trained
         }
-    is_plain = not conversation.tools and all(_is_plainly_rendered(message, text) for message in messages)
+    has_options = conversation.tools or conversation.documents or conversation.arguments
+    is_plain = not has_options and all(_is_plainly_rendered(message, text) for message in messages)
     if is_plain and None not in spans.values():
         result.spans = [span for found in spans.values() if found for span in found]
         return result
@@ -129,11 +130,7 @@ class _RenderedMarks:
             reason = _loss(entry, rendered.get(entry, 0), self._conversation.messages, trained)
             if reason is not None:
                 warnings.append(MessageWarning(entry.message, entry.pointer, reason))
-        for place, tool in enumerate(self._conversation.tools or ()):
-            name = _tool_name(tool)
-            if name and name not in self._text:
-                warnings.append(MessageWarning(None, f"/tools/{place}", "the chat template does not render this tool"))
-        return warnings
+        return warnings + _unrendered_options(self._conversation, self._text, self._template)
 
     def _has_structure_of(self, text: str) -> bool:
         if len(text) != len(self._text):
@@ -269,19 +266,43 @@ def _is_plainly_rendered(message: Message, text: str) -> bool:
 
 
 def _loss(entry: Field, rendered: int, messages: Sequence[Message], trained: Sequence[bool]) -> str | None:
-    """What the template leaves out of a field, and what follows from it; None where it renders all of it."""
-    if rendered >= entry.marks or not entry.marks:
+    """What the template leaves out of a field, and what to do; None where it renders all of it."""
+    if rendered >= entry.marks:
         return None
-    if entry.pointer.startswith("/content"):
-        what = "the message" if rendered == 0 else "a part of the message"
-        if "</think>" in str(messages[entry.message]["content"]):
-            what = "the thought in the message"
-    elif entry.pointer.startswith("/tool_calls"):
+    what, advice = "the message", "use a template that renders it"
+    if entry.pointer.startswith("/tool_calls"):
         what = "the tool call" if entry.pointer.endswith("/name") else "the arguments of the tool call"
-    else:
-        what = "the reasoning"
+        advice = "import the model with a template that renders tool calls"
+    elif not entry.pointer.startswith("/content") or "</think>" in str(messages[entry.message]["content"]):
+        what = "the thought in the message"
+        advice = "give it as reasoning_content, or use a template that renders thoughts"
+        if any(message["role"] == "assistant" for message in messages[entry.message + 1 :]):
+            advice = "templates of thinking models show the last answer's thought only; end a row with each thought"
+    elif rendered:
+        what = "a part of the message"
     consequence = "which is not trained" if trained[entry.message] else "which the model does not see"
-    return f"the chat template leaves out {what}, {consequence}"
+    return f"the chat template leaves out {what}, {consequence}: {advice}"
+
+
+def _unrendered_options(conversation: Conversation, text: str, template: ChatTemplate) -> list[MessageWarning]:
+    """The tools, documents and variables of a row that do not reach the text."""
+    reasons = [
+        (f"/tools/{place}", "the chat template does not render this tool: the model does not see it")
+        for place, tool in enumerate(conversation.tools or ())
+        if "tools" not in template.variables or ((name := _tool_name(tool)) and name not in text)
+    ]
+    reasons += [
+        (f"/documents/{place}", "the chat template does not render this document: the model does not see it")
+        for place, document in enumerate(conversation.documents or ())
+        if "documents" not in template.variables
+        or not any(isinstance(value, str) and value.strip() in text for value in document.values())
+    ]
+    reasons += [
+        (f"/chat_template_kwargs/{name}", f"the chat template has no variable {name}: it changes nothing")
+        for name in conversation.arguments or ()
+        if name not in template.variables
+    ]
+    return [MessageWarning(None, pointer, reason) for pointer, reason in reasons]
 
 
 def _tool_name(tool: Any) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -66,6 +67,8 @@ class ChatTemplate:
         environment.globals["strftime_now"] = now.strftime
         try:
             self._template = environment.from_string(source)
+            self.variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+            """Names that the template takes from its caller"""
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template does not compile: {error}") from None
 

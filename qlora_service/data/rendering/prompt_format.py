@@ -33,11 +33,11 @@ def with_turns(row: SourceRow) -> SourceRow:
     example: Example
     match row.example:
         case Completion() as answer:
-            example = _turns(answer)
+            example = _turns(answer, "/completion")
         case LabeledAnswer(Completion() as answer, desirable):
-            example = LabeledAnswer(_turns(answer), desirable)
+            example = LabeledAnswer(_turns(answer, "/completion"), desirable)
         case Preference(Completion() as answer, Completion() as rejected):
-            example = Preference(_turns(answer), _turns(rejected))
+            example = Preference(_turns(answer, "/chosen"), _turns(rejected, "/rejected"))
         case _:
             return row
     warnings = () if answer.prompt.strip() else (Finding(EMPTY_PROMPT, "/prompt", row.line, row.byte_offset),)
@@ -56,9 +56,9 @@ def cut_seams(row: SourceRow, encodings: Sequence[Encoding]) -> tuple[Finding, .
     return (Finding(CUT_SEAM, "/prompt", row.line, row.byte_offset),) if is_cut else ()
 
 
-def _turns(document: Completion) -> Chat:
+def _turns(document: Completion, answer_pointer: str) -> Chat:
     messages = {"role": "user", "content": document.prompt}, {"role": "assistant", "content": document.completion}
-    return Chat(messages, (False, True))
+    return Chat(messages, (False, True), text_pointers=("/prompt", answer_pointer))
 
 
 def _is_cut(encoding: Encoding, seam: int) -> bool:

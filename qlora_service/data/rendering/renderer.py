@@ -246,7 +246,7 @@ class Renderer:
         is_chat = isinstance(document, Chat)
         if not is_chat and self._bos is not None and ids[:1] != [self._bos]:
             ids, trained = [self._bos, *ids], [False, *trained]
-        warnings = _warnings(row, rendered)
+        warnings = _warnings(row, document, rendered)
         if self._eos is not None and ids and trained[-1] and ids[-1] not in self._end_ids(is_chat):
             if is_chat and not self._special_ids.isdisjoint(ids[1:]):
                 # The ids are those of transformers, because the model has learned its template's turns.
@@ -292,11 +292,13 @@ class Renderer:
         return token_id
 
 
-def _warnings(row: SourceRow, rendered: RenderedChat) -> list[Finding]:
+def _warnings(row: SourceRow, document: Document, rendered: RenderedChat) -> list[Finding]:
     """What is not trained as one would expect: of the row's form, and of the template's rendering."""
     warnings = list(row.warnings)
+    pointers = document.text_pointers if isinstance(document, Chat) else ()
     for message, pointer, reason in rendered.warnings:
-        place = pointer if message is None else f"/messages/{message}{pointer}"
+        text_pointer = pointers[message] if message is not None and pointers else ""
+        place = text_pointer if pointer.startswith("/content") else text_pointer.rpartition("/")[0] + pointer
         warnings.append(Finding(reason, place, row.line, row.byte_offset))
     return warnings
 

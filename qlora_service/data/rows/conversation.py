@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_service.data.json.strict import RowProblem, parse_json
 from qlora_service.data.rows.cells import Note, Notes, as_list, as_object, as_text, is_blank, json_type_name
 from qlora_service.data.rows.tools import read_tool_calls, sharegpt_calls
 
-Turn = tuple[dict[str, Any], bool]
-"""A message in OpenAI's form, and whether it is trained."""
+
+class Turn(NamedTuple):
+    """A message in OpenAI's form, whether it is trained, and the JSON pointer of its text in the row."""
+
+    message: dict[str, Any]
+    trained: bool
+    text_pointer: str
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def read_turn(turn: Any, pointer: str, dialect: Dialect, notes: Notes) -> Turn:
         if role != "assistant":
             raise RowProblem(f"{pointer}/tool_calls", "only an assistant message can call tools, and is trained to")
         message["tool_calls"] = calls
-    return message, trained
+    return Turn(message, trained, text_pointer)
 
 
 def messages_or_text(cell: Any) -> Any:
@@ -134,9 +139,9 @@ def messages_or_text(cell: Any) -> Any:
     return value if turns and all(map(_is_message, turns)) else cell
 
 
-def plain_turns(turns: Iterable[tuple[str, str]]) -> list[Turn]:
-    """The turns of (role, text) pairs; assistant turns are trained."""
-    return [({"role": role, "content": text}, role == "assistant") for role, text in turns]
+def plain_turn(role: str, text: str, pointer: str) -> Turn:
+    """The turn of a text at `pointer`; an assistant's is trained."""
+    return Turn({"role": role, "content": text}, role == "assistant", pointer)
 
 
 def said(message: dict[str, Any]) -> dict[str, Any]:

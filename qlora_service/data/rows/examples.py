@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_service.errors import Finding
@@ -41,6 +41,8 @@ class Chat:
     tools: tuple[dict[str, Any], ...] | None = None
     documents: tuple[dict[str, Any], ...] | None = None
     template_arguments: dict[str, Any] | None = None
+    text_pointers: tuple[str, ...] = field(default=(), compare=False)
+    """The JSON pointer of each message's text in the row"""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from qlora_service.data.rows.conversation import (
     Dialect,
     Turn,
     messages_or_text,
-    plain_turns,
+    plain_turn,
     read_turn,
     read_turns,
     said,
@@ -50,7 +50,7 @@ def read_labeled_answer(row: dict[str, Any], notes: Notes) -> LabeledAnswer:
     if messages is None:
         return LabeledAnswer(read_prompt_completion(row, notes), desirable)
     turns = read_turns(messages, "/messages", OPENAI, notes)
-    if not turns or turns[-1][0]["role"] != "assistant":
+    if not turns or turns[-1].message["role"] != "assistant":
         raise RowProblem("/messages", "must end with the assistant message that the label refers to")
     options = read_options(row, notes)
     return LabeledAnswer(chat_with_answer(turns[:-1], turns[-1:], "/messages", options), desirable)
@@ -98,7 +98,7 @@ def _pair(row: dict[str, Any], chosen: str, rejected: str, notes: Notes) -> Pref
         # Some datasets give the prompt as text in addition to two full conversations that begin with it.
         if both_lists and row[chosen][0] == row[rejected][0]:
             return _pair_of_conversations(row, chosen, rejected, notes)
-        prompt = plain_turns([("user", prompt_cell)])
+        prompt = [plain_turn("user", prompt_cell, "/prompt")]
     elif prompt_cell is not None:
         prompt = read_turns(prompt_cell, "/prompt", OPENAI, notes)
     elif json_cell(row, "conversations") is not None:
@@ -125,8 +125,8 @@ def _pair_of_conversations(row: dict[str, Any], chosen: str, rejected: str, note
         read_turns(row[column], f"/{column}", OPENAI, notes) for column in (chosen, rejected)
     )
     common = 0
-    for (of_chosen, _), (of_rejected, _) in zip(chosen_turns, rejected_turns, strict=False):
-        if said(of_chosen) != said(of_rejected):
+    for of_chosen, of_rejected in zip(chosen_turns, rejected_turns, strict=False):
+        if said(of_chosen.message) != said(of_rejected.message):
             break
         common += 1
     if common == len(chosen_turns) == len(rejected_turns):
@@ -155,7 +155,7 @@ def _chat(
     answer, pointer = row[column], f"/{column}"
     if isinstance(answer, str):
         require_not_blank(answer, pointer, "the answer")
-        turns = plain_turns([("assistant", answer)])
+        turns = [plain_turn("assistant", answer, pointer)]
     elif isinstance(answer, dict):
         turns = [read_turn(answer, pointer, dialect, notes)]
         _require_answer_roles(turns, pointer, None)
@@ -170,11 +170,12 @@ def _require_answer_roles(turns: list[Turn], pointer: str, first_index: int | No
 
     `first_index` is the index of the first turn in the list at `pointer`; None for a single message at `pointer`.
     """
-    for index, (message, _) in enumerate(turns):
-        if message["role"] != "assistant" and message["role"] not in TOOL_ROLES:
+    for index, turn in enumerate(turns):
+        role = turn.message["role"]
+        if role != "assistant" and role not in TOOL_ROLES:
             turn_pointer = pointer if first_index is None else f"{pointer}/{first_index + index}"
             raise RowProblem(
-                turn_pointer, f"an answer has the role assistant or tool, this message has the role {message['role']}"
+                turn_pointer, f"an answer has the role assistant or tool, this message has the role {role}"
             )
 
 

@@ -14,7 +14,7 @@ from qlora_service.data.rows.cells import (
     require_not_blank,
 )
 from qlora_service.data.rows.chat_options import ChatOptions, read_options
-from qlora_service.data.rows.conversation import OPENAI, SHAREGPT, Turn, messages_or_text, plain_turns, read_turns
+from qlora_service.data.rows.conversation import OPENAI, SHAREGPT, Turn, messages_or_text, plain_turn, read_turns
 from qlora_service.data.rows.examples import Chat, Completion, Text
 
 
@@ -34,12 +34,13 @@ def read_sharegpt(row: dict[str, Any], notes: Notes) -> Chat:
 
 
 def read_alpaca(row: dict[str, Any], notes: Notes) -> Chat:
-    turns = [*alpaca_prompt(row), *plain_turns([("assistant", _answer(row, "output"))])]
+    turns = [*alpaca_prompt(row), plain_turn("assistant", _answer(row, "output"), "/output")]
     return _conversation(turns, "/output", row, notes)
 
 
 def read_dolly(row: dict[str, Any], notes: Notes) -> Chat:
-    turns = plain_turns([("user", _instruction(row, "context")), ("assistant", _answer(row, "response"))])
+    question = plain_turn("user", _instruction(row, "context"), "/instruction")
+    turns = [question, plain_turn("assistant", _answer(row, "response"), "/response")]
     return _conversation(turns, "/response", row, notes)
 
 
@@ -49,10 +50,12 @@ def read_prompt_completion(row: dict[str, Any], notes: Notes) -> Completion | Ch
         return Completion(as_text(row["prompt"], "/prompt"), _answer(row, "completion"))
     # A conversation with a text as its answer, or a question with messages as the answer.
     before = (
-        plain_turns([("user", prompt)]) if isinstance(prompt, str) else read_turns(prompt, "/prompt", OPENAI, notes)
+        [plain_turn("user", prompt, "/prompt")]
+        if isinstance(prompt, str)
+        else read_turns(prompt, "/prompt", OPENAI, notes)
     )
     answer = (
-        plain_turns([("assistant", _answer(row, "completion"))])
+        [plain_turn("assistant", _answer(row, "completion"), "/completion")]
         if isinstance(completion, str)
         else read_turns(completion, "/completion", OPENAI, notes)
     )
@@ -71,14 +74,15 @@ def chat_with_answer(prompt: list[Turn], answer: list[Turn], pointer: str, optio
     Raises:
         RowProblem: no turn of the answer is trained either.
     """
-    if not any(trained for _, trained in answer):
+    if not any(turn.trained for turn in answer):
         raise RowProblem(pointer, "no assistant message to train")
     return Chat(
-        messages=tuple(message for message, _ in prompt + answer),
-        trained=(False,) * len(prompt) + tuple(trained for _, trained in answer),
+        messages=tuple(turn.message for turn in prompt + answer),
+        trained=(False,) * len(prompt) + tuple(turn.trained for turn in answer),
         tools=options.tools,
         documents=options.documents,
         template_arguments=options.template_arguments,
+        text_pointers=tuple(turn.text_pointer for turn in prompt + answer),
     )
 
 
@@ -90,7 +94,7 @@ def sharegpt_turns(row: dict[str, Any], notes: Notes) -> list[Turn]:
 
 def alpaca_prompt(row: dict[str, Any]) -> list[Turn]:
     """The turns before the answer: system, history, and the instruction with its input."""
-    turns = [("user", _instruction(row, "input"))]
+    turns = [plain_turn("user", _instruction(row, "input"), "/instruction")]
     history = json_cell(row, "history")
     for index, exchange in enumerate([] if history is None else as_list(history, "/history")):
         pointer = f"/history/{index}"
@@ -98,8 +102,8 @@ def alpaca_prompt(row: dict[str, Any]) -> list[Turn]:
             raise RowProblem(pointer, "must be a pair [user, assistant]")
         user, assistant = (as_text(text, f"{pointer}/{side}") for side, text in enumerate(exchange))
         require_not_blank(assistant, f"{pointer}/1", "the answer")
-        turns[-1:-1] = [("user", user), ("assistant", assistant)]
-    return [*_system_turn(optional_text(row, "system")), *plain_turns(turns)]
+        turns[-1:-1] = [plain_turn("user", user, f"{pointer}/0"), plain_turn("assistant", assistant, f"{pointer}/1")]
+    return [*_system_turn(optional_text(row, "system")), *turns]
 
 
 def _conversation(turns: list[Turn], pointer: str, row: dict[str, Any], notes: Notes) -> Chat:
@@ -108,7 +112,7 @@ def _conversation(turns: list[Turn], pointer: str, row: dict[str, Any], notes: N
 
 
 def _system_turn(text: str) -> list[Turn]:
-    return plain_turns([("system", text)] if text else [])
+    return [plain_turn("system", text, "/system")] if text else []
 
 
 def _instruction(row: dict[str, Any], extra_column: str) -> str:

@@ -129,7 +129,7 @@ def test_published_names_of_experts_are_accepted(directory: Any, names: list[str
     assert adapted(model) == {expected.get(name, name) for name in names}
 
 
-@pytest.mark.parametrize("name", MAMBA_MODULES)
+@pytest.mark.parametrize("name", sorted(MAMBA_MODULES))
 def test_modules_of_mamba_are_those_that_peft_refuses(directory: Any, name: str) -> None:
     base = load(directory("falcon_h1"))
     config = peft_config(Lora(target_modules=["q_proj"]), base)

@@ -16,7 +16,7 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "now", "arguments":
 
 def read(turn: Any, dialect: Dialect = OPENAI) -> tuple[dict[str, Any], bool, Notes]:
     notes: Notes = []
-    message, trained = read_turn(turn, "/messages/3", dialect, notes)
+    message, trained, _ = read_turn(turn, "/messages/3", dialect, notes)
     return message, trained, notes
 
 
