@@ -1,4 +1,4 @@
-"""Rows as people send them, from ../shared/cases: the text of transformers, and all that the model generates trained."""
+"""Rows as people send them, from ../shared/cases: text and ids of transformers, and what is trained of them."""
 
 from __future__ import annotations
 
