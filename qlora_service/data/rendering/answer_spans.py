@@ -70,10 +70,12 @@ def locate_answers(template: ChatTemplate, conversation: Conversation, trained: 
         if marks is not None and (found is None or not marks.is_rendered(index)):
             located = marks.spans(index)
         if located is None:
-            raise TemplateError(f"cannot tell which part of the rendered text is the answer in message {index}")
+            raise TemplateError(
+                f"cannot tell which part of the rendered text is the answer in message {index}, and would train a part "
+                "of the prompt: import the model with a template that has {% generation %} around the answers"
+            )
         result.spans += located
-    if marks is not None:
-        result.warnings = marks.warnings(trained)
+    result.warnings = _unrendered_options(conversation, text, template) if marks is None else marks.warnings(trained)
     return result
 
 
@@ -90,6 +92,8 @@ class _RenderedMarks:
     @classmethod
     def of(cls, template: ChatTemplate, conversation: Conversation, text: str) -> _RenderedMarks | None:
         """None where the template gives the marked conversation another structure."""
+        if MARKS.search(text):
+            return None
         try:
             rendered = cls(template, conversation, MarkedConversation.of(conversation.messages))
         except (TemplateError, Unmarkable):
