@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_service import specs
+from qlora_service.models.reach import unreached_layers
 from qlora_service.specs.adapter import LLAMA_ADAPTER_SKIPPED_LAYERS
 
 ADALORA_INITIAL_SHARE, ADALORA_FINAL_SHARE = 0.1, 0.5
@@ -45,7 +46,9 @@ def peft_config(adapter: specs.Adapter, base: torch.nn.Module, *, total_steps: i
     if config is not None:
         return config
     assert isinstance(adapter, specs.TargetedAdapter)
-    targets = adapter.target_modules
+    targets: str | list[str] = adapter.target_modules
+    if isinstance(targets, str) and (unreached := unreached_layers(base)):
+        targets = [name for name in _linear_layers(base) if name not in unreached]
     common: dict[str, Any] = {
         "task_type": TaskType.CAUSAL_LM,
         "target_modules": targets if isinstance(targets, str) else list(targets),
@@ -93,6 +96,16 @@ def last_name_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def _linear_layers(base: Any) -> list[str]:
+    """Full names of the layers that PEFT's "all-linear" selects."""
+    head = base.get_output_embeddings()
+    return [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    ]
+
+
 def _untargeted_config(adapter: specs.Adapter, base: Any) -> PeftConfig | None:
     task = TaskType.CAUSAL_LM
     match adapter:
@@ -132,7 +145,9 @@ def _lora_config(adapter: specs.Lora, base: torch.nn.Module, common: dict[str, A
 
 
 def _targets_tied_embedding(adapter: specs.Lora, base: torch.nn.Module) -> bool:
-    if not isinstance(base, PreTrainedModel) or not base.config.get_text_config().tie_word_embeddings:
+    if not isinstance(base, PreTrainedModel) or not getattr(
+        base.config.get_text_config(), "tie_word_embeddings", False
+    ):
         return False
     tied = [base.get_input_embeddings(), base.get_output_embeddings()]
     names = {last_name_part(name) for name, module in base.named_modules() if any(module is one for one in tied)}
