@@ -32,9 +32,10 @@ def unreached_layers(base: Any) -> frozenset[str]:
         return frozenset()
     layers = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
     was_training = base.training
-    base.eval()
+    base.train()  # some architectures read a weight directly only while they are trained
+    devices = [base.device] if base.device.type == "cuda" else []
     try:
-        with _recording(layers) as reached, torch.enable_grad():
+        with _recording(layers) as reached, torch.random.fork_rng(devices), torch.enable_grad():
             vocabulary = base.config.get_text_config().vocab_size
             ids = torch.arange(1, PROBE_TOKENS + 1, device=base.device) % vocabulary
             base(input_ids=ids[None], use_cache=False).logits.float().sum().backward()

@@ -35,7 +35,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots3_note": {"text_config": {"head_dim": 32}},
+    "dots3_note_text": {"head_dim": 32},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
     "gemma3n": {"text_config": _GEMMA_3N},
     "gemma3n_text": _GEMMA_3N,
@@ -79,7 +81,12 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 def build(model_type: str, path: Path) -> Path:
     """`path` as a model directory with random bf16 weights. Raises what transformers raises."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type)).to(torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type))
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            # Norms, biases and decays with an effect: many architectures start them at zero or one.
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    model = model.to(torch.bfloat16)
     model.save_pretrained(path)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=train_tokenizer(),

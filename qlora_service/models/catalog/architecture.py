@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Endings of the classes' names in transformers' causal-LM mapping.
-_CAUSAL_LM = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "GenerationDecoder", "ForConditionalGeneration")
+_CAUSAL_LM = ("ForCausalLM", "LMHeadModel", "GenerationDecoder", "ForConditionalGeneration")
 
 _STATE_SPACE = "has layers with a recurrent state and no attention"
 _UNSUPPORTED = {
@@ -15,6 +15,9 @@ _UNSUPPORTED = {
     "falcon_mamba": f"a Mamba model, which {_STATE_SPACE}",
     "rwkv": f"an RWKV model, which {_STATE_SPACE}",
     "xlstm": f"an xLSTM model, which {_STATE_SPACE}",
+    "gemma4_assistant": "a drafter for speculative decoding, which runs only beside another Gemma 4 model",
+    "gemma4_unified_assistant": "a drafter for speculative decoding, which runs only beside another Gemma 4 model",
+    "reformer": "a Reformer, whose attention is hashed at random and whose layers have a backward pass of their own",
     "blt": "a Byte Latent Transformer, which reads patches of bytes instead of tokens",
 }
 

@@ -53,6 +53,11 @@ def examine(config: dict[str, Any]) -> list[str]:
     ]
 
 
+def _decode_float(value: dict[str, Any]) -> Any:
+    """Infinity and NaN, which transformers writes as objects."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+
 def _leak(kind: Any, config: dict[str, Any]) -> float:
     """Largest change of a logit before the last token, when this token changes, over the largest logit.
 
@@ -79,7 +84,7 @@ def main() -> None:
     # The libraries read these when they are imported: no network, no progress bars, errors only.
     os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    print(json.dumps(examine(json.load(sys.stdin))))
+    print(json.dumps(examine(json.load(sys.stdin, object_hook=_decode_float))))
 
 
 if __name__ == "__main__":
