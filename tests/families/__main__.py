@@ -1,9 +1,9 @@
 """Every class in transformers' causal-LM mapping as a tiny random model: imported, posted, trained, certified.
 
-    python -m tests.families [--output FILE] [MODEL_TYPE …]
+    python -m tests.families [--output FILE] [--logs DIRECTORY] [MODEL_TYPE …]
 
-Prints a line per family and a summary, and writes them to a JSON file. Ends with code 1 if a family fails in the
-worker, crashes, or runs past its time limit.
+Prints a line per family and a summary, and writes them to a JSON file; `--logs` keeps each family's output. Ends with
+code 1 if a family fails in the worker, crashes, or runs past its time limit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.families._isolated import outcomes
-from tests.families._tiny import FAMILIES
+from tests.families.tiny import FAMILIES
 from tests.families._trial import Outcome
 
 BAD = {"failed in the worker", "crashed"}
@@ -24,12 +24,13 @@ BAD = {"failed in the worker", "crashed"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("families.json"))
+    parser.add_argument("--logs", type=Path)
     parser.add_argument("model_types", nargs="*", metavar="MODEL_TYPE")
     arguments = parser.parse_args()
     if unknown := set(arguments.model_types) - set(FAMILIES):
         parser.error(f"transformers has no causal language model of type {', '.join(sorted(unknown))}")
     found = []
-    for outcome in outcomes(arguments.model_types or sorted(FAMILIES)):
+    for outcome in outcomes(arguments.model_types or sorted(FAMILIES), arguments.logs):
         found.append(outcome)
         print(_line(outcome), flush=True)
     counts = Counter(outcome.result for outcome in found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -17,21 +18,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 with importing_torch():
-    from tests.families._tiny import FAMILIES
+    from tests.families.tiny import FAMILIES
     from tests.families._trial import Outcome, try_family
 
 LIMIT_S = 240
+LOG = "log"
 
 
-def outcomes(model_types: Sequence[str]) -> Iterator[Outcome]:
-    """The outcome of each family; one that ends its process or runs past `LIMIT_S` is "crashed"."""
+def outcomes(model_types: Sequence[str], logs: Path | None = None) -> Iterator[Outcome]:
+    """The outcome of each family; one that ends its process or runs past `LIMIT_S` is "crashed".
+
+    `logs` receives a file per family with what its process printed.
+    """
     for model_type in model_types:
         with tempfile.TemporaryDirectory(prefix="families-") as directory:
             yield _isolated(model_type, Path(directory))
+            if logs is not None:
+                logs.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(Path(directory, LOG), logs / f"{model_type}.log")
 
 
 def _isolated(model_type: str, directory: Path) -> Outcome:
-    result, log = directory / "outcome.json", directory / "log"
+    result, log = directory / "outcome.json", directory / LOG
     pid = os.fork()
     if pid == 0:
         _run(model_type, directory, result, log)
@@ -42,8 +50,6 @@ def _isolated(model_type: str, directory: Path) -> Outcome:
             os.waitpid(pid, 0)
             return Outcome(model_type, FAMILIES[model_type], "crashed", f"still running after {LIMIT_S} s")
         time.sleep(0.05)
-    if keep := os.environ.get("FAMILIES_LOGS"):
-        Path(keep, f"{model_type}.log").write_bytes(log.read_bytes())
     if ended[1] or not result.exists():
         tail = log.read_text(errors="replace").strip().splitlines()[-1:]
         return Outcome(model_type, FAMILIES[model_type], "crashed", f"wait status {ended[1]}: {' '.join(tail)}")

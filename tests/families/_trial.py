@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from qlora_service.errors import QLoRAError
 from qlora_service.models.base.quantized_cache import QuantizedCache
-from tests.families._tiny import FAMILIES, build
+from tests.families.tiny import FAMILIES, build
 from tests.workers.trainer._attempts import make_inputs, run
 from tests.workspace import ROWS, Workspace
 from workers.trainer.trainer import as_failure

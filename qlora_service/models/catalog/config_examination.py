@@ -42,7 +42,7 @@ def examine(config: dict[str, Any]) -> list[str]:
         parsed = kind.from_dict(config)
     except Exception as error:  # noqa: BLE001 - configs validate themselves in any way
         return [f"transformers {transformers.__version__} cannot read config.json: {error}"]
-    if _leak(kind, config) <= TOLERANCE:
+    if _leak(parsed) <= TOLERANCE:
         return []
     remedy = "choose a decoder, such as Llama, Qwen or Gemma"
     if getattr(parsed, "is_decoder", None) is False:
@@ -58,7 +58,7 @@ def _decode_float(value: dict[str, Any]) -> Any:
     return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
-def _leak(kind: Any, config: dict[str, Any]) -> float:
+def _leak(config: Any) -> float:
     """Largest change of a logit before the last token, when this token changes, over the largest logit.
 
     0 for a model whose miniature cannot be built or run.
@@ -71,12 +71,13 @@ def _leak(kind: Any, config: dict[str, Any]) -> float:
     changed = ids.clone()
     changed[0, -1] += 1
     try:
-        model = AutoModelForCausalLM.from_config(kind.from_dict(miniature(config)), dtype=torch.float32).eval()
+        small = type(config).from_dict(miniature(config.to_dict()))
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
         with torch.no_grad():
             logits, others = (model(input_ids=row, use_cache=False).logits[0, :-1] for row in (ids, changed))
         return float((logits - others).abs().max() / logits.abs().max())
     except Exception as error:  # noqa: BLE001 - the miniature of an unusual config may fail anywhere
-        log.warning("miniature_failed", model_type=config["model_type"], error=str(error))
+        log.warning("miniature_failed", model_type=config.model_type, error=str(error))
         return 0.0
 
 

@@ -12,6 +12,7 @@ import torch
 from qlora_service.errors import InvalidModel
 from qlora_service.models.base.quantize import base_fingerprint, dequantized_weight, guard_linear4bit, load_base
 from qlora_service.specs import Quantization
+from tests.families.tiny import build
 
 CPU = torch.device("cpu")
 
@@ -21,6 +22,18 @@ INT8 = Quantization(type="int8")
 
 def linear4bit_layers(model: torch.nn.Module) -> list[bnb.nn.Linear4bit]:
     return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_weights_that_the_architecture_reads_itself_stay_unquantized(
+    tmp_path: Path, kind: Literal["nf4", "int8"]
+) -> None:
+    base = load_base(build("longcat_flash", tmp_path / "base"), Quantization(type=kind), torch.float32, CPU)
+    quantized = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    unquantized = {name.rpartition(".")[2] for name, module in layers.items() if not isinstance(module, quantized)}
+    assert unquantized == {"lm_head", "classifier"}
+    assert torch.isfinite(base(input_ids=IDS).logits).all()
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
