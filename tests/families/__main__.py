@@ -15,8 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 from tests.families._isolated import outcomes
-from tests.families.tiny import FAMILIES
 from tests.families._trial import Outcome
+from tests.families.tiny import FAMILIES
 
 BAD = {"failed in the worker", "crashed"}
 

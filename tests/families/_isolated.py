@@ -18,8 +18,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 with importing_torch():
-    from tests.families.tiny import FAMILIES
     from tests.families._trial import Outcome, try_family
+    from tests.families.tiny import FAMILIES
 
 LIMIT_S = 240
 LOG = "log"

@@ -13,6 +13,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -41,8 +42,7 @@ def load_base(
     Raises:
         InvalidModel: transformers cannot load the directory.
     """
-    model_type = json.loads((model_dir / "config.json").read_bytes()).get("model_type")
-    config = bitsandbytes_config(quantization, compute_dtype, model_type)
+    config = bitsandbytes_config(quantization, compute_dtype, _model_type(model_dir))
     return _load(model_dir, compute_dtype, device, {} if config is None else {"quantization_config": config})
 
 
@@ -133,6 +133,12 @@ def base_fingerprint(model: PreTrainedModel) -> str:
     return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
 
 
+def _model_type(model_dir: Path) -> str | None:
+    """The type in config.json; None without this file, which `_load` reports."""
+    path = model_dir / "config.json"
+    return json.loads(path.read_bytes()).get("model_type") if path.is_file() else None
+
+
 class _DequantizedMatmulState(bnb.MatmulLtState):
     """Int8 state with which a CPU multiplies by dequantized weights in evaluation too, not in training only."""
 
@@ -154,7 +160,7 @@ def _load(
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise InvalidModel(f"the base model at {model_dir.name} cannot be loaded: {error}") from error
     if missing := sorted(loading_info["missing_keys"]):
         # transformers would continue with random weights in their place.

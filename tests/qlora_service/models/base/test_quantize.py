@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -74,6 +75,13 @@ def test_fingerprint_is_the_same_for_the_same_weights_and_differs_for_others(tin
 def test_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidModel, match="cannot be loaded"):
         load_base(tmp_path, Quantization(), torch.float32, CPU)
+
+
+def test_config_that_transformers_cannot_read_is_refused(model_directory: Path) -> None:
+    config = json.loads((model_directory / "config.json").read_bytes()) | {"num_hidden_layers": "two"}
+    (model_directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidModel, match=r"cannot be loaded: .*num_hidden_layers"):
+        load_base(model_directory, Quantization(), torch.float32, CPU)
 
 
 def test_guard_sets_the_precision_of_the_backward(tiny_model: Path) -> None:
