@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from typing import Any
 
@@ -18,6 +19,7 @@ import structlog
 from qlora_service.models.catalog.miniature import VOCABULARY, miniature
 from qlora_service.process.startup import end_process, importing_torch
 
+_PACKAGE = re.compile(r"requires the (\S+) library")
 log = structlog.get_logger(__name__)
 
 PROBE_TOKENS = 20
@@ -42,8 +44,15 @@ def examine(config: dict[str, Any]) -> list[str]:
         parsed = kind.from_dict(config)
     except Exception as error:  # noqa: BLE001 - configs validate themselves in any way
         return [f"transformers {transformers.__version__} cannot read config.json: {error}"]
-    if _leak(parsed) <= TOLERANCE:
-        return []
+    try:
+        if not _leak(parsed) > TOLERANCE:  # also for NaN
+            return []
+    except ImportError as error:
+        packages = sorted(set(_PACKAGE.findall(str(error)))) or [str(error).strip()]
+        return [
+            f"transformers loads {config['architectures'][0]} only with packages that are not installed here: "
+            f"{', '.join(packages)}; install them, or choose another model"
+        ]
     remedy = "choose a decoder, such as Llama, Qwen or Gemma"
     if getattr(parsed, "is_decoder", None) is False:
         remedy += ", or set is_decoder to true in config.json if it was trained as a decoder"
@@ -61,7 +70,7 @@ def _decode_float(value: dict[str, Any]) -> Any:
 def _leak(config: Any) -> float:
     """Largest change of a logit before the last token, when this token changes, over the largest logit.
 
-    0 for a model whose miniature cannot be built or run.
+    0 for a model whose miniature cannot be built or run. Raises: ImportError, when it needs further packages.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -76,6 +85,8 @@ def _leak(config: Any) -> float:
         with torch.no_grad():
             logits, others = (model(input_ids=row, use_cache=False).logits[0, :-1] for row in (ids, changed))
         return float((logits - others).abs().max() / logits.abs().max())
+    except ImportError:
+        raise
     except Exception as error:  # noqa: BLE001 - the miniature of an unusual config may fail anywhere
         log.warning("miniature_failed", model_type=config.model_type, error=str(error))
         return 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 from pathlib import Path
@@ -41,6 +42,14 @@ def findings(config: dict[str, Any]) -> list[str]:
 def test_config_is_refused_in_words(config: dict[str, Any], words: str) -> None:
     (finding,) = findings(config)
     assert words in finding
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
+def test_model_that_needs_further_packages_is_refused_with_their_names() -> None:
+    (finding,) = findings({"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"]})
+    assert "only with packages that are not installed here: " in finding
+    assert "timm" in finding
 
 
 @pytest.mark.slow
