@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_service import specs
-from qlora_service.models.reach import unreached_layers
+from qlora_service.models.reach import useless_layers
 from qlora_service.specs.adapter import LLAMA_ADAPTER_SKIPPED_LAYERS
 
 ADALORA_INITIAL_SHARE, ADALORA_FINAL_SHARE = 0.1, 0.5
@@ -47,8 +47,8 @@ def peft_config(adapter: specs.Adapter, base: torch.nn.Module, *, total_steps: i
         return config
     assert isinstance(adapter, specs.TargetedAdapter)
     targets: str | list[str] = adapter.target_modules
-    if isinstance(targets, str) and (unreached := unreached_layers(base)):
-        targets = [name for name in _linear_layers(base) if name not in unreached]
+    if isinstance(targets, str) and (useless := useless_layers(base)):
+        targets = [name for name in _linear_layers(base) if name not in useless]
     common: dict[str, Any] = {
         "task_type": TaskType.CAUSAL_LM,
         "target_modules": targets if isinstance(targets, str) else list(targets),

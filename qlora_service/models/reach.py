@@ -1,6 +1,8 @@
-"""The linear layers of a base that a loss reaches: an adapter on any other layer would never be trained.
+"""The linear layers of a base on which an adapter would be of no use.
 
-Examples are the vision tower of a model that is trained on text, a pooler, and an indexer, whose output selects keys.
+No loss on text reaches a vision tower, a pooler, or an indexer, whose output selects keys. And PEFT 0.21 renames the
+keys of an adapter that it loads by transformers' patterns for published weights: where a pattern matches the loaded
+model's own names too, these weights are lost.
 """
 
 from __future__ import annotations
@@ -12,25 +14,35 @@ from typing import Any
 
 import structlog
 import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import build_peft_weight_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from qlora_service.models.catalog.architecture import ROUTINE_TYPES
 
 log = structlog.get_logger(__name__)
 
+NAME = "default"
+"""PEFT's name of an adapter without a name"""
 PROBE_TOKENS = 12
 _EXPERT = re.compile(r"(?<=\bexperts\.)\d+")
+
+
+def useless_layers(base: Any) -> frozenset[str]:
+    """Full names of the linear layers whose adapter would not be trained, or not loaded; none in `ROUTINE_TYPES`."""
+    if base.config.model_type in ROUTINE_TYPES:
+        return frozenset()
+    return unreached_layers(base) | unloadable_layers(base)
 
 
 def unreached_layers(base: Any) -> frozenset[str]:
     """Full names of the base's linear layers without a gradient, by one backward pass over a few tokens.
 
-    Experts count together, because a few tokens are routed to some of them. Empty for `ROUTINE_TYPES`, and for a base
-    that the pass fails on.
+    Experts count together, because a few tokens are routed to some of them. Empty for a base that the pass fails on.
     """
-    if base.config.model_type in ROUTINE_TYPES:
-        return frozenset()
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
+    layers = _linear_layers(base)
     was_training = base.training
     base.train()  # some architectures read a weight directly only while they are trained
     devices = [base.device] if base.device.type == "cuda" else []
@@ -48,6 +60,26 @@ def unreached_layers(base: Any) -> frozenset[str]:
         base.train(was_training)
     kinds = {_EXPERT.sub("*", name) for name in reached}
     return frozenset(name for name in layers if _EXPERT.sub("*", name) not in kinds)
+
+
+def unloadable_layers(base: Any) -> frozenset[str]:
+    """Full names of the base's linear layers whose LoRA weights PEFT would load under other names."""
+    if get_checkpoint_conversion_mapping(base.config.model_type) is None:
+        return frozenset()
+    conversions = build_peft_weight_mapping(get_model_conversion_mapping(base), NAME, LoraConfig()) or []
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    unloadable = set()
+    for name in _linear_layers(base):
+        key = f"base_model.model.{name}.lora_A.weight"
+        renamed = rename_source_key(key, renamings, converters)[0]
+        if not key.endswith(renamed.replace(f".{NAME}", "")):  # PEFT undoes the removal of a prefix
+            unloadable.add(name)
+    return frozenset(unloadable)
+
+
+def _linear_layers(base: Any) -> dict[str, torch.nn.Module]:
+    return {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
 
 
 @contextmanager

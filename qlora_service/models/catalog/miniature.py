@@ -21,7 +21,8 @@ _LARGEST = (
     | dict.fromkeys(
         ("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "embedding_size", "word_embed_proj_dim",
          "input_embedding_size", "output_embedding_size", "attention_hidden_size", "lru_width", "dim",
-         "backbone_hidden_size", "dim_model_base", "adapter_in_dim", "adapter_out_dim"),
+         "backbone_hidden_size", "dim_model_base", "adapter_in_dim", "adapter_out_dim", "adapter_input_size",
+         "adapter_output_size"),
         HIDDEN,
     )
     | dict.fromkeys(

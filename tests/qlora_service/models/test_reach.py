@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from qlora_service.models.adapters import attach_adapter
-from qlora_service.models.reach import unreached_layers
+from qlora_service.models.adapters import attach_adapter, load_adapter, save_adapter
+from qlora_service.models.reach import unloadable_layers, unreached_layers
 from qlora_service.specs import Lora
 from tests.families.tiny import tiny_config
 
@@ -32,6 +34,24 @@ def test_layers_that_a_loss_does_not_reach_are_found(model_type: str, part: str)
 @pytest.mark.parametrize("model_type", ["bloom", "mixtral", "jetmoe", "olmo3"])
 def test_every_layer_of_a_text_decoder_is_reached(model_type: str) -> None:
     assert not unreached_layers(base_of(model_type))
+
+
+@pytest.mark.parametrize("model_type", ["laguna", "inkling2_text"])
+def test_layers_whose_adapter_peft_does_not_load_are_found(model_type: str, tmp_path: Path) -> None:
+    base = base_of(model_type)
+    unloadable = unloadable_layers(base)
+    assert unloadable
+    names = [*sorted(unloadable)[:1], "o_proj"]
+    save_adapter(get_peft_model(base, LoraConfig(target_modules=names)), tmp_path, "base", None)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        PeftModel.from_pretrained(base_of(model_type), tmp_path)
+    save_adapter(attach_adapter(base_of(model_type), Lora(r=4), seed=0), tmp_path, "base", None)
+    load_adapter(base_of(model_type), tmp_path)  # warnings are errors
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3", "mixtral", "glm4_moe", "qwen3_5"])
+def test_renamed_weights_that_peft_loads_are_kept(model_type: str) -> None:
+    assert not unloadable_layers(base_of(model_type))
 
 
 def test_the_probe_leaves_mode_values_and_random_numbers_unchanged() -> None:
