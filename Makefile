@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-fast chaos check bench serve clean docs lock image-test format
+.PHONY: install demo test test-fast chaos check families bench serve clean docs lock image-test format
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -44,6 +44,9 @@ check: install  ## Lint, formatting, types, import contracts, Dockerfile, compos
 	$(BIN)/hadolint --config docker/.hadolint.yaml docker/Dockerfile
 	$(BIN)/docker-compose -f deploy/compose.yaml config -q
 	$(BIN)/docker-compose -f deploy/compose.yaml -f deploy/compose.cpu.yaml config -q
+
+families: install  ## Every causal-LM class of transformers, tiny: trained and certified, or refused (half an hour)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.families --output families.json
 
 bench: install  ## Benchmarks, alone on the machine: make bench NAME=data
 	$(BIN)/python -m tests.benchmarks $(NAME)

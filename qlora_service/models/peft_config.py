@@ -130,7 +130,9 @@ def _lora_config(adapter: specs.Lora, base: torch.nn.Module, common: dict[str, A
 
 
 def _targets_tied_embedding(adapter: specs.Lora, base: torch.nn.Module) -> bool:
-    if not isinstance(base, PreTrainedModel) or not base.config.get_text_config().tie_word_embeddings:
+    if not isinstance(base, PreTrainedModel) or not getattr(
+        base.config.get_text_config(), "tie_word_embeddings", False
+    ):
         return False
     tied = [base.get_input_embeddings(), base.get_output_embeddings()]
     names = {last_name_part(name) for name, module in base.named_modules() if any(module is one for one in tied)}

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_service import specs
 from qlora_service.errors import Finding, InvalidSpec
+from qlora_service.models.reach import useless_layers
 
 HYBRID_MODELS = {"falcon_h1", "nemotron_h"}
 MAMBA_MODULES = {"conv1d", "out_proj"}
@@ -45,7 +46,8 @@ def last_name_part(name: str) -> str:
 def all_linear(base: torch.nn.Module) -> list[str] | None:
     """Full names of the linear layers that "all-linear" selects; None if PEFT's own selection is the same."""
     names = list(_linear_layers(base))
-    adaptable = [name for name in names if _is_adaptable(base, name)]
+    useless = useless_layers(base)
+    adaptable = [name for name in names if name not in useless and _is_adaptable(base, name)]
     return None if len(adaptable) == len(names) else adaptable
 
 

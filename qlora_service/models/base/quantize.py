@@ -6,12 +6,14 @@ bitsandbytes has the kernels. The guards here correct settings with which it wou
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -21,6 +23,12 @@ from qlora_service.specs import Quantization
 
 FINGERPRINT_TOKENS = 32
 """Number of token ids of the fingerprint. Any ids will do, if they are the same at loading and at certification."""
+WEIGHTS_READ_DIRECTLY = {
+    "gemma3n": ("prediction_coefs", "correction_coefs"),
+    "gemma3n_text": ("prediction_coefs", "correction_coefs"),
+    "longcat_flash": ("classifier",),
+}
+"""Linear layers by model type whose weight the architecture reads itself: they stay unquantized (transformers 5.23)"""
 INT8_MAX = 127.0
 """bitsandbytes' code for the largest int8 weight of a row."""
 
@@ -28,12 +36,13 @@ INT8_MAX = 127.0
 def load_base(
     model_dir: Path, quantization: Quantization, compute_dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The base model, frozen, on `device`; every linear layer except the output head has the given quantization.
+    """The base model, frozen, on `device`; every linear layer has the given quantization, except the output head
+    and `WEIGHTS_READ_DIRECTLY`.
 
     Raises:
         InvalidModel: transformers cannot load the directory.
     """
-    config = bitsandbytes_config(quantization, compute_dtype)
+    config = bitsandbytes_config(quantization, compute_dtype, _model_type(model_dir))
     return _load(model_dir, compute_dtype, device, {} if config is None else {"quantization_config": config})
 
 
@@ -49,18 +58,25 @@ def load_quantized(directory: Path, compute_dtype: torch.dtype, device: torch.de
         return _load(directory, compute_dtype, device, {})
 
 
-def bitsandbytes_config(quantization: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def bitsandbytes_config(
+    quantization: Quantization, compute_dtype: torch.dtype, model_type: str | None
+) -> BitsAndBytesConfig | None:
+    """transformers' configuration of the quantization for models of this type; None for no quantization."""
+    read_directly = WEIGHTS_READ_DIRECTLY.get(model_type or "")
+    # A list replaces transformers' own, which has the output head.
+    unquantized = None if read_directly is None else ["lm_head", *read_directly]
     if quantization.type == "none":
         return None
     if quantization.type == "int8":
         # With a threshold above 0, one larger activation anywhere in the batch moves its whole column to 16 bits:
         # a row's logits would depend on its neighbors (by 0.012 with the default of 6.0).
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=unquantized)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=unquantized,
     )
 
 
@@ -117,6 +133,12 @@ def base_fingerprint(model: PreTrainedModel) -> str:
     return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
 
 
+def _model_type(model_dir: Path) -> str | None:
+    """The type in config.json; None without this file, which `_load` reports."""
+    path = model_dir / "config.json"
+    return json.loads(path.read_bytes()).get("model_type") if path.is_file() else None
+
+
 class _DequantizedMatmulState(bnb.MatmulLtState):
     """Int8 state with which a CPU multiplies by dequantized weights in evaluation too, not in training only."""
 
@@ -138,7 +160,7 @@ def _load(
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise InvalidModel(f"the base model at {model_dir.name} cannot be loaded: {error}") from error
     if missing := sorted(loading_info["missing_keys"]):
         # transformers would continue with random weights in their place.

@@ -31,6 +31,7 @@ from qlora_service.models.catalog.inspection import (
     WEIGHTS,
     WEIGHTS_INDEX,
     ModelFacts,
+    check_causality,
     inspect_model,
 )
 from qlora_service.models.catalog.safetensors_header import read_header
@@ -250,10 +251,12 @@ def _convert_gguf(file: Path, staged: staging.Staging) -> None:
                 f"{file} is not a GGUF file: give a GGUF file, or the directory of a Hugging Face model instead"
             )
     _run_conversion(["gguf", str(file.resolve()), str(staged.path)], staged, str(file))
+    check_causality(staged.path, str(file))
 
 
 def _copy(directory: Path, staged: staging.Staging, label: str) -> None:
     facts = inspect_model(directory, label)
+    check_causality(directory, label)
     for path in directory.iterdir():
         is_copied = (
             path.suffix in _COPIED_SUFFIXES or path.name in _COPIED_NAMES or path.name.startswith(_COPIED_PREFIXES)

@@ -16,8 +16,11 @@ from qlora_service.data.rendering.tokenizer_settings import (
     tokenizer_settings,
 )
 from qlora_service.errors import Finding, InvalidModel
+from qlora_service.models.catalog.architecture import architecture_findings, model_sizes
+from qlora_service.models.catalog.causality import causality_findings
 from qlora_service.models.catalog.safetensors_header import TensorEntry, read_header
 
+CONFIG = "config.json"
 TOKENIZER_JSON = "tokenizer.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -30,22 +33,6 @@ PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 CODE_KEYS = {"auto_map", "custom_pipelines", "trust_remote_code"}
 # Left by `git clone` and the hub client; nothing in these directories is read or copied.
 IGNORED_DIRECTORIES = {".git", ".cache"}
-
-# The names in config.json by field of `ModelFacts`: transformers', then those of GPT-2 and its descendants.
-_SIZE_NAMES = {
-    "vocab_size": ("vocab_size",),
-    "hidden_size": ("hidden_size", "n_embd", "d_model", "n_embed"),
-    "num_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
-    "max_positions": ("max_position_embeddings", "n_positions", "max_seq_len"),
-}
-
-UNLIMITED_TYPES = {"bloom", "recurrent_gemma"}
-"""Model types without a longest sequence, in config.json and in fact: ALiBi, or a window and a state.
-
-Mamba, RWKV and xLSTM have none either, but their layers support no quantized weights or no adapters.
-"""
-UNLIMITED_POSITIONS = 1 << 20
-"""Their `max_positions`: the largest max_seq_len_tokens of a job."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +74,12 @@ def inspect_model(directory: Path, label: str) -> ModelFacts:
         findings += _executable_content(path, name)
         if path.suffix == ".json":
             documents[name] = _read_object(path, name, findings)
-    findings += _config_findings(names, documents)
+    config_findings = _config_findings(names, documents)
+    findings += config_findings
     findings += _tokenizer_findings(root, names)
     settings = tokenizer_settings(documents, root / CHAT_TEMPLATE, findings)
-    sizes = _model_sizes(documents, findings)
+    # The sizes of an unsupported architecture have other names.
+    sizes = {} if config_findings else model_sizes(documents["config.json"], findings)
     weight_files = _weight_files(names, documents, headers, findings)
     _raise_if_any(findings, label)
     config = documents["config.json"]
@@ -109,7 +98,7 @@ def inspect_settings(directory: Path, label: str) -> None:
 
     Raises:
         InvalidModel: a JSON file names code to run or has settings that rendering cannot use, or the model is
-            quantized or an adapter.
+            quantized, an adapter, or no causal language model.
     """
     findings: list[str] = []
     paths = sorted(directory.glob("*.json"))
@@ -117,6 +106,12 @@ def inspect_settings(directory: Path, label: str) -> None:
     findings += _config_findings(set(documents), documents)
     tokenizer_settings(documents, directory / CHAT_TEMPLATE, findings)
     _raise_if_any(findings, label)
+    check_causality(directory, label)
+
+
+def check_causality(directory: Path, label: str) -> None:
+    """Raises: InvalidModel, when the model of the directory's config.json is no causal language model in fact."""
+    _raise_if_any(causality_findings((directory / CONFIG).read_bytes()), label)
 
 
 def _raise_if_any(findings: list[str], label: str) -> None:
@@ -210,22 +205,13 @@ def _config_findings(names: set[str], documents: dict[str, Any]) -> list[str]:
     if "config.json" not in names:
         return ["config.json is missing"]
     config = documents.get("config.json", {})
-    findings = []
+    findings = architecture_findings(config)
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         findings.append(
             f"config.json says the weights are already quantized ({method or 'unknown method'}): "
             "import the original, which this service quantizes itself"
         )
-    if not isinstance(config.get("model_type"), str):
-        findings.append("config.json has no model_type")
-    architectures = config.get("architectures")
-    if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
-        findings.append("config.json has no architectures")
-    elif config.get("is_encoder_decoder") or not architectures[0].endswith(
-        ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    ):
-        findings.append(f"config.json has the architecture {architectures[0]}, which is no causal language model")
     return findings
 
 
@@ -241,25 +227,6 @@ def _tokenizer_findings(root: Path, names: set[str]) -> list[str]:
     except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
         return [f"tokenizer.json is not a tokenizer: {error}"]
     return []
-
-
-def _model_sizes(documents: dict[str, Any], findings: list[str]) -> dict[str, int]:
-    config = documents.get("config.json")
-    if not config:
-        return {}
-    # Models that also read images have the language model's sizes in `text_config`.
-    text_config = config.get("text_config")
-    config = {**config, **text_config} if isinstance(text_config, dict) else config
-    sizes = {}
-    for field, names in _SIZE_NAMES.items():
-        value = next((config[name] for name in names if name in config), None)
-        if value is None and field == "max_positions" and config.get("model_type") in UNLIMITED_TYPES:
-            value = UNLIMITED_POSITIONS
-        if type(value) is int and value > 0:
-            sizes[field] = value
-        else:
-            findings.append(f"config.json has no {names[0]}")
-    return sizes
 
 
 def _weight_files(

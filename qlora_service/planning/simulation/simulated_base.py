@@ -41,7 +41,9 @@ def simulated_base(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config_class.from_dict(values), dtype=compute_dtype, trust_remote_code=False
         )
-        if (quantization_config := bitsandbytes_config(quantization, compute_dtype)) is not None:
+        if (
+            quantization_config := bitsandbytes_config(quantization, compute_dtype, model.config.model_type)
+        ) is not None:
             quantizer = AutoHfQuantizer.from_config(quantization_config)
             quantizer.preprocess_model(model=model, device_map={"": META})
             for module in model.modules():

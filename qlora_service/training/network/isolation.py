@@ -47,11 +47,13 @@ def per_document_attention(
     documents' lengths; without it, as in generation, this is transformers' own attention.
 
     Raises:
-        ValueError: the architecture changes its scores in another way than by a mask.
+        ValueError: the architecture changes its scores, or brings a mask of its own.
     """
     lengths: Sequence[int] | None = kwargs.pop(DOCUMENT_LENGTHS, None)
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if attention_mask is not None:
+        raise ValueError("attention with a mask of the architecture's own is not supported")
     if unsupported := [name for name in SCORE_ARGUMENTS if kwargs.get(name) is not None]:
         raise ValueError(f"attention with {', '.join(unsupported)} is not supported")
     shape = AttentionShape(

@@ -122,5 +122,6 @@ def isolating_arguments(model: torch.nn.Module, batch: MicroBatch) -> dict[str, 
 def forward(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Logits (N, vocabulary) at the positions whose next token is trained."""
     output = model(input_ids=batch.input_ids, logits_to_keep=batch.predictors, **isolating_arguments(model, batch))
-    logits: torch.Tensor = output.logits  # (1, N, vocabulary)
-    return logits[0]
+    logits: torch.Tensor = output.logits[0]  # (N, vocabulary)
+    # Some architectures ignore `logits_to_keep`; no document's last token is a predictor, so that N < T.
+    return logits[batch.predictors] if len(logits) > len(batch.predictors) else logits

@@ -46,13 +46,13 @@ def service(make_service: Callable[..., Service], checked_adapters: Path) -> Ser
 
 
 def test_job_that_leaves_experts_out_is_queued_with_one_warning(service: Service) -> None:
-    (warning,) = submit(service, base_model="gpt_oss", dataset={"rows": ROWS}).warnings
+    (warning,) = submit(service, base_model="gpt_oss", dataset={"rows": ROWS}).job.warnings
     assert "% of the base's weights (the routed experts: model.layers.*.mlp.experts.gate_up_proj, " in warning
     assert "get no adapter" in warning
 
 
 def test_job_on_a_hybrid_names_the_modules_that_are_left_out(service: Service) -> None:
-    (warning,) = submit(service, base_model="falcon_h1", dataset={"rows": ROWS}).warnings
+    (warning,) = submit(service, base_model="falcon_h1", dataset={"rows": ROWS}).job.warnings
     assert "(model.layers.*.mamba.out_proj.weight) get no adapter" in warning
 
 
@@ -72,7 +72,7 @@ def test_module_that_cannot_be_adapted_is_refused_with_modules_that_can(
 
 def test_named_modules_that_can_be_adapted_give_no_warning(service: Service) -> None:
     adapter = {"target_modules": ["q_proj", "in_proj"]}
-    assert submit(service, base_model="falcon_h1", dataset={"rows": ROWS}, adapter=adapter).warnings == ()
+    assert submit(service, base_model="falcon_h1", dataset={"rows": ROWS}, adapter=adapter).job.warnings == []
 
 
 def test_plan_counts_what_is_adapted_and_says_what_is_not(service: Service) -> None:

@@ -41,7 +41,7 @@ def test_one_row_with_such_a_token_refuses_the_job(service: Service, embeddings:
 
 @pytest.mark.usefixtures("embeddings")
 def test_rows_without_such_a_token_are_trained(service: Service) -> None:
-    assert submit(service, base_model="unknown", dataset={"rows": ROWS}).warnings == ()
+    assert submit(service, base_model="unknown", dataset={"rows": ROWS}).job.warnings == []
 
 
 @pytest.mark.usefixtures("embeddings")

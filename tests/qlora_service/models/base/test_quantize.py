@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ import torch
 from qlora_service.errors import InvalidModel
 from qlora_service.models.base.quantize import base_fingerprint, dequantized_weight, guard_linear4bit, load_base
 from qlora_service.specs import Quantization
+from tests.families.tiny import build
 
 CPU = torch.device("cpu")
 
@@ -21,6 +23,18 @@ INT8 = Quantization(type="int8")
 
 def linear4bit_layers(model: torch.nn.Module) -> list[bnb.nn.Linear4bit]:
     return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_weights_that_the_architecture_reads_itself_stay_unquantized(
+    tmp_path: Path, kind: Literal["nf4", "int8"]
+) -> None:
+    base = load_base(build("longcat_flash", tmp_path / "base"), Quantization(type=kind), torch.float32, CPU)
+    quantized = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    unquantized = {name.rpartition(".")[2] for name, module in layers.items() if not isinstance(module, quantized)}
+    assert unquantized == {"lm_head", "classifier"}
+    assert torch.isfinite(base(input_ids=IDS).logits).all()
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -61,6 +75,13 @@ def test_fingerprint_is_the_same_for_the_same_weights_and_differs_for_others(tin
 def test_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidModel, match="cannot be loaded"):
         load_base(tmp_path, Quantization(), torch.float32, CPU)
+
+
+def test_config_that_transformers_cannot_read_is_refused(model_directory: Path) -> None:
+    config = json.loads((model_directory / "config.json").read_bytes()) | {"num_hidden_layers": "two"}
+    (model_directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidModel, match=r"cannot be loaded: .*num_hidden_layers"):
+        load_base(model_directory, Quantization(), torch.float32, CPU)
 
 
 def test_guard_sets_the_precision_of_the_backward(tiny_model: Path) -> None:

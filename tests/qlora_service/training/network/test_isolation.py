@@ -70,6 +70,14 @@ def test_recurrent_layers_need_documents_alone(kind: str, dtype: torch.dtype, ga
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_with_a_mask_of_its_own_is_not_run_per_document(dtype: torch.dtype) -> None:
+    # Doge adds learned weights of its keys to the mask; the tolerance of bfloat16 would hide them.
+    model = build(config_of("doge"), dtype, gain=1.0)
+    assert isolate_documents(model) == "mask"
+    assert largest_leak(model) < (1e-5 if dtype is torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_softcapped_scores_are_left_to_the_models_own_attention(dtype: torch.dtype) -> None:
     """No kernel of this service caps scores. Near zero a cap changes little, too little for a comparison of logits."""
     model = small("gemma2", dtype, head_dim=8, attn_logit_softcapping=5.0)

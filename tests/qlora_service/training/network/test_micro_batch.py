@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from qlora_service.training.network.micro_batch import (
     PER_DOCUMENT,
@@ -15,6 +16,7 @@ from qlora_service.training.network.micro_batch import (
     collate,
     forward,
 )
+from tests.network_reference import build
 from tests.tiny_training import CPU, load, rows
 
 
@@ -58,6 +60,15 @@ def test_logits_are_those_of_the_model_at_the_predictors(tiny_model: Path) -> No
     whole = model(input_ids=torch.tensor([document.input_ids])).logits[0]
     trained = torch.tensor(document.trained[1:])
     assert (forward(model, collate([document], CPU)) - whole[:-1][trained]).abs().max() < 1e-5
+
+
+def test_logits_of_an_architecture_that_returns_all_are_those_at_the_predictors() -> None:
+    base = build(CONFIG_MAPPING["trocr"](vocab_size=512, d_model=32, decoder_layers=2, decoder_attention_heads=4))
+    (document,) = rows(1)
+    whole = base(input_ids=torch.tensor([document.input_ids]), logits_to_keep=torch.tensor([0])).logits[0]
+    assert len(whole) == len(document.input_ids)
+    trained = torch.tensor(document.trained[1:])
+    assert torch.equal(forward(base, collate([document], CPU)), whole[:-1][trained])
 
 
 def test_with_an_attention_mask_transformers_leaks_between_documents(tiny_model: Path) -> None:
