@@ -114,7 +114,9 @@ def test_every_part_of_the_spec_is_used(workspace: Workspace, monkeypatch: pytes
     times: list[object] = []
     renderer = workers.trainer.prepare.Renderer
     monkeypatch.setattr(
-        workers.trainer.prepare, "Renderer", lambda *given: (times.append(given[2]), renderer(*given))[1]
+        workers.trainer.prepare,
+        "Renderer",
+        lambda *given, **more: (times.append(given[2]), renderer(*given, **more))[1],
     )
     splits = []
     split = workers.trainer.prepare.split_rows
