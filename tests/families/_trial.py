@@ -41,15 +41,15 @@ def try_family(model_type: str, directory: Path) -> Outcome:
     try:
         model = build(model_type, directory / "model")
     except Exception as error:  # transformers raises anything
-        return Outcome(model_type, architecture, "not built", f"{type(error).__name__}: {error}")
+        return Outcome(model_type, architecture, "not built", " ".join(f"{type(error).__name__}: {error}".split()))
     try:
         workspace = Workspace(directory / "data", model)
     except QLoRAError as error:
-        return Outcome(model_type, architecture, "refused at import", error.message)
+        return Outcome(model_type, architecture, "refused at import", _words(error))
     try:
         job_id = workspace.submit_spec(job_spec())
     except QLoRAError as error:
-        return Outcome(model_type, architecture, "refused at POST", error.message)
+        return Outcome(model_type, architecture, "refused at POST", _words(error))
     inputs = replace(make_inputs(workspace, job_id), cache=QuantizedCache(directory / "cache", CACHE_BYTES))
     try:
         result = run(inputs)
@@ -63,3 +63,8 @@ def try_family(model_type: str, directory: Path) -> Outcome:
 def job_spec() -> dict[str, Any]:
     """A default job of a few steps."""
     return {"base_model": "tiny", "dataset": {"rows": ROWS}, "training": {"max_steps": STEPS}}
+
+
+def _words(error: QLoRAError) -> str:
+    """What the user reads, on one line."""
+    return " ".join("; ".join(map(str, error.findings or [error.message])).split())
