@@ -41,8 +41,8 @@ _MEANINGS = {
     "max_positions": "the longest sequence in tokens that the model was trained on, which its model card names",
 }
 
-UNLIMITED_TYPES = {"bloom", "cpmant", "recurrent_gemma"}
-"""Model types without a longest sequence, in config.json and in fact: ALiBi, bucketed distances, or a window and a
+UNLIMITED_TYPES = {"bloom", "cpmant", "recurrent_gemma", "xlnet"}
+"""Model types without a longest sequence, in config.json and in fact: ALiBi, relative positions, or a window and a
 state."""
 UNLIMITED_POSITIONS = 1 << 20
 """Their `max_positions`: the largest max_seq_len_tokens of a job."""

@@ -2,8 +2,8 @@
 
     python -m qlora_service.models.catalog.config_examination < config.json
 
-prints the findings as a JSON list. Causality is measured on a miniature of the model with random weights, on two rows
-that differ in their last token.
+prints the findings as a JSON list. Causality and positions are measured on a miniature of the model with random
+weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = structlog.get_logger(__name__)
 
 PROBE_TOKENS = 20
 TOLERANCE = 1e-5
-"""Share of the largest logit: equal kernels differ by 1e-7, and the smallest leak of random weights was 4e-4."""
+"""Share of the largest logit: equal kernels differ by 1e-7, and the smallest change in random weights was 4e-4."""
 
 
 def examine(config: dict[str, Any]) -> list[str]:
@@ -44,22 +44,29 @@ def examine(config: dict[str, Any]) -> list[str]:
         parsed = kind.from_dict(config)
     except Exception as error:  # noqa: BLE001 - configs validate themselves in any way
         return [f"transformers {transformers.__version__} cannot read config.json: {error}"]
+    architecture = config["architectures"][0]
     try:
-        if not _leak(parsed) > TOLERANCE:  # also for NaN
-            return []
+        leak, shift = _changes(parsed)
     except ImportError as error:
         packages = sorted(set(_PACKAGE.findall(str(error)))) or [str(error).strip()]
         return [
-            f"transformers loads {config['architectures'][0]} only with packages that are not installed here: "
-            f"{', '.join(packages)}; install them, or choose another model"
+            f"transformers loads {architecture} only with packages that are not installed here: {', '.join(packages)}; "
+            "install them, or choose another model"
         ]
-    remedy = "choose a decoder, such as Llama, Qwen or Gemma"
-    if getattr(parsed, "is_decoder", None) is False:
-        remedy += ", or set is_decoder to true in config.json if it was trained as a decoder"
-    return [
-        f"it is not causal: the predictions of {config['architectures'][0]} change with later tokens, so that it "
-        f"cannot learn to continue a text: {remedy}"
-    ]
+    if leak > TOLERANCE:
+        remedy = "choose a decoder, such as Llama, Qwen or Gemma"
+        if getattr(parsed, "is_decoder", None) is False:
+            remedy += ", or set is_decoder to true in config.json if it was trained as a decoder"
+        return [
+            f"it is not causal: the predictions of {architecture} change with later tokens, so that it cannot learn to "
+            f"continue a text: {remedy}"
+        ]
+    if shift > TOLERANCE:
+        return [
+            f"{architecture} does not count positions from 0, as rows are trained here: choose a decoder, such as "
+            "Llama, Qwen or Gemma"
+        ]
+    return []
 
 
 def _decode_float(value: dict[str, Any]) -> Any:
@@ -67,8 +74,9 @@ def _decode_float(value: dict[str, Any]) -> Any:
     return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
-def _leak(config: Any) -> float:
-    """Largest change of a logit before the last token, when this token changes, over the largest logit.
+def _changes(config: Any) -> tuple[float, float]:
+    """Largest changes of a logit before the last token, over the largest logit: by another last token, and by
+    positions that are given as 0, 1, ….
 
     0 for a model whose miniature cannot be built or run. Raises: ImportError, when it needs further packages.
     """
@@ -79,17 +87,20 @@ def _leak(config: Any) -> float:
     ids = torch.randint(3, VOCABULARY // 2, (1, PROBE_TOKENS))
     changed = ids.clone()
     changed[0, -1] += 1
+    positions = torch.arange(PROBE_TOKENS)[None]
+    inputs = ({"input_ids": ids}, {"input_ids": changed}, {"input_ids": ids, "position_ids": positions})
     try:
         small = type(config).from_dict(miniature(config.to_dict()))
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
         with torch.no_grad():
-            logits, others = (model(input_ids=row, use_cache=False).logits[0, :-1] for row in (ids, changed))
-        return float((logits - others).abs().max() / logits.abs().max())
+            logits, *others = (model(**given, use_cache=False).logits[0, :-1] for given in inputs)
+        leak, shift = (float((logits - other).abs().max() / logits.abs().max()) for other in others)
+        return leak, shift
     except ImportError:
         raise
     except Exception as error:  # noqa: BLE001 - the miniature of an unusual config may fail anywhere
         log.warning("miniature_failed", model_type=config.model_type, error=str(error))
-        return 0.0
+        return 0.0, 0.0
 
 
 def main() -> None:

@@ -33,11 +33,12 @@ def findings(config: dict[str, Any]) -> list[str]:
     [
         (BERT, "it is not causal: the predictions of BertLMHeadModel change with later tokens"),
         (GEMMA | {"use_bidirectional_attention": True}, "it is not causal"),
+        (BERT | {"model_type": "roberta", "is_decoder": True}, "does not count positions from 0"),
         (BERT | {"model_type": "t5"}, "has the model type t5, which transformers"),
         (BERT | {"model_type": "nonsense"}, "has the model type nonsense, which transformers"),
         (BERT | {"hidden_size": [768]}, "cannot read config.json: Validation error for field 'hidden_size'"),
     ],
-    ids=["encoder", "switched to both directions", "another kind of model", "unknown type", "invalid"],
+    ids=["encoder", "switched to both directions", "positions", "another kind of model", "unknown type", "invalid"],
 )
 def test_config_is_refused_in_words(config: dict[str, Any], words: str) -> None:
     (finding,) = findings(config)
