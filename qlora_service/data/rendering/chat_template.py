@@ -27,6 +27,7 @@ Span = tuple[int, int]
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning, by precedence (transformers' `_REASONING_FIELDS`)"""
+_REASONING_KEYS = frozenset(REASONING_KEYS)
 
 
 class TemplateError(Exception):
@@ -148,6 +149,8 @@ def _as_transformers_passes(message: Message) -> Message:
 
     Source: transformers 5.23, `apply_chat_template` and `_alias_reasoning_fields`.
     """
+    if None not in message.values() and _REASONING_KEYS.isdisjoint(message):
+        return message
     message = {key: value for key, value in message.items() if value is not None}
     thought = reasoning(message)
     return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
