@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -45,13 +46,9 @@ def train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def build_tiny_model(path: Path, seed: int = 0, chat_template: str | None = CHATML) -> Path:
-    """`path` as a Hugging Face model directory: about 0.1 M random bf16 weights, and a tokenizer.
-
-    The same seed gives the same bytes. With `chat_template=None` the tokenizer has no template.
-    """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+def tiny_tokenizer(chat_template: str | None = CHATML) -> Any:
+    """The tokenizer of the tiny models, for transformers."""
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=train_tokenizer(),
@@ -63,6 +60,18 @@ def build_tiny_model(path: Path, seed: int = 0, chat_template: str | None = CHAT
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def build_tiny_model(path: Path, seed: int = 0, chat_template: str | None = CHATML) -> Path:
+    """`path` as a Hugging Face model directory: about 0.1 M random bf16 weights, and a tokenizer.
+
+    The same seed gives the same bytes. With `chat_template=None` the tokenizer has no template.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer(chat_template)
     config = LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=64,

@@ -96,6 +96,8 @@ class Prompts:
             raise InvalidRequest(error.message, location="messages") from None
         if rendered.error is not None:
             raise InvalidRequest(rendered.error, location="messages")
+        if not rendered.spans:
+            raise InvalidModel("the base model's chat template renders no answers: import the model with another one")
         start, end = rendered.spans[0][0], rendered.spans[-1][1]
         stop_ids = self._stop_ids | template_end(rendered.text[start:end], self.tokenizer)
         return Prompt(tuple(self._checked(self._ids(rendered.text[:start]), "messages")), stop_ids)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+from qlora_service.cli.options import printable
 from qlora_service.client import Client
 from qlora_service.client.wire import Job
 
@@ -114,7 +115,7 @@ def _print_warnings(console: Console, job: Job, printed: set[str]) -> None:
     """Prints the warnings that are not in `printed`, and adds them."""
     for warning in job.warnings:
         if warning not in printed:
-            console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+            console.print(printable(f"warning: {warning}"), markup=False, highlight=False, soft_wrap=True)
             printed.add(warning)
 
 

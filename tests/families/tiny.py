@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_service.models.catalog.miniature import miniature
-from tests.tiny_model import CHATML, MAX_POSITIONS, train_tokenizer
+from tests.tiny_model import tiny_tokenizer
 
 FAMILIES: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 """The class's name by model type"""
@@ -88,17 +88,7 @@ def build(model_type: str, path: Path) -> Path:
             parameter.data += 0.1 * torch.randn(parameter.shape)
     model = model.to(torch.bfloat16)
     model.save_pretrained(path)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(),
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-        model_max_length=MAX_POSITIONS,
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
     return path
 
 

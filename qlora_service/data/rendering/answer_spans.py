@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from qlora_service.data.rendering.chat_template import (
-    REASONING_KEYS,
     ChatTemplate,
     Conversation,
     Message,
@@ -22,12 +21,16 @@ from qlora_service.data.rendering.chat_template import (
     reasoning,
 )
 from qlora_service.data.rendering.field_marks import MARKS, TAG, Field, MarkedConversation, Unmarkable
+from qlora_service.data.rows.conversation import REASONING_KEYS
 
 _FIELD_KEYS = {"content", "tool_calls", *REASONING_KEYS}
 
 
 class MessageWarning(NamedTuple):
-    """What the template does not render: the index of a message, None for the row, and a JSON pointer into it."""
+    """A part of a conversation that is not rendered as given.
+
+    `message` is an index, or None for the row; `pointer` is a JSON pointer into that message or row.
+    """
 
     message: int | None
     pointer: str
@@ -185,6 +188,7 @@ class _RenderedMarks:
         return _after_header(self._text, start, self._template)
 
     def _start_of_field(self, first: _Run) -> int:
+        """The start of a field's text, which may lie before its first mark."""
         start = first.start - len(first.field.lead)
         return start if self._text.startswith(first.field.lead, start) else first.start
 
@@ -270,7 +274,7 @@ def _is_plainly_rendered(message: Message, text: str) -> bool:
 
 
 def _loss(entry: Field, rendered: int, messages: Sequence[Message], trained: Sequence[bool]) -> str | None:
-    """What the template leaves out of a field, and what to do; None where it renders all of it."""
+    """A warning about the part of a field that the template leaves out; None where it renders all of it."""
     if rendered >= entry.marks:
         return None
     what, advice = "the message", "use a template that renders it"

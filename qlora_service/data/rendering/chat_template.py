@@ -22,11 +22,11 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from qlora_service.data.rows.conversation import REASONING_KEYS
+
 Message = dict[str, Any]
 Span = tuple[int, int]
 
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""Names of a message's reasoning, by precedence (transformers' `_REASONING_FIELDS`)"""
 _REASONING_KEYS = frozenset(REASONING_KEYS)
 
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_service.data.rendering.chat_template import REASONING_KEYS, Message, reasoning
+from qlora_service.data.rendering.chat_template import Message, reasoning
+from qlora_service.data.rows.conversation import REASONING_KEYS
 
 TAG = re.compile(r"(<[^<>\s][^<>]{0,60}>|\[/?[A-Z_]+\])")
 """Text that a template may look for, and that may be a special token"""
@@ -114,7 +115,7 @@ class MarkedConversation:
 
 
 def mark_text(text: str, mark: str) -> str:
-    """The text with marks for its letters and digits; tags are kept unless there is nothing else."""
+    """The text with marks for its letters and digits; tags are kept, unless the text is nothing but tags."""
     pieces = TAG.split(text)
     # Odd pieces are tags.
     marked = [piece if place % 2 else _mark_piece(piece, mark) for place, piece in enumerate(pieces)]
@@ -128,7 +129,7 @@ def _mark_piece(piece: str, mark: str) -> str:
 
 
 def _mark_arguments(value: Any, mark: str) -> Any:
-    """Arguments with marks in their strings; numbers and keys are kept, which templates compare and sort."""
+    """Arguments with marks in their strings. The keys of an object are kept: templates sort and look them up."""
     if isinstance(value, str):
         return _JSON_STRING.sub(lambda literal: f'"{_mark_literal(literal[1], mark)}"', value)
     return _mark_leaves(value, mark)

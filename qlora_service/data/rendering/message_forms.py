@@ -1,4 +1,4 @@
-"""The forms of messages that a template renders, found out with samples.
+"""The forms of messages that a template renders, determined from sample conversations.
 
 Arguments of tool calls are JSON text, as OpenAI sends them, or an object; contents are text, or a list of parts.
 """

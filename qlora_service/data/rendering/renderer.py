@@ -268,8 +268,7 @@ class Renderer:
         kept = tuple(ids[:limit]), tuple(trained[:limit])
         result = RenderedRow(row.line, rendered.text, *kept, cut, warnings=tuple(warnings))
         if result.trained_tokens == 0:
-            after = f" after {cut} tokens were cut off" if cut else ""
-            return _unusable(row, f"nothing to train: no token of an answer is left{after}")
+            return _unusable(row, f"nothing to train: {_no_answer(rendered, cut)}")
         self._ends.add(result.input_ids, answers[:limit], is_cut=cut > 0)
         return result
 
@@ -301,6 +300,14 @@ def _warnings(row: SourceRow, document: Document, rendered: RenderedChat) -> lis
         place = text_pointer if pointer.startswith("/content") else text_pointer.rpartition("/")[0] + pointer
         warnings.append(Finding(reason, place, row.line, row.byte_offset))
     return warnings
+
+
+def _no_answer(rendered: RenderedChat, cut_tokens: int) -> str:
+    """The reason why no token of a row is trained."""
+    if not rendered.spans and rendered.warnings:
+        return rendered.warnings[0].reason
+    after = f" after {cut_tokens} tokens were cut off" if cut_tokens else ""
+    return f"no token of an answer is left{after}"
 
 
 def _unusable(row: SourceRow, reason: str, too_long: int | None = None, unknown_token: bool = False) -> UnusableRow:

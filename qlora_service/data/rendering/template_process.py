@@ -266,4 +266,5 @@ def characters(value: Any) -> int:
 def _extra_s(chat: Chat) -> float:
     """Extra seconds for a long conversation: its template may render the conversation five times for each answer."""
     renderings = 3 + 5 * sum(chat.trained)
-    return renderings * (MESSAGE_S * len(chat.messages) + CHARACTER_S * characters([chat.messages, chat.tools]))
+    rendered = [chat.messages, chat.tools, chat.documents, chat.template_arguments]
+    return renderings * (MESSAGE_S * len(chat.messages) + CHARACTER_S * characters(rendered))

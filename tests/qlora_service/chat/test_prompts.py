@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from qlora_service.chat.prompts import MAX_TEMPLATE_PROCESSES, Prompts
 from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules
 from qlora_service.data.rows.examples import Chat, Completion, SourceRow
-from qlora_service.errors import InvalidRequest
+from qlora_service.errors import InvalidModel, InvalidRequest
 from tests.tiny_model import CHATML, build_tiny_model
 from tests.unknown_tokens import build_model_with_unknown_tokens
 
@@ -44,6 +44,13 @@ def test_prompt_equals_the_rendering_of_transformers(prompts: Prompts, tiny_mode
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     expected = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert list(prompts.chat(QUESTION, None).ids) == expected
+
+
+def test_template_that_renders_no_answers_is_refused(tmp_path: Path) -> None:
+    questions = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    model = build_tiny_model(tmp_path / "model", chat_template=questions)
+    with Prompts(model) as prompts, pytest.raises(InvalidModel, match="renders no answers"):
+        prompts.chat(QUESTION, None)
 
 
 @pytest.mark.parametrize("chat_template", [CHATML, None])

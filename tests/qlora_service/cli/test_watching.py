@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from io import StringIO
 from pathlib import Path
 
@@ -22,3 +23,16 @@ def test_warnings_that_were_printed_before_are_not_printed_again(client: Client,
     assert watch_job(client, job.id, console, [first]).status == "cancelled"
     assert first not in output.getvalue()
     assert f"warning: {second}" in output.getvalue()
+
+
+def test_control_characters_in_a_warning_are_escaped(client: Client, rows: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = {"messages": turns, "chat_template_kwargs": {"\x1b]0;title\x07": True}}
+    rows.write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    job = client.submit({"base_model": "tiny"}, rows)
+    client.cancel(job.id)
+    assert any("\x1b" in warning for warning in job.warnings)
+    output = StringIO()
+    watch_job(client, job.id, Console(file=output, width=200))
+    assert "\\x1b]0;title" in output.getvalue()
+    assert "\x1b" not in output.getvalue()

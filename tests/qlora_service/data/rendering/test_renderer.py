@@ -98,6 +98,29 @@ def test_stop_token_is_added_and_trained_where_the_template_writes_none(tiny_mod
     assert trained_text(model, row) == " answer\n<|im_end|>"
 
 
+def test_no_token_is_appended_to_a_template_with_special_tokens(tiny_model: Path, tmp_path: Path) -> None:
+    # As GLM 4.5's, whose turns end with the header of the next turn.
+    model = shutil.copytree(tiny_model, tmp_path / "headers")
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    row = render_one(model, chat("question", "answer"))
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    assert list(row.input_ids) == AutoTokenizer.from_pretrained(model).apply_chat_template(messages)["input_ids"]
+    assert [warning.reason for warning in row.warnings] == [rendering.NO_END]
+
+
+def test_row_of_which_the_template_renders_no_answer_is_refused_with_the_reason(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "questions")
+    (model / "chat_template.jinja").write_text("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    (result,) = render(model, [chat("question", "answer")])
+    assert isinstance(result, UnusableRow)
+    assert result.finding.reason.startswith("nothing to train: the chat template leaves out the message")
+
+
 def test_completion_trains_the_completion_and_the_stop_token(tiny_model: Path) -> None:
     row = render_one(tiny_model, Completion("two plus two is", " four"), PLAIN)
     assert trained_text(tiny_model, row) == " four<|im_end|>"
