@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence, Set
-from itertools import accumulate, compress
+from itertools import accumulate
 
 from tokenizers import Encoding
 
@@ -26,12 +26,10 @@ def trained_tokens(
     """
     ids: list[int] = encoding.ids
     trained = [False] * len(ids)
-    special = list(compress(range(len(ids)), map(special_ids.__contains__, ids)))
     for (_, end), (first, last) in zip(spans, _overlaps(encoding, spans, in_order), strict=True):
         if first > last:
             continue
-        place = bisect_right(special, last) - 1
-        last_special = special[place] if place >= 0 and special[place] >= first else None
+        last_special = next((place for place in range(last, first - 1, -1) if ids[place] in special_ids), None)
         stop_follows = last + 1 < len(ids) and ids[last + 1] in stop_ids
         if stop_follows and (last_special is None or ids[last_special] not in stop_ids):
             last += 1  # noqa: PLW2901 - the span's last token, corrected

@@ -18,7 +18,7 @@ from qlora_service.data.rendering.chat_template import Span
 from qlora_service.data.rendering.loss_mask import trained_tokens
 from qlora_service.data.rendering.prompt_format import cut_seams, with_turns
 from qlora_service.data.rendering.stop_tokens import StopTokens, TrainedEnds, base_stop_ids, eos_token_id, special_ids
-from qlora_service.data.rendering.template_process import RenderedChat, TemplateProcess, characters
+from qlora_service.data.rendering.template_process import RenderedChat, TemplateProcess
 from qlora_service.data.rendering.tokenizer_file import load_tokenizer, token_text
 from qlora_service.data.rendering.tokenizer_settings import PLAIN_TEMPLATE, read_tokenizer_settings
 from qlora_service.data.rendering.unknown_tokens import unknown_token
@@ -26,7 +26,6 @@ from qlora_service.data.rows.examples import (
     Chat,
     Completion,
     Document,
-    Example,
     LabeledAnswer,
     Preference,
     SourceRow,
@@ -182,7 +181,7 @@ class Renderer:
         return self._ends.stop_tokens(self.chat_template, self._templates)
 
     def _row_texts(self, rows: Iterable[SourceRow]) -> Iterator[RowTexts]:
-        batches = _batches(rows, lambda row: _characters(row.example), TEMPLATE_ROWS)
+        batches = _batches(rows, _characters, TEMPLATE_ROWS)
         for batch, rendered in self._templates.render_ahead((batch, _chats(batch)) for batch in batches):
             rendered_chats = iter(rendered)
             for row in batch:
@@ -348,6 +347,10 @@ def _merged(
     return replace(first, rejected=second, warnings=tuple(dict.fromkeys(first.warnings + second.warnings)))
 
 
+def _characters(row: SourceRow) -> int:
+    return sum(document.characters for document in documents(row.example))
+
+
 def _batches(items: Iterable[Item], size: Callable[[Item], int], max_items: int) -> Iterator[list[Item]]:
     """Batches in order, of at most `max_items` items and `BATCH_CHARS` in total; a larger item is a batch by itself."""
     batch: list[Item] = []
@@ -361,15 +364,3 @@ def _batches(items: Iterable[Item], size: Callable[[Item], int], max_items: int)
         total += added
     if batch:
         yield batch
-
-
-def _characters(example: Example) -> int:
-    total = 0
-    for document in documents(example):
-        if isinstance(document, Chat):
-            total += characters([document.messages, document.tools])
-        elif isinstance(document, Completion):
-            total += len(document.prompt) + len(document.completion)
-        else:
-            total += len(document.text)
-    return total

@@ -254,17 +254,7 @@ class TemplateProcess:
             self._process = None
 
 
-def characters(value: Any) -> int:
-    """Number of characters in all strings of a JSON value, keys excluded."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(characters, value.values()))
-    return sum(map(characters, value)) if isinstance(value, list | tuple) else 0
-
-
 def _extra_s(chat: Chat) -> float:
     """Extra seconds for a long conversation: its template may render the conversation five times for each answer."""
     renderings = 3 + 5 * sum(chat.trained)
-    rendered = [chat.messages, chat.tools, chat.documents, chat.template_arguments]
-    return renderings * (MESSAGE_S * len(chat.messages) + CHARACTER_S * characters(rendered))
+    return renderings * (MESSAGE_S * len(chat.messages) + CHARACTER_S * chat.characters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from qlora_service.errors import Finding
@@ -44,6 +45,11 @@ class Chat:
     text_pointers: tuple[str, ...] = field(default=(), compare=False)
     """The JSON pointer of each message's text in the row"""
 
+    @cached_property
+    def characters(self) -> int:
+        """Number of characters in all strings, keys excluded."""
+        return _characters([self.messages, self.tools, self.documents, self.template_arguments])
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -52,12 +58,20 @@ class Completion:
     prompt: str
     completion: str
 
+    @property
+    def characters(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
 
 @dataclass(frozen=True)
 class Text:
     """Plain text; every token is trained."""
 
     text: str
+
+    @property
+    def characters(self) -> int:
+        return len(self.text)
 
 
 @dataclass(frozen=True)
@@ -101,3 +115,11 @@ class SourceRow:
     byte_offset: int | None
     warnings: tuple[Finding, ...] = ()
     """Parts of the row that are not trained, or not as one would expect"""
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list | tuple) else 0
