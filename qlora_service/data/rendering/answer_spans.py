@@ -8,6 +8,7 @@ the conversation with the generation prompt; and, for templates that rewrite ear
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ def locate_answers(template: ChatTemplate, conversation: Conversation, trained: 
     messages = conversation.messages
     text, blocks = template.text_and_blocks(conversation)
     result = LocatedAnswers(text)
+    blocks = [(_after_header(text, start, end, template), end) for start, end in blocks]
     spans = _spans_of_blocks(blocks, messages, trained)
     if spans is None:
         spans = {
@@ -185,7 +187,11 @@ class _RenderedMarks:
         prompt = prompt[_end_of_last_run(prompt) :]
         before = self._runs[first.place - 1].end if first.place else 0
         start = before + _common_length(prompt, self._text[before : first.start])
-        return _after_header(self._text, start, self._template)
+        # The end of a tool's result may be written with the next turn, before its header.
+        end = self._start_of_field(first)
+        header = self._template.header.strip()
+        place = self._text.rfind(header, start, end) if header else -1
+        return _after_header(self._text, max(start, place), end, self._template)
 
     def _start_of_field(self, first: _Run) -> int:
         """The start of a field's text, which may lie before its first mark."""
@@ -256,14 +262,21 @@ def _span_after_prefix(template: ChatTemplate, conversation: Conversation, text:
         through = text if is_last else template.text(conversation.with_messages(messages[: index + 1]))
     except TemplateError:
         return None
-    start = _after_header(text, len(before), template)
+    start = _after_header(text, len(before), len(through), template)
     is_prefix = text.startswith(through) and through.startswith(before) and start < len(through)
     return [(start, len(through))] if is_prefix else None
 
 
-def _after_header(text: str, start: int, template: ChatTemplate) -> int:
-    """The end of an answer's header at `start`: templates that write it need not write it as a generation prompt."""
-    return start + len(template.header) if template.header and text.startswith(template.header, start) else start
+def _after_header(text: str, start: int, end: int, template: ChatTemplate) -> int:
+    """The end of an answer's header at `start`: templates that write it need not write it as a generation prompt.
+
+    White space before the header and after it may differ from that of the generation prompt.
+    """
+    header = template.header.strip()
+    match = re.compile(r"\s*" + re.escape(header)).match(text, start, end)
+    if not header or match is None or text[:start].rstrip().endswith(header):
+        return start
+    return match.end() + len(_common_prefix(template.header[len(template.header.rstrip()) :], text[match.end() : end]))
 
 
 def _is_plainly_rendered(message: Message, text: str) -> bool:

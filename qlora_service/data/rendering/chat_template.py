@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -105,12 +106,13 @@ class ChatTemplate:
     @cached_property
     def header(self) -> str:
         """What the template writes before an answer: its generation prompt after a user's message."""
-        question = Conversation(({"role": "user", "content": "Hello"},))
-        try:
-            text, with_header = self.text(question), self.text(question, add_generation_prompt=True)
-        except TemplateError:
-            return ""
-        return with_header.removeprefix(text) if with_header.startswith(text) else ""
+        question = {"role": "user", "content": "Hello"}
+        # A template for tool use may refuse a conversation without a list of tools.
+        for conversation in (Conversation((question,)), Conversation((question,), tools=[])):
+            with suppress(TemplateError):
+                text, with_header = self.text(conversation), self.text(conversation, add_generation_prompt=True)
+                return with_header.removeprefix(text) if with_header.startswith(text) else ""
+        return ""
 
     def _strip_marks(self, marked: str) -> tuple[str, list[Span]]:
         """The text without marks, and the spans between them."""

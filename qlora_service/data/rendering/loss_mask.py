@@ -26,18 +26,41 @@ def trained_tokens(
     """
     ids: list[int] = encoding.ids
     trained = [False] * len(ids)
-    for (_, end), (first, last) in zip(spans, _overlaps(encoding, spans, in_order), strict=True):
-        if first > last:
-            continue
-        last_special = next((place for place in range(last, first - 1, -1) if ids[place] in special_ids), None)
-        stop_follows = last + 1 < len(ids) and ids[last + 1] in stop_ids
-        if stop_follows and (last_special is None or ids[last_special] not in stop_ids):
-            last += 1  # noqa: PLW2901 - the span's last token, corrected
-        elif last_special is not None and text[_token_span(encoding, last_special)[1] : end].isspace():
-            # After the stop token, a template may write a line break that the model never generates.
-            last = last_special  # noqa: PLW2901
-        trained[first : last + 1] = [True] * (last + 1 - first)
+    for first, last in _overlaps(encoding, spans, in_order):
+        if first <= last:
+            end = _turn_end(encoding, ids, text, (first, last), special_ids, stop_ids)
+            trained[first : end + 1] = [True] * (end + 1 - first)
     return trained
+
+
+def _turn_end(
+    encoding: Encoding, ids: list[int], text: str, tokens: Span, special_ids: Set[int], stop_ids: Set[int]
+) -> int:
+    """The last token of an answer that the model generates; `tokens`: the first and the last token of its span.
+
+    It is the first stop token of the special tokens at the span's end, or else the stop token after the span: the
+    template may write more, such as a line break, a second stop token, or the header of the next turn.
+    """
+    first, last = tokens
+    place, last_special, stop = last, None, None
+    while place >= first and ((is_special := ids[place] in special_ids) or _is_space(encoding, text, place)):
+        if is_special:
+            last_special = place if last_special is None else last_special
+            stop = place if ids[place] in stop_ids else stop
+        place -= 1
+    if stop is not None:
+        return stop
+    following = last + 1
+    while following < len(ids) and ids[following] not in special_ids and _is_space(encoding, text, following):
+        following += 1
+    if following < len(ids) and ids[following] in stop_ids:
+        return following
+    return last if last_special is None else last_special
+
+
+def _is_space(encoding: Encoding, text: str, token: int) -> bool:
+    span = encoding.token_to_chars(token)
+    return span is not None and text[slice(*span)].isspace()
 
 
 def _overlaps(encoding: Encoding, spans: Sequence[Span], in_order: bool) -> list[tuple[int, int]]:

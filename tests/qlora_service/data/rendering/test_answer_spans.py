@@ -42,6 +42,15 @@ MARKS_GENERATION = (
     "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}</s>{% endgeneration %}"
     "{% else %}U:{{ m.content }}{% endif %}{% endfor %}"
 )
+# As in Hermes 3: the end of a tool's result differs when a turn follows it; and there is no rendering without tools.
+LATE_RESULT_END = (
+    "{% for tool in tools %}{{ tool.function.name }}{% endfor %}{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ '<|im_start|>tool\n' + m.content }}"
+    "{{ '</r>' if loop.last else '\n</r>\n' }}<|im_end|>"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + '</call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 TOOL = {"type": "function", "function": {"name": "ferry"}}
 
 
@@ -122,6 +131,37 @@ def test_answers_of_any_characters_are_located(content: str) -> None:
 def test_words_after_the_result_of_a_call_are_trained_without_the_result() -> None:
     turns = [user("When?"), answer("At 9:40.", tool_calls=[call("ferry")]), {"role": "tool", "content": "9:40"}]
     assert answers(WORDS_LAST, turns, [False, True, False]) == ["<call>ferry</call>", "At 9:40.<end>"]
+
+
+def test_header_after_the_late_end_of_a_result_is_not_trained() -> None:
+    result = located(LATE_RESULT_END, [*CALL, answer("At 9:40.")], tools=[TOOL])
+    assert [result.text[start:end] for start, end in result.spans] == [
+        "<call>ferry</call><|im_end|>\n",
+        "At 9:40.<|im_end|>\n",
+    ]
+
+
+@pytest.mark.parametrize("space", ["", " ", "\n\n    "])
+def test_header_in_other_white_space_than_in_the_prompt_is_not_trained(space: str) -> None:
+    template = (
+        "{% for m in messages %}{{ space + m.role.upper() + ': ' + m.content + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    ).replace("space", repr(space))
+    assert answers(template, TWO_TURNS) == [" yo</s>", " yo</s>"]
+
+
+def test_answer_that_begins_like_the_header_is_trained_whole() -> None:
+    content = "<|im_start|>assistant\nyes"
+    assert answers(CHATML, [user("Repeat the header."), answer(content)]) == [content + "<|im_end|>\n"]
+
+
+def test_header_in_a_generation_block_is_not_trained() -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<A><think></think>{{ m.content }}</A>"
+        "{% endgeneration %}{% else %}<U>{{ m.content }}</U>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<A><think>{% endif %}"
+    )
+    assert answers(template, TWO_TURNS) == ["</think>yo</A>", "</think>yo</A>"]
 
 
 def test_generation_blocks_are_the_spans() -> None:

@@ -56,6 +56,22 @@ def test_tokens_of_a_span_and_the_stop_token_after_it_are_trained(in_order: bool
     assert trained_text(text, "question", "answer", in_order=in_order) == "question<|im_end|>answer<|im_end|>"
 
 
+def test_stop_token_after_a_line_break_is_trained() -> None:
+    text = "<|im_start|>question<|im_end|>\n<|im_start|>answer\n<|im_end|>\n"
+    assert trained_text(text, "answer") == "answer\n<|im_end|>"
+
+
+def test_special_tokens_after_the_stop_token_are_not_trained() -> None:
+    text = "<|im_start|>question<|im_end|>\n<|im_start|>answer<|im_end|>\n<|endoftext|><|im_start|>"
+    assert trained_text(text, "answer<|im_end|>\n<|endoftext|><|im_start|>") == "answer<|im_end|>"
+    assert trained_text(text, "answer<|im_end|>\n<|endoftext|>") == "answer<|im_end|>"
+
+
+def test_only_the_first_of_two_stop_tokens_is_trained() -> None:
+    text = "<|im_start|>answer<|im_end|>\n<|im_end|>"
+    assert trained_text(text, "answer<|im_end|>\n<|im_end|>") == "answer<|im_end|>"
+
+
 def test_all_tokens_of_a_character_are_trained() -> None:
     assert trained_text("a 語 b", "語", in_order=True) == trained_text("a 語 b", "語", in_order=False) == "語"
 
