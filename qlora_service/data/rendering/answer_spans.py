@@ -21,7 +21,7 @@ from qlora_service.data.rendering.chat_template import (
     TemplateError,
     reasoning,
 )
-from qlora_service.data.rendering.field_marks import MARKS, TAG, Field, MarkedConversation, Unmarkable
+from qlora_service.data.rendering.field_marks import TAG, Field, MarkedConversation, Unmarkable
 from qlora_service.data.rows.conversation import REASONING_KEYS
 
 _FIELD_KEYS = {"content", "tool_calls", *REASONING_KEYS}
@@ -97,10 +97,8 @@ class _RenderedMarks:
     @classmethod
     def of(cls, template: ChatTemplate, conversation: Conversation, text: str) -> _RenderedMarks | None:
         """None where the template gives the marked conversation another structure."""
-        if MARKS.search(text):
-            return None
         try:
-            rendered = cls(template, conversation, MarkedConversation.of(conversation.messages))
+            rendered = cls(template, conversation, MarkedConversation.of(conversation.messages, text))
         except (TemplateError, Unmarkable):
             return None
         return rendered if rendered._has_structure_of(text) else None
@@ -135,7 +133,7 @@ class _RenderedMarks:
         for run in self._runs:
             rendered[run.field] = rendered.get(run.field, 0) + run.end - run.start
         warnings = []
-        for entry in self._marked.fields:
+        for entry in self._marked.fields.values():
             reason = _loss(entry, rendered.get(entry, 0), self._conversation.messages, trained)
             if reason is not None:
                 warnings.append(MessageWarning(entry.message, entry.pointer, reason))
@@ -153,9 +151,12 @@ class _RenderedMarks:
 
     def _runs_in(self, text: str) -> list[_Run]:
         return [
-            _Run(place, match.start(), match.end(), self._marked.field_of(match[1]))
-            for place, match in enumerate(MARKS.finditer(text))
+            _Run(place, match.start(), match.end(), self._marked.fields[match[1]])
+            for place, match in enumerate(self._marked.find_marks(text))
         ]
+
+    def _end_of_last_run(self, text: str) -> int:
+        return max((match.end() for match in self._marked.find_marks(text)), default=0)
 
     def _beginning(self, messages: int, add_generation_prompt: bool = False) -> str:
         """The first messages, rendered with marks; empty where the template refuses them."""
@@ -184,7 +185,7 @@ class _RenderedMarks:
     def _start(self, index: int, first: _Run) -> int:
         """The end of what the template writes before an answer: the generation prompt, as far as it is in the text."""
         prompt = self._beginning(index, add_generation_prompt=True)
-        prompt = prompt[_end_of_last_run(prompt) :]
+        prompt = prompt[self._end_of_last_run(prompt) :]
         before = self._runs[first.place - 1].end if first.place else 0
         start = before + _common_length(prompt, self._text[before : first.start])
         # The end of a tool's result may be written with the next turn, before its header.
@@ -204,7 +205,7 @@ class _RenderedMarks:
         Where the answer ends otherwise when turns follow it, as with <|end|> for <|return|>, it ends with that tag.
         """
         after = self._runs[last.place + 1].start if last.place + 1 < len(self._runs) else len(self._text)
-        closing = through[_end_of_last_run(through) :]
+        closing = through[self._end_of_last_run(through) :]
         end = last.end + _common_length(closing, self._text[last.end : after])
         if through and end == last.end + len(closing):
             return end
@@ -330,10 +331,6 @@ def _tool_name(tool: Any) -> str | None:
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     return name if isinstance(name, str) else None
-
-
-def _end_of_last_run(text: str) -> int:
-    return max((match.end() for match in MARKS.finditer(text)), default=0)
 
 
 def _common_length(expected: str, text: str) -> int:

@@ -8,7 +8,7 @@ lengths, white space, punctuation, and tags such as `</think>` or `[TOOL_CALLS]`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,9 @@ from qlora_service.data.rows.conversation import REASONING_KEYS
 
 TAG = re.compile(r"(<[^<>\s][^<>]{0,60}>|\[/?[A-Z_]+\])")
 """Text that a template may look for, and that may be a special token"""
-MARKS = re.compile("([\U000f0000-\U000ffffd])\\1*")
-"""A run of one mark. The Supplementary Private Use Area-A has no meaning in templates."""
-
-_FIRST_MARK = 0xF0000
-_MAX_FIELDS = 0xFFFE
+# The Supplementary Private Use Area-A has no meaning in templates.
+_FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD
+_MARKS = re.compile(f"([{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}])\\1*")
 _LETTER = re.compile(r"[^\W_]|[^\x00-\x7f\s]")
 _VISIBLE = re.compile(r"\S")
 _JSON_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
@@ -46,23 +44,26 @@ class Field:
     trail: str = ""
 
 
-@dataclass
 class MarkedConversation:
     """The messages with marks, and the field of each mark in `fields`."""
 
-    messages: list[Message]
-    fields: list[Field]
+    def __init__(self, text: str) -> None:
+        self.messages: list[Message] = []
+        self.fields: dict[str, Field] = {}
+        present = set(_MARKS.findall(text))
+        self._unused = (mark for mark in map(chr, range(_FIRST_MARK, _LAST_MARK + 1)) if mark not in present)
 
     @classmethod
-    def of(cls, messages: Iterable[Message]) -> MarkedConversation:
-        """Raises: Unmarkable."""
-        marked = cls([], [])
+    def of(cls, messages: Iterable[Message], text: str) -> MarkedConversation:
+        """The messages with marks that `text`, their rendering, does not contain. Raises: Unmarkable."""
+        marked = cls(text)
         for index, message in enumerate(messages):
             marked.messages.append(marked._message(index, message))
         return marked
 
-    def field_of(self, mark: str) -> Field:
-        return self.fields[ord(mark) - _FIRST_MARK]
+    def find_marks(self, text: str) -> Iterator[re.Match[str]]:
+        """The runs of one mark in a text."""
+        return (match for match in _MARKS.finditer(text) if match[1] in self.fields)
 
     def _message(self, index: int, message: Message) -> Message:
         result = dict(message)
@@ -94,7 +95,7 @@ class MarkedConversation:
             mark = self._next_mark()
             marked["arguments"] = _mark_arguments(function["arguments"], mark)
             count = _count(marked["arguments"], mark)
-            self.fields.append(Field(index, f"{pointer}/function/arguments", count))
+            self.fields[mark] = Field(index, f"{pointer}/function/arguments", count)
         return {**call, "function": marked}
 
     def _part(self, index: int, pointer: str, part: Any) -> Any:
@@ -105,13 +106,14 @@ class MarkedConversation:
         mark = self._next_mark()
         marked = mark_text(text, mark)
         lead, trail = marked[: max(0, marked.find(mark))].lstrip(), marked[marked.rfind(mark) + 1 :].rstrip()
-        self.fields.append(Field(index, pointer, marked.count(mark), lead, trail))
+        self.fields[mark] = Field(index, pointer, marked.count(mark), lead, trail)
         return marked
 
     def _next_mark(self) -> str:
-        if len(self.fields) >= _MAX_FIELDS:
+        mark = next(self._unused, None)
+        if mark is None:
             raise Unmarkable
-        return chr(_FIRST_MARK + len(self.fields))
+        return mark
 
 
 def mark_text(text: str, mark: str) -> str:

@@ -128,6 +128,20 @@ def test_answers_of_any_characters_are_located(content: str) -> None:
     assert answers(THINKING, turns)[0] == f"{content}<|im_end|>\n"
 
 
+@pytest.mark.parametrize("character", ["\uf0b7", "\U000f0000", "\U000f0001", "\U000f0002", "\U000f1234", "\U0010fffd"])
+def test_private_use_characters_are_characters_like_others(character: str) -> None:
+    turns = [user(f"icon {character}"), answer(f"{character} file"), user("Again?"), answer(f"b {character}")]
+    first, last = answers(THINKING, turns)
+    assert first == f"{character} file<|im_end|>\n"
+    assert last == f"<think>\n\n</think>\nb {character}<|im_end|>\n"
+
+
+@pytest.mark.parametrize("mark", ["\U000f0001", "\U000f1234"])
+def test_private_use_character_in_a_tag_is_a_character_like_others(mark: str) -> None:
+    turns = [user("?"), answer(f"<{mark}> yes"), user("Again?"), answer("no")]
+    assert answers(THINKING, turns)[0] == f"<{mark}> yes<|im_end|>\n"
+
+
 def test_words_after_the_result_of_a_call_are_trained_without_the_result() -> None:
     turns = [user("When?"), answer("At 9:40.", tool_calls=[call("ferry")]), {"role": "tool", "content": "9:40"}]
     assert answers(WORDS_LAST, turns, [False, True, False]) == ["<call>ferry</call>", "At 9:40.<end>"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_service.data.rendering.field_marks import MARKS, MarkedConversation, mark_text
+from qlora_service.data.rendering.field_marks import MarkedConversation, mark_text
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_every_field_has_its_own_mark() -> None:
             {"id": "a2", "function": {"name": "ferry", "arguments": {"pier": ["x", {"y": "z"}], "n": 2}}},
         ],
     }
-    marked = MarkedConversation.of([{"role": "user", "content": "hi"}, message])
-    assert [(field.message, field.pointer, field.marks) for field in marked.fields] == [
+    marked = MarkedConversation.of([{"role": "user", "content": "hi"}, message], "")
+    assert [(field.message, field.pointer, field.marks) for field in marked.fields.values()] == [
         (0, "/content", 2),
         (1, "/content", 5),
         (1, "/reasoning_content", 3),
@@ -54,5 +54,11 @@ def test_every_field_has_its_own_mark() -> None:
     assert "\\u00e9" in first
     assert second["n"] == 2
     for message in marked.messages:
-        for run in MARKS.finditer(str(message.get("content"))):
-            assert marked.field_of(run[1]).message == marked.messages.index(message)
+        for run in marked.find_marks(str(message.get("content"))):
+            assert marked.fields[run[1]].message == marked.messages.index(message)
+
+
+def test_characters_of_the_text_are_not_used_as_marks() -> None:
+    marked = MarkedConversation.of([{"role": "user", "content": "hi"}], "\U000f0000 and \U000f0001")
+    assert list(marked.fields) == ["\U000f0002"]
+    assert list(marked.find_marks("\U000f0000")) == []
