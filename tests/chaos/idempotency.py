@@ -74,12 +74,12 @@ def storm(data_dir: Path, *, keys: int, clients: int = 20, seed: int = 0) -> Sto
     names = [f"key-{seed}-{number}" for number in range(keys)]
     answers: dict[str, list[httpx2.Response]] = {}
     with RunningApi(data_dir, DIES_AFTER_COMMIT) as api, _client(api.url, CONCURRENT_KEYS * clients) as http:
-        is_up = threading.Event()
-        generator = random.Random(seed)
-        with ThreadPoolExecutor(CONCURRENT_KEYS * clients) as pool, _killing(api, generator, is_up) as kills:
+        is_up, ended = threading.Event(), threading.Event()
+        killing = _killing(api, random.Random(seed), is_up, ended)
+        with ThreadPoolExecutor(CONCURRENT_KEYS * clients) as pool, killing as kills:
             for first in range(0, keys, CONCURRENT_KEYS):
                 posted = {
-                    name: [pool.submit(_post_until_answered, http, name, is_up) for _ in range(clients)]
+                    name: [pool.submit(_post_until_answered, http, name, is_up, ended) for _ in range(clients)]
                     for name in names[first : first + CONCURRENT_KEYS]
                 }
                 answers |= {name: [future.result() for future in futures] for name, futures in posted.items()}
@@ -111,9 +111,12 @@ def _client(url: str, connections: int) -> httpx2.Client:
     return httpx2.Client(base_url=url, timeout=60, limits=limits, trust_env=False)
 
 
-def _post_until_answered(http: httpx2.Client, name: str, is_up: threading.Event) -> httpx2.Response:
+def _post_until_answered(
+    http: httpx2.Client, name: str, is_up: threading.Event, ended: threading.Event
+) -> httpx2.Response:
+    """The answer to a job with this key. Raises: AssertionError, once nothing restarts the API any more."""
     spec = {"base_model": "tiny", "name": name, "dataset": {"rows": ROWS}, "training": {"max_seq_len_tokens": 64}}
-    while True:
+    while not ended.is_set():
         # Requests while the API starts would take half of the processor from it.
         if not is_up.wait(120):
             raise AssertionError("the API has not restarted within 120 s")
@@ -124,15 +127,18 @@ def _post_until_answered(http: httpx2.Client, name: str, is_up: threading.Event)
                 return answer
         except httpx2.TransportError:
             time.sleep(0.1)
+    raise AssertionError("the storm has ended before the answer")
 
 
 @contextmanager
-def _killing(api: RunningApi, generator: random.Random, is_up: threading.Event) -> Iterator[list[float]]:
+def _killing(
+    api: RunningApi, generator: random.Random, is_up: threading.Event, ended: threading.Event
+) -> Iterator[list[float]]:
     """The times at which the API died, while a thread kills it at random times and restarts it whenever it is dead.
 
     It lives about as long as it takes to start, so that slow machines get as much work done between kills.
     """
-    ended, deaths = threading.Event(), list[float]()
+    deaths: list[float] = []
 
     def kill() -> None:
         started = time.monotonic()
@@ -159,6 +165,7 @@ def _killing(api: RunningApi, generator: random.Random, is_up: threading.Event) 
         yield deaths
     finally:
         ended.set()
+        is_up.set()
         killer.join()
         while not api.answers():  # the last kill may have been just now
             if api.ended():
