@@ -16,6 +16,7 @@ from qlora_service.errors import Finding, InvalidModel
 # The largest files in use have about 100 KiB.
 MAX_SETTINGS_BYTES = 4 << 20
 CHAT_TEMPLATE = "chat_template.jinja"
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENS_MAP = "special_tokens_map.json"
@@ -83,10 +84,15 @@ def tokenizer_settings(documents: Mapping[str, Any], template_file: Path, findin
     source = GENERATION_CONFIG if "eos_token_id" in generation else MODEL_CONFIG
     eos = (generation if "eos_token_id" in generation else model).get("eos_token_id")
     bos = model.get("bos_token_id")
-    template = _read_template(template_file, findings)
+    templates = {
+        "default": _read_template(template_file, findings),
+        "tool_use": _read_template(template_file.parent / TOOL_TEMPLATE, findings),
+    }
+    if templates == {"default": None, "tool_use": None}:
+        templates = _configured_templates(config.get("chat_template"), findings)
     return TokenizerSettings(
         mapped_tokens | _special_tokens(config, TOKENIZER_CONFIG, findings),
-        _configured_template(config.get("chat_template"), findings) if template is None else template,
+        _one_template(templates.get("default"), templates.get("tool_use")),
         _eos_token_ids(eos, source, findings),
         bos if type(bos) is int else None,
     )
@@ -135,16 +141,29 @@ def _special_tokens(config: dict[str, Any], name: str, findings: list[str]) -> d
     return tokens
 
 
-def _configured_template(template: Any, findings: list[str]) -> str | None:
-    """The template of tokenizer_config.json; of several named templates, the one named default."""
-    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
-    elif isinstance(template, dict):
-        template = template.get("default")
-    if template is None or _is_text(template):
-        return template
+def _configured_templates(templates: Any, findings: list[str]) -> dict[str, str | None]:
+    """The templates of tokenizer_config.json by name; a single one is named default."""
+    if isinstance(templates, list) and all(isinstance(entry, dict) for entry in templates):
+        templates = {str(entry.get("name")): entry.get("template") for entry in templates}
+    named: dict[str, Any] = templates if isinstance(templates, dict) else {"default": templates}
+    if all(template is None or _is_text(template) for template in named.values()):
+        return named
     findings.append(f"{TOKENIZER_CONFIG} has a chat_template that is not text")
-    return None
+    return {}
+
+
+def _one_template(default: str | None, tool_use: str | None) -> str | None:
+    """A template that renders conversations with tools by `tool_use`, as transformers does, and others by `default`.
+
+    Source: transformers 5.23, `get_chat_template`.
+    """
+    if tool_use is None:
+        return default
+    refusal = "{{ raise_exception('the model has a chat template for conversations with tools only') }}"
+    default, tool_use = (part.removesuffix("\n") for part in (refusal if default is None else default, tool_use))
+    # Jinja strips one line break after a block, and white space before one but not before an expression.
+    keep = "{{ '' }}"
+    return f"{{% if tools is not none %}}\n{tool_use}{keep}{{% else %}}\n{default}{keep}{{% endif %}}"
 
 
 def _eos_token_ids(value: Any, name: str, findings: list[str]) -> frozenset[int]:

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import structlog
 
+from qlora_service.data.rendering.tokenizer_settings import CHAT_TEMPLATE, TOOL_TEMPLATE, read_tokenizer_settings
 from qlora_service.errors import Conflict, InvalidModel, Unavailable
 from qlora_service.models.catalog import hub, staging
 from qlora_service.models.catalog.inspection import (
@@ -265,6 +266,8 @@ def _copy(directory: Path, staged: staging.Staging, label: str) -> None:
         is_unused = path.name == WEIGHTS_INDEX and facts.weight_files == (WEIGHTS,)
         if path.name in facts.weight_files or (is_copied and not is_unused and path.is_file()):
             shutil.copyfile(path, staged.path / path.name)
+    if (directory / TOOL_TEMPLATE).is_file():
+        (staged.path / CHAT_TEMPLATE).write_text(read_tokenizer_settings(directory).chat_template or "", "utf-8")
     if not (staged.path / TOKENIZER_JSON).exists():
         _run_conversion(["tokenizer", str(staged.path)], staged, label)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from qlora_service.data.rendering.tokenizer_settings import TOOL_TEMPLATE
 from qlora_service.errors import InvalidModel, Unavailable
 from qlora_service.models.catalog.inspection import inspect_settings
 
@@ -59,6 +60,8 @@ def fetch_snapshot(hub_id: str, revision: str | None) -> Path:
         settings = snapshot_download(hub_id, revision=revision, allow_patterns=_SETTINGS_FILES, **options)
         inspect_settings(Path(settings), label)
         commit = Path(settings).name
+        is_offline = connection_error is not None
+        snapshot_download(hub_id, revision=commit, allow_patterns=[TOOL_TEMPLATE], local_files_only=is_offline)
         return Path(snapshot_download(hub_id, revision=commit, allow_patterns=_MODEL_FILES, **options))
     except errors.GatedRepoError as error:
         raise InvalidModel(

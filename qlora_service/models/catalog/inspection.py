@@ -60,7 +60,7 @@ def inspect_model(directory: Path, label: str) -> ModelFacts:
     findings: list[str] = []
     documents: dict[str, Any] = {}
     headers: dict[str, dict[str, TensorEntry]] = {}
-    names: set[str] = set()  # of the top level; files in subdirectories are checked, never used
+    names: set[str] = set()  # of the top level; files in subdirectories are checked; only TOOL_TEMPLATE is used
     for path in _regular_files(root, findings):
         name = path.relative_to(root).as_posix()
         if path.parent == root:

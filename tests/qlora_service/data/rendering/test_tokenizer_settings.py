@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qlora_service.data.rendering.chat_template import ChatTemplate, Conversation, TemplateError
 from qlora_service.data.rendering.tokenizer_settings import read_tokenizer_settings
 from qlora_service.errors import InvalidModel
+from tests.tiny_model import tiny_tokenizer
+
+NOW = datetime(2026, 3, 1, tzinfo=UTC)
 
 
 def write(directory: Path, name: str, content: Any) -> Path:
@@ -34,9 +39,9 @@ def test_special_tokens_are_text_or_objects_with_text_and_switches_are_ignored(t
     ("template", "expected"),
     [
         ("one", "one"),
-        ([{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "one"}], "one"),
-        ([{"name": "tool_use", "template": "tools"}], None),
-        ({"default": "one", "tool_use": "tools"}, "one"),
+        ([{"name": "rag", "template": "documents"}, {"name": "default", "template": "one"}], "one"),
+        ([{"name": "rag", "template": "documents"}], None),
+        ({"default": "one", "rag": "documents"}, "one"),
         (None, None),
     ],
 )
@@ -48,6 +53,42 @@ def test_template_named_default_is_used(tmp_path: Path, template: Any, expected:
 def test_template_file_has_precedence_over_the_config(tmp_path: Path) -> None:
     write(tmp_path, "tokenizer_config.json", {"chat_template": "config's"})
     assert read_tokenizer_settings(write(tmp_path, "chat_template.jinja", "für 你".encode())).chat_template == "für 你"
+
+
+EDGES = ["  {% if true %}q{% endif %}\n", "\n  x\n  ", "{%- if true %} y {%- endif -%}\n", "z\n\n", "{{ tools }}"]
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+@pytest.mark.parametrize("default", EDGES)
+@pytest.mark.parametrize("tool_use", EDGES)
+def test_template_for_tools_renders_conversations_with_tools_as_transformers_does(
+    tmp_path: Path, default: str, tool_use: str, is_file: bool
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": default, "tool_use": tool_use}
+    if is_file:
+        tokenizer.save_pretrained(tmp_path)
+    else:
+        named = [{"name": name, "template": template} for name, template in tokenizer.chat_template.items()]
+        write(tmp_path, "tokenizer_config.json", {"chat_template": named})
+    settings = read_tokenizer_settings(tmp_path)
+    assert settings.has_own_template
+    template = ChatTemplate(settings.chat_template or "", settings.special_tokens, NOW)
+    messages = ({"role": "user", "content": "hi"},)
+    for tools in (None, [], [{"name": "clock"}]):
+        expected = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False)
+        assert template.text(Conversation(messages, tools)) == expected
+
+
+def test_template_for_tools_alone_refuses_other_conversations(tmp_path: Path) -> None:
+    settings = read_tokenizer_settings(
+        write(tmp_path, "tokenizer_config.json", {"chat_template": {"tool_use": "{{ messages[0].content }}"}})
+    )
+    template = ChatTemplate(settings.chat_template or "", {}, NOW)
+    messages = ({"role": "user", "content": "hi"},)
+    assert template.text(Conversation(messages, [])) == "hi"
+    with pytest.raises(TemplateError, match="conversations with tools only"):
+        template.text(Conversation(messages))
 
 
 @pytest.mark.parametrize(("value", "ids"), [(2, {2}), ([1, 2], {1, 2}), ([], set()), (None, set())])

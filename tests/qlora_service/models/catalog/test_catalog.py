@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from qlora_service.data.rendering.chat_template import ChatTemplate, Conversation
 from qlora_service.errors import Conflict, InvalidModel, Unavailable
 from qlora_service.models.catalog import catalog as catalog_module
 from qlora_service.models.catalog.catalog import BaseModel, Catalog
@@ -66,6 +68,16 @@ def test_only_files_of_the_model_are_copied(catalog: Catalog, model_directory: P
     (model_directory / "onnx/config.json").write_text("{}")
     model = catalog.import_model("tiny", model_directory)
     assert {path.name for path in model.path.iterdir()} == copied | {"qlora-model.json"}
+
+
+def test_template_for_tools_is_imported(catalog: Catalog, model_directory: Path) -> None:
+    (model_directory / "additional_chat_templates").mkdir()
+    (model_directory / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools[0].name }}")
+    model = catalog.import_model("tools", model_directory)
+    template = ChatTemplate((model.path / "chat_template.jinja").read_text(), {}, datetime.now(UTC))
+    messages = ({"role": "user", "content": "hi"},)
+    assert template.text(Conversation(messages, [{"name": "clock"}])) == "clock"
+    assert template.text(Conversation(messages)) == "<|im_start|>user\nhi<|im_end|>\n"
 
 
 def test_index_is_copied_only_if_its_shards_are_used(catalog: Catalog, model_directory: Path) -> None:
