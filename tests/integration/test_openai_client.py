@@ -258,6 +258,7 @@ def test_create_with_a_lost_answer_is_one_job(
     assert job_ids() == [second, retried]
     for job_id in (second, retried):
         client.fine_tuning.jobs.cancel(job_id)
+        wait_for_status(client, job_id, "cancelled")  # a worker may have claimed it
 
 
 def test_deleted_models_and_files_are_not_found(
