@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +35,13 @@ def render_one(model_dir: Path, example: Example, rules: RenderRules = RULES) ->
     (result,) = render(model_dir, [example], rules)
     assert isinstance(result, RenderedRow)
     return result
+
+
+def with_template(model_dir: Path, to: Path, template: str) -> Path:
+    """A copy of the model with another chat template."""
+    shutil.copytree(model_dir, to)
+    (to / "chat_template.jinja").write_text(template)
+    return to
 
 
 def trained_text(model_dir: Path, row: RenderedRow) -> str:

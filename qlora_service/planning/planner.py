@@ -31,7 +31,7 @@ SIMULATION_TIMEOUT_S = 8.0
 """A simulation takes 4 to 7 s on one core; a longer one is not worth the wait"""
 SIMULATIONS_PER_PLAN = 2
 ATTACHMENT_TIMEOUT_S = 30.0
-"""Attaching takes seconds on an idle core; without the result, a job that cannot be attached is not refused"""
+"""Attaching takes 6 to 8 s on one core; without the result, a job that cannot be attached is not refused"""
 RETRY_S = 60.0
 """Age of an attachment that could not be found out, after which it is tried again"""
 LOCK_TIMEOUT_S = 1.0

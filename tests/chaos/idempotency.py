@@ -167,8 +167,8 @@ def _killing(
         yield deaths
     finally:
         ended.set()
-        is_up.set()
         killer.join()
+        is_up.set()  # ends the wait of the clients
         while not api.answers():  # the last kill may have been just now
             if api.ended():
                 api.launch()

@@ -92,7 +92,7 @@ def tokenizer_settings(documents: Mapping[str, Any], template_file: Path, findin
         templates = _configured_templates(config.get("chat_template"), findings)
     return TokenizerSettings(
         mapped_tokens | _special_tokens(config, TOKENIZER_CONFIG, findings),
-        _one_template(templates.get("default"), templates.get("tool_use")),
+        _one_template(**templates),
         _eos_token_ids(eos, source, findings),
         bos if type(bos) is int else None,
     )
@@ -142,14 +142,15 @@ def _special_tokens(config: dict[str, Any], name: str, findings: list[str]) -> d
 
 
 def _configured_templates(templates: Any, findings: list[str]) -> dict[str, str | None]:
-    """The templates of tokenizer_config.json by name; a single one is named default."""
+    """The templates named default and tool_use in tokenizer_config.json; a single template is the default."""
     if isinstance(templates, list) and all(isinstance(entry, dict) for entry in templates):
         templates = {str(entry.get("name")): entry.get("template") for entry in templates}
     named: dict[str, Any] = templates if isinstance(templates, dict) else {"default": templates}
-    if all(template is None or _is_text(template) for template in named.values()):
-        return named
+    used = {name: named.get(name) for name in ("default", "tool_use")}
+    if all(template is None or _is_text(template) for template in used.values()):
+        return used
     findings.append(f"{TOKENIZER_CONFIG} has a chat_template that is not text")
-    return {}
+    return dict.fromkeys(used)
 
 
 def _one_template(default: str | None, tool_use: str | None) -> str | None:

@@ -56,11 +56,11 @@ def fetch_snapshot(hub_id: str, revision: str | None) -> Path:
     try:
         connection_error = _connection_error(hub_id, revision)
         # The client's default cache, so that a snapshot fetched earlier is available without a network.
-        options = {"ignore_patterns": _IGNORED_FILES, "local_files_only": connection_error is not None}
+        is_offline = connection_error is not None
+        options = {"ignore_patterns": _IGNORED_FILES, "local_files_only": is_offline}
         settings = snapshot_download(hub_id, revision=revision, allow_patterns=_SETTINGS_FILES, **options)
         inspect_settings(Path(settings), label)
         commit = Path(settings).name
-        is_offline = connection_error is not None
         snapshot_download(hub_id, revision=commit, allow_patterns=[TOOL_TEMPLATE], local_files_only=is_offline)
         return Path(snapshot_download(hub_id, revision=commit, allow_patterns=_MODEL_FILES, **options))
     except errors.GatedRepoError as error:

@@ -17,7 +17,7 @@ from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderR
 from qlora_service.data.rendering.report import render_report
 from qlora_service.data.rows.examples import Chat, Completion, Example, SourceRow, Text
 from qlora_service.errors import InvalidModel
-from tests.rendered_rows import NOW, PLAIN, RULES, chat, render, render_one, trained_text
+from tests.rendered_rows import NOW, PLAIN, RULES, chat, render, render_one, trained_text, with_template
 
 pytestmark = pytest.mark.slow
 
@@ -77,21 +77,23 @@ def test_every_turn_marked_as_trained_is_trained(tiny_model: Path) -> None:
 
 
 def test_stop_token_outside_the_generation_block_is_trained(tiny_model: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(tiny_model, tmp_path / "marked")
-    (model / "chat_template.jinja").write_text(
+    model = with_template(
+        tiny_model,
+        tmp_path / "marked",
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
         "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
-        "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}",
     )
     row = render_one(model, chat("question", "answer"))
     assert trained_text(model, row) == "answer<|im_end|>"
 
 
 def test_stop_token_is_added_and_trained_where_the_template_writes_none(tiny_model: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(tiny_model, tmp_path / "endless")
-    (model / "chat_template.jinja").write_text(
+    model = with_template(
+        tiny_model,
+        tmp_path / "endless",
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
     )
     row = render_one(model, chat("question", "answer"))
     # The space before the answer is part of its first token: a token that overlaps the answer is trained.
@@ -100,10 +102,11 @@ def test_stop_token_is_added_and_trained_where_the_template_writes_none(tiny_mod
 
 def test_no_token_is_appended_to_a_template_with_special_tokens(tiny_model: Path, tmp_path: Path) -> None:
     # As GLM 4.5's, whose turns end with the header of the next turn.
-    model = shutil.copytree(tiny_model, tmp_path / "headers")
-    (model / "chat_template.jinja").write_text(
+    model = with_template(
+        tiny_model,
+        tmp_path / "headers",
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     )
     row = render_one(model, chat("question", "answer"))
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
@@ -114,8 +117,8 @@ def test_no_token_is_appended_to_a_template_with_special_tokens(tiny_model: Path
 def test_row_of_which_the_template_renders_no_answer_is_refused_with_the_reason(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    model = shutil.copytree(tiny_model, tmp_path / "questions")
-    (model / "chat_template.jinja").write_text("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    model = with_template(tiny_model, tmp_path / "questions", template)
     (result,) = render(model, [chat("question", "answer")])
     assert isinstance(result, UnusableRow)
     assert result.finding.reason.startswith("nothing to train: the chat template leaves out the message")
@@ -238,11 +241,12 @@ def test_very_long_row_of_few_tokens_is_not_refused(tiny_model: Path, tmp_path: 
 
 
 def test_time_for_a_conversation_of_many_answers_is_linear(tiny_model: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(tiny_model, tmp_path / "marked")
-    (model / "chat_template.jinja").write_text(
+    model = with_template(
+        tiny_model,
+        tmp_path / "marked",
         "{% for m in messages %}{% if m.role == 'assistant' %}"
         "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
-        "{% endfor %}"
+        "{% endfor %}",
     )
     turns = Chat(chat("a question", "the answer").messages * 4000, (False, True) * 4000)
     start = time.thread_time()
@@ -352,11 +356,12 @@ def test_completion_that_ends_with_another_special_token_gets_a_stop_token(tiny_
 def test_stop_token_after_a_generation_block_with_another_special_token_is_trained(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    model = shutil.copytree(tiny_model, tmp_path / "calls")
-    (model / "chat_template.jinja").write_text(
+    model = with_template(
+        tiny_model,
+        tmp_path / "calls",
         "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %}"
         "{% generation %}{{ m.content }}{{ '<|endoftext|>\n' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
-        "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}",
     )
     assert trained_text(model, render_one(model, chat("q", "call"))) == "call<|endoftext|>\n<|im_end|>"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from qlora_service.data.rendering.renderer import RenderedRow, Renderer, RenderRules, UnusableRow
 from qlora_service.data.rendering.report import render_report
 from qlora_service.data.rows.examples import Completion, Example, LabeledAnswer, Preference, SourceRow, Text
-from tests.rendered_rows import NOW, chat, pair, render, render_one, trained_text
+from tests.rendered_rows import NOW, chat, pair, render, render_one, trained_text, with_template
 
 pytestmark = pytest.mark.slow
 
@@ -83,19 +82,18 @@ def test_truncated_pair_has_trained_tokens_on_both_sides(tiny_model: Path) -> No
 def test_pair_that_renders_to_the_same_tokens_is_a_finding(
     tiny_model: Path, tmp_path: Path, chosen: str, rejected: str, reason: str
 ) -> None:
-    model = shutil.copytree(tiny_model, tmp_path / "trimming")
-    template = (model / "chat_template.jinja").read_text().replace("message['content']", "message['content'] | trim")
-    (model / "chat_template.jinja").write_text(template)
+    template = (tiny_model / "chat_template.jinja").read_text()
+    trimming = template.replace("message['content']", "message['content'] | trim")
+    model = with_template(tiny_model, tmp_path / "trimming", trimming)
     (result,) = render(model, [pair("q", chosen, rejected)], RenderRules(64, too_long="truncate"))
     assert isinstance(result, UnusableRow)
     assert result.finding.reason.endswith(reason)
 
 
 def test_pair_with_a_side_that_the_template_refuses_is_a_finding(tiny_model: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(tiny_model, tmp_path / "refusing")
-    template = (model / "chat_template.jinja").read_text()
+    template = (tiny_model / "chat_template.jinja").read_text()
     refusing = "{% if messages[-1].content == 'no' %}{{ raise_exception('refused') }}{% endif %}"
-    (model / "chat_template.jinja").write_text(refusing + template)
+    model = with_template(tiny_model, tmp_path / "refusing", refusing + template)
     refused, fine = render(model, [pair("q", "yes", "no"), pair("q", "yes", "maybe")])
     assert isinstance(refused, UnusableRow)
     assert refused.finding.reason.startswith("the rejected answer: the chat template refused")

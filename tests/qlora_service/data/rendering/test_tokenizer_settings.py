@@ -41,7 +41,7 @@ def test_special_tokens_are_text_or_objects_with_text_and_switches_are_ignored(t
         ("one", "one"),
         ([{"name": "rag", "template": "documents"}, {"name": "default", "template": "one"}], "one"),
         ([{"name": "rag", "template": "documents"}], None),
-        ({"default": "one", "rag": "documents"}, "one"),
+        ({"default": "one", "rag": 5}, "one"),
         (None, None),
     ],
 )

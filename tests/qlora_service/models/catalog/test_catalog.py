@@ -6,12 +6,11 @@ import os
 import subprocess
 import sys
 import threading
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-from qlora_service.data.rendering.chat_template import ChatTemplate, Conversation
 from qlora_service.errors import Conflict, InvalidModel, Unavailable
 from qlora_service.models.catalog import catalog as catalog_module
 from qlora_service.models.catalog.catalog import BaseModel, Catalog
@@ -74,10 +73,13 @@ def test_template_for_tools_is_imported(catalog: Catalog, model_directory: Path)
     (model_directory / "additional_chat_templates").mkdir()
     (model_directory / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools[0].name }}")
     model = catalog.import_model("tools", model_directory)
-    template = ChatTemplate((model.path / "chat_template.jinja").read_text(), {}, datetime.now(UTC))
-    messages = ({"role": "user", "content": "hi"},)
-    assert template.text(Conversation(messages, [{"name": "clock"}])) == "clock"
-    assert template.text(Conversation(messages)) == "<|im_start|>user\nhi<|im_end|>\n"
+    messages = [{"role": "user", "content": "hi"}]
+    for tools in (None, [{"name": "clock"}]):
+        imported, source = (
+            AutoTokenizer.from_pretrained(path).apply_chat_template(messages, tools=tools, tokenize=False)
+            for path in (model.path, model_directory)
+        )
+        assert imported == source
 
 
 def test_index_is_copied_only_if_its_shards_are_used(catalog: Catalog, model_directory: Path) -> None:

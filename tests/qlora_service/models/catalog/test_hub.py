@@ -122,6 +122,8 @@ def test_hub_model_is_imported_at_its_commit_without_other_formats(hub: Hub, tmp
     (hub.directory / "onnx").mkdir()
     for name in ["onnx/config.json", "pytorch_model.bin", "modeling.py", "consolidated.safetensors"]:
         (hub.directory / name).write_text("{}")
+    (hub.directory / "additional_chat_templates").mkdir()
+    (hub.directory / "additional_chat_templates/tool_use.jinja").write_text("{{ tools[0].name }}")
     model = import_model("org/tiny@main", tmp_path, HF_ENDPOINT=endpoint(hub))
     assert model.get("source") == "hub", model
     assert (model["hub_id"], model["revision"], model["reference"]) == ("org/tiny", COMMIT, "org/tiny")
@@ -129,6 +131,7 @@ def test_hub_model_is_imported_at_its_commit_without_other_formats(hub: Hub, tmp
     assert (tmp_path / "models/ours" / weights).read_bytes() == (hub.directory / weights).read_bytes()
     assert not {"pytorch_model.bin", "modeling.py", "onnx/config.json"} & set(hub.downloads)
     assert "consolidated.safetensors" not in hub.downloads
+    assert "{{ tools[0].name }}" in (tmp_path / "models/ours/chat_template.jinja").read_text()
 
     (tmp_path / "models/ours").rename(tmp_path / "first")
     again = import_model("org/tiny", tmp_path, HF_ENDPOINT=endpoint(hub), HF_HUB_OFFLINE="1")
